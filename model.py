@@ -1,0 +1,235 @@
+"""The two frozen models: the base model that is adapted, and the text encoder that reads the description.
+
+Both come from a preset, a Hugging Face id or a local folder. The preset `tiny` needs neither download nor GPU.
+"""
+
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file, logging
+
+from lora import UserError, read_json
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+TINY = str(Path(__file__).parent / "checkpoints" / "tiny")
+PRESETS = {  # name: (base model, text encoder)
+    "tiny": (TINY, "hash"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"),
+    "gemma-2-2b": ("google/gemma-2-2b-it", "Alibaba-NLP/gte-large-en-v1.5"),
+    "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", "Alibaba-NLP/gte-large-en-v1.5"),
+    "mistral-7b": ("mistralai/Mistral-7B-Instruct-v0.2", "Alibaba-NLP/gte-large-en-v1.5"),
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# The base model
+# ---------------------------------------------------------------------------------------------------------
+
+
+def preset_name(base_model: str) -> str:
+    """The short name of a base model: two spellings of one model have the same short name."""
+    for name, (source, _) in PRESETS.items():
+        if base_model in (name, source):
+            return name
+    return Path(base_model).name.lower()
+
+
+def full_name(base_model: str) -> str:
+    """What a config file calls a base model: the preset's Hugging Face id, or the name as it is."""
+    return base_model if base_model == "tiny" else PRESETS.get(base_model, (base_model,))[0]
+
+
+def load(loader, kind: str, name: str, **settings):
+    """Call a transformers loader; what it cannot find is a UserError."""
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise UserError(f"{kind} {name}: there is no such folder")
+    try:
+        return loader.from_pretrained(name, **settings)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(
+            f"{kind} {name} is none of the presets ({', '.join(PRESETS)}), no folder with a model, and could not be "
+            f"had from the Hugging Face hub: {str(e).splitlines()[0]}"
+        ) from None
+
+
+def load_base(name: str, device="cpu", dtype: torch.dtype | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The base model, frozen and in eval mode, and its tokenizer, with a chat template in any case.
+
+    dtype None is float32 on CPU and bfloat16 elsewhere.
+    """
+    source = PRESETS.get(name, (name,))[0]
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    tokenizer = load(AutoTokenizer, "base model", source)
+    model = load(AutoModelForCausalLM, "base model", source, dtype=dtype, attn_implementation="sdpa")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    model.generation_config = type(model.generation_config)(  # greedy, and none of the model's own sampling settings
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model.to(device).requires_grad_(False).eval(), tokenizer
+
+
+# For a base model that knows no chat: "input -> answer<eos>", one after another.
+PLAIN_TEMPLATE = (
+    "{% for m in messages if m.content %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}\n"
+    "{% else %}{{ m.content }} ->{% endif %}{% endfor %}"
+)
+
+
+def prompt(tokenizer, input: str, description: str = "", examples: list[tuple[str, str]] = ()) -> list[dict]:
+    """The messages that put `input` before the model, as published: an empty system message, then the input alone.
+
+    The description is not in it (it reaches the model through its weights), unless given here for comparison;
+    `examples` are earlier turns, for in-context learning.
+    """
+    messages = [{"role": "system", "content": ""}] if takes_system(tokenizer) else []
+    for question, answer in examples:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages + [{"role": "user", "content": f"{description}\n\n{input}".strip()}]
+
+
+def takes_system(tokenizer) -> bool:
+    """Some chat templates (Gemma's) refuse a system message."""
+    if not hasattr(tokenizer, "takes_system"):
+        try:
+            render(tokenizer, [{"role": "system", "content": ""}, {"role": "user", "content": "x"}])
+            tokenizer.takes_system = True
+        except Exception:  # each template raises what it likes
+            tokenizer.takes_system = False
+    return tokenizer.takes_system
+
+
+def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
+    """The prompt as text; with `answer` the text that the model has to write after it, its end mark included."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if answer is None:
+        return text
+    whole = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False)
+    return whole.removeprefix(text).rstrip("\n")
+
+
+def tokenize(tokenizer, text: str) -> list[int]:
+    """Token ids of a rendered text (the template has put in the special tokens)."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode(tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """One training example: the ids of its prompt, and those of its answer with the end mark."""
+    messages = prompt(tokenizer, question)
+    return tokenize(tokenizer, render(tokenizer, messages)), tokenize(tokenizer, render(tokenizer, messages, answer))
+
+
+def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
+    """Rows of different lengths as one tensor. [rows, T]"""
+    width = max(map(len, rows))
+    return torch.tensor([[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows])
+
+
+def lm_head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits for chosen last hidden states. [n, d] -> [n, vocabulary]"""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+@torch.no_grad()
+def answer(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
+    """Greedy answers to rendered prompts, in one batch, under whatever adapters are set."""
+    ids = pad([tokenize(tokenizer, p) for p in prompts], tokenizer.pad_token_id, left=True)
+    mask = pad([[1] * len(tokenize(tokenizer, p)) for p in prompts], 0, left=True)
+    out = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=False
+    )
+    return [text.strip() for text in tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The text encoder: list of n descriptions -> [n, E], unit vectors
+# ---------------------------------------------------------------------------------------------------------
+
+
+class HashEncoder:
+    """No model at all: words, pairs of neighbouring words and 4- and 5-letter pieces, hashed into 1024 counts."""
+
+    width = 1024
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        return torch.from_numpy(np.stack([self.embed(t) for t in texts]))  # [n, E]
+
+    def embed(self, text: str) -> np.ndarray:
+        """The unit vector of one text. [E]"""
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+        spelled = " " + " ".join(words) + " "
+        features = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+        features += [spelled[i : i + n] for n in (4, 5) for i in range(len(spelled) - n + 1)]
+        hashes = np.array([zlib.crc32(f.encode()) for f in features])
+        counts = np.zeros(self.width, np.float32)
+        np.add.at(counts, hashes % self.width, np.where(hashes >> 31, 1.0, -1.0))
+        return counts / max(np.linalg.norm(counts), 1e-12)
+
+
+class TransformerEncoder:
+    """A text encoder of the Hugging Face hub, pooled as its own 1_Pooling/config.json says (mean, CLS or last token)."""
+
+    def __init__(self, name: str, device="cpu"):
+        self.tokenizer = load(AutoTokenizer, "text encoder", name)
+        self.model = load(AutoModel, "text encoder", name).to(device).requires_grad_(False).eval()
+        config = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
+        config = read_json(config) if config else {}
+        self.pool = "cls" if config.get("pooling_mode_cls_token") else "last" if config.get("pooling_mode_lasttoken") else "mean"
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> Tensor:
+        out = []
+        for i in range(0, len(texts), 64):
+            batch = self.tokenizer(
+                texts[i : i + 64], padding=True, truncation=True, max_length=512, padding_side="right", return_tensors="pt"
+            ).to(self.model.device)
+            h = self.model(**batch).last_hidden_state.float()  # [n, T, E]
+            mask = batch["attention_mask"][..., None]  # [n, T, 1]
+            if self.pool == "cls":
+                h = h[:, 0]
+            elif self.pool == "last":
+                h = h[torch.arange(len(h)), mask[..., 0].sum(1) - 1]
+            else:
+                h = (h * mask).sum(1) / mask.sum(1)
+            out.append(F.normalize(h, dim=-1))  # [n, E]
+        return torch.cat(out)
+
+
+class BaseEncoder:
+    """The base model reads the description itself: its last state at the last token (paper, section 3)."""
+
+    def __init__(self, model: nn.Module, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> Tensor:
+        rows = [self.tokenizer(t)["input_ids"] for t in texts]
+        ids = pad(rows, self.tokenizer.pad_token_id).to(self.model.device)
+        h = self.model.base_model(input_ids=ids).last_hidden_state.float()  # [n, T, E]
+        last = torch.tensor([len(r) - 1 for r in rows])
+        return F.normalize(h[torch.arange(len(rows)), last], dim=-1)  # [n, E]
+
+
+def load_encoder(name: str, device="cpu", base: tuple[nn.Module, PreTrainedTokenizerBase] | None = None):
+    """The text encoder of a preset, "hash", "base" (with `base` from load_base), a Hugging Face id or a folder.
+
+    Returns a callable: list of n descriptions -> unit vectors [n, E].
+    """
+    name = PRESETS[name][1] if name in PRESETS else name
+    if name == "hash":
+        return HashEncoder()
+    if name == "base":
+        return BaseEncoder(*base)
+    return TransformerEncoder(name, device)

@@ -1,0 +1,498 @@
+"""Train everything in this project with one loop.
+
+    python train.py --mode sft                                         # one process
+    torchrun --nproc_per_node=2 train.py --mode sft                    # two processes, the same run
+    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HOST train.py --mode sft --base_model mistral-7b
+
+--mode says what is trained, and by which loss:
+
+    pretrain   the tiny base model itself, from scratch, on in-context examples
+    lora       ordinary LoRAs, one a task, all in one batch (the oracles), or one for all tasks (--multi_task)
+    recon      a hypernetwork, to write the same adapters as the oracles (paper, section 3.1)
+    sft        a hypernetwork, by the task loss through the frozen base model (paper, section 3.2)
+"""
+
+import argparse
+import json
+import os
+import random
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import data
+import hypernet
+import lora
+import model
+from lora import Adapter, UserError
+
+# ---------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------
+
+# The paper's hyper-parameters (its appendix) for the paper's models, and for any other.
+PAPER = {
+    "lora": dict(max_steps=2500, lr=8e-5, tasks_per_batch=8, examples_per_task=1),
+    "recon": dict(max_steps=100_000, lr=1e-3, tasks_per_batch=8, examples_per_task=1),
+    "sft": dict(max_steps=20_000, lr=2.5e-5, tasks_per_batch=8, examples_per_task=1),
+}
+PAPER_COMMON = dict(warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=1e-3, head_scale=1.0)
+# The tiny world learns the same things in minutes.
+TINY = {
+    "pretrain": dict(max_steps=1200, lr=3e-3, tasks_per_batch=64, examples_per_task=8),
+    "lora": dict(max_steps=200, lr=1e-2, tasks_per_batch=32, examples_per_task=8),
+    "recon": dict(max_steps=1000, lr=1e-3, tasks_per_batch=32, examples_per_task=1),
+    "sft": dict(max_steps=400, lr=1e-3, tasks_per_batch=32, examples_per_task=8),
+}
+TINY_COMMON = dict(warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=1e-3, head_scale=512**-0.5)
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags; what is not given takes the value of the tiny world, or of the paper for any other base model."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("what is trained")
+    g.add_argument("--mode", required=True, choices=["pretrain", "lora", "recon", "sft"])
+    g.add_argument("--base_model", default="tiny", help=f"One of {', '.join(model.PRESETS)}, a Hugging Face id or a folder.")
+    g.add_argument("--encoder", help="Text encoder: hash, base, a Hugging Face id or a folder. Default: the base model's preset.")
+    g.add_argument("--size", default="large", choices=hypernet.SIZES, help="Size of the hypernetwork.")
+    g.add_argument("--latent_size", type=int, default=128, help="Width of the hypernetwork's trunk.")
+    g.add_argument("--head_in_size", type=int, default=512, help="Width of what enters the hypernetwork's heads.")
+    g.add_argument("--head_scale", type=float, help="Factor on what enters the heads. Published 1; 1/sqrt(head_in_size) stands higher learning rates.")
+    g.add_argument("--target_modules", default="q_proj,v_proj", help="Linear layers that get an adapter.")
+    g.add_argument("--rank", type=int, default=8, help="Rank of the adapters.")
+    g.add_argument("--alpha", type=float, default=16.0, help="LoRA alpha; the scaling is alpha / sqrt(rank).")
+    g.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks in place of one for each.")
+    g.add_argument("--own_init", action="store_true", help="lora: a random A for every adapter in place of a common one.")
+    g.add_argument("--delta_w", action="store_true", help="recon: compare the products BA in place of z-scored A and B.")
+    g = p.add_argument_group("on what")
+    g.add_argument("--tasks", default="tiny", help="tiny, or a folder of task files.")
+    g.add_argument("--split", default="train", help="Which tasks: train, or val or test for oracles of those.")
+    g.add_argument("--n_tasks", type=int, help="Use that many of the tasks.")
+    g.add_argument("--oracles", help="recon: the folder that --mode lora wrote.")
+    g = p.add_argument_group("how")
+    g.add_argument("--max_steps", type=int)
+    g.add_argument("--lr", type=float, help="Highest learning rate.")
+    g.add_argument("--warmup", type=float, help="Part of the steps in which the learning rate rises; then it falls to 0.")
+    g.add_argument("--tasks_per_batch", type=int, help="Over all processes.")
+    g.add_argument("--examples_per_task", type=int, help="In each step.")
+    g.add_argument("--dropout", type=float, help="On the input of the adapters, and in the hypernetwork.")
+    g.add_argument("--neftune_alpha", type=float, help="Noise on the base model's input embeddings (NEFTune).")
+    g.add_argument("--label_smoothing", type=float)
+    g.add_argument("--l2", type=float, help="Weight of the mean squares of the generated A and B in the loss.")
+    g.add_argument("--weight_decay", type=float, default=0.01)
+    g.add_argument("--max_grad_norm", type=float, default=1.0)
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", help="Default: a GPU where there is one.")
+    g.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
+    g = p.add_argument_group("where to")
+    g.add_argument("--out_dir", help="Default: out/MODE.")
+    g.add_argument("--save_every", type=int, default=100, help="Steps between two saves of the resumable state.")
+    g.add_argument("--resume", action="store_true", help="Go on with the run in --out_dir.")
+    g.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
+    args = p.parse_args()
+
+    tiny = args.base_model == "tiny"
+    settings = TINY[args.mode] | TINY_COMMON if tiny else PAPER.get(args.mode, {}) | PAPER_COMMON
+    for key, value in settings.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.encoder = args.encoder or model.PRESETS.get(model.preset_name(args.base_model), (None, "base"))[1]
+    args.out_dir = args.out_dir or f"out/{args.mode}"
+    if args.mode == "pretrain" and not (tiny and args.tasks == "tiny"):
+        raise UserError("--mode pretrain makes the tiny base model; it goes with --base_model tiny and --tasks tiny")
+    if args.mode == "recon" and not args.oracles:
+        raise UserError("--mode recon needs --oracles DIR, a folder that --mode lora wrote")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The losses
+# ---------------------------------------------------------------------------------------------------------
+
+
+def answer_loss(base: nn.Module, input_ids: Tensor, labels: Tensor, smoothing: float = 0.0, neftune_alpha: float = 0.0) -> Tensor:
+    """Cross-entropy of the answers (labels other than -100), averaged over each row's tokens, then over the rows.
+
+    input_ids, labels [rows, T], padded on the right: a causal model never looks there, so no mask is needed.
+    Logits are computed where there is an answer token to predict and nowhere else.
+    """
+    x = base.get_input_embeddings()(input_ids)  # [rows, T, d]
+    if neftune_alpha:  # NEFTune (arXiv 2310.05914): uniform noise of a size that does not depend on T and d
+        x = x + torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
+    h = base.base_model(inputs_embeds=x, use_cache=False).last_hidden_state  # [rows, T, d]
+    rows, at = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # [answer tokens]
+    logits = model.lm_head(base, h[rows, at])  # [answer tokens, vocabulary]
+    losses = F.cross_entropy(logits.float(), labels[rows, at + 1], reduction="none", label_smoothing=smoothing)
+    per_row = torch.bincount(rows, minlength=len(labels))
+    return (losses / per_row[rows]).sum() / len(labels)
+
+
+def square_loss(adapter: Adapter) -> Tensor:
+    """L2 on the generated weights: the mean squares of A and of B, summed over the modules."""
+    return sum(A.square().mean() + B.square().mean() for A, B in adapter.values())
+
+
+def z_score_loss(adapter: Adapter, target: Adapter, scale: dict[str, Tensor]) -> Tensor:
+    """L1 between z-scored A and B and those of the oracles. The means cancel, |a - t| / deviation is left."""
+    losses = []
+    for name, pair in adapter.items():
+        losses += [((x - t) / scale[f"{name}_{key}"]).abs().mean() for key, x, t in zip("AB", pair, target[name])]
+    return sum(losses) / len(losses)
+
+
+def delta_w_loss(adapter: Adapter, target: Adapter, scaling: float = 10_000.0) -> Tensor:
+    """L1 between the products BA, which are small, so times 10000 as published."""
+    losses = [scaling * (B @ A - target[name][1] @ target[name][0]).abs().mean() for name, (A, B) in adapter.items()]
+    return sum(losses) / len(losses)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is trained: an objective draws the batch of a step (the same on all processes) and computes its loss
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Pretrain(nn.Module):
+    """The tiny base model: Llama, 0.84M parameters, on documents of 8 examples of one training task."""
+
+    def __init__(self, args, device):
+        super().__init__()
+        self.args, self.device = args, device
+        self.tasks = data.tiny_splits()["train"]  # validation and test tasks stay unseen here, too
+        self.weights = [3 if "reversed" in parts else 1 for parts in self.tasks]  # the hardest layout to learn
+        self.ids = {word: i for i, word in enumerate(data.VOCABULARY)}
+        config = LlamaConfig(
+            vocab_size=len(self.ids), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
+            bos_token_id=None, eos_token_id=self.ids["<eos>"], pad_token_id=self.ids["<pad>"],
+        )  # fmt: skip
+        self.net = LlamaForCausalLM(config).to(device)
+
+    def draw(self, rng: random.Random, step: int) -> list:
+        """[documents][examples]. Long inputs come late: without this curriculum the model learns next to nothing."""
+        shortest, longest = [(1, 2), (2, 3), (2, 4), (4, 4), (3, 4)][5 * step // self.args.max_steps]
+        return [
+            [data.tiny_example(parts, rng, rng.randint(shortest, longest)) for _ in range(self.args.examples_per_task)]
+            for parts in rng.choices(self.tasks, self.weights, k=self.args.tasks_per_batch)
+        ]
+
+    def forward(self, batch: list) -> Tensor:
+        input_ids, labels = [], []
+        for document in batch:
+            input_ids.append([])
+            labels.append([])
+            for question, (answer,) in document:
+                prompt = [self.ids[w] for w in [*question.split(), "->"]]
+                target = [self.ids[w] for w in [*answer.split(), "<eos>"]]
+                input_ids[-1] += prompt + target
+                labels[-1] += [-100] * len(prompt) + target
+        pad = lambda rows, value: model.pad(rows, value).to(self.device)
+        return answer_loss(self.net, pad(input_ids, self.ids["<pad>"]), pad(labels, -100), self.args.label_smoothing)
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer as an ordinary Hugging Face folder."""
+        special = [word for word in data.VOCABULARY if word.startswith("<")]
+        lora.write_json(folder / "config.json", self.net.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+        lora.write_safetensors(folder / "model.safetensors", {k: t for k, t in self.net.state_dict().items() if k != "lm_head.weight"})
+        lora.write_json(
+            folder / "tokenizer.json",
+            {
+                "version": "1.0",
+                "added_tokens": [
+                    dict(id=self.ids[w], content=w, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+                    for w in special
+                ],
+                "pre_tokenizer": {"type": "WhitespaceSplit"},
+                "model": {"type": "WordLevel", "vocab": self.ids, "unk_token": "<unk>"},
+            },
+        )
+        lora.write_json(
+            folder / "tokenizer_config.json",
+            {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            | {f"{w[1:-1]}_token": w for w in special},
+        )
+
+
+class Bank(nn.Module):
+    """Ordinary LoRAs, one a task, as one batch of adapters. Task indices [n] -> adapters."""
+
+    def __init__(self, config: lora.LoRAConfig, n: int, own_init: bool):
+        super().__init__()
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        for name in config.paths:
+            n_in, n_out = config.in_features[name], config.out_features[name]
+            A = torch.empty(n if own_init else 1, config.n_layers, config.r, n_in).uniform_(-(n_in**-0.5), n_in**-0.5)
+            self.A[name] = nn.Parameter(A.repeat(n // len(A), 1, 1, 1))
+            self.B[name] = nn.Parameter(torch.zeros(n, config.n_layers, n_out, config.r))
+
+    def forward(self, index: Tensor) -> Adapter:
+        return {name: (self.A[name][index], self.B[name][index]) for name in self.A}
+
+
+class Finetune(nn.Module):
+    """The task loss through the frozen base model, of adapters that `net` makes for the tasks of a batch."""
+
+    def __init__(self, args, device):
+        super().__init__()
+        self.args, self.device = args, device
+        self.tasks = data.pick(data.load_tasks(args.tasks), args.split, args.n_tasks)
+        base, tokenizer = model.load_base(args.base_model, device, args.dtype and getattr(torch, args.dtype))
+        targets = args.target_modules.split(",")
+        self.config = lora.describe(base, targets, model.full_name(args.base_model), r=args.rank, alpha=args.alpha)
+        lora.inject(base, targets, args.dropout).train()
+        self.frozen = (base, tokenizer)  # in a tuple, so that it is no part of this module's parameters
+        self.encode = lru_cache(None)(lambda question, answer: model.encode(tokenizer, question, answer))
+
+    def draw(self, rng: random.Random, step: int) -> list:
+        """[(index of a task, one of its descriptions, some of its examples)]"""
+        chosen = rng.sample(range(len(self.tasks)), min(self.args.tasks_per_batch, len(self.tasks)))
+        k = self.args.examples_per_task
+        return [
+            (i, rng.choice(task.descriptions), rng.sample(task.train, k) if k <= len(task.train) else rng.choices(task.train, k=k))
+            for i, task in ((i, self.tasks[i]) for i in chosen)
+        ]
+
+    def forward(self, batch: list) -> Tensor:
+        base, tokenizer = self.frozen
+        lora.set_adapter(base, None)  # the base model may be the text encoder, too
+        adapter = self.net(self.condition(batch))  # [tasks, L, ...]
+        rows = [self.encode(question, answers[0]) for _, _, examples in batch for question, answers in examples]
+        input_ids = model.pad([p + a for p, a in rows], tokenizer.pad_token_id).to(self.device)  # [tasks * examples, T]
+        labels = model.pad([[-100] * len(p) + a for p, a in rows], -100).to(self.device)
+        lora.set_adapter(base, adapter, self.config.scaling)
+        loss = answer_loss(base, input_ids, labels, self.args.label_smoothing, self.args.neftune_alpha)
+        return loss + self.args.l2 * square_loss(adapter)
+
+
+class Lora(Finetune):
+    """--mode lora: one adapter a task, or one for all."""
+
+    def __init__(self, args, device):
+        super().__init__(args, device)
+        if not args.multi_task:  # every adapter takes part in every step, as if it were trained alone
+            args.tasks_per_batch = len(self.tasks)
+        self.net = Bank(self.config, 1 if args.multi_task else len(self.tasks), args.own_init).to(device)
+
+    def condition(self, batch: list) -> Tensor:
+        """Task indices. [tasks]"""
+        return torch.tensor([0 if self.args.multi_task else i for i, _, _ in batch], device=self.device)
+
+    def save(self, folder: Path) -> None:
+        """One adapter folder a task, by its name; or the multi-task adapter in the folder itself."""
+        for i, task in enumerate(self.tasks[: len(next(iter(self.net.A.values())))]):
+            adapter = lora.select(self.net(torch.arange(len(self.tasks), device=self.device)), i)
+            lora.save_adapter(folder if self.args.multi_task else folder / task.name, adapter, self.config)
+
+
+def new_hypernet(args, config: lora.LoRAConfig, embed) -> hypernet.TextToLoRA:
+    """A hypernetwork with the sizes of `args`, for adapters as in `config`."""
+    own = dict(encoder=args.encoder, task_emb_size=len(embed("any")), size=args.size, latent_size=args.latent_size)
+    own |= dict(head_in_size=args.head_in_size, head_scale=args.head_scale, dropout=args.dropout)
+    return hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=args.mode == "recon" and not args.delta_w))
+
+
+def embedder(args, device, base=None):
+    """Text -> embedding [E], remembered."""
+    encoder = model.load_encoder(args.encoder, device, base)
+    return lru_cache(None)(lambda text: encoder([text])[0].to(device))
+
+
+class Sft(Finetune):
+    """--mode sft: the hypernetwork makes the adapters from the descriptions."""
+
+    def __init__(self, args, device):
+        super().__init__(args, device)
+        self.embed = embedder(args, device, self.frozen)
+        self.net = new_hypernet(args, self.config, self.embed).to(device)
+        self.net.start_as_lora()
+
+    def condition(self, batch: list) -> Tensor:
+        """Description embeddings. [tasks, E]"""
+        return torch.stack([self.embed(description) for _, description, _ in batch])
+
+    def save(self, folder: Path) -> None:
+        hypernet.save_hypernet(self.net, folder)
+
+
+class Recon(nn.Module):
+    """--mode recon: the hypernetwork learns to write the oracles' adapters; no base model takes part."""
+
+    def __init__(self, args, device):
+        super().__init__()
+        self.args, self.device = args, device
+        tasks = data.load_tasks(args.tasks)
+        have = {task.name for task in tasks[args.split] if (Path(args.oracles) / task.name / "adapter_config.json").exists()}
+        tasks[args.split] = [task for task in tasks[args.split] if task.name in have]
+        if not have:
+            raise UserError(f"--oracles {args.oracles}: no adapters of the {args.split} tasks of --tasks {args.tasks} in it")
+        self.tasks = data.pick(tasks, args.split, args.n_tasks)
+        loaded = [lora.load_adapter(Path(args.oracles) / task.name) for task in self.tasks]
+        self.oracles = {k: (A.to(device), B.to(device)) for k, (A, B) in lora.stack([adapter for adapter, _ in loaded]).items()}
+        base = model.load_base(args.base_model, device) if args.encoder == "base" else None
+        self.embed = embedder(args, device, base)
+        self.net = new_hypernet(args, loaded[0][1], self.embed).to(device)
+        if args.delta_w:
+            for scale in self.net.scale.values():
+                scale.fill_(0.01)  # times itself is the 1/10000 of the loss
+        else:
+            self.net.normalize(self.oracles)
+
+    def draw(self, rng: random.Random, step: int) -> list:
+        """[(index of a task, one of its descriptions)]"""
+        chosen = rng.sample(range(len(self.tasks)), min(self.args.tasks_per_batch, len(self.tasks)))
+        return [(i, rng.choice(self.tasks[i].descriptions)) for i in chosen]
+
+    def forward(self, batch: list) -> Tensor:
+        adapter = self.net(torch.stack([self.embed(description) for _, description in batch]))
+        target = lora.select(self.oracles, [i for i, _ in batch])
+        return delta_w_loss(adapter, target) if self.args.delta_w else z_score_loss(adapter, target, self.net.scale)
+
+    def save(self, folder: Path) -> None:
+        hypernet.save_hypernet(self.net, folder)
+
+
+OBJECTIVES = {"pretrain": Pretrain, "lora": Lora, "recon": Recon, "sft": Sft}
+
+# ---------------------------------------------------------------------------------------------------------
+# The run: its folder, its state, its processes
+# ---------------------------------------------------------------------------------------------------------
+
+FREE_ON_RESUME = ("resume", "out_dir", "save_every", "device", "wandb")  # every other setting changes the run
+
+
+def open_run(args) -> None:
+    """Check --out_dir, and with --resume that the settings are those of the run in it."""
+    folder = Path(args.out_dir)
+    record = folder / "train_args.json"
+    if folder.exists() and not record.exists() and any(folder.iterdir()):
+        raise UserError(f"--out_dir {folder} holds something that train.py did not write; choose another")
+    if args.resume:
+        if not record.exists():
+            raise UserError(f"--resume: there is no run in {folder}")
+        then, now = lora.read_json(record), vars(args)
+        changed = [f"--{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in FREE_ON_RESUME and then.get(k) != v]
+        if changed:
+            raise UserError(f"--resume goes on with the settings of the run in {folder}: {'; '.join(changed)}")
+
+
+def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """All that the next step depends on, in one file. A step's randomness follows from its number, so none is kept."""
+    tensors = {f"net.{k}": t for k, t in net.state_dict().items() if k != "lm_head.weight"}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": t for k, t in state.items()}
+    lora.write_safetensors(path, tensors | {"step": torch.tensor(step)})
+
+
+def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put a saved state into net and optimizer; returns the number of steps done."""
+    tensors = lora.read_safetensors(path)
+    net.load_state_dict({k[4:]: t for k, t in tensors.items() if k.startswith("net.")}, strict=False)
+    state = optimizer.state_dict()
+    for key, t in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state["state"].setdefault(int(i), {})[name] = t
+    optimizer.load_state_dict(state)
+    return int(tensors["step"])
+
+
+def start_processes(args) -> tuple[int, int, torch.device]:
+    """(rank, world size, device). torchrun sets the environment; without it this is one process of one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up, then linear decay to zero."""
+    warmup = max(1, round(args.warmup * args.max_steps))
+    return args.lr * min((step + 1) / warmup, (args.max_steps - step) / max(1, args.max_steps - warmup))
+
+
+def main() -> None:
+    args = parse_args()
+    rank, world, device = start_processes(args)
+    open_run(args)
+    torch.manual_seed(args.seed)
+    objective = OBJECTIVES[args.mode](args, device)
+    if args.tasks_per_batch % world:
+        raise UserError(f"{args.tasks_per_batch} tasks a step cannot be shared out evenly among {world} processes")
+    share = args.tasks_per_batch // world
+    parallel = DistributedDataParallel(objective) if world > 1 else objective
+    parameters = [p for p in objective.net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+    folder = Path(args.out_dir)
+    state, metrics = folder / "state.safetensors", folder / "metrics.jsonl"
+    step = load_state(state, objective.net, optimizer) if args.resume and state.exists() else 0
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = metrics.read_text().splitlines(keepends=True)[:step] if args.resume and metrics.exists() else []
+        metrics.write_text("".join(kept))
+        if not args.resume:
+            state.unlink(missing_ok=True)
+        lora.write_json(folder / "train_args.json", vars(args))
+        log = metrics.open("a")
+        print(f"{args.mode}: {sum(p.numel() for p in parameters):,} parameters, {args.max_steps} steps, into {folder}/", flush=True)
+        if args.wandb:
+            import wandb
+
+            wandb.init(project="text-to-lora", config=vars(args), resume="allow", id=folder.name)
+
+    bar = tqdm(total=args.max_steps, initial=step, disable=rank > 0, desc=args.mode)
+    while step < args.max_steps:
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+
+        # Data is drawn alike in all processes, each takes its share; noise (dropout, NEFTune) differs between them.
+        batch = objective.draw(random.Random(f"{args.seed} {step}"), step)[rank * share : (rank + 1) * share]
+        torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
+        loss = parallel(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+
+        loss = loss.detach()
+        if world > 1:
+            dist.all_reduce(loss)
+            loss /= world
+        if not torch.isfinite(loss + grad_norm):
+            saved = f"the state after step {step - step % args.save_every} is in {state}" if state.exists() else "no state was saved yet"
+            raise UserError(f"the loss is {loss.item()}, the gradient {grad_norm.item()} in step {step}; {saved}; try a lower --lr")
+        optimizer.step()
+        step += 1
+
+        if rank == 0:
+            row = dict(step=step, loss=loss.item(), lr=learning_rate(step - 1, args), grad_norm=grad_norm.item())
+            log.write(json.dumps(row | {"seconds": round(time.perf_counter() - started, 4)}) + "\n")
+            log.flush()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.update()
+            if args.wandb:
+                wandb.log(row, step=step)
+            if step % args.save_every == 0 and step < args.max_steps:
+                save_state(state, step, objective.net, optimizer)
+    bar.close()
+    if rank == 0:
+        objective.save(folder)
+        state.unlink(missing_ok=True)
+        print(f"done: {folder}/", flush=True)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    lora.run(main)
