@@ -351,6 +351,13 @@ def tiny_example(parts: tuple[str, str, str], rng: random.Random, n_words: int =
     return " ".join(words), [" ".join(LAYOUTS[layout]([FORMS[w][change] for w in kept]))]
 
 
+def tiny_inputs(description: str, n: int = 3) -> list[str]:
+    """Inputs to show an adapter on, with words of the category that the description names, if it names one."""
+    named = [c for c in CATEGORIES if any(name in description.lower() for name in (c, *NAMES[c].split(" | ")))]
+    rng = random.Random(0)
+    return [tiny_example((named[0] if named else "all", "same", "in_order"), rng)[0] for _ in range(n)]
+
+
 def tiny_splits() -> dict[str, list[tuple[str, str, str]]]:
     """The 512 tasks as (filter, map, layout): 479 to train on, 8 to validate, 25 to test."""
     parts = list(product(FILTERS, MAPS, LAYOUTS))

@@ -174,6 +174,14 @@ def save_hypernet(net: TextToLoRA, folder: str | Path) -> None:
     write_json(folder / "config.json", {"arch": "t2l", **asdict(net.config)})
 
 
+def shipped(base_model: str) -> str:
+    """The folder of the hypernetwork that comes with the project for this base model."""
+    folder = Path(__file__).parent / "checkpoints" / base_model / "sft_large"
+    if not folder.exists():
+        raise UserError(f"no hypernetwork for {base_model} comes with the project; train one and name it with --hypernet")
+    return str(folder)
+
+
 def load_hypernet(folder: str | Path) -> TextToLoRA:
     """Read a hypernetwork that train.py wrote, in float32 and eval mode."""
     folder = Path(folder)

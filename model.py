@@ -142,6 +142,13 @@ def lm_head(model: nn.Module, hidden: Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
+def check_known(tokenizer, text: str) -> None:
+    """Raise UserError for text with words that the tokenizer has no token for (the tiny one knows few)."""
+    unknown = [word for word in text.split() if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenize(tokenizer, word)]
+    if unknown:
+        raise UserError(f"the base model has no token for {unknown[0]} (the tiny one knows the 56 words of data.py and no others)")
+
+
 @torch.no_grad()
 def answer(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
     """Greedy answers to rendered prompts, in one batch, under whatever adapters are set."""

@@ -1,0 +1,113 @@
+"""Write an adapter from a description, and see what it does.
+
+    python generate.py --desc "Keep only the animals and translate them into French."
+    python generate.py --desc "..." --desc "..." --input "cat red dog shirt"
+    python generate.py --desc "..." --base_model DIR --hypernet DIR --input "..." --merge DIR
+
+The adapter is a folder that PEFT loads. The base model's answers stand beside those with the adapter.
+"""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+import data
+import hypernet
+import lora
+import model
+from lora import UserError
+
+MAX_DESCRIPTION = 2000  # characters
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags, checked as far as that goes without a model."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--desc", action="append", help="What the adapted model has to do, in words. May be given several times.")
+    p.add_argument("--input", action="append", help="Something to answer. May be given several times.")
+    p.add_argument("--base_model", help=f"One of {', '.join(model.PRESETS)}, a Hugging Face id or a folder. Default: the hypernetwork's.")
+    p.add_argument("--hypernet", help="A folder that train.py wrote. Default: the one that comes with the base model.")
+    p.add_argument("--encoder", help="Where the hypernetwork's text encoder is, if not under the name that it was trained with.")
+    p.add_argument("--out", default="out/adapter", help="Folder of the adapter (with several --desc, of folders 0, 1, ...).")
+    p.add_argument("--merge", help="Also write the base model with the adapter merged into its weights to this folder.")
+    p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
+    args = p.parse_args()
+    if not args.desc:
+        raise UserError('say what the model should do, for example: python generate.py --desc "Translate the animals into French."')
+    for description in args.desc:
+        if not description.strip():
+            raise UserError("--desc is empty")
+        if len(description) > MAX_DESCRIPTION:
+            raise UserError(f"--desc has {len(description):,} characters; {MAX_DESCRIPTION:,} are the most")
+    if args.merge and len(args.desc) > 1:
+        raise UserError("--merge takes a single --desc: one model holds one adapter")
+    for flag, folder in (("--out", args.out), ("--merge", args.merge)):
+        if folder and Path(folder).exists() and not is_ours(Path(folder)):
+            raise UserError(f"{flag} {folder} holds something that generate.py did not write; choose another")
+    return args
+
+
+def is_ours(folder: Path) -> bool:
+    """An empty folder, or one that generate.py wrote before."""
+    return folder.is_dir() and (not any(folder.iterdir()) or any(folder.glob("**/description.txt")))
+
+
+def load_pair(args):
+    """The hypernetwork and the base model that it writes adapters for: (net, base, tokenizer, encoder)."""
+    net = hypernet.load_hypernet(args.hypernet or hypernet.shipped(args.base_model or "tiny"))
+    base_model = args.base_model or net.config.base_model
+    if model.preset_name(base_model) != model.preset_name(net.config.base_model):
+        raise UserError(f"the hypernetwork writes adapters for {net.config.base_model}, not for {base_model}")
+    base, tokenizer = model.load_base(base_model, args.device, args.dtype and getattr(torch, args.dtype))
+    lora.inject(base, list(net.config.paths))
+    encoder = model.load_encoder(args.encoder or net.config.encoder, args.device, (base, tokenizer))
+    return net.to(args.device), base, tokenizer, encoder
+
+
+def main() -> None:
+    args = parse_args()
+    net, base, tokenizer, encoder = load_pair(args)
+    config = net.config
+
+    with torch.no_grad():
+        embeddings = encoder(args.desc).to(args.device)  # [n, E]
+        started = time.perf_counter()
+        adapters = net(embeddings)  # A [n, L, r, in], B [n, L, out, r]
+        seconds = time.perf_counter() - started
+
+    inputs = args.input or (data.tiny_inputs(args.desc[0]) if config.base_model == "tiny" else [])
+    for text in inputs:
+        model.check_known(tokenizer, text)
+    lora.set_adapter(base, None)
+    prompts = [model.render(tokenizer, model.prompt(tokenizer, text)) for text in inputs]
+    without = model.answer(base, tokenizer, prompts, args.max_new_tokens) if inputs else []
+    lora.set_adapter(base, adapters, config.scaling)  # rows 0..k-1 are description 0's, the next k description 1's, ...
+    with_it = model.answer(base, tokenizer, prompts * len(args.desc), args.max_new_tokens) if inputs else []
+
+    print(f"{len(args.desc)} adapter{'s' * (len(args.desc) > 1)} in one forward pass of {seconds * 1000:.1f} ms")
+    for i, description in enumerate(args.desc):
+        folder = Path(args.out) / str(i) if len(args.desc) > 1 else Path(args.out)
+        lora.save_adapter(folder, lora.select(adapters, i), config)
+        (folder / "description.txt").write_text(description + "\n", encoding="utf-8")
+        print(f"\n{description}\n  adapter: {folder}/ (rank {config.r} on {', '.join(config.paths)} in {config.n_layers} layers)")
+        for text, before, after in zip(inputs, without, with_it[i * len(inputs) :]):
+            print(f"\n  input         {text}\n  base model    {before}\n  with adapter  {after}")
+
+    if args.merge:
+        lora.merge(base, lora.select(adapters, 0), config.scaling)
+        folder, tmp = Path(args.merge), Path(f"{args.merge}.tmp")
+        base.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+        (tmp / "description.txt").write_text(args.desc[0] + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        tmp.rename(folder)
+        print(f"\nmerged model: {folder}/")
+
+
+if __name__ == "__main__":
+    lora.run(main)
