@@ -57,14 +57,21 @@ def is_ours(folder: Path) -> bool:
     return folder.is_dir() and (not any(folder.iterdir()) or any(folder.glob("**/description.txt")))
 
 
+def load_for(configs: list[lora.LoRAConfig], args):
+    """The base model that these adapters or hypernetworks belong to, ready to take them, and its tokenizer."""
+    base_model = args.base_model or (configs[0].base_model if configs else "tiny")
+    for config in configs:
+        if model.preset_name(base_model) != model.preset_name(config.base_model):
+            raise UserError(f"what was trained for {config.base_model} does not go with {base_model}")
+    base, tokenizer = model.load_base(base_model, args.device, args.dtype and getattr(torch, args.dtype))
+    targets = {name for config in configs for name in config.paths}
+    return lora.inject(base, sorted(targets)), tokenizer
+
+
 def load_pair(args):
     """The hypernetwork and the base model that it writes adapters for: (net, base, tokenizer, encoder)."""
     net = hypernet.load_hypernet(args.hypernet or hypernet.shipped(args.base_model or "tiny"))
-    base_model = args.base_model or net.config.base_model
-    if model.preset_name(base_model) != model.preset_name(net.config.base_model):
-        raise UserError(f"the hypernetwork writes adapters for {net.config.base_model}, not for {base_model}")
-    base, tokenizer = model.load_base(base_model, args.device, args.dtype and getattr(torch, args.dtype))
-    lora.inject(base, list(net.config.paths))
+    base, tokenizer = load_for([net.config], args)
     encoder = model.load_encoder(args.encoder or net.config.encoder, args.device, (base, tokenizer))
     return net.to(args.device), base, tokenizer, encoder
 

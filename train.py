@@ -298,9 +298,8 @@ def new_hypernet(args, config: lora.LoRAConfig, embed) -> hypernet.TextToLoRA:
     return hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=args.mode == "recon" and not args.delta_w))
 
 
-def embedder(args, device, base=None):
-    """Text -> embedding [E], remembered."""
-    encoder = model.load_encoder(args.encoder, device, base)
+def remember(encoder, device):
+    """Text -> embedding [E]; what was embedded once is kept."""
     return lru_cache(None)(lambda text: encoder([text])[0].to(device))
 
 
@@ -309,7 +308,7 @@ class Sft(Finetune):
 
     def __init__(self, args, device):
         super().__init__(args, device)
-        self.embed = embedder(args, device, self.frozen)
+        self.embed = remember(model.load_encoder(args.encoder, device, self.frozen), device)
         self.net = new_hypernet(args, self.config, self.embed).to(device)
         self.net.start_as_lora()
 
@@ -328,15 +327,15 @@ class Recon(nn.Module):
         super().__init__()
         self.args, self.device = args, device
         tasks = data.load_tasks(args.tasks)
-        have = {task.name for task in tasks[args.split] if (Path(args.oracles) / task.name / "adapter_config.json").exists()}
-        tasks[args.split] = [task for task in tasks[args.split] if task.name in have]
+        have = {task.name for task in tasks.get(args.split, []) if (Path(args.oracles) / task.name / "adapter_config.json").exists()}
+        tasks[args.split] = [task for task in tasks.get(args.split, []) if task.name in have]
         if not have:
             raise UserError(f"--oracles {args.oracles}: no adapters of the {args.split} tasks of --tasks {args.tasks} in it")
         self.tasks = data.pick(tasks, args.split, args.n_tasks)
         loaded = [lora.load_adapter(Path(args.oracles) / task.name) for task in self.tasks]
         self.oracles = {k: (A.to(device), B.to(device)) for k, (A, B) in lora.stack([adapter for adapter, _ in loaded]).items()}
         base = model.load_base(args.base_model, device) if args.encoder == "base" else None
-        self.embed = embedder(args, device, base)
+        self.embed = remember(model.load_encoder(args.encoder, device, base), device)
         self.net = new_hypernet(args, loaded[0][1], self.embed).to(device)
         if args.delta_w:
             for scale in self.net.scale.values():
@@ -425,6 +424,7 @@ def main() -> None:
     args = parse_args()
     rank, world, device = start_processes(args)
     open_run(args)
+    settings = dict(vars(args))
     torch.manual_seed(args.seed)
     objective = OBJECTIVES[args.mode](args, device)
     if args.tasks_per_batch % world:
@@ -443,7 +443,7 @@ def main() -> None:
         metrics.write_text("".join(kept))
         if not args.resume:
             state.unlink(missing_ok=True)
-        lora.write_json(folder / "train_args.json", vars(args))
+        lora.write_json(folder / "train_args.json", settings | {"trained_tasks": len(objective.tasks)})
         log = metrics.open("a")
         print(f"{args.mode}: {sum(p.numel() for p in parameters):,} parameters, {args.max_steps} steps, into {folder}/", flush=True)
         if args.wandb:

@@ -1,0 +1,290 @@
+"""Judge adapters: the share of exactly right answers, method by method, on seen and unseen tasks.
+
+    python eval.py --split test                                     # what needs no further files
+    python eval.py --split test --oracles DIR --mt_lora DIR --recon DIR [DIR ...] --out results.json --plot results.png
+    python eval.py --speed
+
+The methods:
+
+    base            the base model, the input alone in its prompt
+    icl             three examples in the prompt
+    prompt          the description in the prompt
+    mt_lora         one LoRA trained on all tasks                    (--mt_lora DIR)
+    oracle          a LoRA trained on the task itself                (--oracles DIR)
+    t2l             the hypernetwork's adapter, from the task's own descriptions
+    t2l_reworded    the same, from wordings that training never used (tiny world)
+    t2l_shuffled    from another task's description
+    t2l_random      from meaningless text
+    recon           a hypernetwork trained by reconstruction         (--recon DIR)
+"""
+
+import argparse
+import json
+import random
+import statistics
+import string
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import generate
+import hypernet
+import lora
+import model
+import train
+from lora import UserError
+
+METHODS = ("base", "icl", "prompt", "mt_lora", "oracle", "t2l", "t2l_reworded", "t2l_shuffled", "t2l_random", "recon")
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags, checked as far as that goes without a model."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--hypernet", help="A folder that train.py wrote. Default: the one that comes with the base model.")
+    p.add_argument("--base_model", help="Default: the hypernetwork's.")
+    p.add_argument("--encoder", help="Where the hypernetwork's text encoder is, if not under the name that it was trained with.")
+    p.add_argument("--tasks", default="tiny", help="tiny, or a folder of task files.")
+    p.add_argument("--split", default="test", choices=["train", "val", "test"])
+    p.add_argument("--n_tasks", type=int, help="Use that many of the tasks.")
+    p.add_argument("--n_examples", type=int, default=25, help="Test examples a task; they take turns with its descriptions.")
+    p.add_argument("--methods", help="Comma-separated. Default: all for which the folders are given.")
+    p.add_argument("--mt_lora", help="Adapter folder of train.py --mode lora --multi_task.")
+    p.add_argument("--oracles", help="Folder of adapter folders, one a task, of train.py --mode lora.")
+    p.add_argument("--recon", nargs="+", default=[], help="Folders of train.py --mode recon; rows after the first are named by folder.")
+    p.add_argument("--compare", nargs="+", default=[], help="Further hypernetworks, in rows t2l/FOLDER.")
+    p.add_argument("--descriptions", help='JSON file {"task": ["description", ...]} to use in place of the tasks\' own.')
+    p.add_argument("--batch_size", type=int, default=256, help="Rows that are answered at once.")
+    p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
+    p.add_argument("--seed", type=int, default=0, help="Of meaningless descriptions.")
+    p.add_argument("--out", help="Write settings and scores to this JSON file.")
+    p.add_argument("--plot", help="Draw the scores as a picture (needs matplotlib).")
+    p.add_argument("--speed", action="store_true", help="Measure training steps and adapter generation; no scores.")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
+    args = p.parse_args()
+    given = dict(mt_lora=args.mt_lora, oracle=args.oracles, recon=args.recon, t2l_reworded=args.tasks == "tiny" and not args.descriptions)
+    args.methods = args.methods.split(",") if args.methods else [m for m in METHODS if given.get(m, True)]
+    for method in args.methods:
+        if method not in METHODS:
+            raise UserError(f"unknown method {method}; there are {', '.join(METHODS)}")
+        if not given.get(method, True):
+            flag = {"mt_lora": "--mt_lora DIR", "oracle": "--oracles DIR", "recon": "--recon DIR"}.get(method, "--tasks tiny")
+            raise UserError(f"the method {method} needs {flag}")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------
+
+
+def score(judge, tasks: list[data.Task], method: str, net=None, embed=None) -> dict[str, float]:
+    """Exact match of one method, task by task. Rows of different tasks and adapters share a batch."""
+    args, base, tokenizer = judge
+    rows = []  # (task, description, question, right answers)
+    for t, task in enumerate(tasks):
+        other = tasks[(t + 1) % len(tasks)]
+        words = {"t2l_reworded": task.reworded, "t2l_shuffled": other.descriptions, "t2l_random": noise(args.seed + t)}.get(method, task.descriptions)
+        rows += [(task, words[i % len(words)], *example) for i, example in enumerate(task.test[: args.n_examples])]
+    rows.sort(key=lambda row: len(row[2]))  # rows of like length share a batch, so little is padding
+
+    hits = {task.name: [] for task in tasks}
+    for start in tqdm(range(0, len(rows), args.batch_size), desc=method, leave=False):
+        chunk = rows[start : start + args.batch_size]
+        prompts = []
+        for task, description, question, _ in chunk:
+            examples = [(q, a[0]) for q, a in task.train[:3]] if method == "icl" else []
+            messages = model.prompt(tokenizer, question, description if method == "prompt" else "", examples)
+            prompts.append(model.render(tokenizer, messages))
+        lora.set_adapter(base, None)  # the base model may be the text encoder, too
+        adapter, scaling = adapters_of(args, method, chunk, net, embed)
+        lora.set_adapter(base, adapter, scaling)
+        room = max(len(model.tokenize(tokenizer, right)) for row in chunk for right in row[3]) + 2  # longer ones are wrong anyway
+        answers = model.answer(base, tokenizer, prompts, min(room, args.max_new_tokens))
+        for (task, _, _, right), given in zip(chunk, answers):
+            hits[task.name].append(given in right)
+    return {name: statistics.fmean(h) for name, h in hits.items()}
+
+
+@torch.no_grad()
+def adapters_of(args, method: str, chunk: list, net, embed) -> tuple[lora.Adapter | None, float]:
+    """The adapters of a chunk of rows, one a row (or one for all), and their scaling."""
+    if net is not None:
+        distinct = {row[1]: None for row in chunk}
+        adapters = net(torch.stack([embed(description) for description in distinct]))
+        index = {description: i for i, description in enumerate(distinct)}
+        return lora.select(adapters, [index[row[1]] for row in chunk]), net.config.scaling
+    if method == "mt_lora":
+        adapter, config = lora.load_adapter(args.mt_lora)
+        return adapter, config.scaling
+    if method == "oracle":
+        names = list({row[0].name: None for row in chunk})
+        loaded = [lora.load_adapter(Path(args.oracles) / name) for name in names]
+        adapters = lora.stack([adapter for adapter, _ in loaded])
+        return lora.select(adapters, [names.index(row[0].name) for row in chunk]), loaded[0][1].scaling
+    return None, lora.SCALING
+
+
+def noise(seed: int) -> list[str]:
+    """Text without meaning: 8 sentences of random letters."""
+    rng = random.Random(seed)
+    return [" ".join("".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(12)) for _ in range(8)]
+
+
+def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """{row of the table: {task: score}}, {row: number of tasks that its hypernetwork was trained on}"""
+    tasks = data.pick(data.load_tasks(args.tasks), args.split, args.n_tasks)
+    if args.descriptions:
+        words = lora.read_json(args.descriptions)
+        tasks = [task for task in tasks if task.name in words]
+        for task in tasks:
+            task.descriptions = words[task.name]
+        if not tasks:
+            raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
+    # which hypernetwork makes the adapters of which row
+    folders = {method: args.hypernet or hypernet.shipped(args.base_model or "tiny") for method in args.methods if method.startswith("t2l")}
+    folders |= {f"t2l/{Path(folder).name}": folder for folder in args.compare}
+    folders |= {"recon" if folder == args.recon[0] else f"recon/{Path(folder).name}": folder for folder in args.recon}
+    nets = {row: hypernet.load_hypernet(folder).to(args.device) for row, folder in folders.items()}
+    configs = [net.config for net in nets.values()]
+    configs += [lora.load_adapter(args.mt_lora)[1]] if "mt_lora" in args.methods else []
+    configs += [lora.load_adapter(Path(args.oracles) / tasks[0].name)[1]] if "oracle" in args.methods else []
+    base, tokenizer = generate.load_for(configs, args)
+    embedders = {}  # by name: hypernetworks share a text encoder
+    for net in nets.values():
+        name = args.encoder or net.config.encoder
+        embedders[name] = embedders.get(name) or train.remember(model.load_encoder(name, args.device, (base, tokenizer)), args.device)
+
+    results = {}
+    for row in dict.fromkeys([*args.methods, *folders]):
+        net = nets.get(row)
+        embed = net and embedders[args.encoder or net.config.encoder]
+        results[row] = score((args, base, tokenizer), tasks, row, net, embed)
+        print(f"{row:24} {statistics.fmean(results[row].values()):.3f}", flush=True)
+    records = {row: lora.read_json(Path(folder) / "train_args.json") for row, folder in folders.items() if row.split("/")[0] == "t2l"}
+    trained_on = {row: record["trained_tasks"] for row, record in records.items()}
+    return results, trained_on
+
+
+def table(results: dict[str, dict[str, float]], split: str) -> str:
+    """The scores as a markdown table."""
+    n = len(next(iter(results.values())))
+    lines = [f"| method | exact match on {n} {split} tasks | worst task | tasks at 0.9 or more |", "|---|---|---|---|"]
+    for row, scores in results.items():
+        good = sum(s >= 0.9 for s in scores.values())
+        lines.append(f"| {row} | {statistics.fmean(scores.values()):.3f} | {min(scores.values()):.2f} | {good} |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------
+
+
+def plot(path: str, results: dict[str, dict[str, float]], trained_on: dict[str, int], split: str) -> None:
+    """Bars of all rows; beside them, if hypernetworks of several numbers of training tasks are among them, the curve."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    means = {row: statistics.fmean(scores.values()) for row, scores in results.items()}
+    curve = sorted((n, means[row]) for row, n in trained_on.items())
+    curved = len(curve) > 1
+    bars = {row: mean for row, mean in means.items() if row not in trained_on or row == "t2l"}
+    fig, axes = plt.subplots(1, 1 + curved, figsize=(6 + 5 * curved, 0.8 + 0.34 * len(bars)), squeeze=False, layout="constrained")
+    ax = axes[0][0]
+    drawn = ax.barh(list(bars)[::-1], list(bars.values())[::-1], color=["#b8c4d6" if row != "t2l" else "#2f6db5" for row in list(bars)[::-1]])
+    ax.bar_label(drawn, fmt="%.2f", padding=3)
+    ax.set(xlim=(0, 1.12), xlabel=f"exact match, {len(next(iter(results.values())))} {split} tasks")
+    if curved:
+        ax = axes[0][1]
+        ax.plot(*zip(*curve), "o-", color="#2f6db5")
+        for n, mean in curve:
+            ax.annotate(f"{mean:.2f}", (n, mean), textcoords="offset points", xytext=(0, 7), ha="center")
+        ax.set(xscale="log", xlabel="training tasks of the hypernetwork", ylabel=f"exact match, {split} tasks", ylim=(-0.03, 1.1))
+        ax.set_xticks([n for n, _ in curve], [str(n) for n, _ in curve])
+        ax.minorticks_off()
+    for ax in axes[0]:
+        ax.spines[["top", "right"]].set_visible(False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Speed
+# ---------------------------------------------------------------------------------------------------------
+
+
+def timed(*actions, repeat: int = 15) -> list[float]:
+    """Median seconds of each action, taken in turns so that all see the same machine."""
+    seconds = [[] for _ in actions]
+    for _ in range(repeat + 2):
+        for action, taken in zip(actions, seconds):
+            started = time.perf_counter()
+            action()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - started)
+    return [statistics.median(taken[2:]) for taken in seconds]
+
+
+def speed(args) -> None:
+    """A training step against a bare forward and backward of the frozen base; generation of 1 and of 64 adapters."""
+    net, base, tokenizer, _ = generate.load_pair(args)
+    net.train()
+    config = net.config
+    n, k, length, target = (32, 8, 14, 5) if config.base_model == "tiny" else (8, 1, 128, 16)  # tasks, examples, tokens, answers
+    input_ids = torch.randint(5, base.config.vocab_size, (n * k, length), device=args.device)
+    labels = input_ids.masked_fill(torch.arange(length, device=args.device) < length - target, -100)
+    embeddings = torch.randn(64, config.task_emb_size, device=args.device)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-9, fused=True)
+
+    def bare() -> None:
+        lora.set_adapter(base, None)
+        watch = base.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
+        train.answer_loss(base, input_ids, labels).backward()
+        watch.remove()
+
+    def step() -> None:
+        adapter = net(embeddings[:n])
+        lora.set_adapter(base, adapter, config.scaling)
+        loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.square_loss(adapter)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+
+    bare_s, step_s = timed(bare, step)
+    net.eval()
+    with torch.no_grad():
+        one_s, many_s = timed(lambda: net(embeddings[:1]), lambda: net(embeddings))
+    print(f"{config.base_model}, {config.size}, {n * k} rows of {length} tokens, {target} of them answers, on {torch.get_num_threads()} threads")
+    print("| what | ms | ratio |\n|---|---|---|")
+    print(f"| forward and backward of the frozen base | {bare_s * 1e3:.1f} | 1 |")
+    print(f"| training step of the hypernetwork | {step_s * 1e3:.1f} | {step_s / bare_s:.2f} |")
+    print(f"| one adapter | {one_s * 1e3:.2f} | 1 |")
+    print(f"| 64 adapters in one call, each | {many_s / 64 * 1e3:.2f} | {many_s / 64 / one_s:.2f} |")
+
+
+def main() -> None:
+    args = parse_args()
+    if args.speed:
+        return speed(args)
+    results, trained_on = evaluate(args)
+    print("\n" + table(results, args.split))
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        scores = {row: {"mean": statistics.fmean(s.values()), "per_task": s} for row, s in results.items()}
+        lora.write_json(Path(args.out), {"settings": vars(args), "results": scores})
+    if args.plot:
+        plot(args.plot, results, trained_on, args.split)
+
+
+if __name__ == "__main__":
+    lora.run(main)
