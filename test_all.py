@@ -375,3 +375,468 @@ def test_golden_reconstruction_losses(file):
     target = {name: tuple(tensors[f"recon/in/target/{k}/{name}"].repeat_interleave(2, 0) for k in "AB") for name in NAMES}
     loss = train.delta_w_loss(adapter, target) if "recon_dw" in file else train.z_score_loss(adapter, target, net.scale)
     torch.testing.assert_close(loss, tensors["recon/loss"][0], rtol=1e-5, atol=5e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# model.py
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_hash_encoder_sees_words_and_spelling():
+    encode = model.load_encoder("tiny")
+    a, b, c, again = encode(["reverse the order of the animals", "put the animals in reversed order", "translate the fruits into Italian", "Reverse  the order of the animals"])
+    assert a.shape == (1024,) and abs(a.norm() - 1) < 1e-5
+    assert torch.equal(a, again)
+    assert a @ b > a @ c + 0.2
+
+
+def test_transformer_encoder_pools_real_tokens_only(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "four"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    lora.write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
+    bert = BertModel(BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)).eval()
+    bert.save_pretrained(tmp_path)
+    texts = ["one", "two three four one two"]
+    alone = torch.cat([model.load_encoder(str(tmp_path))([t]) for t in texts])
+    torch.testing.assert_close(model.load_encoder(str(tmp_path))(texts), alone, rtol=1e-5, atol=1e-6)
+    hidden = bert(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
+    torch.testing.assert_close(alone[0], F.normalize(hidden.mean(0), dim=0), rtol=1e-5, atol=1e-6)
+    (tmp_path / "1_Pooling").mkdir()
+    lora.write_json(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
+    torch.testing.assert_close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[0], dim=0), rtol=1e-5, atol=1e-6)
+
+
+def test_base_encoder_reads_the_last_token():
+    base, tokenizer = model.load_base("tiny")
+    encode = model.load_encoder("base", base=(base, tokenizer))
+    alone = encode(["cat dog"])[0]
+    torch.testing.assert_close(encode(["cat dog", "cat dog red hat"])[0], alone, rtol=1e-5, atol=1e-6)
+    ids = torch.tensor([tokenizer("cat dog")["input_ids"]])
+    hidden = base(ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(alone, F.normalize(hidden[0, -1], dim=0))
+
+
+def test_a_batch_of_answers_is_that_of_each_prompt_alone():
+    base, tokenizer = model.load_base("tiny")
+    examples = [("cat red", "cat"), ("dog blue", "dog")]
+    prompts = [model.render(tokenizer, model.prompt(tokenizer, "wolf silver", "", examples[:n])) for n in (0, 1, 2)]
+    assert prompts[1] == "cat red -> cat<eos>\nwolf silver ->"
+    assert model.answer(base, tokenizer, prompts, 5) == [model.answer(base, tokenizer, [p], 5)[0] for p in prompts]
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def test_chat_templates_with_and_without_a_system_message():
+    _, tokenizer = model.load_base("tiny")
+    tokenizer.chat_template = CHATML
+    messages = model.prompt(tokenizer, "hello")
+    assert model.render(tokenizer, messages) == "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert model.render(tokenizer, messages, "bye") == "bye<|im_end|>"
+    _, tokenizer = model.load_base("tiny")
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    assert model.prompt(tokenizer, "hello") == [{"role": "user", "content": "hello"}]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# data.py
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_tasks_are_nowhere_in_training():
+    splits = data.tiny_splits()
+    assert [len(splits[k]) for k in ("train", "val", "test")] == [479, 8, 25]
+    assert len({parts for tasks in splits.values() for parts in tasks}) == 512
+    held_out = set(splits["val"] + splits["test"])
+    for kind, parts in enumerate((data.FILTERS, data.MAPS, data.LAYOUTS)):
+        assert {task[kind] for task in splits["train"]} == set(parts)
+
+    class Args:
+        tasks_per_batch, examples_per_task, max_steps = 200, 8, 10
+
+    objective = train.Pretrain(Args, "cpu")
+    drawn = set()
+    tasks = objective.tasks
+    assert not held_out & set(tasks)
+    for step in range(10):
+        batch = objective.draw(random.Random(step), step)
+        drawn |= {len(question.split()) for document in batch for question, _ in document}
+        assert all(len(document) == 8 for document in batch)
+    assert drawn == {1, 2, 3, 4}
+    names = {"-".join(parts) for parts in held_out}
+    assert not names & {task.name for task in data.load_tasks("tiny")["train"]}
+
+
+def test_tiny_answers_are_right_and_tell_tasks_apart():
+    rng = random.Random(0)
+    words = "cat red dog shirt".split()
+    rules = {  # by hand
+        ("animals", "french", "reversed"): lambda q: "chien chat",
+        ("all", "capitals", "joined"): lambda q: "CAT and RED and DOG and SHIRT",
+        ("clothes", "italian", "numbered"): lambda q: "1. camicia",
+        ("animals", "initial", "counted"): lambda q: "c d (2)",
+    }
+    for (chosen, change, layout), right in rules.items():
+        kept = [data.FORMS[w][change] for w in words if chosen == "all" or w in data.CATEGORIES[chosen]]
+        assert " ".join(data.LAYOUTS[layout](kept)) == right(words)
+    for parts in rng.sample(data.tiny_splits()["train"], 60):  # another filter, map or layout gives another answer
+        chosen, change, layout = parts
+        for _ in range(5):
+            question, (answer,) = data.tiny_example(parts, rng)
+            words = question.split()
+            ours = [w for w in words if chosen == "all" or w in data.CATEGORIES[chosen]]
+            assert answer == " ".join(data.LAYOUTS[layout]([data.FORMS[w][change] for w in ours]))
+            assert len(set(words)) == 4
+            others = [data.FORMS[w][change] for w in words] if chosen != "all" else []
+            if others:
+                assert answer != " ".join(data.LAYOUTS[layout](others))
+            for other in data.MAPS:
+                assert other == change or answer != " ".join(data.LAYOUTS[layout]([data.FORMS[w][other] for w in ours]))
+            for other in data.LAYOUTS:
+                assert other == layout or answer != " ".join(data.LAYOUTS[other]([data.FORMS[w][change] for w in ours]))
+
+
+def test_reworded_descriptions_are_new():
+    tasks = data.load_tasks("tiny")
+    train_words = {d for task in tasks["train"] for d in task.descriptions}
+    for task in tasks["test"]:
+        assert len(task.descriptions) == 128 and not train_words & set(task.reworded)
+    for part, styles in data.SAY.items():
+        for seen, withheld in styles:
+            assert not set(seen) & set(withheld) and len(seen) + len(withheld) >= 14, part
+    again = data.tiny_task(data.tiny_splits()["test"][0])
+    assert again in tasks["test"]
+
+
+def test_a_folder_of_task_files(tmp_path):
+    instances = [{"id": str(i), "input": f" in {i}", "output": [f"out {i}", "x"]} for i in range(10)]
+    lora.write_json(tmp_path / "a.json", {"name": "a", "descriptions": ["do a", "do it"], "Instances": instances})
+    lora.write_json(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances})
+    assert [t.name for t in data.load_tasks(tmp_path)["train"]] == ["a", "b"]
+    lora.write_json(tmp_path / "splits.json", {"train": ["b"], "test": ["a"]})
+    tasks = data.load_tasks(tmp_path)
+    assert [t.name for t in tasks["train"]] == ["b"] and not tasks["val"] and tasks["train"][0].descriptions == ["do b"]
+    task = tasks["test"][0]
+    assert len(task.train) == 8 and task.test[0] == ("in 8", ["out 8", "x"])
+    with pytest.raises(lora.UserError, match="no split val"):
+        data.pick(tasks, "val")
+    (tmp_path / "b.json").write_text('{"Instances": [{"input": 3}]}')
+    with pytest.raises(lora.UserError, match="not a task file"):
+        data.load_tasks(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# train.py
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [LlamaConfig, Gemma2Config, Qwen3Config, MistralConfig])
+def test_answer_loss_equals_the_naive_one(make):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
+    base = AutoModelForCausalLM.from_config(make(**sizes, pad_token_id=0)).eval()
+    for p in base.parameters():
+        p.data *= 3
+    lengths, prompts, smoothing = [9, 5, 7], [4, 2, 6], 0.2
+    ids = torch.randint(1, 50, (3, 9))
+    labels = ids.clone()
+    naive = []
+    for row, (n, k) in enumerate(zip(lengths, prompts)):
+        ids[row, n:], labels[row, n:], labels[row, :k] = 0, -100, -100
+        logp = base(ids[row : row + 1, :n]).logits[0].log_softmax(-1)
+        losses = [-(1 - smoothing) * logp[i - 1, ids[row, i]] - smoothing * logp[i - 1].mean() for i in range(k, n)]
+        naive.append(sum(losses) / len(losses))
+    torch.testing.assert_close(train.answer_loss(base, ids, labels, smoothing), sum(naive) / 3, rtol=1e-5, atol=1e-5)
+    lora.inject(base, NAMES)  # grouped heads, head_dim other than hidden / heads, Gemma's soft caps
+    config = lora.describe(base, NAMES, "x")
+    lora.set_adapter(base, random_adapter(config, 3))
+    assert (train.answer_loss(base, ids, labels, smoothing) - sum(naive) / 3).abs() > 1e-4
+
+
+def test_neftune_noise_has_the_published_size():
+    base = tiny_llama()
+    seen = []
+    base.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True)
+    ids = torch.randint(160, (2, 25))
+    train.answer_loss(base, ids, ids, neftune_alpha=5.0)
+    noise = seen[0] - base.get_input_embeddings()(ids)
+    assert 0.99 * 5 / (25 * 64) ** 0.5 < noise.abs().max() <= 5 / (25 * 64) ** 0.5
+
+
+def test_pretraining_documents_are_what_the_chat_template_writes():
+    class Args:
+        tasks_per_batch, examples_per_task, max_steps, label_smoothing = 2, 3, 10, 0.0
+
+    torch.manual_seed(0)
+    objective = train.Pretrain(Args, "cpu")
+    batch = objective.draw(random.Random(0), 9)
+    _, tokenizer = model.load_base("tiny")
+    losses = []
+    for document in batch:
+        ids, labels = [], []
+        for question, (answer,) in document:
+            prompt, target = model.encode(tokenizer, question, answer)
+            ids, labels = ids + prompt + target, labels + [-100] * len(prompt) + target
+        losses.append(train.answer_loss(objective.net, torch.tensor([ids]), torch.tensor([labels])))
+        text = model.render(tokenizer, model.prompt(tokenizer, document[-1][0], "", [(q, a[0]) for q, a in document[:-1]]))
+        assert ids[: -len(target)] == model.tokenize(tokenizer, text)
+    torch.testing.assert_close(objective(batch), sum(losses) / 2)
+
+
+def test_learning_rate_rises_and_falls():
+    class Args:
+        lr, warmup, max_steps = 2.0, 0.1, 100
+
+    rates = [train.learning_rate(step, Args) for step in range(100)]
+    assert rates[0] == 0.2 and rates[9] == 2.0 and max(rates) == 2.0 and abs(rates[55] - 1.0) < 1e-9 and 0 < rates[-1] < 0.03
+
+
+def test_oracles_train_apart_from_each_other():
+    """The gradient of one adapter of the batch does not depend on the other tasks."""
+    base = tiny_llama()
+    config = lora.describe(base, NAMES, "x")
+    lora.inject(base, NAMES)
+    torch.manual_seed(0)
+    bank = train.Bank(config, 3, own_init=False)
+    assert torch.equal(bank.A["q_proj"][0], bank.A["q_proj"][2])
+    assert not torch.equal(*train.Bank(config, 2, own_init=True).A["q_proj"])
+    for B in bank.B.values():
+        nn.init.normal_(B, std=0.1)
+    ids = torch.randint(160, (6, 8))
+    grads = {}
+    for tasks in ([0, 1, 2], [1]):
+        bank.zero_grad()
+        lora.set_adapter(base, bank(torch.tensor(tasks)))
+        rows = torch.cat([ids[2 * i : 2 * i + 2] for i in tasks])
+        (train.answer_loss(base, rows, rows) * len(tasks)).backward()
+        grads[len(tasks)] = bank.A["v_proj"].grad[1].clone()
+    torch.testing.assert_close(grads[3], grads[1], rtol=1e-4, atol=1e-6)
+
+
+SHORT = ["--mode", "sft", "--n_tasks", "8", "--tasks_per_batch", "4", "--examples_per_task", "2", "--size", "small"]
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("mode", ["pretrain", "sft"])
+def test_resume_after_kill_is_exact(tmp_path, mode):
+    words = SHORT if mode == "sft" else ["--mode", "pretrain", "--tasks_per_batch", "4", "--examples_per_task", "2"]
+    words = [*words, "--max_steps", "60", "--save_every", "7", "--dropout", "0.1", "--neftune_alpha", "5"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command(train, *words, "--out_dir", whole) == 0
+    run = subprocess.Popen([sys.executable, "train.py", *words, "--out_dir", cut], cwd=HERE, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics = cut / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 17):
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (cut / "config.json").exists() and (cut / "state.safetensors").exists(), "the run had ended before it was killed"
+    with metrics.open("a") as f:
+        f.write('{"step": 99, "lo')  # a kill may leave half a line
+    assert command(train, *words, "--out_dir", cut, "--lr", "0.5", "--resume") == 2  # other settings are another run
+    assert command(train, *words, "--out_dir", cut, "--resume") == 0
+    assert losses_of(cut) == losses_of(whole)
+    name = "hypernet.safetensors" if mode == "sft" else "model.safetensors"
+    ours, theirs = load_file(cut / name), load_file(whole / name)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs) and not (cut / "state.safetensors").exists()
+
+
+def torchrun(n: int, folder: Path, *words: str) -> list[float]:
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=29511", "train.py", *SHORT, "--max_steps", "5", *words, "--out_dir", str(folder)],
+        cwd=HERE, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return losses_of(folder)
+
+
+def test_two_processes_are_one(tmp_path):
+    one = torchrun(1, tmp_path / "one", "--dropout", "0", "--neftune_alpha", "0")
+    two = torchrun(2, tmp_path / "two", "--dropout", "0", "--neftune_alpha", "0")
+    assert len(one) == 5 and one[0] != one[-1]
+    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-5
+    noisy = torchrun(2, tmp_path / "noisy", "--dropout", "0.1", "--neftune_alpha", "5")
+    assert max(abs(a - b) for a, b in zip(noisy, two)) > 1e-4
+    single = torchrun(1, tmp_path / "single", "--dropout", "0.1", "--neftune_alpha", "5")
+    assert noisy[0] != single[0]
+
+
+def test_oracles_and_reconstruction_end_to_end(tmp_path):
+    """A hypernetwork that learnt to write four oracles writes them back."""
+    oracles, recon = tmp_path / "oracles", tmp_path / "recon"
+    assert command(train, "--mode", "lora", "--n_tasks", "4", "--max_steps", "10", "--out_dir", oracles) == 0
+    names = [task.name for task in data.pick(data.load_tasks("tiny"), "train", 4)]
+    loaded = [lora.load_adapter(oracles / name) for name in names]
+    assert all(B.abs().max() > 0 for adapter, _ in loaded for _, B in adapter.values())
+    words = ["--mode", "recon", "--oracles", oracles, "--n_tasks", "4", "--max_steps", "150", "--lr", "3e-3", "--out_dir", recon]
+    assert command(train, *words) == 0
+    losses = losses_of(recon)
+    assert losses[-1] < 0.35 * losses[0]
+    net, encode = hypernet.load_hypernet(recon), model.load_encoder("tiny")
+    targets = lora.stack([adapter for adapter, _ in loaded])
+    with torch.no_grad():
+        made = net(encode([task.descriptions[0] for task in data.pick(data.load_tasks("tiny"), "train", 4)]))
+    mean = targets["q_proj"][1].mean(0)
+    assert (made["q_proj"][1] - targets["q_proj"][1]).abs().mean() < 0.5 * (mean - targets["q_proj"][1]).abs().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The commands
+# ---------------------------------------------------------------------------------------------------------
+
+DESC = "Keep only the animals and translate them into French."
+
+
+def test_generate_writes_what_it_shows(tmp_path, capsys):
+    inputs = ["cat red dog shirt", "lemon bear wolf chair"]
+    words = [x for text in inputs for x in ("--input", text)]
+    assert command(generate, "--desc", DESC, "--desc", "Reverse the fruits.", *words, "--out", tmp_path / "two") == 0
+    shown = capsys.readouterr().out
+    answers = re.findall(r"with adapter  (.*)", shown)
+    assert len(answers) == 4 and re.search(r"2 adapters in one forward pass of \d+\.\d ms", shown)
+    base, tokenizer = model.load_base("tiny")
+    lora.inject(base, NAMES)
+    prompts = [model.render(tokenizer, model.prompt(tokenizer, text)) for text in inputs]
+    for i in range(2):
+        adapter, config = lora.load_adapter(tmp_path / "two" / str(i))
+        lora.set_adapter(base, adapter, config.scaling)
+        assert model.answer(base, tokenizer, prompts, 64) == answers[2 * i : 2 * i + 2]
+    assert answers[:2] == ["chat chien", "ours loup"]
+    assert command(generate, "--desc", DESC, *words, "--out", tmp_path / "one", "--merge", tmp_path / "merged") == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    lora.set_adapter(base, lora.load_adapter(tmp_path / "one")[0])
+    ids = torch.tensor([model.tokenize(tokenizer, prompts[0])])
+    torch.testing.assert_close(merged(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-4)
+    assert model.answer(*model.load_base(str(tmp_path / "merged")), prompts, 64) == answers[:2]
+
+
+README_SCORES = {"sft_large": 0.0, "sft_medium": 0.0, "sft_small": 0.0, "recon": 0.0}
+
+
+@pytest.mark.parametrize("name", README_SCORES)
+def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path, name):
+    out = tmp_path / "scores.json"
+    words = ["--hypernet", HERE / "checkpoints" / "tiny" / name, "--methods", "t2l,t2l_random", "--out", out]
+    assert command(evaluation, *words) == 0
+    results = json.loads(out.read_text())["results"]
+    assert results["t2l"]["mean"] >= README_SCORES[name] - 0.03
+    assert len(results["t2l"]["per_task"]) == 25 and results["t2l_random"]["mean"] < 0.1
+
+
+def foreign(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "precious.txt").write_text("mine")
+    return folder
+
+
+BAD = {
+    "no description": (generate, [], "say what the model should do"),
+    "empty description": (generate, ["--desc", "  "], "--desc is empty"),
+    "over-long description": (generate, ["--desc", "x" * 2001], "2,000 are the most"),
+    "two to merge": (generate, ["--desc", DESC, "--desc", DESC, "--merge", "{tmp}/m"], "--merge takes a single"),
+    "foreign output": (generate, ["--desc", DESC, "--out", "{foreign}"], "did not write"),
+    "foreign merge": (generate, ["--desc", DESC, "--merge", "{foreign}"], "did not write"),
+    "no checkpoint": (generate, ["--desc", DESC, "--hypernet", "{tmp}/none"], "holds no hypernetwork"),
+    "foreign checkpoint": (generate, ["--desc", DESC, "--hypernet", "{foreign}"], "holds no hypernetwork"),
+    "other base by name": (generate, ["--desc", DESC, "--hypernet", "{hypernet}", "--base_model", "{base}"], "does not go with"),
+    "other base by shape": (generate, ["--desc", DESC, "--hypernet", "{other}", "--base_model", "{base}"], "another base model"),
+    "unknown base": (generate, ["--desc", DESC, "--hypernet", "{hypernet}", "--base_model", "./nowhere"], "does not go with"),
+    "unknown word": (generate, ["--desc", DESC, "--input", "cat unicorn", "--out", "{tmp}/o"], "no token for unicorn"),
+    "unknown method": (evaluation, ["--methods", "t2l,magic"], "unknown method magic"),
+    "missing folder": (evaluation, ["--methods", "oracle"], "needs --oracles"),
+    "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither tiny nor a folder"),
+    "no task files": (evaluation, ["--tasks", "{foreign}"], "no task files"),
+    "unknown split": (evaluation, ["--split", "exam"], "invalid choice"),
+    "unknown mode": (train, ["--mode", "magic"], "invalid choice"),
+    "unknown base for training": (train, ["--mode", "sft", "--base_model", "./nowhere"], "no such folder"),
+    "unknown split for training": (train, ["--mode", "sft", "--split", "exam", "--out_dir", "{tmp}/o"], "no split exam"),
+    "too many tasks": (train, ["--mode", "sft", "--n_tasks", "500", "--out_dir", "{tmp}/o"], "has 1 to 479 tasks"),
+    "no oracles": (train, ["--mode", "recon"], "needs --oracles"),
+    "empty oracles": (train, ["--mode", "recon", "--oracles", "{foreign}", "--out_dir", "{tmp}/o"], "no adapters of the train tasks"),
+    "foreign out_dir": (train, ["--mode", "sft", "--out_dir", "{foreign}"], "did not write"),
+    "nothing to resume": (train, ["--mode", "sft", "--out_dir", "{tmp}/none", "--resume"], "there is no run"),
+    "unknown target": (train, ["--mode", "sft", "--target_modules", "qkv", "--out_dir", "{tmp}/o"], "no linear layers named qkv"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, case):
+    module, words, message = BAD[case]
+    base, other = tmp_path / "base", tmp_path / "other"
+    if "base" in case:
+        net = hypernet.TextToLoRA(small_config("small", base_model="base", task_emb_size=1024))
+        hypernet.save_hypernet(net, other)
+        tiny_llama(vocab_size=len(data.VOCABULARY)).save_pretrained(base)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(Path(model.TINY) / name, base)
+    places = dict(tmp=tmp_path, foreign=foreign(tmp_path / "foreign"), base=base, other=other, hypernet=Path(model.TINY) / "sft_large")
+    before = sorted(tmp_path.rglob("*"))
+    assert command(module, *[str(w).format(**places) for w in words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    lines = [line for line in error.strip().splitlines() if line.startswith("error:") or " error: " in line]
+    assert len(lines) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    words = [*SHORT, "--max_steps", "9", "--save_every", "2", "--out_dir", tmp_path / "run"]
+    real = train.answer_loss
+    calls = []
+    monkeypatch.setattr(train, "answer_loss", lambda *a: real(*a) * (calls.append(1) or float("nan") if len(calls) == 5 else 1 + 0 * len(calls.append(1) or calls)))
+    assert command(train, *words) == 2
+    assert "the loss is nan" in capsys.readouterr().err
+    assert int(load_file(tmp_path / "run" / "state.safetensors")["step"]) == 4
+    assert not (tmp_path / "run" / "hypernet.safetensors").exists()
+    monkeypatch.setattr(train, "answer_loss", real)
+    assert command(train, *words, "--resume") == 0
+    assert len(losses_of(tmp_path / "run")) == 9
+
+
+def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    words = ["--split", "val", "--n_examples", "4", "--methods", "base,prompt,t2l_shuffled", "--out", out]
+    picture = []
+    try:
+        import matplotlib  # noqa: F401
+
+        picture = ["--plot", tmp_path / "scores.png"]
+    except ImportError:
+        pass
+    assert command(evaluation, *words, *picture) == 0
+    content = json.loads(out.read_text())
+    assert list(content["results"]) == ["base", "prompt", "t2l_shuffled"] and content["settings"]["split"] == "val"
+    for scores in content["results"].values():
+        assert len(scores["per_task"]) == 8
+        assert abs(scores["mean"] - sum(scores["per_task"].values()) / 8) < 1e-9
+    assert "| base |" in capsys.readouterr().out
+    if picture:
+        assert (tmp_path / "scores.png").stat().st_size > 5000
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A real model, where T2L_BASE and T2L_ENCODER name one
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE and T2L_ENCODER name no real models")
+def test_a_real_model(tmp_path):
+    base, encoder = os.environ["T2L_BASE"], os.environ["T2L_ENCODER"]
+    instances = [{"input": f"{a} {b}", "output": [f"{b} {a}"]} for a in ("red", "blue", "green") for b in ("cat", "dog", "cow")]
+    lora.write_json(tmp_path / "swap.json", {"name": "swap", "descriptions": ["Swap the two words."], "Instances": instances})
+    words = ["--mode", "sft", "--base_model", base, "--encoder", encoder, "--tasks", tmp_path, "--size", "small", "--max_steps", "12"]
+    assert command(train, *words, "--lr", "1e-3", "--examples_per_task", "4", "--tasks_per_batch", "1", "--out_dir", tmp_path / "net") == 0
+    losses = losses_of(tmp_path / "net")
+    assert losses[-1] < 0.7 * losses[0]
+    words = ["--desc", "Swap the two words.", "--hypernet", tmp_path / "net", "--input", "red cat", "--max_new_tokens", "8"]
+    assert command(generate, *words, "--out", tmp_path / "adapter", "--merge", tmp_path / "merged") == 0
+    model_, tokenizer = model.load_base(base)
+    peft = pytest.importorskip("peft")
+    ids = torch.tensor([model.tokenize(tokenizer, model.render(tokenizer, model.prompt(tokenizer, "red cat")))])
+    theirs = peft.PeftModel.from_pretrained(model_, tmp_path / "adapter")(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(merged, theirs, rtol=1e-3, atol=1e-3)
