@@ -338,7 +338,7 @@ def tiny_example(parts: tuple[str, str, str], rng: random.Random, n_words: int =
     if chosen == "all":
         kept = words = rng.sample(list(FORMS), n_words)
     else:
-        n_kept = rng.randint(max(1, n_words - 2), max(1, n_words - 1))
+        n_kept = rng.randint(max(1, n_words - 2), min(3, n_words))
         kept = rng.sample(CATEGORIES[chosen], n_kept)
         others = rng.sample([w for w in FORMS if w not in CATEGORIES[chosen]], n_words - n_kept)
         words = kept + others
