@@ -166,9 +166,9 @@ def answer(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int 
 
 
 class HashEncoder:
-    """No model at all: words, pairs of neighbouring words and 4- and 5-letter pieces, hashed into 1024 counts."""
+    """No model at all: words, pairs of neighbours, and 3- to 5-letter pieces of words, hashed into 2048 sums."""
 
-    width = 1024
+    width = 2048
 
     def __call__(self, texts: list[str]) -> Tensor:
         return torch.from_numpy(np.stack([self.embed(t) for t in texts]))  # [n, E]
@@ -176,13 +176,13 @@ class HashEncoder:
     def embed(self, text: str) -> np.ndarray:
         """The unit vector of one text. [E]"""
         words = re.findall(r"\w+|[^\w\s]", text.lower())
-        spelled = " " + " ".join(words) + " "
-        features = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
-        features += [spelled[i : i + n] for n in (4, 5) for i in range(len(spelled) - n + 1)]
-        hashes = np.array([zlib.crc32(f.encode()) for f in features])
-        counts = np.zeros(self.width, np.float32)
-        np.add.at(counts, hashes % self.width, np.where(hashes >> 31, 1.0, -1.0))
-        return counts / max(np.linalg.norm(counts), 1e-12)
+        pairs = [f"{a} {b}" for a, b in zip(words, words[1:])]
+        pieces = [f"#{w}#"[i : i + n] for w in words for n in (3, 4, 5) for i in range(len(w) + 3 - n)]
+        hashes = np.array([zlib.crc32(f.encode()) for f in words + pairs + pieces])
+        weights = np.repeat([2.0, 1.0, 0.4], [len(words), len(pairs), len(pieces)])
+        sums = np.zeros(self.width, np.float32)
+        np.add.at(sums, hashes % self.width, np.where(hashes >> 31, weights, -weights))
+        return sums / max(np.linalg.norm(sums), 1e-12)
 
 
 class TransformerEncoder:
