@@ -165,7 +165,7 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
         results[row] = score((args, base, tokenizer), tasks, row, net, embed)
         print(f"{row:24} {statistics.fmean(results[row].values()):.3f}", flush=True)
     records = {row: lora.read_json(Path(folder) / "train_args.json") for row, folder in folders.items() if row.split("/")[0] == "t2l"}
-    trained_on = {row: record["trained_tasks"] for row, record in records.items()}
+    trained_on = {row: r["trained_tasks"] for row, r in records.items() if r["size"] == records["t2l"]["size"]}
     return results, trained_on
 
 

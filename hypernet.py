@@ -166,11 +166,11 @@ class TextToLoRA(nn.Module):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def save_hypernet(net: TextToLoRA, folder: str | Path) -> None:
-    """Write hypernet.safetensors and config.json."""
+def save_hypernet(net: TextToLoRA, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write hypernet.safetensors and config.json; bfloat16 halves the file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "hypernet.safetensors", net.state_dict())
+    write_safetensors(folder / "hypernet.safetensors", {k: t.to(dtype) for k, t in net.state_dict().items()})
     write_json(folder / "config.json", {"arch": "t2l", **asdict(net.config)})
 
 

@@ -48,9 +48,9 @@ PAPER_COMMON = dict(warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing
 # The tiny world learns the same things in minutes.
 TINY = {
     "pretrain": dict(max_steps=4000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
-    "lora": dict(max_steps=200, lr=1e-2, tasks_per_batch=32, examples_per_task=8),
+    "lora": dict(max_steps=120, lr=1e-2, tasks_per_batch=32, examples_per_task=8),
     "recon": dict(max_steps=1000, lr=1e-3, tasks_per_batch=32, examples_per_task=1),
-    "sft": dict(max_steps=800, lr=1e-3, tasks_per_batch=64, examples_per_task=2, l2=1e-3),
+    "sft": dict(max_steps=1000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
 }
 TINY_COMMON = dict(warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5)
 
@@ -159,6 +159,11 @@ def delta_w_loss(adapter: Adapter, target: Adapter, scaling: float = 10_000.0) -
 # ---------------------------------------------------------------------------------------------------------
 
 
+def sample(rng: random.Random, population, k: int) -> list:
+    """k different ones, or, where there are fewer, k with repetitions."""
+    return rng.sample(population, k) if k <= len(population) else rng.choices(population, k=k)
+
+
 class Pretrain(nn.Module):
     """The tiny base model: Llama, 0.84M parameters, on documents of 8 examples of one training task."""
 
@@ -254,12 +259,8 @@ class Finetune(nn.Module):
 
     def draw(self, rng: random.Random, step: int) -> list:
         """[(index of a task, one of its descriptions, some of its examples)]"""
-        chosen = rng.sample(range(len(self.tasks)), min(self.args.tasks_per_batch, len(self.tasks)))
-        k = self.args.examples_per_task
-        return [
-            (i, rng.choice(task.descriptions), rng.sample(task.train, k) if k <= len(task.train) else rng.choices(task.train, k=k))
-            for i, task in ((i, self.tasks[i]) for i in chosen)
-        ]
+        chosen = [(i, self.tasks[i]) for i in sample(rng, range(len(self.tasks)), self.args.tasks_per_batch)]
+        return [(i, rng.choice(task.descriptions), sample(rng, task.train, self.args.examples_per_task)) for i, task in chosen]
 
     def forward(self, batch: list) -> Tensor:
         base, tokenizer = self.frozen
@@ -319,7 +320,7 @@ class Sft(Finetune):
         return torch.stack([self.embed(description) for _, description, _ in batch])
 
     def save(self, folder: Path) -> None:
-        hypernet.save_hypernet(self.net, folder)
+        hypernet.save_hypernet(self.net, folder, torch.bfloat16)
 
 
 class Recon(nn.Module):
@@ -347,7 +348,7 @@ class Recon(nn.Module):
 
     def draw(self, rng: random.Random, step: int) -> list:
         """[(index of a task, one of its descriptions)]"""
-        chosen = rng.sample(range(len(self.tasks)), min(self.args.tasks_per_batch, len(self.tasks)))
+        chosen = sample(rng, range(len(self.tasks)), self.args.tasks_per_batch)
         return [(i, rng.choice(self.tasks[i].descriptions)) for i in chosen]
 
     def forward(self, batch: list) -> Tensor:
@@ -356,7 +357,7 @@ class Recon(nn.Module):
         return delta_w_loss(adapter, target) if self.args.delta_w else z_score_loss(adapter, target, self.net.scale)
 
     def save(self, folder: Path) -> None:
-        hypernet.save_hypernet(self.net, folder)
+        hypernet.save_hypernet(self.net, folder, torch.bfloat16)
 
 
 OBJECTIVES = {"pretrain": Pretrain, "lora": Lora, "recon": Recon, "sft": Sft}
