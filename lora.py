@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -322,9 +322,10 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
 
 
 def run(main) -> None:
-    """Run a command's main(); a UserError ends in one line on stderr and exit code 2."""
+    """Run a command's main(); a UserError ends in one line on stderr (of the first process) and exit code 2."""
     try:
         main()
     except UserError as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)

@@ -48,7 +48,7 @@ PAPER_COMMON = dict(warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing
 # The tiny world learns the same things in minutes.
 TINY = {
     "pretrain": dict(max_steps=4000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
-    "lora": dict(max_steps=120, lr=1e-2, tasks_per_batch=32, examples_per_task=8),
+    "lora": dict(max_steps=120, lr=3e-3, tasks_per_batch=32, examples_per_task=4),
     "recon": dict(max_steps=1000, lr=1e-3, tasks_per_batch=32, examples_per_task=1),
     "sft": dict(max_steps=1000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
 }
