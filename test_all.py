@@ -672,6 +672,9 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path):
     names = [task.name for task in data.pick(data.load_tasks("tiny"), "train", 4)]
     loaded = [lora.load_adapter(oracles / name) for name in names]
     assert all(B.abs().max() > 0 for adapter, _ in loaded for _, B in adapter.values())
+    assert command(train, "--mode", "lora", "--multi_task", "--n_tasks", "4", "--max_steps", "3", "--out_dir", tmp_path / "mt") == 0
+    one, _ = lora.load_adapter(tmp_path / "mt")
+    assert one["q_proj"][0].shape == (4, 8, 128) and one["q_proj"][1].abs().max() > 0
     words = ["--mode", "recon", "--oracles", oracles, "--n_tasks", "4", "--max_steps", "150", "--lr", "3e-3", "--out_dir", recon]
     assert command(train, *words) == 0
     losses = losses_of(recon)

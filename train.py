@@ -49,7 +49,7 @@ PAPER_COMMON = dict(warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing
 TINY = {
     "pretrain": dict(max_steps=4000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
     "lora": dict(max_steps=120, lr=3e-3, tasks_per_batch=32, examples_per_task=4),
-    "recon": dict(max_steps=1000, lr=1e-3, tasks_per_batch=32, examples_per_task=1),
+    "recon": dict(max_steps=1500, lr=4e-3, tasks_per_batch=64, examples_per_task=1),
     "sft": dict(max_steps=1000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
 }
 TINY_COMMON = dict(warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5)
@@ -228,7 +228,7 @@ class Pretrain(nn.Module):
 
 
 class Bank(nn.Module):
-    """Ordinary LoRAs, one a task, as one batch of adapters. Task indices [n] -> adapters."""
+    """Ordinary LoRAs, one a task, as one batch of adapters. Task indices [n] -> n adapters."""
 
     def __init__(self, config: lora.LoRAConfig, n: int, own_init: bool):
         super().__init__()
@@ -239,7 +239,7 @@ class Bank(nn.Module):
             self.A[name] = nn.Parameter(A.repeat(n // len(A), 1, 1, 1))
             self.B[name] = nn.Parameter(torch.zeros(n, config.n_layers, n_out, config.r))
 
-    def forward(self, index: Tensor) -> Adapter:
+    def forward(self, index: Tensor | int) -> Adapter:
         return {name: (self.A[name][index], self.B[name][index]) for name in self.A}
 
 
@@ -289,9 +289,9 @@ class Lora(Finetune):
 
     def save(self, folder: Path) -> None:
         """One adapter folder a task, by its name; or the multi-task adapter in the folder itself."""
-        for i, task in enumerate(self.tasks[: len(next(iter(self.net.A.values())))]):
-            adapter = lora.select(self.net(torch.arange(len(self.tasks), device=self.device)), i)
-            lora.save_adapter(folder if self.args.multi_task else folder / task.name, adapter, self.config)
+        folders = [folder] if self.args.multi_task else [folder / task.name for task in self.tasks]
+        for i, one in enumerate(folders):
+            lora.save_adapter(one, self.net(i), self.config)
 
 
 def new_hypernet(args, config: lora.LoRAConfig, embed) -> hypernet.TextToLoRA:
