@@ -4,12 +4,17 @@ Both come from a preset, a Hugging Face id or a local folder. The preset `tiny` 
 """
 
 import re
+import socket
 import zlib
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.constants import ENDPOINT
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
@@ -46,16 +51,31 @@ def full_name(base_model: str) -> str:
     return base_model if base_model == "tiny" else PRESETS.get(base_model, (base_model,))[0]
 
 
+@cache
+def hub_is_there() -> bool:
+    """Whether the Hugging Face hub answers. Asked once, so that a machine without it does not wait for retries."""
+    url = urlsplit(ENDPOINT)
+    try:
+        if not getproxies().get(url.scheme):
+            socket.create_connection((url.hostname, url.port or {"http": 80}.get(url.scheme, 443)), timeout=5).close()
+        return True
+    except OSError:
+        return False
+
+
 def load(loader, kind: str, name: str, **settings):
     """Call a transformers loader; what it cannot find is a UserError."""
-    if name.startswith((".", "/")) and not Path(name).is_dir():
+    here = Path(name).is_dir()
+    if name.startswith((".", "/")) and not here:
         raise UserError(f"{kind} {name}: there is no such folder")
     try:
-        return loader.from_pretrained(name, **settings)
+        return loader.from_pretrained(name, local_files_only=here or not hub_is_there(), **settings)
     except (OSError, ValueError, KeyError) as e:
+        hub = f"the Hugging Face hub says: {str(e).splitlines()[0]}" if hub_is_there() else "the Hugging Face hub cannot be reached"
         raise UserError(
-            f"{kind} {name} is none of the presets ({', '.join(PRESETS)}), no folder with a model, and could not be "
-            f"had from the Hugging Face hub: {str(e).splitlines()[0]}"
+            f"{kind} {name}: the folder cannot be read: {str(e).splitlines()[0]}"
+            if here
+            else f"{kind} {name} is not on this machine, and {hub}. It may be a folder, a Hugging Face id or a preset ({', '.join(PRESETS)})"
         ) from None
 
 
@@ -191,7 +211,8 @@ class TransformerEncoder:
     def __init__(self, name: str, device="cpu"):
         self.tokenizer = load(AutoTokenizer, "text encoder", name)
         self.model = load(AutoModel, "text encoder", name).to(device).requires_grad_(False).eval()
-        config = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
+        offline = Path(name).is_dir() or not hub_is_there()
+        config = cached_file(name, "1_Pooling/config.json", local_files_only=offline, _raise_exceptions_for_missing_entries=False)
         config = read_json(config) if config else {}
         self.pool = "cls" if config.get("pooling_mode_cls_token") else "last" if config.get("pooling_mode_lasttoken") else "mean"
 

@@ -756,6 +756,8 @@ BAD = {
     "unknown split": (evaluation, ["--split", "exam"], "invalid choice"),
     "unknown mode": (train, ["--mode", "magic"], "invalid choice"),
     "unknown base for training": (train, ["--mode", "sft", "--base_model", "./nowhere"], "no such folder"),
+    "unknown base offline": (train, ["--mode", "sft", "--base_model", "nobody/nothing", "--out_dir", "{tmp}/o"], "nobody/nothing is not on this machine"),
+    "unknown encoder": (train, ["--mode", "sft", "--encoder", "./nowhere", "--out_dir", "{tmp}/o"], "text encoder ./nowhere: there is no such folder"),
     "unknown split for training": (train, ["--mode", "sft", "--split", "exam", "--out_dir", "{tmp}/o"], "no split exam"),
     "too many tasks": (train, ["--mode", "sft", "--n_tasks", "500", "--out_dir", "{tmp}/o"], "has 1 to 479 tasks"),
     "no oracles": (train, ["--mode", "recon"], "needs --oracles"),
