@@ -246,12 +246,14 @@ def speed(args) -> None:
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-9, fused=True)
 
     def bare() -> None:
+        """Forward, and backward as far as the embeddings."""
         lora.set_adapter(base, None)
         watch = base.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
         train.answer_loss(base, input_ids, labels).backward()
         watch.remove()
 
     def step() -> None:
+        """All that train.py does in a step of --mode sft."""
         adapter = net(embeddings[:n])
         lora.set_adapter(base, adapter, config.scaling)
         loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.square_loss(adapter)

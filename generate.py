@@ -53,8 +53,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def is_ours(folder: Path) -> bool:
-    """An empty folder, or one that generate.py wrote before."""
-    return folder.is_dir() and (not any(folder.iterdir()) or any(folder.glob("**/description.txt")))
+    """An empty folder, or one that generate.py wrote before: an adapter, a merged model, or numbered adapters."""
+    return folder.is_dir() and (not any(folder.iterdir()) or any((folder / d / "description.txt").exists() for d in ("", "0")))
 
 
 def load_for(configs: list[lora.LoRAConfig], args):

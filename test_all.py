@@ -731,8 +731,9 @@ def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path, name):
 
 
 def foreign(folder: Path) -> Path:
-    folder.mkdir()
+    (folder / "out").mkdir(parents=True)
     (folder / "precious.txt").write_text("mine")
+    (folder / "out" / "description.txt").write_text("an adapter below a folder does not make the folder ours")
     return folder
 
 

@@ -38,7 +38,7 @@ from lora import Adapter, UserError
 # Settings
 # ---------------------------------------------------------------------------------------------------------
 
-# The paper's hyper-parameters (its appendix) for the paper's models, and for any other.
+# After the paper's hyper-parameters (its appendix), for the paper's models and for any other.
 PAPER = {
     "lora": dict(max_steps=2500, lr=8e-5, tasks_per_batch=8, examples_per_task=1),
     "recon": dict(max_steps=100_000, lr=1e-3, tasks_per_batch=8, examples_per_task=1),
