@@ -19,8 +19,8 @@ The methods:
 """
 
 import argparse
-import json
 import random
+import re
 import statistics
 import string
 import time
@@ -43,10 +43,11 @@ METHODS = ("base", "icl", "prompt", "mt_lora", "oracle", "t2l", "t2l_reworded", 
 def parse_args() -> argparse.Namespace:
     """The flags, checked as far as that goes without a model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--hypernet", help="A folder that train.py wrote. Default: the one that comes with the base model.")
+    p.add_argument("--hypernet", help="As for generate.py. Default: the one that comes with the base model.")
+    p.add_argument("--module_order", help="As for generate.py.")
     p.add_argument("--base_model", help="Default: the hypernetwork's.")
     p.add_argument("--encoder", help="Where the hypernetwork's text encoder is, if not under the name that it was trained with.")
-    p.add_argument("--tasks", default="tiny", help="tiny, or a folder of task files.")
+    p.add_argument("--tasks", default="tiny", help="As for train.py.")
     p.add_argument("--split", default="test", choices=["train", "val", "test"])
     p.add_argument("--n_tasks", type=int, help="Use that many of the tasks.")
     p.add_argument("--n_examples", type=int, default=25, help="Test examples a task; they take turns with its descriptions.")
@@ -56,12 +57,14 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--recon", nargs="+", default=[], help="Folders of train.py --mode recon; rows after the first are named by folder.")
     p.add_argument("--compare", nargs="+", default=[], help="Further hypernetworks, in rows t2l/FOLDER.")
     p.add_argument("--descriptions", help='JSON file {"task": ["description", ...]} to use in place of the tasks\' own.')
+    p.add_argument("--prompt_with_definition", action="store_true", help="As for train.py.")
     p.add_argument("--batch_size", type=int, default=256, help="Rows that are answered at once.")
     p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
     p.add_argument("--seed", type=int, default=0, help="Of meaningless descriptions.")
     p.add_argument("--out", help="Write settings and scores to this JSON file.")
     p.add_argument("--plot", help="Draw the scores as a picture (needs matplotlib).")
     p.add_argument("--speed", action="store_true", help="Measure training steps and adapter generation; no scores.")
+    p.add_argument("--size", default="large", choices=hypernet.SIZES, help="Size of the hypernetwork that --speed measures.")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
     args = p.parse_args()
@@ -97,7 +100,8 @@ def score(judge, tasks: list[data.Task], method: str, net=None, embed=None) -> d
         prompts = []
         for task, description, question, _ in chunk:
             examples = [(q, a[0]) for q, a in task.train[:3]] if method == "icl" else []
-            messages = model.prompt(tokenizer, question, description if method == "prompt" else "", examples)
+            stated = description if method == "prompt" else task.definition if args.prompt_with_definition else ""
+            messages = model.prompt(tokenizer, question, stated, examples)
             prompts.append(model.render(tokenizer, messages))
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
         adapter, scaling = adapters_of(args, method, chunk, net, embed)
@@ -148,24 +152,25 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     folders = {method: args.hypernet or hypernet.shipped(args.base_model or "tiny") for method in args.methods if method.startswith("t2l")}
     folders |= {f"t2l/{Path(folder).name}": folder for folder in args.compare}
     folders |= {"recon" if folder == args.recon[0] else f"recon/{Path(folder).name}": folder for folder in args.recon}
-    nets = {row: hypernet.load_hypernet(folder).to(args.device) for row, folder in folders.items()}
+    nets = {row: generate.load_hypernet(folder, args) for row, folder in folders.items()}
     configs = [net.config for net in nets.values()]
     configs += [lora.load_adapter(args.mt_lora)[1]] if "mt_lora" in args.methods else []
     configs += [lora.load_adapter(Path(args.oracles) / tasks[0].name)[1]] if "oracle" in args.methods else []
     base, tokenizer = generate.load_for(configs, args)
-    embedders = {}  # by name: hypernetworks share a text encoder
+    embedders = {}  # hypernetworks share a text encoder
     for net in nets.values():
-        name = args.encoder or net.config.encoder
-        embedders[name] = embedders.get(name) or train.remember(model.load_encoder(name, args.device, (base, tokenizer)), args.device)
+        key = (args.encoder or net.config.encoder, net.config.full_stop)
+        embedders[key] = embedders.get(key) or train.remember(model.load_encoder(key[0], args.device, (base, tokenizer), key[1]), args.device)
 
     results = {}
     for row in dict.fromkeys([*args.methods, *folders]):
         net = nets.get(row)
-        embed = net and embedders[args.encoder or net.config.encoder]
+        embed = net and embedders[args.encoder or net.config.encoder, net.config.full_stop]
         results[row] = score((args, base, tokenizer), tasks, row, net, embed)
         print(f"{row:24} {statistics.fmean(results[row].values()):.3f}", flush=True)
-    records = {row: lora.read_json(Path(folder) / "train_args.json") for row, folder in folders.items() if row.split("/")[0] == "t2l"}
-    trained_on = {row: r["trained_tasks"] for row, r in records.items() if r["size"] == records["t2l"]["size"]}
+    records = {row: Path(folder) / "train_args.json" for row, folder in folders.items() if row.split("/")[0] == "t2l"}
+    records = {row: lora.read_json(file) for row, file in records.items() if file.exists()}  # published checkpoints have none
+    trained_on = {row: r["trained_tasks"] for row, r in records.items() if r["size"] == next(iter(records.values()))["size"]}
     return results, trained_on
 
 
@@ -234,44 +239,81 @@ def timed(*actions, repeat: int = 15) -> list[float]:
     return [statistics.median(taken[2:]) for taken in seconds]
 
 
+def peak_memory(action, device: str) -> float:
+    """MiB at most while `action` runs: of the GPU, or of this process (Linux)."""
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
+        action()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    torch.cuda.reset_peak_memory_stats()
+    action()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
 def speed(args) -> None:
-    """A training step against a bare forward and backward of the frozen base; generation of 1 and of 64 adapters."""
-    net, base, tokenizer, _ = generate.load_pair(args)
-    net.train()
-    config = net.config
-    n, k, length, target = (32, 8, 14, 5) if config.base_model == "tiny" else (8, 1, 128, 16)  # tasks, examples, tokens, answers
-    input_ids = torch.randint(5, base.config.vocab_size, (n * k, length), device=args.device)
-    labels = input_ids.masked_fill(torch.arange(length, device=args.device) < length - target, -100)
-    embeddings = torch.randn(64, config.task_emb_size, device=args.device)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-9, fused=True)
+    """Generation of 1 and of 64 adapters; a training step against a bare forward and backward of the frozen base.
 
-    def bare() -> None:
-        """Forward, and backward as far as the embeddings."""
-        lora.set_adapter(base, None)
-        watch = base.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
-        train.answer_loss(base, input_ids, labels).backward()
-        watch.remove()
+    The hypernetwork is a fresh one of --size for --base_model. Where one of the paper's models is not on this machine,
+    generation alone is measured, for which its shapes are enough.
+    """
+    name, targets, measured = args.base_model or "tiny", ["q_proj", "v_proj"], {}
+    try:
+        base, _ = model.load_base(name, args.device, args.dtype and getattr(torch, args.dtype))
+        net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(lora.describe(base, targets, name)), size=args.size))
+        lora.inject(base, targets)
+    except UserError as e:
+        if name not in hypernet.PAPER_SHAPES:
+            raise
+        print(f"no training step: {e}\n")
+        base, net = None, hypernet.paper_net(name, args.size)
+    net.start_as_lora()
+    net.to(args.device)
+    embeddings = torch.randn(64, net.config.task_emb_size, device=args.device)
 
-    def step() -> None:
-        """All that train.py does in a step of --mode sft."""
-        adapter = net(embeddings[:n])
-        lora.set_adapter(base, adapter, config.scaling)
-        loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.square_loss(adapter)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
+    if base is not None:
+        n, k, length, target = (32, 8, 14, 5) if name == "tiny" else (8, 1, 128, 16)  # tasks, examples, tokens, of them answers
+        input_ids = torch.randint(5, base.config.vocab_size, (n * k, length), device=args.device)
+        labels = input_ids.masked_fill(torch.arange(length, device=args.device) < length - target, -100)
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-9, fused=True)
 
-    bare_s, step_s = timed(bare, step)
+        def bare() -> None:
+            """Forward, and backward as far as the embeddings."""
+            lora.set_adapter(base, None)
+            watch = base.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
+            train.answer_loss(base, input_ids, labels).backward()
+            watch.remove()
+
+        def step() -> None:
+            """All that train.py does in a step of --mode sft."""
+            adapter = net(embeddings[:n])
+            lora.set_adapter(base, adapter, net.config.scaling)
+            loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.square_loss(adapter)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+
+        bare_mib = peak_memory(bare, args.device)
+        bare_s, step_s = timed(bare, step)
+        step_mib = peak_memory(step, args.device)
+        print(f"{n * k} rows of {length} tokens, {target} of them answers")
+        measured |= {
+            "forward and backward of the frozen base": (f"{bare_s * 1e3:.1f} ms", 1),
+            "training step of the hypernetwork": (f"{step_s * 1e3:.1f} ms", step_s / bare_s),
+            "peak memory of the former": (f"{bare_mib:.0f} MiB", 1),
+            "peak memory of the latter": (f"{step_mib:.0f} MiB", step_mib / bare_mib),
+        }
     net.eval()
     with torch.no_grad():
-        one_s, many_s = timed(lambda: net(embeddings[:1]), lambda: net(embeddings))
-    print(f"{config.base_model}, {config.size}, {n * k} rows of {length} tokens, {target} of them answers, on {torch.get_num_threads()} threads")
-    print("| what | ms | ratio |\n|---|---|---|")
-    print(f"| forward and backward of the frozen base | {bare_s * 1e3:.1f} | 1 |")
-    print(f"| training step of the hypernetwork | {step_s * 1e3:.1f} | {step_s / bare_s:.2f} |")
-    print(f"| one adapter | {one_s * 1e3:.2f} | 1 |")
-    print(f"| 64 adapters in one call, each | {many_s / 64 * 1e3:.2f} | {many_s / 64 / one_s:.2f} |")
+        read_s, one_s, many_s = timed(lambda: [p.sum() for p in net.parameters()], lambda: net(embeddings[:1]), lambda: net(embeddings), repeat=7)
+    measured |= {
+        "reading the hypernetwork's weights once": (f"{read_s * 1e3:.2f} ms", 1),
+        "one adapter": (f"{one_s * 1e3:.2f} ms", one_s / read_s),
+        "64 adapters in one call, each": (f"{many_s / 64 * 1e3:.2f} ms", many_s / 64 / read_s),
+    }
+    print(f"{name}, {args.size}, on {args.device} with {torch.get_num_threads()} threads\n\n| what | measured | ratio |\n|---|---|---|")
+    for what, (value, ratio) in measured.items():
+        print(f"| {what} | {value} | {ratio:.2f} |")
 
 
 def main() -> None:

@@ -29,10 +29,12 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--desc", action="append", help="What the adapted model has to do, in words. May be given several times.")
     p.add_argument("--input", action="append", help="Something to answer. May be given several times.")
     p.add_argument("--base_model", help=f"One of {', '.join(model.PRESETS)}, a Hugging Face id or a folder. Default: the hypernetwork's.")
-    p.add_argument("--hypernet", help="A folder that train.py wrote. Default: the one that comes with the base model.")
+    p.add_argument("--hypernet", help="A folder that train.py wrote, or a published checkpoint: a folder, or USER/REPO/FOLDER on the Hugging Face hub. Default: the one that comes with the base model.")
+    p.add_argument("--module_order", help="Target modules of a published checkpoint in the order that it was trained with (see the README). Default: as in its adapter_config.json.")
     p.add_argument("--encoder", help="Where the hypernetwork's text encoder is, if not under the name that it was trained with.")
     p.add_argument("--out", default="out/adapter", help="Folder of the adapter (with several --desc, of folders 0, 1, ...).")
     p.add_argument("--merge", help="Also write the base model with the adapter merged into its weights to this folder.")
+    p.add_argument("--prompt_with_definition", action="store_true", help="Put the description before the input as well, for hypernetworks trained so.")
     p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
@@ -57,6 +59,12 @@ def is_ours(folder: Path) -> bool:
     return folder.is_dir() and (not any(folder.iterdir()) or any((folder / d / "description.txt").exists() for d in ("", "0")))
 
 
+def load_hypernet(name: str, args) -> hypernet.TextToLoRA:
+    """The hypernetwork of a folder, or of a folder on the Hugging Face hub."""
+    folder = model.local_folder(name, hypernet.FILES)
+    return hypernet.load_hypernet(folder, args.module_order and args.module_order.split(",")).to(args.device)
+
+
 def load_for(configs: list[lora.LoRAConfig], args):
     """The base model that these adapters or hypernetworks belong to, ready to take them, and its tokenizer."""
     base_model = args.base_model or (configs[0].base_model if configs else "tiny")
@@ -70,10 +78,10 @@ def load_for(configs: list[lora.LoRAConfig], args):
 
 def load_pair(args):
     """The hypernetwork and the base model that it writes adapters for: (net, base, tokenizer, encoder)."""
-    net = hypernet.load_hypernet(args.hypernet or hypernet.shipped(args.base_model or "tiny"))
+    net = load_hypernet(args.hypernet or hypernet.shipped(args.base_model or "tiny"), args)
     base, tokenizer = load_for([net.config], args)
-    encoder = model.load_encoder(args.encoder or net.config.encoder, args.device, (base, tokenizer))
-    return net.to(args.device), base, tokenizer, encoder
+    encoder = model.load_encoder(args.encoder or net.config.encoder, args.device, (base, tokenizer), net.config.full_stop)
+    return net, base, tokenizer, encoder
 
 
 def main() -> None:
@@ -91,10 +99,11 @@ def main() -> None:
     for text in inputs:
         model.check_known(tokenizer, text)
     lora.set_adapter(base, None)
-    prompts = [model.render(tokenizer, model.prompt(tokenizer, text)) for text in inputs]
+    definitions = args.desc if args.prompt_with_definition else [""] * len(args.desc)
+    prompts = [model.render(tokenizer, model.prompt(tokenizer, text, d)) for d in definitions for text in inputs]
     without = model.answer(base, tokenizer, prompts, args.max_new_tokens) if inputs else []
     lora.set_adapter(base, adapters, config.scaling)  # rows 0..k-1 are description 0's, the next k description 1's, ...
-    with_it = model.answer(base, tokenizer, prompts * len(args.desc), args.max_new_tokens) if inputs else []
+    with_it = model.answer(base, tokenizer, prompts, args.max_new_tokens) if inputs else []
 
     print(f"{len(args.desc)} adapter{'s' * (len(args.desc) > 1)} in one forward pass of {seconds * 1000:.1f} ms")
     for i, description in enumerate(args.desc):
@@ -102,7 +111,8 @@ def main() -> None:
         lora.save_adapter(folder, lora.select(adapters, i), config)
         (folder / "description.txt").write_text(description + "\n", encoding="utf-8")
         print(f"\n{description}\n  adapter: {folder}/ (rank {config.r} on {', '.join(config.paths)} in {config.n_layers} layers)")
-        for text, before, after in zip(inputs, without, with_it[i * len(inputs) :]):
+        here = slice(i * len(inputs), (i + 1) * len(inputs))
+        for text, before, after in zip(inputs, without[here], with_it[here]):
             print(f"\n  input         {text}\n  base model    {before}\n  with adapter  {after}")
 
     if args.merge:

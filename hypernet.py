@@ -8,6 +8,7 @@ All layers, modules and descriptions go through it together, as rows of one tens
 differ in what one row has to produce: large, all of A and B; medium, A or B; small, one rank of A or B.
 """
 
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class HypernetConfig(LoRAConfig):
     z_score: bool = False  # the heads predict z-scores over the training adapters, and have no bias
     rotary: bool = False  # small: rank positions are rotations in place of a learned table
     dropout: float = 0.05
+    full_stop: bool = False  # whether descriptions get a full stop where they end in a letter, as published
 
 
 class Residual(nn.Sequential):
@@ -134,8 +136,8 @@ class TextToLoRA(nn.Module):
             A = A.reshape(n, L, c.r, -1)[..., :n_in]  # [n, L, r, in]
             B = B.reshape(n, L, c.r, -1)[..., :n_out].mT  # [n, L, out, r]
             adapter[name] = (
-                self.shift[f"{name}_A"] + self.scale[f"{name}_A"] * A,
-                self.shift[f"{name}_B"] + self.scale[f"{name}_B"] * B,
+                torch.addcmul(self.shift[f"{name}_A"], self.scale[f"{name}_A"], A),
+                torch.addcmul(self.shift[f"{name}_B"], self.scale[f"{name}_B"], B),
             )
         return adapter
 
@@ -166,6 +168,9 @@ class TextToLoRA(nn.Module):
 # ---------------------------------------------------------------------------------------------------------
 
 
+FILES = ["hypernet.safetensors", "config.json", "hypermod.pt", "args.yaml", "adapter_config.json"]  # ours, and the published ones
+
+
 def save_hypernet(net: TextToLoRA, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write hypernet.safetensors and config.json; bfloat16 halves the file."""
     folder = Path(folder)
@@ -182,14 +187,18 @@ def shipped(base_model: str) -> str:
     return str(folder)
 
 
-def load_hypernet(folder: str | Path) -> TextToLoRA:
-    """Read a hypernetwork that train.py wrote, in float32 and eval mode."""
+def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> TextToLoRA:
+    """Read a hypernetwork, in float32 and eval mode: one that train.py wrote, or a published one (`import_text_to_lora`)."""
     folder = Path(folder)
+    if (folder / "hypermod.pt").exists():
+        return import_text_to_lora(folder, module_order)
     if not (folder / "hypernet.safetensors").exists():
-        raise UserError(f"{folder} holds no hypernetwork (no hypernet.safetensors); train.py --mode sft writes one")
+        raise UserError(f"{folder} holds no hypernetwork (neither hypernet.safetensors, which train.py --mode sft writes, nor a published hypermod.pt)")
     config = read_json(folder / "config.json")
     if config.pop("arch", None) != "t2l":
         raise UserError(f"{folder}/config.json is not that of a Text-to-LoRA hypernetwork")
+    if module_order:
+        raise UserError(f"--module_order is for published checkpoints; {folder} records the order of its modules")
     tensors = read_safetensors(folder / "hypernet.safetensors")
     try:
         net = TextToLoRA(HypernetConfig(**config))
@@ -197,3 +206,114 @@ def load_hypernet(folder: str | Path) -> TextToLoRA:
     except (TypeError, KeyError, RuntimeError) as e:
         raise UserError(f"{folder}: config.json and hypernet.safetensors do not belong together: {e}") from None
     return net.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The published checkpoints (SakanaAI/text-to-lora): hypermod.pt, args.yaml, adapter_config.json
+# ---------------------------------------------------------------------------------------------------------
+
+PUBLISHED = {  # the names there: here
+    "task_encoder.mlp": "task_encoder", "layer_depth_encoder": "layer_emb", "layer_type_encoder": "module_emb", "mixer": "mixer",
+    "mlp1.mlp": "mlp1", "mlp2.mlp": "mlp2", "mlp3": "mlp3", "heads": "heads", "out_emb_norm": "AB_norm", "pos_emb": "rank_emb",
+}  # fmt: skip
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")  # the other linear layers belong to the attention
+
+
+def import_text_to_lora(folder: str | Path, module_order: list[str] | None = None) -> TextToLoRA:
+    """Read a published checkpoint: SFT or reconstruction (of z-scores, of A and B, of delta W), in any size.
+
+    Shapes are those of the weights; args.yaml says how it was trained, adapter_config.json what it adapts.
+
+    `module_order` names the target modules in the order of the rows of the module embedding. The published code numbers
+    them by going through a Python set, so the order depends on the hash seed of the training process, and no file says
+    it. The best evidence is adapter_config.json, where PEFT writes that set out as a list: if the training process wrote
+    the file, it is in the training order. So that is the default. Raises UserError where files are missing or broken.
+    """
+    import yaml  # comes with transformers; nothing else needs it
+
+    folder = Path(folder)
+    peft = read_json(folder / "adapter_config.json")
+    try:
+        args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
+        weights = torch.load(folder / "hypermod.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename} is missing") from None
+    except (OSError, ValueError, yaml.YAMLError, pickle.UnpicklingError, RuntimeError, EOFError) as e:
+        raise UserError(f"{folder} cannot be read as a published checkpoint: {e}") from None
+    try:
+        names = list(peft["target_modules"])
+        if sorted(module_order or names) != sorted(names):
+            raise UserError(f"--module_order {','.join(module_order)}: the target modules of {folder} are {', '.join(names)}")
+        names = module_order or names
+        A, B = (({name: weights[f"AB_offset.{k}.{name}"] for name in names}) for k in "AB")  # [L, r, in], [L, out, r]
+        n_layers, r, _ = A[names[0]].shape
+        recon = args["training_task"] == "recon"
+        delta_w = recon and not args["factorized"]
+        z_score = f"heads.{names[0]}.bias" not in weights
+        widest = max(A[names[0]].shape[-1], B[names[0]].shape[-2])
+        config = HypernetConfig(
+            base_model=peft["base_model_name_or_path"],
+            n_layers=n_layers,
+            paths={name: f"model.layers.{{}}.{'mlp' if name in MLP_MODULES else 'self_attn'}.{name}" for name in names},
+            in_features={name: A[name].shape[-1] for name in names},
+            out_features={name: B[name].shape[-2] for name in names},
+            r=r,
+            alpha=peft["lora_alpha"],
+            rslora=peft.get("use_rslora", False),
+            encoder=args["emb_model"] or "base",
+            task_emb_size=weights["task_encoder.mlp.0.weight"].shape[1],
+            size="large" if "out_emb_norm.weight" not in weights else "small" if len(weights[f"heads.{names[0]}.weight"]) == widest else "medium",
+            latent_size=2 * len(weights["task_encoder.mlp.0.weight"]),
+            head_in_size=weights[f"heads.{names[0]}.weight"].shape[1],
+            z_score=z_score,
+            rotary="pos_emb.0.weight" not in weights,
+            full_stop=True,
+        )
+        ours = {new + k[len(old) :]: t for k, t in weights.items() for old, new in PUBLISHED.items() if k.startswith(f"{old}.")}
+        if config.size != "large":
+            ours["AB_emb"] = torch.stack([torch.stack([weights[f"out_emb.{name}.{k}"] for k in "AB"]) for name in names])
+        for name in names:
+            for k in "AB":
+                offset, mean, std = (weights[f"{x}.{k}.{name}"] for x in ("AB_offset", "mean_recon_target", "std_recon_target"))
+                ours[f"shift.{name}_{k}"] = torch.zeros_like(offset) if delta_w else mean + offset if z_score else offset
+                ours[f"scale.{name}_{k}"] = torch.tensor(args["delta_w_scaling"] ** -0.5) if delta_w else std + 1e-10 if z_score else torch.tensor(1.0)
+        net = TextToLoRA(config)
+        net.load_state_dict(ours)
+    except (AttributeError, KeyError, TypeError, RuntimeError) as e:
+        raise UserError(f"{folder} is not a published Text-to-LoRA checkpoint of a kind known here: {e}") from None
+    return net.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# python hypernet.py: the paper's sizes
+# ---------------------------------------------------------------------------------------------------------
+
+PAPER_SHAPES = {  # layers, in_features and out_features of q_proj and v_proj
+    "mistral-7b": (32, dict(q_proj=4096, v_proj=4096), dict(q_proj=4096, v_proj=1024)),
+    "llama-3.1-8b": (32, dict(q_proj=4096, v_proj=4096), dict(q_proj=4096, v_proj=1024)),
+    "gemma-2-2b": (26, dict(q_proj=2304, v_proj=2304), dict(q_proj=2048, v_proj=1024)),
+}
+
+
+def paper_net(base_model: str, size: str, **changes) -> TextToLoRA:
+    """The paper's hypernetwork (its Table of hyper-parameters: latent 128, head input 512) for one of its base models."""
+    n_layers, n_in, n_out = PAPER_SHAPES[base_model]
+    paths = {name: f"model.layers.{{}}.self_attn.{name}" for name in n_in}
+    config = HypernetConfig(base_model, n_layers, paths, n_in, n_out, size=size, **changes)
+    return TextToLoRA(config)
+
+
+def main() -> None:
+    """Print the number of trained parameters in each size, for the paper's base models."""
+    print("| base model | one adapter | size | hypernetwork, SFT | reconstruction of z-scores |\n|---|---|---|---|---|")
+    with torch.device("meta"):
+        for base_model in PAPER_SHAPES:
+            for size in SIZES:
+                nets = [paper_net(base_model, size, z_score=z_score) for z_score in (False, True)]
+                sft, recon = (sum(p.numel() for p in net.parameters() if p.requires_grad) for net in nets)
+                adapter = sum(p.numel() for p in nets[0].shift.values())
+                print(f"| {base_model} | {adapter:,} | {size} | {sft:,} | {recon:,} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 Both come from a preset, a Hugging Face id or a local folder. The preset `tiny` needs neither download nor GPU.
 """
 
+import logging
 import re
 import socket
 import zlib
@@ -14,15 +15,19 @@ from urllib.request import getproxies
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download  # comes with transformers
 from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import HTTPError
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file, logging
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GteConfig, GteModel, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from lora import UserError, read_json
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what goes wrong is raised as well
 
 TINY = str(Path(__file__).parent / "checkpoints" / "tiny")
 PRESETS = {  # name: (base model, text encoder)
@@ -40,10 +45,8 @@ PRESETS = {  # name: (base model, text encoder)
 
 def preset_name(base_model: str) -> str:
     """The short name of a base model: two spellings of one model have the same short name."""
-    for name, (source, _) in PRESETS.items():
-        if base_model in (name, source):
-            return name
-    return Path(base_model).name.lower()
+    short = Path(base_model).name.lower()
+    return next((name for name, (source, _) in PRESETS.items() if short in (name, Path(source).name.lower())), short)
 
 
 def full_name(base_model: str) -> str:
@@ -63,6 +66,27 @@ def hub_is_there() -> bool:
         return False
 
 
+CANNOT_LOAD = (OSError, ValueError, KeyError, RuntimeError, HTTPError)  # what transformers and the hub raise
+
+
+def local_folder(name: str, files: list[str]) -> Path:
+    """`name` as a folder: itself, or else the files of a Hugging Face repository, USER/REPO or USER/REPO/SUB/FOLDER."""
+    if Path(name).is_dir() or name.startswith((".", "/")) or "/" not in name:
+        return Path(name)
+    parts = name.strip("/").split("/")
+    repo, sub = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        wanted = [f"{sub}/{file}".lstrip("/") for file in files]
+        return Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=not hub_is_there())) / sub
+    except CANNOT_LOAD as e:
+        raise UserError(f"{name} is neither a folder nor on this machine, and {hub_says(e)}") from None
+
+
+def hub_says(error: Exception) -> str:
+    """Why something did not come from the hub."""
+    return f"the Hugging Face hub says: {str(error).splitlines()[0]}" if hub_is_there() else "the Hugging Face hub cannot be reached"
+
+
 def load(loader, kind: str, name: str, **settings):
     """Call a transformers loader; what it cannot find is a UserError."""
     here = Path(name).is_dir()
@@ -70,12 +94,11 @@ def load(loader, kind: str, name: str, **settings):
         raise UserError(f"{kind} {name}: there is no such folder")
     try:
         return loader.from_pretrained(name, local_files_only=here or not hub_is_there(), **settings)
-    except (OSError, ValueError, KeyError) as e:
-        hub = f"the Hugging Face hub says: {str(e).splitlines()[0]}" if hub_is_there() else "the Hugging Face hub cannot be reached"
+    except CANNOT_LOAD as e:
         raise UserError(
             f"{kind} {name}: the folder cannot be read: {str(e).splitlines()[0]}"
             if here
-            else f"{kind} {name} is not on this machine, and {hub}. It may be a folder, a Hugging Face id or a preset ({', '.join(PRESETS)})"
+            else f"{kind} {name} is not on this machine, and {hub_says(e)}. It may be a folder, a Hugging Face id or a preset ({', '.join(PRESETS)})"
         ) from None
 
 
@@ -109,8 +132,8 @@ PLAIN_TEMPLATE = (
 def prompt(tokenizer, input: str, description: str = "", examples: list[tuple[str, str]] = ()) -> list[dict]:
     """The messages that put `input` before the model, as published: an empty system message, then the input alone.
 
-    The description is not in it (it reaches the model through its weights), unless given here for comparison;
-    `examples` are earlier turns, for in-context learning.
+    The description is not in it (it reaches the model through its weights), unless given here: the paper's benchmarks
+    have the task's definition in the prompt. `examples` are earlier turns, for in-context learning.
     """
     messages = [{"role": "system", "content": ""}] if takes_system(tokenizer) else []
     for question, answer in examples:
@@ -143,9 +166,9 @@ def tokenize(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode(tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
+def encode(tokenizer, question: str, answer: str, description: str = "") -> tuple[list[int], list[int]]:
     """One training example: the ids of its prompt, and those of its answer with the end mark."""
-    messages = prompt(tokenizer, question)
+    messages = prompt(tokenizer, question, description)
     return tokenize(tokenizer, render(tokenizer, messages)), tokenize(tokenizer, render(tokenizer, messages, answer))
 
 
@@ -205,12 +228,29 @@ class HashEncoder:
         return sums / max(np.linalg.norm(sums), 1e-12)
 
 
+class TextModel(AutoModel):
+    """AutoModel, and gte-*-v1.5 without the code of its repository: transformers has the architecture, as "gte"."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, **settings) -> nn.Module:
+        config, _ = PreTrainedConfig.get_config_dict(name, **settings)
+        if config.get("model_type") != "new":
+            return AutoModel.from_pretrained(name, **settings)
+        if config.get("rope_scaling"):  # NTK: theta times k, and all frequencies divided by k^(2 / head size)
+            k, head_size = config["rope_scaling"]["factor"], config["hidden_size"] // config["num_attention_heads"]
+            rope = {"rope_type": "linear", "factor": k ** (2 / head_size), "rope_theta": config["rope_theta"] * k}
+        else:
+            rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+        config = {k: v for k, v in config.items() if k not in ("auto_map", "rope_scaling", "rope_theta", "model_type")}
+        return GteModel.from_pretrained(name, config=GteConfig(**config, rope_parameters=rope), **settings)
+
+
 class TransformerEncoder:
     """A text encoder of the Hugging Face hub, pooled as its own 1_Pooling/config.json says (mean, CLS or last token)."""
 
     def __init__(self, name: str, device="cpu"):
         self.tokenizer = load(AutoTokenizer, "text encoder", name)
-        self.model = load(AutoModel, "text encoder", name).to(device).requires_grad_(False).eval()
+        self.model = load(TextModel, "text encoder", name).to(device).requires_grad_(False).eval()
         offline = Path(name).is_dir() or not hub_is_there()
         config = cached_file(name, "1_Pooling/config.json", local_files_only=offline, _raise_exceptions_for_missing_entries=False)
         config = read_json(config) if config else {}
@@ -250,14 +290,14 @@ class BaseEncoder:
         return F.normalize(h[torch.arange(len(rows)), last], dim=-1)  # [n, E]
 
 
-def load_encoder(name: str, device="cpu", base: tuple[nn.Module, PreTrainedTokenizerBase] | None = None):
+def load_encoder(name: str, device="cpu", base: tuple[nn.Module, PreTrainedTokenizerBase] | None = None, full_stop: bool = False):
     """The text encoder of a preset, "hash", "base" (with `base` from load_base), a Hugging Face id or a folder.
 
-    Returns a callable: list of n descriptions -> unit vectors [n, E].
+    Returns a callable: list of n descriptions -> unit vectors [n, E]. With `full_stop` it adds one to a description that
+    ends in a letter, as the published code does.
     """
     name = PRESETS[name][1] if name in PRESETS else name
-    if name == "hash":
-        return HashEncoder()
-    if name == "base":
-        return BaseEncoder(*base)
-    return TransformerEncoder(name, device)
+    encoder = HashEncoder() if name == "hash" else BaseEncoder(*base) if name == "base" else TransformerEncoder(name, device)
+    if not full_stop:
+        return encoder
+    return lambda texts: encoder([text + "." * text[-1].isalpha() for text in map(str.strip, texts)])

@@ -5,6 +5,7 @@ files where it is installed; T2L_BASE and T2L_ENCODER may name folders of real m
 all-MiniLM-L6-v2) to be tried as well.
 """
 
+import http.server
 import json
 import math
 import os
@@ -14,7 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -284,37 +287,28 @@ def test_hypernet_files(tmp_path, size):
         hypernet.load_hypernet(tmp_path)
 
 
-PUBLISHED = {
-    "task_encoder.mlp": "task_encoder", "layer_depth_encoder": "layer_emb", "layer_type_encoder": "module_emb", "mixer": "mixer",
-    "mlp1.mlp": "mlp1", "mlp2.mlp": "mlp2", "mlp3": "mlp3", "heads": "heads", "out_emb_norm": "AB_norm", "pos_emb": "rank_emb",
-}  # fmt: skip
+def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES, **args) -> Path:
+    """A checkpoint in the published layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, folder / "hypermod.pt")
+    args = dict(emb_model="", training_task="sft", factorized=False, delta_w_scaling=10000, pred_z_score=True, model_dir=base_model) | args
+    (folder / "args.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in args.items()))
+    peft = dict(peft_type="LORA", r=8, lora_alpha=16, use_rslora=True, target_modules=order, base_model_name_or_path=base_model)
+    lora.write_json(folder / "adapter_config.json", peft)
+    return folder
 
 
-def published_net(file: str) -> tuple[hypernet.TextToLoRA, dict, dict, dict]:
-    """One golden file as (our network with its weights, its tensors, its json, {their parameter: ours})."""
+def published_names(keys) -> dict[str, str]:
+    """{published name of a parameter: ours}"""
+    return {k: new + k[len(old) :] for k in keys for old, new in hypernet.PUBLISHED.items() if k.startswith(f"{old}.")}
+
+
+def golden_net(file: str, folder: Path) -> tuple[hypernet.TextToLoRA, dict, dict]:
+    """One golden file as (our network, from a folder in the published layout; its tensors; its json)."""
     tensors, info = load_file(GOLDEN / f"{file}.safetensors"), lora.read_json(GOLDEN / f"{file}.json")
-    _, size, variant = file.split("_", 2)
-    paths = {name: f"model.layers.{{}}.self_attn.{name}" for name in NAMES}
-    config = hypernet.HypernetConfig(
-        n_layers=4, paths=paths, in_features=info["in_features"], out_features=info["out_features"], task_emb_size=48, latent_size=24,
-        head_in_size=32, size={"L": "large", "M": "medium"}.get(size, "small"), rotary=size == "Srot", z_score=variant == "recon_z",
-    )  # fmt: skip
-    net = hypernet.TextToLoRA(config).eval()
-    theirs = {k[3:]: t for k, t in tensors.items() if k.startswith("sd/")}
-    ours, names = {}, {}
-    for old, new in PUBLISHED.items():
-        for k in theirs:
-            if k.startswith(old + "."):
-                ours[new + k[len(old) :]], names[k] = theirs[k], new + k[len(old) :]
-    if size != "L":
-        ours["AB_emb"] = torch.stack([torch.stack([theirs[f"out_emb.{name}.{k}"] for k in "AB"]) for name in NAMES])
-    for name in NAMES:
-        for k in "AB":
-            mean, std, offset = (theirs[f"{x}.{k}.{name}"] for x in ("mean_recon_target", "std_recon_target", "AB_offset"))
-            ours[f"shift.{name}_{k}"] = {"recon_z": mean + offset, "recon_dw": torch.zeros_like(offset)}.get(variant, offset)
-            ours[f"scale.{name}_{k}"] = {"recon_z": std + 1e-10, "recon_dw": torch.tensor(0.01)}.get(variant, torch.tensor(1.0))
-    net.load_state_dict(ours)
-    return net, tensors, info, names
+    args = {k: info["constructor_args"][k] for k in ("training_task", "factorized", "delta_w_scaling", "pred_z_score")}
+    weights = {k[3:]: t for k, t in tensors.items() if k.startswith("sd/")}
+    return hypernet.import_text_to_lora(published_folder(folder, weights, **args)), tensors, info
 
 
 GOLDEN_FILES = [f"llama_{s}_{v}" for s in ("L", "M", "S", "Srot") for v in ("sft", "recon_z", "recon_dw")] + ["llama_L_recon_f"]
@@ -322,8 +316,8 @@ GOLDEN_FILES = [f"llama_{s}_{v}" for s in ("L", "M", "S", "Srot") for v in ("sft
 
 @needs_golden
 @pytest.mark.parametrize("file", GOLDEN_FILES)
-def test_golden_adapters(file):
-    net, tensors, info, _ = published_net(file)
+def test_golden_adapters(tmp_path, file):
+    net, tensors, info = golden_net(file, tmp_path)
     with torch.no_grad():
         adapter = net(tensors["in/task_emb"])
     for i in range(3):
@@ -338,8 +332,9 @@ def test_golden_adapters(file):
 
 @needs_golden
 @pytest.mark.parametrize("size", ["L", "M", "S", "Srot"])
-def test_golden_sft_losses_and_gradients(size):
-    net, tensors, _, names = published_net(f"llama_{size}_sft")
+def test_golden_sft_losses_and_gradients(tmp_path, size):
+    net, tensors, _ = golden_net(f"llama_{size}_sft", tmp_path)
+    names = published_names(k[5:] for k in tensors if k.startswith("grad/"))
     info = lora.read_json(GOLDEN / "llama_base.json")
     config = LlamaConfig(**{k: v for k, v in info.get("config", info.get("base_config", info)).items() if k in LlamaConfig().to_dict()})
     base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
@@ -366,8 +361,8 @@ def test_golden_sft_losses_and_gradients(size):
 
 @needs_golden
 @pytest.mark.parametrize("file", [file for file in GOLDEN_FILES if "recon" in file])
-def test_golden_reconstruction_losses(file):
-    net, tensors, _, _ = published_net(file)
+def test_golden_reconstruction_losses(tmp_path, file):
+    net, tensors, _ = golden_net(file, tmp_path)
     for name in NAMES:  # the loss is that of real runs, whose offset is zero
         for k in "AB":
             net.shift[f"{name}_{k}"].data -= 0 if "recon_dw" in file else tensors[f"sd/AB_offset.{k}.{name}"]
@@ -375,6 +370,99 @@ def test_golden_reconstruction_losses(file):
     target = {name: tuple(tensors[f"recon/in/target/{k}/{name}"].repeat_interleave(2, 0) for k in "AB") for name in NAMES}
     loss = train.delta_w_loss(adapter, target) if "recon_dw" in file else train.z_score_loss(adapter, target, net.scale)
     torch.testing.assert_close(loss, tensors["recon/loss"][0], rtol=1e-5, atol=5e-6)
+
+
+def in_published_layout(net: hypernet.TextToLoRA, kind: str) -> dict[str, torch.Tensor]:
+    """The weights of one of our networks under the published names."""
+    weights = {}
+    for key, tensor in net.state_dict().items():
+        old = next((old for old, new in hypernet.PUBLISHED.items() if key.startswith(f"{new}.")), None)
+        if old:
+            weights[old + key[len(hypernet.PUBLISHED[old]) :]] = tensor
+    for m, name in enumerate(net.names):
+        for i, k in enumerate("AB"):
+            shift, scale = net.shift[f"{name}_{k}"].data, net.scale[f"{name}_{k}"].data.expand_as(net.shift[f"{name}_{k}"])
+            offset = torch.full_like(shift, 0.25) if kind == "z_score" else shift
+            weights |= {f"AB_offset.{k}.{name}": offset, f"mean_recon_target.{k}.{name}": shift - offset, f"std_recon_target.{k}.{name}": scale}
+            if net.config.size != "large":
+                weights[f"out_emb.{name}.{k}"] = net.AB_emb[m, i].data
+    return weights
+
+
+@pytest.mark.parametrize("kind", ["sft", "z_score", "factorized", "delta_w"])
+@pytest.mark.parametrize("size", [*hypernet.SIZES, "rotary"])
+def test_published_layout_round_trip(tmp_path, size, kind):
+    torch.manual_seed(0)
+    config = small_config(size.replace("rotary", "small"), rotary=size == "rotary", z_score=kind == "z_score", r=8)
+    net = hypernet.TextToLoRA(config).eval()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.5)
+    for p in net.scale.values():
+        p.data.fill_({"z_score": 0.7, "delta_w": 0.01}.get(kind, 1.0))
+    if kind == "delta_w":
+        for p in net.shift.values():
+            p.data.zero_()
+    args = dict(training_task="sft" if kind == "sft" else "recon", factorized=kind != "delta_w", emb_model="some/encoder")
+    folder = published_folder(tmp_path, in_published_layout(net, kind), base_model="google/gemma-2-2b-it", **args)
+    again, emb = hypernet.load_hypernet(folder), torch.randn(2, 7)
+    for name in NAMES:
+        for ours, theirs in zip(net(emb)[name], again(emb)[name]):
+            torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+    c = again.config
+    assert (c.size, c.encoder, c.full_stop, c.scaling) == (config.size, "some/encoder", True, lora.SCALING)
+    assert c.paths == {name: f"model.layers.{{}}.self_attn.{name}" for name in NAMES}
+    assert model.preset_name(c.base_model) == "gemma-2-2b"
+    swapped = hypernet.load_hypernet(folder, NAMES[::-1])(emb)
+    swap = net.module_emb[0].weight.data
+    swap.copy_(swap.flip(0).clone())
+    torch.testing.assert_close(swapped["q_proj"][0], net(emb)["q_proj"][0], rtol=1e-5, atol=1e-6)
+    swap.copy_(swap.flip(0).clone())
+    published_folder(tmp_path, in_published_layout(net, kind), order=NAMES[::-1], **args)  # PEFT's file names them the other way round
+    torch.testing.assert_close(hypernet.load_hypernet(folder)(emb)["q_proj"][0], swapped["q_proj"][0])
+
+
+def test_broken_published_checkpoints_are_refused_in_words(tmp_path):
+    net = hypernet.TextToLoRA(small_config("medium", r=8))
+    weights = in_published_layout(net, "sft")
+    load = lambda **k: hypernet.load_hypernet(tmp_path, **k)
+    published_folder(tmp_path, weights)
+    with pytest.raises(lora.UserError, match="--module_order q_proj,k_proj: the target modules of .* are q_proj, v_proj"):
+        load(module_order=["q_proj", "k_proj"])
+    published_folder(tmp_path, {k: t for k, t in weights.items() if "mixer" not in k})
+    with pytest.raises(lora.UserError, match="not a published Text-to-LoRA checkpoint of a kind known here"):
+        load()
+    (tmp_path / "hypermod.pt").write_bytes((tmp_path / "hypermod.pt").read_bytes()[:3000])
+    with pytest.raises(lora.UserError, match="cannot be read as a published checkpoint"):
+        load()
+    torch.save({"x": Path("/")}, tmp_path / "hypermod.pt")  # a pickle that would have to call something
+    with pytest.raises(lora.UserError, match="cannot be read as a published checkpoint"):
+        load()
+    published_folder(tmp_path, weights)
+    (tmp_path / "args.yaml").write_text("training_task: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(lora.UserError, match="cannot be read as a published checkpoint"):
+        load()
+    (tmp_path / "args.yaml").unlink()
+    with pytest.raises(lora.UserError, match="args.yaml is missing"):
+        load()
+    hypernet.save_hypernet(net, tmp_path / "ours")
+    with pytest.raises(lora.UserError, match="--module_order is for published checkpoints"):
+        hypernet.load_hypernet(tmp_path / "ours", NAMES)
+
+
+def test_the_papers_sizes(capsys):
+    hypernet.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    counts = {(row[0], row[2]): [int(row[i].replace(",", "")) for i in (1, 3, 4)] for row in rows}
+    assert counts["mistral-7b", "large"] == [3_407_872, 55_424_000, 55_317_504]
+    assert counts["mistral-7b", "medium"] == [3_407_872, 34_412_288, 34_346_752]
+    assert counts["mistral-7b", "small"] == [3_407_872, 4_996_096, 4_987_904]
+    assert counts["gemma-2-2b", "small"] == [1_597_440, 3_157_312, 3_152_704]
+    file = GOLDEN.parent / "PARAMS.json"
+    for name, sizes in lora.read_json(file)["summary"]["t2l"].items() if file.exists() else ():
+        short = next((preset for preset in hypernet.PAPER_SHAPES if name.startswith(preset) and name.endswith("latent128_head512")), None)
+        for size in hypernet.SIZES if short else ():
+            golden = sizes[size[0].upper()]
+            assert counts[short, size] == [sizes["lora_adapter_r8_qv"], golden["sft"], golden["recon_zscore"]], name
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -685,6 +773,98 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path):
         made = net(encode([task.descriptions[0] for task in data.pick(data.load_tasks("tiny"), "train", 4)]))
     mean = targets["q_proj"][1].mean(0)
     assert (made["q_proj"][1] - targets["q_proj"][1]).abs().mean() < 0.5 * (mean - targets["q_proj"][1]).abs().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The network: a server on this machine stands in for the Hugging Face hub and for Natural Instructions
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    """Serves server.files {path: (content, announced length)}; notes the paths asked for in server.asked."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        log_message = lambda *_: None
+
+        def do_HEAD(self):
+            self.server.asked.append(self.path)
+            content, length = self.server.files.get(self.path.split("?")[0], (None, 0))
+            self.send_response(404 if content is None else 200)
+            self.send_header("Content-Length", str(length))
+            self.send_header("X-Repo-Commit", "a" * 40)
+            self.send_header("ETag", f'"{zlib.crc32(content or b""):040d}"')
+            self.end_headers()
+            return content
+
+        def do_GET(self):
+            self.wfile.write(self.do_HEAD() or b"")
+            self.close_connection = True
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.asked, server.url = {}, [], f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, server):
+    splits = lora.read_json(HERE / "assets" / "lots_of_loras.json")
+    assert [len(splits[k]) for k in ("train", "val")] == [479, 11] and not set(splits["train"]) & set(splits["val"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(data, "NATURAL_INSTRUCTIONS", server.url)
+    task = json.dumps({"Definition": ["Do it."], "Instances": [{"id": "1", "input": "a", "output": ["b"]}] * 5}).encode()
+    first, second, third = splits["train"][:3]
+    for name in splits["train"] + splits["val"]:
+        server.files[f"/{name}.json"] = (task, len(task))
+    folder = tmp_path / "text-to-lora" / "lots-of-loras"
+    for file, reason in {second: (task[:-9], len(task)), third: (task[:-9], len(task) - 9)}.items():  # cut off; shorter than it should be
+        server.files[f"/{file}.json"] = reason
+        with pytest.raises(lora.UserError, match=f"of 490 task files are not in {folder}, and {server.url}/{file}.json cannot be read"):
+            data.load_tasks("lots-of-loras")
+        assert not (folder / f"{file}.json").exists() and (folder / f"{first}.json").exists()
+        server.files[f"/{file}.json"] = (task, len(task))
+    tasks = data.load_tasks("lots-of-loras")
+    assert [t.name for t in tasks["train"]] == splits["train"] and len(tasks["val"]) == 11
+    assert tasks["val"][0].descriptions == ["Do it."] and tasks["val"][0].definition == "Do it." and len(tasks["val"][0].test) == 1
+    assert server.asked.count(f"/{first}.json") == 1 and server.asked.count(f"/{third}.json") == 2
+    server.asked.clear()
+    data.load_tasks("lots-of-loras")
+    assert not server.asked
+    (folder / f"{first}.json").unlink()
+    monkeypatch.setattr(data, "NATURAL_INSTRUCTIONS", "http://127.0.0.1:1")
+    with pytest.raises(lora.UserError, match="1 of 490 task files are not in"):
+        data.load_tasks("lots-of-loras")
+
+
+@pytest.mark.parametrize("case", ["published", "ours", "cut off", "not there"])
+def test_a_hypernetwork_from_the_hub(tmp_path, server, case):
+    sent = Path(model.TINY) / "sft_small"
+    if case == "published":
+        net = hypernet.load_hypernet(sent)
+        sent = published_folder(tmp_path / "sent", in_published_layout(net, "sft"), emb_model="hash", order=net.names)
+    files = {f"trained/tiny/{file.name}": file.read_bytes() for file in sent.iterdir() if file.name in hypernet.FILES}
+    files["trained/other/big.bin"] = b"x"
+    repo = {"id": "u/r", "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
+    tree = [{"type": "file", "path": name, "size": len(content), "oid": "b" * 40} for name, content in files.items()]
+    replies = {"/api/models/u/r/revision/main": repo, f"/api/models/u/r/tree/{'a' * 40}": tree}
+    if case != "not there":
+        server.files = {path: (json.dumps(reply).encode(), len(json.dumps(reply))) for path, reply in replies.items()}
+    for name, content in files.items():
+        server.files[f"/u/r/resolve/{'a' * 40}/{name}"] = (content[:100] if case == "cut off" else content, len(content))
+    words = ["--desc", DESC, "--hypernet", "u/r/trained/tiny", "--input", "cat red dog shirt", "--out", str(tmp_path / "out")]
+    env = os.environ | dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1", no_proxy="127.0.0.1")
+    run = subprocess.run([sys.executable, "generate.py", *words], cwd=HERE, env=env, capture_output=True, text=True)
+    if case in ("published", "ours"):
+        assert run.returncode == 0 and "with adapter" in run.stdout, run.stderr
+        assert not any("other" in path for path in server.asked)
+        server.files, env = {}, env | {"HF_ENDPOINT": "http://127.0.0.1:1"}  # now it is on this machine
+        again = subprocess.run([sys.executable, "generate.py", *words], cwd=HERE, env=env, capture_output=True, text=True)
+        assert again.stdout.split("\n", 1)[1] == run.stdout.split("\n", 1)[1], again.stderr
+    else:
+        assert run.returncode == 2 and not (tmp_path / "out").exists()
+        assert run.stderr.startswith("error: u/r/trained/tiny is neither a folder nor on this machine, and") and run.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -73,9 +73,10 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--own_init", action="store_true", help="lora: a random A for every adapter in place of a common one.")
     g.add_argument("--delta_w", action="store_true", help="recon: compare the products BA in place of z-scored A and B.")
     g = p.add_argument_group("on what")
-    g.add_argument("--tasks", default="tiny", help="tiny, or a folder of task files.")
+    g.add_argument("--tasks", default="tiny", help="tiny, lots-of-loras (the paper's, downloaded), or a folder of task files.")
     g.add_argument("--split", default="train", help="Which tasks: train, or val or test for oracles of those.")
     g.add_argument("--n_tasks", type=int, help="Use that many of the tasks.")
+    g.add_argument("--prompt_with_definition", action="store_true", help="Put the task's definition before each input, as the paper does.")
     g.add_argument("--oracles", help="recon: the folder that --mode lora wrote.")
     g = p.add_argument_group("how")
     g.add_argument("--max_steps", type=int)
@@ -92,6 +93,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", help="Default: a GPU where there is one.")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
+    g.add_argument("--gradient_checkpointing", action="store_true", help="Compute the base model's layers again in the backward pass, to save memory.")
     g = p.add_argument_group("where to")
     g.add_argument("--out_dir", help="Default: out/MODE.")
     g.add_argument("--save_every", type=int, default=100, help="Steps between two saves of the resumable state.")
@@ -254,8 +256,10 @@ class Finetune(nn.Module):
         targets = args.target_modules.split(",")
         self.config = lora.describe(base, targets, model.full_name(args.base_model), r=args.rank, alpha=args.alpha)
         lora.inject(base, targets, args.dropout).train()
+        if args.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         self.frozen = (base, tokenizer)  # in a tuple, so that it is no part of this module's parameters
-        self.encode = lru_cache(None)(lambda question, answer: model.encode(tokenizer, question, answer))
+        self.encode = lru_cache(None)(lambda *example: model.encode(tokenizer, *example))
 
     def draw(self, rng: random.Random, step: int) -> list:
         """[(index of a task, one of its descriptions, some of its examples)]"""
@@ -266,7 +270,8 @@ class Finetune(nn.Module):
         base, tokenizer = self.frozen
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
         adapter = self.net(self.condition(batch))  # [tasks, L, ...]
-        rows = [self.encode(question, answers[0]) for _, _, examples in batch for question, answers in examples]
+        definitions = [self.tasks[i].definition if self.args.prompt_with_definition else "" for i, _, _ in batch]
+        rows = [self.encode(q, answers[0], d) for (_, _, examples), d in zip(batch, definitions) for q, answers in examples]
         input_ids = model.pad([p + a for p, a in rows], tokenizer.pad_token_id).to(self.device)  # [tasks * examples, T]
         labels = model.pad([[-100] * len(p) + a for p, a in rows], -100).to(self.device)
         lora.set_adapter(base, adapter, self.config.scaling)
@@ -366,7 +371,7 @@ OBJECTIVES = {"pretrain": Pretrain, "lora": Lora, "recon": Recon, "sft": Sft}
 # The run: its folder, its state, its processes
 # ---------------------------------------------------------------------------------------------------------
 
-FREE_ON_RESUME = ("resume", "out_dir", "save_every", "device", "wandb")  # every other setting changes the run
+FREE_ON_RESUME = ("resume", "out_dir", "save_every", "device", "wandb", "gradient_checkpointing")  # every other setting changes the run
 
 
 def open_run(args) -> None:
@@ -405,16 +410,16 @@ def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> 
     return int(tensors["step"])
 
 
-def start_processes(args) -> tuple[int, int, torch.device]:
-    """(rank, world size, device). torchrun sets the environment; without it this is one process of one."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def start_processes(args) -> tuple[int, int, int, torch.device]:
+    """(rank, rank on this machine, world size, device). torchrun sets the environment; without it this is one process of one."""
+    rank, local_rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    return rank, local_rank, world, device
 
 
 def learning_rate(step: int, args) -> float:
@@ -425,11 +430,15 @@ def learning_rate(step: int, args) -> float:
 
 def main() -> None:
     args = parse_args()
-    rank, world, device = start_processes(args)
+    rank, local_rank, world, device = start_processes(args)
     open_run(args)
     settings = dict(vars(args))
     torch.manual_seed(args.seed)
+    if local_rank > 0:
+        dist.barrier()  # the first process of each machine goes ahead, and downloads what has to be downloaded
     objective = OBJECTIVES[args.mode](args, device)
+    if local_rank == 0 and world > 1:
+        dist.barrier()
     if args.tasks_per_batch % world:
         raise UserError(f"{args.tasks_per_batch} tasks a step cannot be shared out evenly among {world} processes")
     share = args.tasks_per_batch // world
