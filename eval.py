@@ -272,7 +272,7 @@ def speed(args) -> None:
 
     if base is not None:
         n, k, length, target = (32, 8, 14, 5) if name == "tiny" else (8, 1, 128, 16)  # tasks, examples, tokens, of them answers
-        input_ids = torch.randint(5, base.config.vocab_size, (n * k, length), device=args.device)
+        input_ids = torch.randint(5, base.config.get_text_config().vocab_size, (n * k, length), device=args.device)
         labels = input_ids.masked_fill(torch.arange(length, device=args.device) < length - target, -100)
         optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-9, fused=True)
 

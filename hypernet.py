@@ -260,7 +260,7 @@ def import_text_to_lora(folder: str | Path, module_order: list[str] | None = Non
             r=r,
             alpha=peft["lora_alpha"],
             rslora=peft.get("use_rslora", False),
-            encoder=args["emb_model"] or "base",
+            encoder=args.get("emb_model") or "base",
             task_emb_size=weights["task_encoder.mlp.0.weight"].shape[1],
             size="large" if "out_emb_norm.weight" not in weights else "small" if len(weights[f"heads.{names[0]}.weight"]) == widest else "medium",
             latent_size=2 * len(weights["task_encoder.mlp.0.weight"]),

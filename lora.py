@@ -57,7 +57,8 @@ class LoRAConfig:
 def find_targets(model: nn.Module, target_modules: list[str]) -> dict[str, list[tuple[str, nn.Linear]]]:
     """{module name: [(path, linear layer) of layer 0, 1, ...]}. The layer is the first number in a path."""
     found = {name: {} for name in target_modules}
-    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(r"\.\d+\.", path)}
+    decoder = set(getattr(model, "get_decoder", lambda: model)().modules())  # and not a vision tower beside it
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and m in decoder and re.search(r"\.\d+\.", path)}
     for path, module in linears.items():
         name = path.split(".")[-1]
         if name in found:

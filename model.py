@@ -181,7 +181,7 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
 def lm_head(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits for chosen last hidden states. [n, d] -> [n, vocabulary]"""
     logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -208,21 +208,29 @@ def answer(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int 
 # ---------------------------------------------------------------------------------------------------------
 
 
-class HashEncoder:
-    """No model at all: words, pairs of neighbours, and 3- to 5-letter pieces of words, hashed into 2048 sums."""
+FUNCTION_WORDS = set(  # they say little about the task; nor does punctuation
+    "a an the of to in on at by for from with or but is are was were be been it its this that these those them they their there "
+    "you your i me my we our as then than so what which who whatever any some please into out up down . , ; : - ?".split()
+)
 
-    width = 2048
+
+class HashEncoder:
+    """No model at all: words, pairs of words next to or next but one to each other, and 3- to 5-letter pieces of words,
+    hashed into 8192 signed sums."""
+
+    width = 8192
 
     def __call__(self, texts: list[str]) -> Tensor:
         return torch.from_numpy(np.stack([self.embed(t) for t in texts]))  # [n, E]
 
     def embed(self, text: str) -> np.ndarray:
         """The unit vector of one text. [E]"""
-        words = re.findall(r"\w+|[^\w\s]", text.lower())
-        pairs = [f"{a} {b}" for a, b in zip(words, words[1:])]
-        pieces = [f"#{w}#"[i : i + n] for w in words for n in (3, 4, 5) for i in range(len(w) + 3 - n)]
-        hashes = np.array([zlib.crc32(f.encode()) for f in words + pairs + pieces])
-        weights = np.repeat([2.0, 1.0, 0.4], [len(words), len(pairs), len(pieces)])
+        words = [(w, 0.3 if w in FUNCTION_WORDS else 1.0) for w in re.findall(r"\w+|[^\w\s]", text.lower())]
+        parts = [(w, 2 * k) for w, k in words]
+        parts += [(f"{a} {gap} {b}", max(j, k)) for gap in (1, 2) for (a, j), (b, k) in zip(words, words[gap:])]
+        parts += [(f"#{w}#"[i : i + n], k) for w, k in words for n in (3, 4, 5) for i in range(len(w) + 3 - n)]
+        hashes = np.array([zlib.crc32(part.encode()) for part, _ in parts])
+        weights = np.array([k for _, k in parts], np.float32)
         sums = np.zeros(self.width, np.float32)
         np.add.at(sums, hashes % self.width, np.where(hashes >> 31, weights, -weights))
         return sums / max(np.linalg.norm(sums), 1e-12)

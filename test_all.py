@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM, Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config,
+)  # fmt: skip
 
 import data
 import eval as evaluation
@@ -150,15 +152,16 @@ def test_rank_concatenation_adds_the_updates():
 
 
 @pytest.mark.parametrize("rslora", [True, False])
-@pytest.mark.parametrize("uneven", [False, True])
-def test_peft_reads_our_adapter(tmp_path, rslora, uneven):
+@pytest.mark.parametrize("joined", ["", "all", "v_proj"])
+def test_peft_reads_our_adapter(tmp_path, rslora, joined):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     base = tiny_llama()
     names = ["q_proj", "v_proj", "down_proj"]
     config = lora.describe(base, names, "x", r=4, alpha=8, rslora=rslora)
     adapter = random_adapter(config, r=4)
-    if uneven:
-        adapter = lora.concat_rank([adapter, {"v_proj": random_adapter(config, r=2)["v_proj"]}])
+    if joined:  # with a second adapter along the rank: uniformly, or for one module only
+        second = random_adapter(config, r=2)
+        adapter = lora.concat_rank([adapter, second if joined == "all" else {joined: second[joined]}])
     lora.save_adapter(tmp_path, adapter, config)
     ids = torch.randint(160, (2, 9))
     theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)(ids).logits
@@ -190,6 +193,8 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     base = tiny_llama()
     with pytest.raises(lora.UserError, match="no linear layers named qkv; it has down_proj, gate_proj"):
         lora.inject(base, ["qkv"])
+    with pytest.raises(lora.UserError, match="no linear layers named q_proj; it has down_proj, gate_up_proj, o_proj, qkv_proj"):
+        lora.inject(small_decoder(Phi3Config), ["q_proj"])
     odd = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(4, n)}) for n in (4, 6)])})
     with pytest.raises(lora.UserError, match="changes its shape"):
         lora.inject(odd, ["q_proj"])
@@ -473,7 +478,7 @@ def test_the_papers_sizes(capsys):
 def test_hash_encoder_sees_words_and_spelling():
     encode = model.load_encoder("tiny")
     a, b, c, again = encode(["reverse the order of the animals", "put the animals in reversed order", "translate the fruits into Italian", "Reverse  the order of the animals"])
-    assert a.shape == (2048,) and abs(a.norm() - 1) < 1e-5
+    assert a.shape == (8192,) and abs(a.norm() - 1) < 1e-5
     assert torch.equal(a, again)
     assert a @ b > a @ c + 0.2
 
@@ -495,6 +500,50 @@ def test_transformer_encoder_pools_real_tokens_only(tmp_path):
     (tmp_path / "1_Pooling").mkdir()
     lora.write_json(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
     torch.testing.assert_close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[0], dim=0), rtol=1e-5, atol=1e-6)
+
+
+def test_gte_loads_without_its_own_code(tmp_path):
+    """A folder like Alibaba-NLP/gte-large-en-v1.5: model type "new", fused projections, NTK-scaled rotary positions, CLS."""
+    torch.manual_seed(0)
+    d, words = 32, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "four", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    lora.write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
+    sizes = dict(hidden_size=d, num_attention_heads=2, num_hidden_layers=2, intermediate_size=48, vocab_size=10, type_vocab_size=2, layer_norm_eps=1e-12)
+    new = dict(model_type="new", auto_map={"AutoModel": "Alibaba-NLP/new-impl--modeling.NewModel"}, rope_theta=160000, rope_scaling={"type": "ntk", "factor": 2.0})
+    new |= dict(architectures=["NewModel"], pack_qkv=True, position_embedding_type="rope", max_position_embeddings=64, pad_token_id=0, layer_norm_type="layer_norm")
+    lora.write_json(tmp_path / "config.json", sizes | new)
+    (tmp_path / "1_Pooling").mkdir()
+    lora.write_json(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
+    shapes = {"embeddings.word_embeddings.weight": (10, d), "embeddings.token_type_embeddings.weight": (2, d), "embeddings.LayerNorm.weight": (d,), "embeddings.LayerNorm.bias": (d,)}
+    for i in range(2):
+        own = {"attention.qkv_proj.weight": (3 * d, d), "attention.qkv_proj.bias": (3 * d,), "attention.o_proj.weight": (d, d), "attention.o_proj.bias": (d,)}
+        own |= {"mlp.up_gate_proj.weight": (96, d), "mlp.down_proj.weight": (d, 48), "mlp.down_proj.bias": (d,)}
+        own |= {f"{ln}.{k}": (d,) for ln in ("attn_ln", "mlp_ln") for k in ("weight", "bias")}
+        shapes |= {f"encoder.layer.{i}.{k}": shape for k, shape in own.items()}
+    w = {k: torch.randn(shape) * 0.3 for k, shape in shapes.items()}
+    save_file(w, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    def published(ids: list[int]) -> torch.Tensor:
+        """The state at [CLS], from the published description of the network."""
+        ln = lambda x, key: F.layer_norm(x, (d,), w[f"{key}.weight"], w[f"{key}.bias"], 1e-12)
+        x = ln(w["embeddings.word_embeddings.weight"][ids] + w["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
+        inverse = 1 / (160000 * 2.0) ** (torch.arange(0, 16, 2) / 16) / 2.0 ** (2 / 16)
+        angle = (torch.arange(len(ids))[:, None] * inverse).repeat(1, 2)[:, None]  # [T, 1, 16]
+        rotate = lambda x: x * angle.cos() + torch.cat([-x[..., 8:], x[..., :8]], -1) * angle.sin()
+        for i in range(2):
+            lin = lambda x, key, i=i: F.linear(x, w[f"encoder.layer.{i}.{key}.weight"], w.get(f"encoder.layer.{i}.{key}.bias"))
+            q, k, v = (part.view(-1, 2, 16) for part in lin(x, "attention.qkv_proj").chunk(3, -1))
+            weights = (torch.einsum("thd,shd->hts", rotate(q), rotate(k)) / 4).softmax(-1)
+            x = ln(x + lin(torch.einsum("hts,shd->thd", weights, v).reshape(-1, d), "attention.o_proj"), f"encoder.layer.{i}.attn_ln")
+            up, gate = lin(x, "mlp.up_gate_proj").chunk(2, -1)
+            x = ln(x + lin(up * F.gelu(gate), "mlp.down_proj"), f"encoder.layer.{i}.mlp_ln")
+        return F.normalize(x[0], dim=0)
+
+    encode = model.load_encoder(str(tmp_path), full_stop=True)
+    ours = encode(["one two", "three four one ."])
+    torch.testing.assert_close(ours[0], published([2, 5, 6, 9, 3]), rtol=1e-4, atol=1e-5)  # with the full stop
+    torch.testing.assert_close(ours[1], published([2, 7, 8, 5, 9, 3]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.load_encoder(str(tmp_path))(["one two"])[0], published([2, 5, 6, 3]), rtol=1e-4, atol=1e-5)
 
 
 def test_base_encoder_reads_the_last_token():
@@ -621,13 +670,61 @@ def test_a_folder_of_task_files(tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [LlamaConfig, Gemma2Config, Qwen3Config, MistralConfig])
-def test_answer_loss_equals_the_naive_one(make):
+ARCHITECTURES = [LlamaConfig, GemmaConfig, Gemma2Config, Gemma3TextConfig, Gemma3Config, Qwen2Config, Qwen3Config, MistralConfig]
+
+
+def small_decoder(make) -> nn.Module:
+    """A random decoder with grouped key-value heads and a head size that is not hidden / heads, where it can be had."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
-    base = AutoModelForCausalLM.from_config(make(**sizes, pad_token_id=0)).eval()
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2) | ({} if make is Qwen2Config else {"head_dim": 12})
+    eyes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14)
+    config = make(text_config=sizes, vision_config=eyes, mm_tokens_per_image=4) if make is Gemma3Config else make(**sizes)
+    base = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
     for p in base.parameters():
         p.data *= 3
+    return base
+
+
+@pytest.mark.parametrize("make", ARCHITECTURES)
+def test_an_adapter_on_every_architecture(tmp_path, make):
+    """Ours, PEFT's and the merged model's logits are the same; so are gradients with and without checkpointing."""
+    base, names = small_decoder(make), ["q_proj", "v_proj", "o_proj", "down_proj"]
+    config = lora.describe(base, names, "x")
+    adapter, ids = random_adapter(config), torch.randint(1, 50, (2, 9))
+    lora.save_adapter(tmp_path / "adapter", adapter, config)
+    lora.inject(base, names)
+    plain = base(ids).logits
+    lora.set_adapter(base, adapter)
+    ours = base(ids).logits
+    assert (ours - plain).abs().max() > 0.01
+
+    for pair in adapter.values():
+        for x in pair:
+            x.requires_grad_()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            base.train().gradient_checkpointing_enable({"use_reentrant": False})
+        lora.set_adapter(base, adapter)
+        grads.append(torch.autograd.grad(train.answer_loss(base, ids, ids), [x for pair in adapter.values() for x in pair]))
+    for one, other in zip(*grads):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+    lora.set_adapter(base.eval(), None)
+    lora.merge(base, adapter)
+    base.save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(merged(ids).logits, ours, rtol=1e-4, atol=1e-4)
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    theirs = peft.PeftModel.from_pretrained(small_decoder(make), tmp_path / "adapter").eval()
+    torch.testing.assert_close(ours, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", ARCHITECTURES)
+def test_answer_loss_equals_the_naive_one(make):
+    base = small_decoder(make)
     lengths, prompts, smoothing = [9, 5, 7], [4, 2, 6], 0.2
     ids = torch.randint(1, 50, (3, 9))
     labels = ids.clone()
@@ -751,6 +848,25 @@ def test_two_processes_are_one(tmp_path):
     assert max(abs(a - b) for a, b in zip(noisy, two)) > 1e-4
     single = torchrun(1, tmp_path / "single", "--dropout", "0.1", "--neftune_alpha", "5")
     assert noisy[0] != single[0]
+
+
+def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypatch):
+    instances = [{"input": "cat dog", "output": ["dog cat"]}] * 5
+    (tmp_path / "tasks").mkdir()
+    lora.write_json(tmp_path / "tasks" / "swap.json", {"Definition": "red hat", "descriptions": ["Swap them."], "Instances": instances})
+    seen, real = [], model.prompt
+    monkeypatch.setattr(model, "prompt", lambda *a: seen.append(real(*a)[-1]["content"]) or real(*a))
+    for words, expected in ([], "cat dog"), (["--prompt_with_definition"], "red hat\n\ncat dog"):
+        seen.clear()
+        training = ["--mode", "sft", "--tasks_per_batch", "2", "--max_steps", "1", "--split", "train", "--out_dir", tmp_path / "net"]
+        assert command(train, *training, "--tasks", tmp_path / "tasks", *words) == 0
+        assert seen and set(seen) == {expected}
+        seen.clear()
+        assert command(evaluation, "--split", "train", "--methods", "base,t2l", "--tasks", tmp_path / "tasks", *words) == 0
+        assert seen and set(seen) == {expected}
+        seen.clear()
+        assert command(generate, "--desc", "red hat", "--input", "cat dog", "--out", tmp_path / "out", *words) == 0
+        assert seen and set(seen) == {expected}
 
 
 def test_oracles_and_reconstruction_end_to_end(tmp_path):
@@ -932,7 +1048,11 @@ BAD = {
     "unknown word": (generate, ["--desc", DESC, "--input", "cat unicorn", "--out", "{tmp}/o"], "no token for unicorn"),
     "unknown method": (evaluation, ["--methods", "t2l,magic"], "unknown method magic"),
     "missing folder": (evaluation, ["--methods", "oracle"], "needs --oracles"),
-    "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither tiny nor a folder"),
+    "adapter of another base by name": (evaluation, ["--methods", "mt_lora", "--mt_lora", "{adapter}", "--base_model", "tiny"], "trained for base does not go with tiny"),
+    "adapter of another base by shape": (evaluation, ["--methods", "mt_lora", "--mt_lora", "{adapter}", "--base_model", "{base}"], "is for another base model"),
+    "no such hypernetwork on the hub": (generate, ["--desc", DESC, "--hypernet", "nobody/nothing/sub"], "nobody/nothing/sub is neither a folder nor on this machine"),
+    "module order of our own": (generate, ["--desc", DESC, "--hypernet", "{hypernet}", "--module_order", "v_proj,q_proj"], "is for published checkpoints"),
+    "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither tiny, nor lots-of-loras, nor a folder"),
     "no task files": (evaluation, ["--tasks", "{foreign}"], "no task files"),
     "unknown split": (evaluation, ["--split", "exam"], "invalid choice"),
     "unknown mode": (train, ["--mode", "magic"], "invalid choice"),
@@ -954,12 +1074,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, case):
     module, words, message = BAD[case]
     base, other = tmp_path / "base", tmp_path / "other"
     if "base" in case:
-        net = hypernet.TextToLoRA(small_config("small", base_model="base", task_emb_size=2048))
+        net = hypernet.TextToLoRA(small_config("small", base_model="base", task_emb_size=8192))
         hypernet.save_hypernet(net, other)
         tiny_llama(vocab_size=len(data.VOCABULARY)).save_pretrained(base)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(Path(model.TINY) / name, base)
-    places = dict(tmp=tmp_path, foreign=foreign(tmp_path / "foreign"), base=base, other=other, hypernet=Path(model.TINY) / "sft_large")
+        config = lora.describe(tiny_llama(hidden_size=32), NAMES, "base")
+        lora.save_adapter(tmp_path / "adapter", random_adapter(config), config)
+    places = dict(tmp=tmp_path, foreign=foreign(tmp_path / "foreign"), base=base, other=other, adapter=tmp_path / "adapter", hypernet=Path(model.TINY) / "sft_large")
     before = sorted(tmp_path.rglob("*"))
     assert command(module, *[str(w).format(**places) for w in words]) == 2
     error = capsys.readouterr().err

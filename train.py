@@ -44,7 +44,7 @@ PAPER = {
     "recon": dict(max_steps=100_000, lr=1e-3, tasks_per_batch=8, examples_per_task=1),
     "sft": dict(max_steps=20_000, lr=2.5e-5, tasks_per_batch=8, examples_per_task=1, l2=1e-3),
 }
-PAPER_COMMON = dict(warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=0.0, head_scale=1.0)
+PAPER_COMMON = dict(latent_size=128, warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=0.0, head_scale=1.0)
 # The tiny world learns the same things in minutes.
 TINY = {
     "pretrain": dict(max_steps=4000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
@@ -52,7 +52,7 @@ TINY = {
     "recon": dict(max_steps=1500, lr=4e-3, tasks_per_batch=64, examples_per_task=1),
     "sft": dict(max_steps=1000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
 }
-TINY_COMMON = dict(warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5)
+TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5)
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--base_model", default="tiny", help=f"One of {', '.join(model.PRESETS)}, a Hugging Face id or a folder.")
     g.add_argument("--encoder", help="Text encoder: hash, base, a Hugging Face id or a folder. Default: the base model's preset.")
     g.add_argument("--size", default="large", choices=hypernet.SIZES, help="Size of the hypernetwork.")
-    g.add_argument("--latent_size", type=int, default=128, help="Width of the hypernetwork's trunk.")
+    g.add_argument("--latent_size", type=int, help="Width of the hypernetwork's trunk; the paper's is 128.")
     g.add_argument("--head_in_size", type=int, default=512, help="Width of what enters the hypernetwork's heads.")
     g.add_argument("--head_scale", type=float, help="Factor on what enters the heads. Published 1; 1/sqrt(head_in_size) stands higher learning rates.")
     g.add_argument("--target_modules", default="q_proj,v_proj", help="Linear layers that get an adapter.")
@@ -307,8 +307,8 @@ def new_hypernet(args, config: lora.LoRAConfig, embed) -> hypernet.TextToLoRA:
 
 
 def remember(encoder, device):
-    """Text -> embedding [E]; what was embedded once is kept."""
-    return lru_cache(None)(lambda text: encoder([text])[0].to(device))
+    """Text -> embedding [E]; the last 16384 are kept."""
+    return lru_cache(2**14)(lambda text: encoder([text])[0].to(device))
 
 
 class Sft(Finetune):
