@@ -107,6 +107,8 @@ class TextToLoRA(nn.Module):
     def forward(self, task_emb: Tensor) -> Adapter:
         """task_emb [n, E], of any length (it is brought to the published sqrt(E)). A [n, L, r, in], B [n, L, out, r]."""
         c, L, M = self.config, self.config.n_layers, len(self.names)
+        if task_emb.shape[-1] != c.task_emb_size:
+            raise UserError(f"the text encoder gives {task_emb.shape[-1]} numbers; this hypernetwork was trained on {c.task_emb_size}, with {c.encoder}")
         task_emb = F.normalize(task_emb, dim=-1) * c.task_emb_size**0.5
         n = len(task_emb)
         task = self.task_encoder(task_emb)[:, None, None].expand(n, L, M, -1)
@@ -161,6 +163,142 @@ class TextToLoRA(nn.Module):
             for key, target in zip("AB", pair):
                 self.shift[f"{name}_{key}"].copy_(target.mean(0))
                 self.scale[f"{name}_{key}"].copy_(target.std(0) + 1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Doc-to-LoRA (arXiv 2602.15902): a Perceiver reads a document's features, and writes an adapter
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DocConfig(LoRAConfig):
+    """A Doc-to-LoRA hypernetwork's settings: those of the adapters it writes, then its own."""
+
+    feature_size: int = 0  # the base model's hidden size
+    per_layer: bool = True  # a layer's adapter comes from that layer's activations; else all from one early layer's
+    latent_size: int = 512
+    n_latents: int = 8
+    n_blocks: int = 9
+
+
+class SwiGLU(nn.Module):
+    """Down(SiLU(Gate x) * Up x)."""
+
+    def __init__(self, n_in: int, n_hidden: int, n_out: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(n_in, n_hidden, bias=False)
+        self.up_proj = nn.Linear(n_in, n_hidden, bias=False)
+        self.down_proj = nn.Linear(n_hidden, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class CrossAttention(nn.Module):
+    """Latents look at the context, which has no positions: its order and its padding do not matter."""
+
+    def __init__(self, d: int, heads: int = 16, kv_heads: int = 4, head_size: int = 128):
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads
+        self.norm_latents, self.norm_context, self.norm_post, self.norm_preff, self.norm_postff = (nn.RMSNorm(d, eps=1e-6) for _ in range(5))
+        self.q_proj = nn.Linear(d, heads * head_size, bias=False)
+        self.k_proj = nn.Linear(d, kv_heads * head_size, bias=False)
+        self.v_proj = nn.Linear(d, kv_heads * head_size, bias=False)
+        self.o_proj = nn.Linear(heads * head_size, d, bias=False)
+        self.mlp = SwiGLU(d, 4 * d, d)
+
+    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """latents [rows, n, d], context [rows, T, d], mask [rows, T] (True where there is a token) -> [rows, n, d]"""
+        split = lambda x, heads: x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [rows, heads, n or T, head size]
+        h, context = self.norm_latents(latents), self.norm_context(context)
+        q, k, v = split(self.q_proj(h), self.heads), split(self.k_proj(context), self.kv_heads), split(self.v_proj(context), self.kv_heads)
+        mask = None if mask is None else mask[:, None, None].bool()  # [rows, 1, 1, T]
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [rows, heads, n, head size]
+        latents = latents + self.norm_post(self.o_proj(h.transpose(1, 2).flatten(2)))
+        return latents + self.norm_postff(self.mlp(self.norm_preff(latents)))
+
+
+class Perceiver(nn.Module):
+    """Any number of feature vectors -> n_out vectors: latents read the context in blocks, then queries read the latents."""
+
+    def __init__(self, n_features: int, d: int, n_latents: int, n_blocks: int, n_out: int):
+        super().__init__()
+        self.project = SwiGLU(n_features, 4 * n_features, d)
+        self.latents = nn.Parameter(torch.randn(n_latents, d))
+        self.encoder = nn.ModuleList([CrossAttention(d) for _ in range(n_blocks)])
+        self.encoder_norm = nn.RMSNorm(d, eps=1e-6)
+        self.queries = nn.Parameter(torch.randn(n_out, d))
+        self.decoder = CrossAttention(d)
+        self.decoder_norm = nn.RMSNorm(d, eps=1e-6)
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """features [rows, T, f], mask [rows, T] -> [rows, n_out, d]"""
+        context = self.project(features)  # [rows, T, d]
+        latents = self.latents.expand(len(features), -1, -1)  # [rows, n_latents, d]
+        for layer in self.encoder:
+            latents = layer(latents, context, mask)
+        queries = self.queries.expand(len(features), -1, -1)
+        return self.decoder_norm(self.decoder(queries, self.encoder_norm(latents), None))
+
+
+class DocToLoRA(nn.Module):
+    """The features of n chunks of text -> a batch of n adapters; those of one document are joined along the rank."""
+
+    def __init__(self, config: DocConfig):
+        super().__init__()
+        self.config = c = config
+        self.names = sorted(c.paths)
+        L, M, d = c.n_layers, len(self.names), c.latent_size
+        self.perceiver = Perceiver(c.feature_size, d, c.n_latents, c.n_blocks, M * c.r * (1 if c.per_layer else L))
+
+        # every layer of the base model has a block and a head of its own
+        self.block_in, self.block_out = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.W1, self.b1 = nn.Parameter(torch.randn(L, d, 4 * d) * d**-0.5), nn.Parameter(torch.zeros(L, 1, 1, 4 * d))
+        self.W2, self.b2 = nn.Parameter(torch.randn(L, 4 * d, d) * (4 * d) ** -0.5), nn.Parameter(torch.zeros(L, 1, 1, d))
+        width = max(c.in_features[name] + c.out_features[name] for name in self.names)
+        self.head = nn.Parameter(torch.randn(L, M, d, width) * d**-0.5)
+
+        # A and B of a chunk are scaled; the bias is one more adapter, added once a document. It starts as a fresh LoRA
+        # and B's scale at zero, so that the whole starts as the base model itself.
+        self.scale, self.bias = nn.ParameterDict(), nn.ParameterDict()
+        for name in self.names:
+            n_in, n_out = c.in_features[name], c.out_features[name]
+            self.scale[f"{name}_A"] = nn.Parameter(torch.ones(L, c.r, 1))
+            self.scale[f"{name}_B"] = nn.Parameter(torch.zeros(L, 1, c.r))
+            self.bias[f"{name}_A"] = nn.Parameter(torch.empty(L, c.r, n_in).uniform_(-(n_in**-0.5), n_in**-0.5))
+            self.bias[f"{name}_B"] = nn.Parameter(torch.zeros(L, n_out, c.r))
+
+    def forward(self, features: Tensor, mask: Tensor) -> Adapter:
+        """features [n, L, T, f], or [n, T, f] of one early layer; mask [n, T]. A [n, L, r, in], B [n, L, out, r]."""
+        c, L, M, n = self.config, self.config.n_layers, len(self.names), len(features)
+        if c.per_layer:
+            features, mask = features.flatten(0, 1), mask.repeat_interleave(L, 0)  # [n * L, T, f]
+        x = self.perceiver(features, mask).reshape(n, L, M, c.r, -1)  # [n, L, M, r, d]
+        h = F.silu(torch.einsum("nlmrd,lde->nlmre", self.block_in(x), self.W1) + self.b1)
+        x = x + self.block_out(torch.einsum("nlmre,led->nlmrd", h, self.W2) + self.b2)
+        x = x / x.norm(dim=-1, keepdim=True)
+        x = torch.einsum("nlmrd,lmdw->nlmrw", x, self.head)  # [n, L, M, r, width]
+        adapter = {}
+        for m, name in enumerate(self.names):
+            A, B, _ = x[:, :, m].tensor_split([c.in_features[name], c.in_features[name] + c.out_features[name]], -1)
+            adapter[name] = (self.scale[f"{name}_A"] * A, self.scale[f"{name}_B"] * B.mT)
+        return adapter
+
+    def join(self, chunks: Adapter, counts: list[int]) -> Adapter:
+        """The adapters of chunks -> those of documents, counts[i] chunks each: joined along the rank, the bias last.
+
+        Shorter documents get ranks of zeros. A [documents, L, (most chunks + 1) * r, in].
+        """
+        joined = {}
+        for name, (A, B) in chunks.items():
+            bias_A, bias_B = self.bias[f"{name}_A"], self.bias[f"{name}_B"]
+            As = [torch.cat([*own, bias_A], -2) for own in A.split(counts)]  # [L, ranks, in]
+            Bs = [torch.cat([*own, bias_B], -1) for own in B.split(counts)]  # [L, out, ranks]
+            full = (max(counts) + 1) * self.config.r
+            As = [F.pad(A, (0, 0, 0, full - A.shape[-2])) for A in As]
+            Bs = [F.pad(B, (0, full - B.shape[-1])) for B in Bs]
+            joined[name] = (torch.stack(As), torch.stack(Bs))
+        return joined
 
 
 # ---------------------------------------------------------------------------------------------------------

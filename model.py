@@ -44,9 +44,18 @@ PRESETS = {  # name: (base model, text encoder)
 
 
 def preset_name(base_model: str) -> str:
-    """The short name of a base model: two spellings of one model have the same short name."""
+    """The short name of a base model: the preset's, its Hugging Face id and a folder of that name are one model."""
     short = Path(base_model).name.lower()
-    return next((name for name, (source, _) in PRESETS.items() if short in (name, Path(source).name.lower())), short)
+    for name, (source, _) in PRESETS.items():
+        if short == Path(source).name.lower():
+            return name
+    elsewhere = short in PRESETS and is_hub_id(base_model)  # google/gemma-2-2b is not google/gemma-2-2b-it
+    return base_model.lower() if elsewhere else short
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only be one of the Hugging Face hub: USER/REPO, and perhaps more."""
+    return "/" in name and not name.startswith((".", "/")) and not Path(name).is_dir()
 
 
 def full_name(base_model: str) -> str:
@@ -71,7 +80,7 @@ CANNOT_LOAD = (OSError, ValueError, KeyError, RuntimeError, HTTPError)  # what t
 
 def local_folder(name: str, files: list[str]) -> Path:
     """`name` as a folder: itself, or else the files of a Hugging Face repository, USER/REPO or USER/REPO/SUB/FOLDER."""
-    if Path(name).is_dir() or name.startswith((".", "/")) or "/" not in name:
+    if not is_hub_id(name):
         return Path(name)
     parts = name.strip("/").split("/")
     repo, sub = "/".join(parts[:2]), "/".join(parts[2:])
@@ -84,7 +93,12 @@ def local_folder(name: str, files: list[str]) -> Path:
 
 def hub_says(error: Exception) -> str:
     """Why something did not come from the hub."""
-    return f"the Hugging Face hub says: {str(error).splitlines()[0]}" if hub_is_there() else "the Hugging Face hub cannot be reached"
+    return f"the Hugging Face hub says: {first_line(error)}" if hub_is_there() else "the Hugging Face hub cannot be reached"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load(loader, kind: str, name: str, **settings):
@@ -96,7 +110,7 @@ def load(loader, kind: str, name: str, **settings):
         return loader.from_pretrained(name, local_files_only=here or not hub_is_there(), **settings)
     except CANNOT_LOAD as e:
         raise UserError(
-            f"{kind} {name}: the folder cannot be read: {str(e).splitlines()[0]}"
+            f"{kind} {name}: the folder cannot be read: {first_line(e)}"
             if here
             else f"{kind} {name} is not on this machine, and {hub_says(e)}. It may be a folder, a Hugging Face id or a preset ({', '.join(PRESETS)})"
         ) from None
@@ -201,6 +215,20 @@ def answer(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int 
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=False
     )
     return [text.strip() for text in tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
+
+
+@torch.no_grad()
+def context_features(model: nn.Module, input_ids: Tensor, mask: Tensor, per_layer: bool = True) -> Tensor:
+    """What Doc-to-LoRA reads of a text: the base model's own states, up to its last layer but one, or from a quarter of its
+    layers (early exit). input_ids, mask [n, T] -> [n, L, T, d], or [n, T, d]."""
+    decoder = model.get_decoder()
+    layers = decoder.layers
+    decoder.layers = layers[: len(layers) - 1 if per_layer else len(layers) // 4]
+    try:
+        out = decoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    finally:
+        decoder.layers = layers
+    return torch.stack(out.hidden_states, 1) if per_layer else out.last_hidden_state
 
 
 # ---------------------------------------------------------------------------------------------------------

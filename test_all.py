@@ -316,6 +316,15 @@ def golden_net(file: str, folder: Path) -> tuple[hypernet.TextToLoRA, dict, dict
     return hypernet.import_text_to_lora(published_folder(folder, weights, **args)), tensors, info
 
 
+def golden_base() -> nn.Module:
+    """The frozen model of the golden files."""
+    info = lora.read_json(GOLDEN / "llama_base.json")
+    config = LlamaConfig(**{k: v for k, v in info.get("config", info.get("base_config", info)).items() if k in LlamaConfig().to_dict()})
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
+    base.load_state_dict({k[5:]: t for k, t in load_file(GOLDEN / "llama_base.safetensors").items()})
+    return base
+
+
 GOLDEN_FILES = [f"llama_{s}_{v}" for s in ("L", "M", "S", "Srot") for v in ("sft", "recon_z", "recon_dw")] + ["llama_L_recon_f"]
 
 
@@ -340,11 +349,7 @@ def test_golden_adapters(tmp_path, file):
 def test_golden_sft_losses_and_gradients(tmp_path, size):
     net, tensors, _ = golden_net(f"llama_{size}_sft", tmp_path)
     names = published_names(k[5:] for k in tensors if k.startswith("grad/"))
-    info = lora.read_json(GOLDEN / "llama_base.json")
-    config = LlamaConfig(**{k: v for k, v in info.get("config", info.get("base_config", info)).items() if k in LlamaConfig().to_dict()})
-    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
-    base.load_state_dict({k[5:]: t for k, t in load_file(GOLDEN / "llama_base.safetensors").items()})
-    lora.inject(base, NAMES)
+    base = lora.inject(golden_base(), NAMES)
     ids, labels = tensors["sft/in/input_ids"], tensors["sft/in/labels"]
     adapter = net(tensors["sft/in/task_embs"])
     lora.set_adapter(base, adapter)
@@ -470,9 +475,120 @@ def test_the_papers_sizes(capsys):
             assert counts[short, size] == [sizes["lora_adapter_r8_qv"], golden["sft"], golden["recon_zscore"]], name
 
 
+PUBLISHED_D2L = [  # of the published names what to replace by ours, in this order
+    ("aggregator.", ""), ("modality_projection", "project"), ("encoder.latents_q", "latents"), ("decoder.latents_q", "queries"), ("coder.layernorm", "coder_norm"),
+    ("decoder.layers.0", "decoder"), ("encoder.layers", "encoder"), ("self_attn.", ""), ("input_latents_layernorm", "norm_latents"),
+    ("input_context_layernorm", "norm_context"), ("post_attention_layernorm", "norm_post"), ("pre_ff_layernorm", "norm_preff"), ("post_ff_layernorm", "norm_postff"),
+    ("layers.0.layers.0", "block_in"), ("layers.0.layers.4", "block_out"), ("layers.0.layers.1.weight", "W1"), ("layers.0.layers.1.bias", "b1"),
+    ("layers.0.layers.3.weight", "W2"), ("layers.0.layers.3.bias", "b2"), ("head.weight", "head"), ("bias_A.down_proj", "bias.down_proj_A"),
+    ("bias_B.down_proj", "bias.down_proj_B"), ("scaler_A.down_proj", "scale.down_proj_A"), ("scaler_B.down_proj", "scale.down_proj_B"),
+]  # fmt: skip
+
+
+def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
+    """One golden Doc-to-LoRA file as (our network with its weights, its tensors)."""
+    folder = GOLDEN.parent / "d2l"
+    tensors, info = load_file(folder / f"{file}.safetensors"), lora.read_json(folder / f"{file}.json")
+    shared = load_file(folder / "perceiver_shared.safetensors")
+    config = hypernet.DocConfig(
+        n_layers=4, paths={"down_proj": "model.layers.{}.mlp.down_proj"}, in_features=info["d_in"], out_features=info["d_out"],
+        alpha=2 * 8**2, feature_size=64, per_layer=file == "down_l2l", latent_size=64, n_blocks=3,
+    )  # fmt: skip
+    net = hypernet.DocToLoRA(config).eval()
+    shapes, weights = {k: t.shape for k, t in net.state_dict().items()}, {}
+    for key in info["state_dict"]:
+        tensor, name = tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float(), key
+        for old, new in PUBLISHED_D2L:
+            name = name.replace(old, new)
+        tensor = tensor.mT if name == "bias.down_proj_B" else tensor
+        weights[name] = tensor.reshape(shapes[name])
+    net.load_state_dict(weights)
+    torch.testing.assert_close(torch.tensor(config.scaling), torch.tensor(info["lora_forward_scaling"]))
+    return net, tensors
+
+
+@needs_golden
+@pytest.mark.parametrize("file", ["down_l2l", "down_flat"])
+@torch.no_grad()
+def test_golden_documents(file):
+    net, tensors = golden_doc_net(file)
+    chunks = net(tensors["in/features"], tensors["in/attn_mask"])
+    A, B = chunks["down_proj"]
+    torch.testing.assert_close(A, tensors["out/A/down_proj"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(B, tensors["out/B/down_proj"].mT, rtol=1e-5, atol=1e-5)
+    for tag, counts in {"n1": [1], "n2": [2], "n3": [3], "n123": [1, 2, 3]}.items():
+        A, B = net.join(lora.select(chunks, slice(sum(counts))), counts)["down_proj"]
+        torch.testing.assert_close(A, tensors[f"combine/{tag}/A/down_proj"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(B, tensors[f"combine/{tag}/B/down_proj"].mT, rtol=1e-5, atol=1e-5)
+    alone = net(tensors["in/features"][1:2, ..., :7, :], tensors["in/attn_mask"][1:2, :7])["down_proj"]  # without its padding
+    torch.testing.assert_close(alone[0][0], chunks["down_proj"][0][1], rtol=1e-5, atol=1e-5)
+
+    # one linear layer with two, one and one rows for three documents
+    y, x = tensors["lora_forward/down_proj/y"], tensors["lora_forward/down_proj/x"]
+    linear = nn.Linear(112, 64)
+    linear.weight.data, linear.bias.data = tensors["lora_forward/down_proj/weight"], tensors["lora_forward/down_proj/bias"]
+    holder = lora.inject(nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"down_proj": linear})])}), ["down_proj"])
+    third = {"down_proj": (A[:, 2:3], B[:, 2:3])}  # the fixture's are of layer 2
+    lora.set_adapter(holder, lora.select(third, [0, 0, 1, 2]), net.config.scaling)
+    torch.testing.assert_close(holder["layers"][0]["down_proj"](x), y, rtol=1e-5, atol=1e-5)
+
+    # from token ids to logits
+    base = golden_base()
+    features = model.context_features(base, tensors["e2e/ctx_ids"], tensors["e2e/ctx_attn_mask"], net.config.per_layer)
+    real = tensors["e2e/ctx_attn_mask"].bool()
+    torch.testing.assert_close(features.movedim(-2, 1)[real], tensors["e2e/features"].movedim(-2, 1)[real], rtol=1e-4, atol=1e-4)
+    documents = net.join(net(features, tensors["e2e/ctx_attn_mask"]), tensors["e2e/n_ctx_chunks"].tolist())
+    rows = [i for i, n in enumerate(tensors["e2e/n_queries"].tolist()) for _ in range(n)]
+    lora.set_adapter(lora.inject(base, ["down_proj"]), lora.select(documents, rows), net.config.scaling)
+    asked = tensors["e2e/attention_mask"].bool()
+    logits = base(tensors["e2e/input_ids"], attention_mask=tensors["e2e/attention_mask"]).logits
+    torch.testing.assert_close(logits[asked], tensors["e2e/logits"][asked], rtol=1e-4, atol=5e-4)
+    assert (tensors["e2e/logits"] - tensors["e2e/logits_base"])[asked].abs().max() > 0.1
+
+
+def test_the_perceivers_size():
+    """That of the published one for gemma-2-2b."""
+    sizes = dict(n_layers=26, paths={"down_proj": ""}, in_features={"down_proj": 9216}, out_features={"down_proj": 2304}, feature_size=2304)
+    for changes, expected in ({"n_blocks": 8}, 309_468_064), ({"n_blocks": 9}, 315_237_792), ({"per_layer": False}, 315_340_192):
+        with torch.device("meta"):
+            net = hypernet.DocToLoRA(hypernet.DocConfig(**sizes, **changes))
+        assert sum(p.numel() for p in net.parameters()) == expected
+
+
+def test_chunks_of_a_document_add_up_in_any_order():
+    torch.manual_seed(0)
+    sizes = dict(n_layers=3, in_features={"q_proj": 10, "v_proj": 10}, out_features={"q_proj": 12, "v_proj": 6}, r=2)
+    config = hypernet.DocConfig(paths=dict.fromkeys(NAMES, ""), **sizes, feature_size=5, latent_size=16, n_latents=3, n_blocks=2)
+    net = hypernet.DocToLoRA(config).eval()
+    features, mask = torch.randn(3, 3, 4, 5), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    fresh = net.join(net(features, mask), [3])
+    assert all(not B.any() for _, B in fresh.values())  # starts as the base model
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.5)
+    with torch.no_grad():
+        chunks = net(features, mask)
+        delta = lambda adapter, i, name: adapter[name][1][i] @ adapter[name][0][i]
+        both, turned = net.join(chunks, [2, 1]), net.join(lora.select(chunks, [2, 1, 0]), [1, 2])
+        for name in NAMES:
+            torch.testing.assert_close(delta(both, 0, name), delta(turned, 1, name))
+            torch.testing.assert_close(delta(both, 1, name), delta(turned, 0, name))
+            expected = sum(B @ A for A, B in zip(*chunks[name])) + net.bias[f"{name}_B"] @ net.bias[f"{name}_A"]
+            torch.testing.assert_close(delta(net.join(chunks, [3]), 0, name), expected, rtol=1e-5, atol=1e-5)
+        moved = net(features[1:2][:, :, [2, 1, 3, 0]], mask[1:2][:, [2, 1, 3, 0]])  # no positions: order and side of padding are free
+        torch.testing.assert_close(moved["q_proj"][0][0], chunks["q_proj"][0][1], rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # model.py
 # ---------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_one_base_model(tmp_path):
+    (tmp_path / "gemma-2-2b").mkdir()
+    same = ["gemma-2-2b", "google/gemma-2-2b-it", "models/gemma-2-2b-it", str(tmp_path / "gemma-2-2b"), "./Gemma-2-2b-it"]
+    assert {model.preset_name(name) for name in same} == {"gemma-2-2b"}
+    assert model.preset_name("google/gemma-2-2b") != "gemma-2-2b" and model.preset_name("Qwen/Qwen3-0.6B") == "qwen3-0.6b"
+    assert model.preset_name(model.TINY) == "tiny"
 
 
 def test_hash_encoder_sees_words_and_spelling():
@@ -1051,6 +1167,7 @@ BAD = {
     "adapter of another base by name": (evaluation, ["--methods", "mt_lora", "--mt_lora", "{adapter}", "--base_model", "tiny"], "trained for base does not go with tiny"),
     "adapter of another base by shape": (evaluation, ["--methods", "mt_lora", "--mt_lora", "{adapter}", "--base_model", "{base}"], "is for another base model"),
     "no such hypernetwork on the hub": (generate, ["--desc", DESC, "--hypernet", "nobody/nothing/sub"], "nobody/nothing/sub is neither a folder nor on this machine"),
+    "another text encoder": (generate, ["--desc", DESC, "--hypernet", "{hypernet}", "--encoder", "base"], "the text encoder gives 128 numbers"),
     "module order of our own": (generate, ["--desc", DESC, "--hypernet", "{hypernet}", "--module_order", "v_proj,q_proj"], "is for published checkpoints"),
     "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither tiny, nor lots-of-loras, nor a folder"),
     "no task files": (evaluation, ["--tasks", "{foreign}"], "no task files"),
