@@ -78,6 +78,8 @@ def read_task(path: Path) -> Task:
         examples = [(x["input"].strip(), [o.strip() for o in as_list(x["output"])]) for x in content["Instances"]]
     except (AttributeError, KeyError, IndexError, TypeError) as e:
         raise UserError(f"{path} is not a task file: {e} is missing or of the wrong kind") from None
+    if not examples or not all(outputs for _, outputs in examples) or not all(d.strip() for d in descriptions):
+        raise UserError(f"{path}: a task takes instances with an output each, and descriptions that are not empty")
     n_train = len(examples) - len(examples) // 5
     return Task(content.get("name", path.stem), descriptions, examples[:n_train], examples[n_train:], definition=definition)
 
@@ -95,6 +97,8 @@ def lots_of_loras() -> Path:
     splits = read_json(Path(__file__).parent / "assets" / "lots_of_loras.json")
     names = [name for split in splits.values() for name in split]
     missing = [name for name in names if not (folder / f"{name}.json").exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "splits.json", splits)
     for i, name in enumerate(tqdm(missing, desc="Natural Instructions", unit="file", disable=not missing)):
         try:
             with urlopen(f"{NATURAL_INSTRUCTIONS}/{name}.json", timeout=60) as response:
@@ -104,10 +108,7 @@ def lots_of_loras() -> Path:
                 f"--tasks lots-of-loras: {len(missing) - i} of {len(names)} task files are not in {folder}, "
                 f"and {NATURAL_INSTRUCTIONS}/{name}.json cannot be read: {e or type(e).__name__}"
             ) from None
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{name}.json", task)
-    if missing:
-        write_json(folder / "splits.json", splits)
     return folder
 
 

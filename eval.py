@@ -24,6 +24,7 @@ import re
 import statistics
 import string
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--recon", nargs="+", default=[], help="Folders of train.py --mode recon; rows after the first are named by folder.")
     p.add_argument("--compare", nargs="+", default=[], help="Further hypernetworks, in rows t2l/FOLDER.")
     p.add_argument("--descriptions", help='JSON file {"task": ["description", ...]} to use in place of the tasks\' own.')
-    p.add_argument("--prompt_with_definition", action="store_true", help="As for train.py.")
+    p.add_argument("--prompt_with_definition", action="store_true", help="As for train.py. On for hypernetworks trained so.")
     p.add_argument("--batch_size", type=int, default=256, help="Rows that are answered at once.")
     p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
     p.add_argument("--seed", type=int, default=0, help="Of meaningless descriptions.")
@@ -87,6 +88,7 @@ def parse_args() -> argparse.Namespace:
 def score(judge, tasks: list[data.Task], method: str, net=None, embed=None) -> dict[str, float]:
     """Exact match of one method, task by task. Rows of different tasks and adapters share a batch."""
     args, base, tokenizer = judge
+    with_definition = args.prompt_with_definition or (net is not None and net.config.prompt_with_definition)
     rows = []  # (task, description, question, right answers)
     for t, task in enumerate(tasks):
         other = tasks[(t + 1) % len(tasks)]
@@ -100,7 +102,7 @@ def score(judge, tasks: list[data.Task], method: str, net=None, embed=None) -> d
         prompts = []
         for task, description, question, _ in chunk:
             examples = [(q, a[0]) for q, a in task.train[:3]] if method == "icl" else []
-            stated = description if method == "prompt" else task.definition if args.prompt_with_definition else ""
+            stated = description if method == "prompt" else task.definition if with_definition else ""
             messages = model.prompt(tokenizer, question, stated, examples)
             prompts.append(model.render(tokenizer, messages))
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
@@ -122,14 +124,20 @@ def adapters_of(args, method: str, chunk: list, net, embed) -> tuple[lora.Adapte
         index = {description: i for i, description in enumerate(distinct)}
         return lora.select(adapters, [index[row[1]] for row in chunk]), net.config.scaling
     if method == "mt_lora":
-        adapter, config = lora.load_adapter(args.mt_lora)
-        return adapter, config.scaling
+        return load_adapter(Path(args.mt_lora), args.device)
     if method == "oracle":
         names = list({row[0].name: None for row in chunk})
-        loaded = [lora.load_adapter(Path(args.oracles) / name) for name in names]
+        loaded = [load_adapter(Path(args.oracles) / name, args.device) for name in names]
         adapters = lora.stack([adapter for adapter, _ in loaded])
-        return lora.select(adapters, [names.index(row[0].name) for row in chunk]), loaded[0][1].scaling
+        return lora.select(adapters, [names.index(row[0].name) for row in chunk]), loaded[0][1]
     return None, lora.SCALING
+
+
+@cache
+def load_adapter(folder: Path, device: str) -> tuple[lora.Adapter, float]:
+    """An adapter on the device, and its scaling."""
+    adapter, config = lora.load_adapter(folder)
+    return {name: (A.to(device), B.to(device)) for name, (A, B) in adapter.items()}, config.scaling
 
 
 def noise(seed: int) -> list[str]:
@@ -148,10 +156,17 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
             task.descriptions = words[task.name]
         if not tasks:
             raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
+    for task in tasks:
+        if not task.test:
+            raise UserError(f"the task {task.name} has no test part: the last fifth of the instances, so it takes five")
+    if "t2l_shuffled" in args.methods and len(tasks) < 2:
+        raise UserError("the method t2l_shuffled takes two tasks or more")
     # which hypernetwork makes the adapters of which row
     folders = {method: args.hypernet or hypernet.shipped(args.base_model or "tiny") for method in args.methods if method.startswith("t2l")}
     folders |= {f"t2l/{Path(folder).name}": folder for folder in args.compare}
     folders |= {"recon" if folder == args.recon[0] else f"recon/{Path(folder).name}": folder for folder in args.recon}
+    if len(folders) < len(args.compare) + len(args.recon):
+        raise UserError("--compare and --recon: the last parts of the folders' names have to differ")
     nets = {row: generate.load_hypernet(folder, args) for row, folder in folders.items()}
     configs = [net.config for net in nets.values()]
     configs += [lora.load_adapter(args.mt_lora)[1]] if "mt_lora" in args.methods else []
@@ -240,41 +255,40 @@ def timed(*actions, repeat: int = 15) -> list[float]:
 
 
 def peak_memory(action, device: str) -> float:
-    """MiB at most while `action` runs: of the GPU, or of this process (Linux)."""
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
+    """MiB at most while `action` runs: of the GPU, or of this process, which only Linux tells."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
         action()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
-    torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
     action()
-    return torch.cuda.max_memory_allocated() / 2**20
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
 
 
 def speed(args) -> None:
-    """Generation of 1 and of 64 adapters; a training step against a bare forward and backward of the frozen base.
+    """A training step against a bare forward and backward of the frozen base; generation of 1 and of 64 adapters.
 
-    The hypernetwork is a fresh one of --size for --base_model. Where one of the paper's models is not on this machine,
-    generation alone is measured, for which its shapes are enough.
+    The hypernetwork is that of --hypernet, or a fresh one of the paper's width and of --size for --base_model. Of the paper's
+    base models the shapes are enough to measure generation, where the model itself cannot be had.
     """
-    name, targets, measured = args.base_model or "tiny", ["q_proj", "v_proj"], {}
+    net, measured = args.hypernet and generate.load_hypernet(args.hypernet, args), {}
+    name = args.base_model or (net.config.base_model if net else "tiny")
+    shapes_known = model.preset_name(name) in hypernet.PAPER_SHAPES
     try:
         base, _ = model.load_base(name, args.device, args.dtype and getattr(torch, args.dtype))
-        net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(lora.describe(base, targets, name)), size=args.size))
-        lora.inject(base, targets)
     except UserError as e:
-        if name not in hypernet.PAPER_SHAPES:
+        if not shapes_known:
             raise
         print(f"no training step: {e}\n")
-        base, net = None, hypernet.paper_net(name, args.size)
-    net.start_as_lora()
-    net.to(args.device)
-    embeddings = torch.randn(64, net.config.task_emb_size, device=args.device)
+        base = None
 
     if base is not None:
-        n, k, length, target = (32, 8, 14, 5) if name == "tiny" else (8, 1, 128, 16)  # tasks, examples, tokens, of them answers
-        input_ids = torch.randint(5, base.config.get_text_config().vocab_size, (n * k, length), device=args.device)
+        n, length, target = (128, 14, 5) if model.preset_name(name) == "tiny" else (8, 128, 16)  # rows, tokens, of them answers
+        input_ids = torch.randint(5, base.config.get_text_config().vocab_size, (n, length), device=args.device)
         labels = input_ids.masked_fill(torch.arange(length, device=args.device) < length - target, -100)
-        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-9, fused=True)
+        print(f"{n} rows of {length} tokens, {target} of them answers, each row with an adapter of its own")
 
         def bare() -> None:
             """Forward, and backward as far as the embeddings."""
@@ -283,8 +297,19 @@ def speed(args) -> None:
             train.answer_loss(base, input_ids, labels).backward()
             watch.remove()
 
+        bare_mib = peak_memory(bare, args.device)
+        if net is None:
+            config = lora.describe(base, ["q_proj", "v_proj"], name)
+            net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), size=args.size))
+        lora.inject(base, list(net.config.paths), net.config.dropout).train()
+    net = (net or hypernet.paper_net(model.preset_name(name), args.size)).to(args.device).train()
+    embeddings = torch.randn(128, net.config.task_emb_size, device=args.device)
+
+    if base is not None:
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-9, fused=True)
+
         def step() -> None:
-            """All that train.py does in a step of --mode sft."""
+            """What train.py does in a step of --mode sft, once the batch is drawn."""
             adapter = net(embeddings[:n])
             lora.set_adapter(base, adapter, net.config.scaling)
             loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.square_loss(adapter)
@@ -293,10 +318,8 @@ def speed(args) -> None:
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
 
-        bare_mib = peak_memory(bare, args.device)
-        bare_s, step_s = timed(bare, step)
         step_mib = peak_memory(step, args.device)
-        print(f"{n * k} rows of {length} tokens, {target} of them answers")
+        bare_s, step_s = timed(bare, step)
         measured |= {
             "forward and backward of the frozen base": (f"{bare_s * 1e3:.1f} ms", 1),
             "training step of the hypernetwork": (f"{step_s * 1e3:.1f} ms", step_s / bare_s),
@@ -305,13 +328,13 @@ def speed(args) -> None:
         }
     net.eval()
     with torch.no_grad():
-        read_s, one_s, many_s = timed(lambda: [p.sum() for p in net.parameters()], lambda: net(embeddings[:1]), lambda: net(embeddings), repeat=7)
+        read_s, one_s, many_s = timed(lambda: [p.sum() for p in net.parameters()], lambda: net(embeddings[:1]), lambda: net(embeddings[:64]), repeat=7)
     measured |= {
         "reading the hypernetwork's weights once": (f"{read_s * 1e3:.2f} ms", 1),
         "one adapter": (f"{one_s * 1e3:.2f} ms", one_s / read_s),
         "64 adapters in one call, each": (f"{many_s / 64 * 1e3:.2f} ms", many_s / 64 / read_s),
     }
-    print(f"{name}, {args.size}, on {args.device} with {torch.get_num_threads()} threads\n\n| what | measured | ratio |\n|---|---|---|")
+    print(f"{name}, {net.config.size}, on {args.device} with {torch.get_num_threads()} threads\n\n| what | measured | ratio |\n|---|---|---|")
     for what, (value, ratio) in measured.items():
         print(f"| {what} | {value} | {ratio:.2f} |")
 

@@ -8,7 +8,6 @@ The adapter is a folder that PEFT loads. The base model's answers stand beside t
 """
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--encoder", help="Where the hypernetwork's text encoder is, if not under the name that it was trained with.")
     p.add_argument("--out", default="out/adapter", help="Folder of the adapter (with several --desc, of folders 0, 1, ...).")
     p.add_argument("--merge", help="Also write the base model with the adapter merged into its weights to this folder.")
-    p.add_argument("--prompt_with_definition", action="store_true", help="Put the description before the input as well, for hypernetworks trained so.")
+    p.add_argument("--prompt_with_definition", action="store_true", help="Put the description before the input as well. On for hypernetworks trained so.")
     p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
@@ -48,6 +47,8 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"--desc has {len(description):,} characters; {MAX_DESCRIPTION:,} are the most")
     if args.merge and len(args.desc) > 1:
         raise UserError("--merge takes a single --desc: one model holds one adapter")
+    if args.merge and Path(args.merge).resolve() == Path(args.out).resolve():
+        raise UserError("--out and --merge name one folder; the adapter and the merged model need one each")
     for flag, folder in (("--out", args.out), ("--merge", args.merge)):
         if folder and Path(folder).exists() and not is_ours(Path(folder)):
             raise UserError(f"{flag} {folder} holds something that generate.py did not write; choose another")
@@ -93,13 +94,16 @@ def main() -> None:
         embeddings = encoder(args.desc).to(args.device)  # [n, E]
         started = time.perf_counter()
         adapters = net(embeddings)  # A [n, L, r, in], B [n, L, out, r]
+        if args.device != "cpu":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
 
     inputs = args.input or (data.tiny_inputs(args.desc[0]) if config.base_model == "tiny" else [])
     for text in inputs:
         model.check_known(tokenizer, text)
     lora.set_adapter(base, None)
-    definitions = args.desc if args.prompt_with_definition else [""] * len(args.desc)
+    with_definition = args.prompt_with_definition or config.prompt_with_definition
+    definitions = args.desc if with_definition else [""] * len(args.desc)
     prompts = [model.render(tokenizer, model.prompt(tokenizer, text, d)) for d in definitions for text in inputs]
     without = model.answer(base, tokenizer, prompts, args.max_new_tokens) if inputs else []
     lora.set_adapter(base, adapters, config.scaling)  # rows 0..k-1 are description 0's, the next k description 1's, ...
@@ -117,12 +121,15 @@ def main() -> None:
 
     if args.merge:
         lora.merge(base, lora.select(adapters, 0), config.scaling)
-        folder, tmp = Path(args.merge), Path(f"{args.merge}.tmp")
+        folder = Path(args.merge)
+        tmp = folder.with_name(f"{folder.name}.tmp")
         base.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
         (tmp / "description.txt").write_text(args.desc[0] + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        tmp.rename(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in tmp.iterdir():
+            file.replace(folder / file.name)
+        tmp.rmdir()
         print(f"\nmerged model: {folder}/")
 
 

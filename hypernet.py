@@ -34,7 +34,8 @@ class HypernetConfig(LoRAConfig):
     z_score: bool = False  # the heads predict z-scores over the training adapters, and have no bias
     rotary: bool = False  # small: rank positions are rotations in place of a learned table
     dropout: float = 0.05
-    full_stop: bool = False  # whether descriptions get a full stop where they end in a letter, as published
+    full_stop: bool = False  # descriptions that end in a letter get a full stop, as published
+    prompt_with_definition: bool = False  # it was trained with the task's definition before each input
 
 
 class Residual(nn.Sequential):
@@ -179,6 +180,7 @@ class DocConfig(LoRAConfig):
     latent_size: int = 512
     n_latents: int = 8
     n_blocks: int = 9
+    alpha: float = 2 * 8**2  # 2 r^2, for the published scaling of 2 r^1.5
 
 
 class SwiGLU(nn.Module):
@@ -378,46 +380,49 @@ def import_text_to_lora(folder: str | Path, module_order: list[str] | None = Non
         raise UserError(f"{e.filename} is missing") from None
     except (OSError, ValueError, yaml.YAMLError, pickle.UnpicklingError, RuntimeError, EOFError) as e:
         raise UserError(f"{folder} cannot be read as a published checkpoint: {e}") from None
+    names = list(peft.get("target_modules") or [])
+    if module_order and sorted(module_order) != sorted(names):
+        raise UserError(f"--module_order {','.join(module_order)}: the target modules of {folder} are {', '.join(names)}")
+    names = module_order or names
     try:
-        names = list(peft["target_modules"])
-        if sorted(module_order or names) != sorted(names):
-            raise UserError(f"--module_order {','.join(module_order)}: the target modules of {folder} are {', '.join(names)}")
-        names = module_order or names
-        A, B = (({name: weights[f"AB_offset.{k}.{name}"] for name in names}) for k in "AB")  # [L, r, in], [L, out, r]
-        n_layers, r, _ = A[names[0]].shape
-        recon = args["training_task"] == "recon"
-        delta_w = recon and not args["factorized"]
-        z_score = f"heads.{names[0]}.bias" not in weights
-        widest = max(A[names[0]].shape[-1], B[names[0]].shape[-2])
+        A = {name: weights[f"AB_offset.A.{name}"] for name in names}  # [L, r, in]
+        B = {name: weights[f"AB_offset.B.{name}"] for name in names}  # [L, out, r]
+        n_layers, r, n_in = A[names[0]].shape
+        head = weights[f"heads.{names[0]}.weight"]
+        one_rank = len(head) == max(n_in, B[names[0]].shape[1])
+        delta_w = args["training_task"] == "recon" and not args["factorized"]
         config = HypernetConfig(
             base_model=peft["base_model_name_or_path"],
             n_layers=n_layers,
             paths={name: f"model.layers.{{}}.{'mlp' if name in MLP_MODULES else 'self_attn'}.{name}" for name in names},
-            in_features={name: A[name].shape[-1] for name in names},
-            out_features={name: B[name].shape[-2] for name in names},
+            in_features={name: A[name].shape[2] for name in names},
+            out_features={name: B[name].shape[1] for name in names},
             r=r,
             alpha=peft["lora_alpha"],
             rslora=peft.get("use_rslora", False),
             encoder=args.get("emb_model") or "base",
             task_emb_size=weights["task_encoder.mlp.0.weight"].shape[1],
-            size="large" if "out_emb_norm.weight" not in weights else "small" if len(weights[f"heads.{names[0]}.weight"]) == widest else "medium",
+            size="large" if "out_emb_norm.weight" not in weights else "small" if one_rank else "medium",
             latent_size=2 * len(weights["task_encoder.mlp.0.weight"]),
-            head_in_size=weights[f"heads.{names[0]}.weight"].shape[1],
-            z_score=z_score,
+            head_in_size=head.shape[1],
+            z_score=f"heads.{names[0]}.bias" not in weights,
             rotary="pos_emb.0.weight" not in weights,
             full_stop=True,
         )
+        net = TextToLoRA(config)
         ours = {new + k[len(old) :]: t for k, t in weights.items() for old, new in PUBLISHED.items() if k.startswith(f"{old}.")}
         if config.size != "large":
             ours["AB_emb"] = torch.stack([torch.stack([weights[f"out_emb.{name}.{k}"] for k in "AB"]) for name in names])
-        for name in names:
-            for k in "AB":
-                offset, mean, std = (weights[f"{x}.{k}.{name}"] for x in ("AB_offset", "mean_recon_target", "std_recon_target"))
-                ours[f"shift.{name}_{k}"] = torch.zeros_like(offset) if delta_w else mean + offset if z_score else offset
-                ours[f"scale.{name}_{k}"] = torch.tensor(args["delta_w_scaling"] ** -0.5) if delta_w else std + 1e-10 if z_score else torch.tensor(1.0)
-        net = TextToLoRA(config)
+        for key in net.shift:  # q_proj_A, q_proj_B, ...
+            name, k = key[:-2], key[-1]
+            shift, scale = weights[f"AB_offset.{k}.{name}"], torch.tensor(1.0)
+            if delta_w:
+                shift, scale = torch.zeros_like(shift), torch.tensor(args["delta_w_scaling"] ** -0.5)
+            elif config.z_score:
+                shift, scale = shift + weights[f"mean_recon_target.{k}.{name}"], weights[f"std_recon_target.{k}.{name}"] + 1e-10
+            ours[f"shift.{key}"], ours[f"scale.{key}"] = shift, scale.expand(net.scale[key].shape)
         net.load_state_dict(ours)
-    except (AttributeError, KeyError, TypeError, RuntimeError) as e:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"{folder} is not a published Text-to-LoRA checkpoint of a kind known here: {e}") from None
     return net.eval()
 

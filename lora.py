@@ -323,10 +323,10 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
 
 
 def run(main) -> None:
-    """Run a command's main(); a UserError ends in one line on stderr (of the first process) and exit code 2."""
+    """Run a command's main(); a UserError ends in one line on stderr (of one process a machine) and exit code 2."""
     try:
         main()
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)

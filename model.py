@@ -7,7 +7,7 @@ import logging
 import re
 import socket
 import zlib
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download  # comes with transformers
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GteConfig, GteModel, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -46,11 +47,9 @@ PRESETS = {  # name: (base model, text encoder)
 def preset_name(base_model: str) -> str:
     """The short name of a base model: the preset's, its Hugging Face id and a folder of that name are one model."""
     short = Path(base_model).name.lower()
-    for name, (source, _) in PRESETS.items():
-        if short == Path(source).name.lower():
-            return name
-    elsewhere = short in PRESETS and is_hub_id(base_model)  # google/gemma-2-2b is not google/gemma-2-2b-it
-    return base_model.lower() if elsewhere else short
+    if short in PRESETS:  # but google/gemma-2-2b is not google/gemma-2-2b-it
+        return base_model.lower() if is_hub_id(base_model) else short
+    return next((name for name, (source, _) in PRESETS.items() if short == Path(source).name.lower()), short)
 
 
 def is_hub_id(name: str) -> bool:
@@ -60,7 +59,7 @@ def is_hub_id(name: str) -> bool:
 
 def full_name(base_model: str) -> str:
     """What a config file calls a base model: the preset's Hugging Face id, or the name as it is."""
-    return base_model if base_model == "tiny" else PRESETS.get(base_model, (base_model,))[0]
+    return "tiny" if preset_name(base_model) == "tiny" else PRESETS.get(base_model, (base_model,))[0]
 
 
 @cache
@@ -75,7 +74,7 @@ def hub_is_there() -> bool:
         return False
 
 
-CANNOT_LOAD = (OSError, ValueError, KeyError, RuntimeError, HTTPError)  # what transformers and the hub raise
+CANNOT_LOAD = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, HTTPError)  # what transformers and the hub raise
 
 
 def local_folder(name: str, files: list[str]) -> Path:
@@ -125,7 +124,7 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None) -> tupl
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     tokenizer = load(AutoTokenizer, "base model", source)
-    model = load(AutoModelForCausalLM, "base model", source, dtype=dtype, attn_implementation="sdpa")
+    model = load(AutoModelForCausalLM, "base model", source, dtype=dtype)  # with sdpa attention where it has that
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -168,10 +167,13 @@ def takes_system(tokenizer) -> bool:
 
 def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
     """The prompt as text; with `answer` the text that the model has to write after it, its end mark included."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    template = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)  # Qwen 3 would think first
+    text = template(messages, add_generation_prompt=True)
     if answer is None:
         return text
-    whole = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False)
+    whole = template(messages + [{"role": "assistant", "content": answer}])
+    if not whole.startswith(text):
+        raise UserError("the chat template of this base model does not put answers where it asks for them")
     return whole.removeprefix(text).rstrip("\n")
 
 
@@ -203,7 +205,7 @@ def check_known(tokenizer, text: str) -> None:
     """Raise UserError for text with words that the tokenizer has no token for (the tiny one knows few)."""
     unknown = [word for word in text.split() if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenize(tokenizer, word)]
     if unknown:
-        raise UserError(f"the base model has no token for {unknown[0]} (the tiny one knows the 56 words of data.py and no others)")
+        raise UserError(f"the base model has no token for {unknown[0]} (the tiny one knows the 56 words of assets/tiny_world.txt and their forms)")
 
 
 @torch.no_grad()
@@ -236,7 +238,7 @@ def context_features(model: nn.Module, input_ids: Tensor, mask: Tensor, per_laye
 # ---------------------------------------------------------------------------------------------------------
 
 
-FUNCTION_WORDS = set(  # they say little about the task; nor does punctuation
+FUNCTION_WORDS = set(  # they say little about the task, and so does most punctuation
     "a an the of to in on at by for from with or but is are was were be been it its this that these those them they their there "
     "you your i me my we our as then than so what which who whatever any some please into out up down . , ; : - ?".split()
 )

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
 from pathlib import Path
 
@@ -399,20 +400,20 @@ def in_published_layout(net: hypernet.TextToLoRA, kind: str) -> dict[str, torch.
     return weights
 
 
-@pytest.mark.parametrize("kind", ["sft", "z_score", "factorized", "delta_w"])
+@pytest.mark.parametrize("kind", ["sft", "z_score", "factorized", "delta_w", "delta_w_z_score"])
 @pytest.mark.parametrize("size", [*hypernet.SIZES, "rotary"])
 def test_published_layout_round_trip(tmp_path, size, kind):
     torch.manual_seed(0)
-    config = small_config(size.replace("rotary", "small"), rotary=size == "rotary", z_score=kind == "z_score", r=8)
+    config = small_config(size.replace("rotary", "small"), rotary=size == "rotary", z_score="z_score" in kind, r=8)
     net = hypernet.TextToLoRA(config).eval()
     for p in net.parameters():
         nn.init.normal_(p, std=0.5)
     for p in net.scale.values():
-        p.data.fill_({"z_score": 0.7, "delta_w": 0.01}.get(kind, 1.0))
-    if kind == "delta_w":
+        p.data.fill_(0.01 if "delta_w" in kind else 0.7 if kind == "z_score" else 1.0)
+    if "delta_w" in kind:
         for p in net.shift.values():
             p.data.zero_()
-    args = dict(training_task="sft" if kind == "sft" else "recon", factorized=kind != "delta_w", emb_model="some/encoder")
+    args = dict(training_task="sft" if kind == "sft" else "recon", factorized="delta_w" not in kind, emb_model="some/encoder")
     folder = published_folder(tmp_path, in_published_layout(net, kind), base_model="google/gemma-2-2b-it", **args)
     again, emb = hypernet.load_hypernet(folder), torch.randn(2, 7)
     for name in NAMES:
@@ -587,6 +588,7 @@ def test_names_of_one_base_model(tmp_path):
     (tmp_path / "gemma-2-2b").mkdir()
     same = ["gemma-2-2b", "google/gemma-2-2b-it", "models/gemma-2-2b-it", str(tmp_path / "gemma-2-2b"), "./Gemma-2-2b-it"]
     assert {model.preset_name(name) for name in same} == {"gemma-2-2b"}
+    assert model.preset_name("someone/tiny") != "tiny" and model.full_name(model.TINY) == "tiny"
     assert model.preset_name("google/gemma-2-2b") != "gemma-2-2b" and model.preset_name("Qwen/Qwen3-0.6B") == "qwen3-0.6b"
     assert model.preset_name(model.TINY) == "tiny"
 
@@ -692,6 +694,13 @@ def test_chat_templates_with_and_without_a_system_message():
     _, tokenizer = model.load_base("tiny")
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     assert model.prompt(tokenizer, "hello") == [{"role": "user", "content": "hello"}]
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' %}{{ thoughts }}{% endif %}{{ m.content }}")
+    thinking = "{% set thoughts = '<think></think>' %}" + tokenizer.chat_template + "{% if add_generation_prompt and not enable_thinking %}{{ thoughts }}{% endif %}"
+    tokenizer.chat_template = thinking
+    assert model.render(tokenizer, model.prompt(tokenizer, "hello"), "bye") == "bye<|im_end|>"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}AI: {% endif %}"
+    with pytest.raises(lora.UserError, match="does not put answers where it asks for them"):
+        model.render(tokenizer, model.prompt(tokenizer, "hello"), "bye")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -779,6 +788,10 @@ def test_a_folder_of_task_files(tmp_path):
     (tmp_path / "b.json").write_text('{"Instances": [{"input": 3}]}')
     with pytest.raises(lora.UserError, match="not a task file"):
         data.load_tasks(tmp_path)
+    for empty in {"Instances": []}, {"Instances": [{"input": "a", "output": []}]}, {"Definition": " ", "Instances": instances}:
+        lora.write_json(tmp_path / "b.json", {"Definition": ["do b"]} | empty)
+        with pytest.raises(lora.UserError, match="an output each, and descriptions that are not empty"):
+            data.load_tasks(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -805,7 +818,11 @@ def small_decoder(make) -> nn.Module:
 @pytest.mark.parametrize("make", ARCHITECTURES)
 def test_an_adapter_on_every_architecture(tmp_path, make):
     """Ours, PEFT's and the merged model's logits are the same; so are gradients with and without checkpointing."""
-    base, names = small_decoder(make), ["q_proj", "v_proj", "o_proj", "down_proj"]
+    small_decoder(make).save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(model.TINY) / name, tmp_path / "base")
+    base, _ = model.load_base(str(tmp_path / "base"))
+    names = ["q_proj", "v_proj", "o_proj", "down_proj"]
     config = lora.describe(base, names, "x")
     adapter, ids = random_adapter(config), torch.randint(1, 50, (2, 9))
     lora.save_adapter(tmp_path / "adapter", adapter, config)
@@ -818,12 +835,14 @@ def test_an_adapter_on_every_architecture(tmp_path, make):
     for pair in adapter.values():
         for x in pair:
             x.requires_grad_()
-    grads = []
+    grads, calls = [], []
+    base.get_submodule(config.paths["q_proj"].format(0)).register_forward_hook(lambda *_: calls.append(1))
     for checkpointing in (False, True):
         if checkpointing:
             base.train().gradient_checkpointing_enable({"use_reentrant": False})
         lora.set_adapter(base, adapter)
         grads.append(torch.autograd.grad(train.answer_loss(base, ids, ids), [x for pair in adapter.values() for x in pair]))
+    assert len(calls) == 1 + 2  # once without, and once more in the backward pass with checkpointing
     for one, other in zip(*grads):
         assert one.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -917,7 +936,7 @@ def test_oracles_train_apart_from_each_other():
     torch.testing.assert_close(grads[3], grads[1], rtol=1e-4, atol=1e-6)
 
 
-SHORT = ["--mode", "sft", "--n_tasks", "8", "--tasks_per_batch", "4", "--examples_per_task", "2", "--size", "small"]
+SHORT = ["--mode", "sft", "--n_tasks", "8", "--tasks_per_batch", "4", "--examples_per_task", "2", "--size", "small", "--latent_size", "32"]
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -945,11 +964,12 @@ def test_resume_after_kill_is_exact(tmp_path, mode):
     name = "hypernet.safetensors" if mode == "sft" else "model.safetensors"
     ours, theirs = load_file(cut / name), load_file(whole / name)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs) and not (cut / "state.safetensors").exists()
+    assert command(train, *words, "--out_dir", cut, "--resume") == 2 and losses_of(cut) == losses_of(whole)  # it is finished
 
 
 def torchrun(n: int, folder: Path, *words: str) -> list[float]:
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=29511", "train.py", *SHORT, "--max_steps", "5", *words, "--out_dir", str(folder)],
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone", "train.py", *SHORT, "--max_steps", "5", *words, "--out_dir", str(folder)],
         cwd=HERE, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return losses_of(folder)
@@ -983,6 +1003,22 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
         seen.clear()
         assert command(generate, "--desc", "red hat", "--input", "cat dog", "--out", tmp_path / "out", *words) == 0
         assert seen and set(seen) == {expected}
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
+    words = [*SHORT, "--max_steps", "3", "--dropout", "0.1", "--neftune_alpha", "5"]
+    assert command(train, *words, "--out_dir", tmp_path / "plain") == 0
+    assert command(train, *words, "--gradient_checkpointing", "--out_dir", tmp_path / "again") == 0
+    for one, other in zip(losses_of(tmp_path / "plain"), losses_of(tmp_path / "again")):
+        assert abs(one - other) < 1e-5
+
+
+def test_wandb_gets_what_metrics_jsonl_gets(tmp_path, monkeypatch):
+    calls = []
+    fake = types.SimpleNamespace(init=lambda **k: calls.append(k), log=lambda row, step: calls.append((row["loss"], step)))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert command(train, *SHORT, "--max_steps", "3", "--wandb", "--out_dir", tmp_path / "run") == 0
+    assert calls[0]["config"]["max_steps"] == 3 and calls[1:] == [(loss, i + 1) for i, loss in enumerate(losses_of(tmp_path / "run"))]
 
 
 def test_oracles_and_reconstruction_end_to_end(tmp_path):
@@ -1127,6 +1163,10 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     ids = torch.tensor([model.tokenize(tokenizer, prompts[0])])
     torch.testing.assert_close(merged(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-4)
     assert model.answer(*model.load_base(str(tmp_path / "merged")), prompts, 64) == answers[:2]
+    (tmp_path / "merged" / "notes.txt").write_text("mine")  # written anew, the folder keeps what is not ours
+    assert command(generate, "--desc", "Reverse the fruits.", *words, "--out", tmp_path / "one", "--merge", f"{tmp_path}/merged/") == 0
+    assert (tmp_path / "merged" / "notes.txt").exists() and not list(tmp_path.glob("**/*.tmp"))
+    assert (tmp_path / "merged" / "description.txt").read_text() == "Reverse the fruits.\n"
 
 
 README_SCORES = {"sft_large": 0.89, "sft_medium": 0.846, "sft_small": 0.702, "recon": 0.237}
@@ -1154,6 +1194,7 @@ BAD = {
     "empty description": (generate, ["--desc", "  "], "--desc is empty"),
     "over-long description": (generate, ["--desc", "x" * 2001], "2,000 are the most"),
     "two to merge": (generate, ["--desc", DESC, "--desc", DESC, "--merge", "{tmp}/m"], "--merge takes a single"),
+    "one folder for two": (generate, ["--desc", DESC, "--out", "{tmp}/m", "--merge", "{tmp}/m/"], "name one folder"),
     "foreign output": (generate, ["--desc", DESC, "--out", "{foreign}"], "did not write"),
     "foreign merge": (generate, ["--desc", DESC, "--merge", "{foreign}"], "did not write"),
     "no checkpoint": (generate, ["--desc", DESC, "--hypernet", "{tmp}/none"], "holds no hypernetwork"),
@@ -1220,6 +1261,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "answer_loss", real)
     assert command(train, *words, "--resume") == 0
     assert len(losses_of(tmp_path / "run")) == 9
+
+
+def test_speed_prints_ratios(tmp_path, capsys):
+    assert command(evaluation, "--speed", "--hypernet", Path(model.TINY) / "sft_small") == 0
+    shown = capsys.readouterr().out
+    ratios = dict(re.findall(r"\| (.+?) \| .+? \| ([\d.]+) \|", shown))
+    assert "tiny, small, on cpu" in shown and float(ratios["training step of the hypernetwork"]) > 1
+    assert float(ratios["64 adapters in one call, each"]) < float(ratios["one adapter"])
+    assert command(evaluation, "--speed", "--base_model", "gemma-2-2b", "--size", "small") == 0
+    shown = capsys.readouterr().out
+    assert "no training step: base model google/gemma-2-2b-it" in shown and "| one adapter |" in shown
 
 
 def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):

@@ -17,6 +17,7 @@ import json
 import os
 import random
 import time
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
     args = p.parse_args()
 
-    tiny = args.base_model == "tiny"
+    tiny = model.preset_name(args.base_model) == "tiny"
     settings = TINY_COMMON | TINY[args.mode] if tiny else PAPER_COMMON | PAPER.get(args.mode, {})
     for key, value in settings.items():
         if getattr(args, key) is None:
@@ -284,7 +285,7 @@ class Lora(Finetune):
 
     def __init__(self, args, device):
         super().__init__(args, device)
-        if not args.multi_task:  # every adapter takes part in every step, as if it were trained alone
+        if not args.multi_task:  # every adapter takes part in every step
             args.tasks_per_batch = len(self.tasks)
         self.net = Bank(self.config, 1 if args.multi_task else len(self.tasks), args.own_init).to(device)
 
@@ -303,6 +304,7 @@ def new_hypernet(args, config: lora.LoRAConfig, embed) -> hypernet.TextToLoRA:
     """A hypernetwork with the sizes of `args`, for adapters as in `config`."""
     own = dict(encoder=args.encoder, task_emb_size=len(embed("any")), size=args.size, latent_size=args.latent_size)
     own |= dict(head_in_size=args.head_in_size, head_scale=args.head_scale, dropout=args.dropout)
+    own |= dict(prompt_with_definition=args.prompt_with_definition)
     return hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=args.mode == "recon" and not args.delta_w))
 
 
@@ -342,7 +344,7 @@ class Recon(nn.Module):
         self.tasks = data.pick(tasks, args.split, args.n_tasks)
         loaded = [lora.load_adapter(Path(args.oracles) / task.name) for task in self.tasks]
         self.oracles = {k: (A.to(device), B.to(device)) for k, (A, B) in lora.stack([adapter for adapter, _ in loaded]).items()}
-        base = model.load_base(args.base_model, device) if args.encoder == "base" else None
+        base = model.load_base(args.base_model, device, args.dtype and getattr(torch, args.dtype)) if args.encoder == "base" else None
         self.embed = remember(model.load_encoder(args.encoder, device, base), device)
         self.net = new_hypernet(args, loaded[0][1], self.embed).to(device)
         if args.delta_w:
@@ -385,6 +387,9 @@ def open_run(args) -> None:
             raise UserError(f"--resume: there is no run in {folder}")
         then, now = lora.read_json(record), vars(args)
         changed = [f"--{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in FREE_ON_RESUME and then.get(k) != v]
+        metrics = folder / "metrics.jsonl"
+        if not (folder / "state.safetensors").exists() and metrics.exists() and len(metrics.read_text().splitlines()) >= args.max_steps:
+            raise UserError(f"--resume: the run in {folder} is finished")
         if changed:
             raise UserError(f"--resume goes on with the settings of the run in {folder}: {'; '.join(changed)}")
 
@@ -415,10 +420,10 @@ def start_processes(args) -> tuple[int, int, int, torch.device]:
     rank, local_rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:  # the others wait while the first one downloads
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return rank, local_rank, world, device
 
 
@@ -461,7 +466,7 @@ def main() -> None:
         if args.wandb:
             import wandb
 
-            wandb.init(project="text-to-lora", config=vars(args), resume="allow", id=folder.name)
+            wandb.init(project="text-to-lora", name=folder.name, config=vars(args))
 
     bar = tqdm(total=args.max_steps, initial=step, disable=rank > 0, desc=args.mode)
     while step < args.max_steps:
