@@ -267,74 +267,79 @@ def peak_memory(action, device: str) -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
 
 
-def speed(args) -> None:
-    """A training step against a bare forward and backward of the frozen base; generation of 1 and of 64 adapters.
+def training_speed(base, make_net, n: int, length: int, target: int, device: str) -> dict[str, tuple[str, float]]:
+    """A training step on n rows of `length` tokens, each with its own adapter and `target` tokens of answer, against a bare
+    forward and backward of the frozen base. {what: (value, ratio)}"""
+    input_ids = torch.randint(5, base.config.get_text_config().vocab_size, (n, length), device=device)
+    labels = input_ids.masked_fill(torch.arange(length, device=device) < length - target, -100)
 
-    The hypernetwork is that of --hypernet, or a fresh one of the paper's width and of --size for --base_model. Of the paper's
-    base models the shapes are enough to measure generation, where the model itself cannot be had.
-    """
-    net, measured = args.hypernet and generate.load_hypernet(args.hypernet, args), {}
-    name = args.base_model or (net.config.base_model if net else "tiny")
-    shapes_known = model.preset_name(name) in hypernet.PAPER_SHAPES
-    try:
-        base, _ = model.load_base(name, args.device, args.dtype and getattr(torch, args.dtype))
-    except UserError as e:
-        if not shapes_known:
-            raise
-        print(f"no training step: {e}\n")
-        base = None
+    def bare() -> None:
+        """Forward, and backward as far as the embeddings."""
+        lora.set_adapter(base, None)
+        watch = base.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
+        train.answer_loss(base, input_ids, labels).backward()
+        watch.remove()
 
-    if base is not None:
-        n, length, target = (128, 14, 5) if model.preset_name(name) == "tiny" else (8, 128, 16)  # rows, tokens, of them answers
-        input_ids = torch.randint(5, base.config.get_text_config().vocab_size, (n, length), device=args.device)
-        labels = input_ids.masked_fill(torch.arange(length, device=args.device) < length - target, -100)
-        print(f"{n} rows of {length} tokens, {target} of them answers, each row with an adapter of its own")
+    bare_mib = peak_memory(bare, device)
+    net = make_net().train()
+    lora.inject(base, list(net.config.paths), net.config.dropout).train()
+    embeddings = torch.randn(n, net.config.task_emb_size, device=device)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-9, fused=True)
 
-        def bare() -> None:
-            """Forward, and backward as far as the embeddings."""
-            lora.set_adapter(base, None)
-            watch = base.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
-            train.answer_loss(base, input_ids, labels).backward()
-            watch.remove()
+    def step() -> None:
+        """What train.py does in a step of --mode sft, once the batch is drawn."""
+        adapter = net(embeddings)
+        lora.set_adapter(base, adapter, net.config.scaling)
+        loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.square_loss(adapter)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
 
-        bare_mib = peak_memory(bare, args.device)
-        if net is None:
-            config = lora.describe(base, ["q_proj", "v_proj"], name)
-            net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), size=args.size))
-        lora.inject(base, list(net.config.paths), net.config.dropout).train()
-    net = (net or hypernet.paper_net(model.preset_name(name), args.size)).to(args.device).train()
-    embeddings = torch.randn(128, net.config.task_emb_size, device=args.device)
+    step_mib = peak_memory(step, device)
+    bare_s, step_s = timed(bare, step)
+    return {
+        f"frozen base, forward and backward of {n} rows of {length} tokens": (f"{bare_s * 1e3:.1f} ms", 1),
+        "training step of the hypernetwork on them": (f"{step_s * 1e3:.1f} ms", step_s / bare_s),
+        "peak memory of the former": (f"{bare_mib:.0f} MiB", 1),
+        "peak memory of the latter": (f"{step_mib:.0f} MiB", step_mib / bare_mib),
+    }
 
-    if base is not None:
-        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-9, fused=True)
 
-        def step() -> None:
-            """What train.py does in a step of --mode sft, once the batch is drawn."""
-            adapter = net(embeddings[:n])
-            lora.set_adapter(base, adapter, net.config.scaling)
-            loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.square_loss(adapter)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-
-        step_mib = peak_memory(step, args.device)
-        bare_s, step_s = timed(bare, step)
-        measured |= {
-            "forward and backward of the frozen base": (f"{bare_s * 1e3:.1f} ms", 1),
-            "training step of the hypernetwork": (f"{step_s * 1e3:.1f} ms", step_s / bare_s),
-            "peak memory of the former": (f"{bare_mib:.0f} MiB", 1),
-            "peak memory of the latter": (f"{step_mib:.0f} MiB", step_mib / bare_mib),
-        }
-    net.eval()
-    with torch.no_grad():
-        read_s, one_s, many_s = timed(lambda: [p.sum() for p in net.parameters()], lambda: net(embeddings[:1]), lambda: net(embeddings[:64]), repeat=7)
-    measured |= {
+@torch.no_grad()
+def generation_speed(net: hypernet.TextToLoRA, device: str) -> dict[str, tuple[str, float]]:
+    """Writing 1 and 64 adapters, against reading the weights once. {what: (value, ratio)}"""
+    embeddings = torch.randn(64, net.config.task_emb_size, device=device)
+    read_s, one_s, many_s = timed(lambda: [p.sum() for p in net.parameters()], lambda: net(embeddings[:1]), lambda: net(embeddings), repeat=7)
+    return {
         "reading the hypernetwork's weights once": (f"{read_s * 1e3:.2f} ms", 1),
         "one adapter": (f"{one_s * 1e3:.2f} ms", one_s / read_s),
         "64 adapters in one call, each": (f"{many_s / 64 * 1e3:.2f} ms", many_s / 64 / read_s),
     }
-    print(f"{name}, {net.config.size}, on {args.device} with {torch.get_num_threads()} threads\n\n| what | measured | ratio |\n|---|---|---|")
+
+
+def speed(args) -> None:
+    """Print both, for the hypernetwork of --hypernet, or a fresh one of the paper's width and of --size for --base_model.
+
+    Of the paper's base models the shapes are enough to measure generation, where the model itself cannot be had.
+    """
+    net, measured = args.hypernet and generate.load_hypernet(args.hypernet, args), {}
+    name = args.base_model or (net.config.base_model if net else "tiny")
+    short = model.preset_name(name)
+    try:
+        base, _ = model.load_base(name, args.device, args.dtype and getattr(torch, args.dtype))
+        config = lora.describe(base, ["q_proj", "v_proj"], name)
+        fresh = lambda: hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), size=args.size)).to(args.device)
+    except UserError as e:
+        if short not in hypernet.PAPER_SHAPES:
+            raise
+        print(f"no training step: {e}\n")
+        base, fresh = None, lambda: hypernet.paper_net(short, args.size).to(args.device)
+    make_net = fresh if net is None else lambda: net
+    if base is not None:
+        measured |= training_speed(base, make_net, *((128, 14, 5) if short == "tiny" else (8, 128, 16)), args.device)
+    measured |= generation_speed(make_net().eval(), args.device)
+    print(f"{name}, {make_net().config.size}, on {args.device} with {torch.get_num_threads()} threads\n\n| what | measured | ratio |\n|---|---|---|")
     for what, (value, ratio) in measured.items():
         print(f"| {what} | {value} | {ratio:.2f} |")
 

@@ -383,48 +383,57 @@ def import_text_to_lora(folder: str | Path, module_order: list[str] | None = Non
     names = list(peft.get("target_modules") or [])
     if module_order and sorted(module_order) != sorted(names):
         raise UserError(f"--module_order {','.join(module_order)}: the target modules of {folder} are {', '.join(names)}")
-    names = module_order or names
     try:
-        A = {name: weights[f"AB_offset.A.{name}"] for name in names}  # [L, r, in]
-        B = {name: weights[f"AB_offset.B.{name}"] for name in names}  # [L, out, r]
-        n_layers, r, n_in = A[names[0]].shape
-        head = weights[f"heads.{names[0]}.weight"]
-        one_rank = len(head) == max(n_in, B[names[0]].shape[1])
-        delta_w = args["training_task"] == "recon" and not args["factorized"]
-        config = HypernetConfig(
-            base_model=peft["base_model_name_or_path"],
-            n_layers=n_layers,
-            paths={name: f"model.layers.{{}}.{'mlp' if name in MLP_MODULES else 'self_attn'}.{name}" for name in names},
-            in_features={name: A[name].shape[2] for name in names},
-            out_features={name: B[name].shape[1] for name in names},
-            r=r,
-            alpha=peft["lora_alpha"],
-            rslora=peft.get("use_rslora", False),
-            encoder=args.get("emb_model") or "base",
-            task_emb_size=weights["task_encoder.mlp.0.weight"].shape[1],
-            size="large" if "out_emb_norm.weight" not in weights else "small" if one_rank else "medium",
-            latent_size=2 * len(weights["task_encoder.mlp.0.weight"]),
-            head_in_size=head.shape[1],
-            z_score=f"heads.{names[0]}.bias" not in weights,
-            rotary="pos_emb.0.weight" not in weights,
-            full_stop=True,
-        )
+        config = published_config(peft, args, weights, module_order or names)
         net = TextToLoRA(config)
-        ours = {new + k[len(old) :]: t for k, t in weights.items() for old, new in PUBLISHED.items() if k.startswith(f"{old}.")}
-        if config.size != "large":
-            ours["AB_emb"] = torch.stack([torch.stack([weights[f"out_emb.{name}.{k}"] for k in "AB"]) for name in names])
-        for key in net.shift:  # q_proj_A, q_proj_B, ...
-            name, k = key[:-2], key[-1]
-            shift, scale = weights[f"AB_offset.{k}.{name}"], torch.tensor(1.0)
-            if delta_w:
-                shift, scale = torch.zeros_like(shift), torch.tensor(args["delta_w_scaling"] ** -0.5)
-            elif config.z_score:
-                shift, scale = shift + weights[f"mean_recon_target.{k}.{name}"], weights[f"std_recon_target.{k}.{name}"] + 1e-10
-            ours[f"shift.{key}"], ours[f"scale.{key}"] = shift, scale.expand(net.scale[key].shape)
-        net.load_state_dict(ours)
+        delta_w = args["training_task"] == "recon" and not args["factorized"]
+        net.load_state_dict(published_weights(weights, config, args["delta_w_scaling"] if delta_w else None))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"{folder} is not a published Text-to-LoRA checkpoint of a kind known here: {e}") from None
     return net.eval()
+
+
+def published_config(peft: dict, args: dict, weights: dict[str, Tensor], names: list[str]) -> HypernetConfig:
+    """Our config of a published checkpoint: its adapter_config.json, its args.yaml, and the shapes of its weights."""
+    A = {name: weights[f"AB_offset.A.{name}"] for name in names}  # [L, r, in]
+    B = {name: weights[f"AB_offset.B.{name}"] for name in names}  # [L, out, r]
+    n_layers, r, n_in = A[names[0]].shape
+    head = weights[f"heads.{names[0]}.weight"]
+    one_rank = len(head) == max(n_in, B[names[0]].shape[1])
+    return HypernetConfig(
+        base_model=peft["base_model_name_or_path"],
+        n_layers=n_layers,
+        paths={name: f"model.layers.{{}}.{'mlp' if name in MLP_MODULES else 'self_attn'}.{name}" for name in names},
+        in_features={name: A[name].shape[2] for name in names},
+        out_features={name: B[name].shape[1] for name in names},
+        r=r,
+        alpha=peft["lora_alpha"],
+        rslora=peft.get("use_rslora", False),
+        encoder=args.get("emb_model") or "base",
+        task_emb_size=weights["task_encoder.mlp.0.weight"].shape[1],
+        size="large" if "out_emb_norm.weight" not in weights else "small" if one_rank else "medium",
+        latent_size=2 * len(weights["task_encoder.mlp.0.weight"]),
+        head_in_size=head.shape[1],
+        z_score=f"heads.{names[0]}.bias" not in weights,
+        rotary="pos_emb.0.weight" not in weights,
+        full_stop=True,
+    )
+
+
+def published_weights(weights: dict[str, Tensor], config: HypernetConfig, delta_w_scaling: float | None) -> dict[str, Tensor]:
+    """The weights of a published checkpoint under our names; `delta_w_scaling` is that of a reconstruction of delta W."""
+    ours = {new + k[len(old) :]: t for k, t in weights.items() for old, new in PUBLISHED.items() if k.startswith(f"{old}.")}
+    if config.size != "large":
+        ours["AB_emb"] = torch.stack([torch.stack([weights[f"out_emb.{name}.{k}"] for k in "AB"]) for name in config.paths])
+    for name in config.paths:
+        for k in "AB":
+            shift, scale = weights[f"AB_offset.{k}.{name}"], torch.tensor(1.0)
+            if delta_w_scaling:
+                shift, scale = torch.zeros_like(shift), torch.tensor(delta_w_scaling**-0.5)
+            elif config.z_score:
+                shift, scale = shift + weights[f"mean_recon_target.{k}.{name}"], weights[f"std_recon_target.{k}.{name}"] + 1e-10
+            ours[f"shift.{name}_{k}"], ours[f"scale.{name}_{k}"] = shift, scale.expand(shift.shape if config.z_score else ())
+    return ours
 
 
 # ---------------------------------------------------------------------------------------------------------
