@@ -1005,6 +1005,25 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
         assert seen and set(seen) == {expected}
 
 
+def test_rows_in_groups_of_like_length_give_the_same_loss_and_gradient():
+    args = train.argparse.Namespace(base_model="tiny", tasks="tiny", split="train", n_tasks=6, dtype=None, target_modules="q_proj,v_proj", rank=8, alpha=16)
+    vars(args).update(dropout=0.0, gradient_checkpointing=False, multi_task=False, tasks_per_batch=6, examples_per_task=3, own_init=False)
+    vars(args).update(prompt_with_definition=False, label_smoothing=0.1, neftune_alpha=0.0, l2=0.1, row_groups=1)
+    torch.manual_seed(0)
+    objective = train.Lora(args, "cpu")
+    for B in objective.net.B.values():
+        nn.init.normal_(B, std=0.1)
+    objective.tasks = [data.Task("t", ["d"], [(" ".join(list(data.FORMS)[: 1 + (i + k) % 4]), [list(data.FORMS)[i]]) for k in range(9)], []) for i in range(6)]
+    batch, found = objective.draw(random.Random(0), 0), {}
+    for args.row_groups in (1, 4, 18):
+        objective.zero_grad()
+        loss = objective(batch)
+        loss.backward()
+        found[args.row_groups] = (loss.detach(), objective.net.A["v_proj"].grad.clone())
+    for groups in (4, 18):
+        torch.testing.assert_close(found[groups], found[1], rtol=1e-4, atol=1e-6)
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     words = [*SHORT, "--max_steps", "3", "--dropout", "0.1", "--neftune_alpha", "5"]
     assert command(train, *words, "--out_dir", tmp_path / "plain") == 0
