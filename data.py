@@ -68,11 +68,14 @@ def folder_tasks(folder: str | Path) -> dict[str, list[Task]]:
 
 
 def read_task(path: Path) -> Task:
-    """One file: {"name", "descriptions" or "Definition", "Instances": [{"input", "output": [...]}]}. The last fifth
-    of the instances is the test part."""
+    """One file: {"name", "descriptions" or "Definition", "Instances": [{"input", "output": [...]}]}, of whose instances the
+    last fifth is the test part; or {"document", "questions": [{"question", "answer"}]}."""
     content = read_json(path)
     as_list = lambda text: [text] if isinstance(text, str) else text
     try:
+        if "document" in content:  # what to know in place of what to do; there are questions about it
+            examples = [(x["question"].strip(), [a.strip() for a in as_list(x["answer"])]) for x in content["questions"]]
+            return Task(content.get("name", path.stem), [content["document"]], examples, examples)
         descriptions = as_list(content.get("descriptions") or content["Definition"])
         definition = as_list(content.get("Definition") or descriptions)[0]
         examples = [(x["input"].strip(), [o.strip() for o in as_list(x["output"])]) for x in content["Instances"]]

@@ -59,6 +59,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--compare", nargs="+", default=[], help="Further hypernetworks, in rows t2l/FOLDER.")
     p.add_argument("--descriptions", help='JSON file {"task": ["description", ...]} to use in place of the tasks\' own.')
     p.add_argument("--prompt_with_definition", action="store_true", help="As for train.py. On for hypernetworks trained so.")
+    p.add_argument("--chunk_batch", type=int, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
     p.add_argument("--batch_size", type=int, default=256, help="Rows that are answered at once.")
     p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
     p.add_argument("--seed", type=int, default=0, help="Of meaningless descriptions.")
@@ -85,10 +86,10 @@ def parse_args() -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def score(judge, tasks: list[data.Task], method: str, net=None, embed=None) -> dict[str, float]:
+def score(judge, tasks: list[data.Task], method: str, net=None, write=None) -> dict[str, float]:
     """Exact match of one method, task by task. Rows of different tasks and adapters share a batch."""
     args, base, tokenizer = judge
-    with_definition = args.prompt_with_definition or (net is not None and net.config.prompt_with_definition)
+    with_definition = args.prompt_with_definition or (net is not None and getattr(net.config, "prompt_with_definition", False))
     rows = []  # (task, description, question, right answers)
     for t, task in enumerate(tasks):
         other = tasks[(t + 1) % len(tasks)]
@@ -106,7 +107,7 @@ def score(judge, tasks: list[data.Task], method: str, net=None, embed=None) -> d
             messages = model.prompt(tokenizer, question, stated, examples)
             prompts.append(model.render(tokenizer, messages))
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
-        adapter, scaling = adapters_of(args, method, chunk, net, embed)
+        adapter, scaling = adapters_of(args, method, chunk, net, write)
         lora.set_adapter(base, adapter, scaling)
         room = max(len(model.tokenize(tokenizer, right)) for row in chunk for right in row[3]) + 2  # longer ones are wrong anyway
         answers = model.answer(base, tokenizer, prompts, min(room, args.max_new_tokens))
@@ -116,11 +117,11 @@ def score(judge, tasks: list[data.Task], method: str, net=None, embed=None) -> d
 
 
 @torch.no_grad()
-def adapters_of(args, method: str, chunk: list, net, embed) -> tuple[lora.Adapter | None, float]:
+def adapters_of(args, method: str, chunk: list, net, write) -> tuple[lora.Adapter | None, float]:
     """The adapters of a chunk of rows, one a row (or one for all), and their scaling."""
     if net is not None:
         distinct = {row[1]: None for row in chunk}
-        adapters = net(torch.stack([embed(description) for description in distinct]))
+        adapters = write(list(distinct))
         index = {description: i for i, description in enumerate(distinct)}
         return lora.select(adapters, [index[row[1]] for row in chunk]), net.config.scaling
     if method == "mt_lora":
@@ -172,16 +173,10 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     configs += [lora.load_adapter(args.mt_lora)[1]] if "mt_lora" in args.methods else []
     configs += [lora.load_adapter(Path(args.oracles) / tasks[0].name)[1]] if "oracle" in args.methods else []
     base, tokenizer = generate.load_for(configs, args)
-    embedders = {}  # hypernetworks share a text encoder
-    for net in nets.values():
-        key = (args.encoder or net.config.encoder, net.config.full_stop)
-        embedders[key] = embedders.get(key) or train.remember(model.load_encoder(key[0], args.device, (base, tokenizer), key[1]), args.device)
-
     results = {}
     for row in dict.fromkeys([*args.methods, *folders]):
         net = nets.get(row)
-        embed = net and embedders[args.encoder or net.config.encoder, net.config.full_stop]
-        results[row] = score((args, base, tokenizer), tasks, row, net, embed)
+        results[row] = score((args, base, tokenizer), tasks, row, net, net and generate.writer(net, base, tokenizer, args))
         print(f"{row:24} {statistics.fmean(results[row].values()):.3f}", flush=True)
     records = {row: Path(folder) / "train_args.json" for row, folder in folders.items() if row.split("/")[0] == "t2l"}
     records = {row: lora.read_json(file) for row, file in records.items() if file.exists()}  # published checkpoints have none

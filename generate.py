@@ -1,14 +1,17 @@
-"""Write an adapter from a description, and see what it does.
+"""Write an adapter from a description, or from a document, and see what it does.
 
     python generate.py --desc "Keep only the animals and translate them into French."
     python generate.py --desc "..." --desc "..." --input "cat red dog shirt"
     python generate.py --desc "..." --base_model DIR --hypernet DIR --input "..." --merge DIR
+    python generate.py --doc FILE --hypernet DIR --input "What is ...?" --interactive
 
 The adapter is a folder that PEFT loads. The base model's answers stand beside those with the adapter.
 """
 
 import argparse
+import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,6 +29,8 @@ def parse_args() -> argparse.Namespace:
     """The flags, checked as far as that goes without a model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--desc", action="append", help="What the adapted model has to do, in words. May be given several times.")
+    p.add_argument("--doc", help="Text file that the model has to know, for a Doc-to-LoRA hypernetwork.")
+    p.add_argument("--interactive", action="store_true", help="Keep the adapter and take inputs, one a line, until an empty one.")
     p.add_argument("--input", action="append", help="Something to answer. May be given several times.")
     p.add_argument("--base_model", help=f"One of {', '.join(model.PRESETS)}, a Hugging Face id or a folder. Default: the hypernetwork's.")
     p.add_argument("--hypernet", help="A folder that train.py wrote, or a published checkpoint: a folder, or USER/REPO/FOLDER on the Hugging Face hub. Default: the one that comes with the base model.")
@@ -34,19 +39,24 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--out", default="out/adapter", help="Folder of the adapter (with several --desc, of folders 0, 1, ...).")
     p.add_argument("--merge", help="Also write the base model with the adapter merged into its weights to this folder.")
     p.add_argument("--prompt_with_definition", action="store_true", help="Put the description before the input as well. On for hypernetworks trained so.")
+    p.add_argument("--chunk_batch", type=int, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
     p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
     args = p.parse_args()
+    if args.doc:
+        if args.desc:
+            raise UserError("an adapter comes from --desc or from --doc")
+        args.desc = [read_text(args.doc)]
     if not args.desc:
         raise UserError('say what the model should do, for example: python generate.py --desc "Translate the animals into French."')
     for description in args.desc:
         if not description.strip():
             raise UserError("--desc is empty")
-        if len(description) > MAX_DESCRIPTION:
+        if len(description) > MAX_DESCRIPTION and not args.doc:
             raise UserError(f"--desc has {len(description):,} characters; {MAX_DESCRIPTION:,} are the most")
-    if args.merge and len(args.desc) > 1:
-        raise UserError("--merge takes a single --desc: one model holds one adapter")
+    if (args.merge or args.interactive) and len(args.desc) > 1:
+        raise UserError("--merge and --interactive take a single --desc: one model holds one adapter")
     if args.merge and Path(args.merge).resolve() == Path(args.out).resolve():
         raise UserError("--out and --merge name one folder; the adapter and the merged model need one each")
     for flag, folder in (("--out", args.out), ("--merge", args.merge)):
@@ -77,47 +87,84 @@ def load_for(configs: list[lora.LoRAConfig], args):
     return lora.inject(base, sorted(targets)), tokenizer
 
 
-def load_pair(args):
-    """The hypernetwork and the base model that it writes adapters for: (net, base, tokenizer, encoder)."""
-    net = load_hypernet(args.hypernet or hypernet.shipped(args.base_model or "tiny"), args)
-    base, tokenizer = load_for([net.config], args)
-    encoder = model.load_encoder(args.encoder or net.config.encoder, args.device, (base, tokenizer), net.config.full_stop)
-    return net, base, tokenizer, encoder
+shared_encoder = cache(model.load_encoder)
+
+
+def writer(net, base, tokenizer, args):
+    """The hypernetwork as a function: n descriptions (or documents, for Doc-to-LoRA) -> a batch of n adapters."""
+    if isinstance(net, hypernet.DocToLoRA):
+        return lambda texts: hypernet.read_documents(net, base, tokenizer, texts, args.chunk_batch)
+    encoder = shared_encoder(args.encoder or net.config.encoder, args.device, (base, tokenizer), net.config.full_stop)
+    return lambda texts: net(encoder(texts).to(args.device))
+
+
+def read_text(file: str) -> str:
+    """The text of a document."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--doc {file} cannot be read as text: {e}") from None
+    if not text.strip():
+        raise UserError(f"--doc {file} is empty")
+    return text
+
+
+def show(base, tokenizer, ways: dict[str, tuple], inputs: list[str], args) -> None:
+    """Print the answers to some inputs. `ways` is {way to answer: (adapter or None, scaling, text before the input)}."""
+    answers = {}
+    for way, (adapter, scaling, before) in ways.items():
+        prompts = [model.render(tokenizer, model.prompt(tokenizer, text, before)) for text in inputs]
+        lora.set_adapter(base, adapter, scaling)
+        started = time.perf_counter()
+        given = model.answer(base, tokenizer, prompts, args.max_new_tokens)
+        took = f"  ({(time.perf_counter() - started) * 1000:.0f} ms)" if args.doc else ""
+        answers[way] = [a + took for a in given]
+    for i, text in enumerate(inputs):
+        print(f"\n  {'input':12}  {text}", *(f"  {way:12}  {given[i]}" for way, given in answers.items()), sep="\n")
 
 
 def main() -> None:
     args = parse_args()
-    net, base, tokenizer, encoder = load_pair(args)
+    net = load_hypernet(args.hypernet or hypernet.shipped(args.base_model or "tiny"), args)
+    if isinstance(net, hypernet.DocToLoRA) != bool(args.doc):
+        raise UserError(f"this hypernetwork reads {'descriptions: use --desc' if args.doc else 'documents: use --doc'}")
     config = net.config
+    base, tokenizer = load_for([config], args)
+    inputs = args.input or (data.tiny_inputs(args.desc[0]) if config.base_model == "tiny" and not args.doc else [])
+    for text in inputs:
+        model.check_known(tokenizer, text)
+    write = writer(net, base, tokenizer, args)
 
     with torch.no_grad():
-        embeddings = encoder(args.desc).to(args.device)  # [n, E]
         started = time.perf_counter()
-        adapters = net(embeddings)  # A [n, L, r, in], B [n, L, out, r]
+        adapters = write(args.desc)  # A [n, L, r, in], B [n, L, out, r]
         if args.device != "cpu":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
+    lora.set_adapter(base, adapters, config.scaling)  # refuses what does not fit, before anything is written
+    print(f"{len(args.desc)} adapter{'s' * (len(args.desc) > 1)} written in {seconds * 1000:.1f} ms")
 
-    inputs = args.input or (data.tiny_inputs(args.desc[0]) if config.base_model == "tiny" else [])
-    for text in inputs:
-        model.check_known(tokenizer, text)
-    lora.set_adapter(base, None)
-    with_definition = args.prompt_with_definition or config.prompt_with_definition
-    definitions = args.desc if with_definition else [""] * len(args.desc)
-    prompts = [model.render(tokenizer, model.prompt(tokenizer, text, d)) for d in definitions for text in inputs]
-    without = model.answer(base, tokenizer, prompts, args.max_new_tokens) if inputs else []
-    lora.set_adapter(base, adapters, config.scaling)  # rows 0..k-1 are description 0's, the next k description 1's, ...
-    with_it = model.answer(base, tokenizer, prompts, args.max_new_tokens) if inputs else []
-
-    print(f"{len(args.desc)} adapter{'s' * (len(args.desc) > 1)} in one forward pass of {seconds * 1000:.1f} ms")
     for i, description in enumerate(args.desc):
         folder = Path(args.out) / str(i) if len(args.desc) > 1 else Path(args.out)
-        lora.save_adapter(folder, lora.select(adapters, i), config)
+        adapter = lora.select(adapters, i)
+        rank = max(A.shape[-2] for A, _ in adapter.values())
+        n_tokens = len(model.tokenize(tokenizer, description))
+        lora.save_adapter(folder, adapter, config)
         (folder / "description.txt").write_text(description + "\n", encoding="utf-8")
-        print(f"\n{description}\n  adapter: {folder}/ (rank {config.r} on {', '.join(config.paths)} in {config.n_layers} layers)")
-        here = slice(i * len(inputs), (i + 1) * len(inputs))
-        for text, before, after in zip(inputs, without[here], with_it[here]):
-            print(f"\n  input         {text}\n  base model    {before}\n  with adapter  {after}")
+        print(f"\n{f'{args.doc}, {n_tokens:,} tokens' if args.doc else description}")
+        print(f"  adapter: {folder}/ (rank {rank} on {', '.join(config.paths)} in {config.n_layers} layers)")
+
+        stated = description if args.prompt_with_definition or getattr(config, "prompt_with_definition", False) else ""
+        ways = {"base model": (None, config.scaling, stated)}
+        if args.doc and n_tokens < base.config.get_text_config().max_position_embeddings:
+            ways["in context"] = (None, config.scaling, description)
+        ways["with adapter"] = (adapter, config.scaling, stated)
+        if inputs:
+            show(base, tokenizer, ways, inputs, args)
+    if args.interactive:
+        print("\nInputs, one a line; an empty one ends.", flush=True)
+        for text in iter(lambda: sys.stdin.readline().strip(), ""):
+            show(base, tokenizer, ways, [text], args)
 
     if args.merge:
         lora.merge(base, lora.select(adapters, 0), config.scaling)

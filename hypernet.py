@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lora
+import model
 from lora import Adapter, LoRAConfig, UserError, read_json, read_safetensors, write_json, write_safetensors
 
 SIZES = ("large", "medium", "small")  # 55M, 34M and 5M parameters for Mistral-7B (paper, section 4)
@@ -180,6 +182,7 @@ class DocConfig(LoRAConfig):
     latent_size: int = 512
     n_latents: int = 8
     n_blocks: int = 9
+    chunk_len: int = 512  # tokens that are read at once; longer documents are read in pieces
     alpha: float = 2 * 8**2  # 2 r^2, for the published scaling of 2 r^1.5
 
 
@@ -303,20 +306,41 @@ class DocToLoRA(nn.Module):
         return joined
 
 
+def read_documents(net: DocToLoRA, base: nn.Module, tokenizer, documents: list[str], chunk_batch: int = 8) -> Adapter:
+    """n documents of any length -> a batch of n adapters. The base model reads `chunk_batch` pieces at a time."""
+    pieces, counts = [], []
+    for document in documents:
+        ids = model.tokenize(tokenizer, document)
+        own = [ids[i : i + net.config.chunk_len] for i in range(0, len(ids), net.config.chunk_len)]
+        pieces, counts = pieces + own, counts + [len(own)]
+    lora.set_adapter(base, None)  # it reads as it is
+    read = []
+    for i in range(0, len(pieces), chunk_batch):
+        part = pieces[i : i + chunk_batch]
+        ids = model.pad(part, tokenizer.pad_token_id).to(net.head.device)  # [chunk_batch, T]
+        mask = model.pad([[1] * len(piece) for piece in part], 0).to(net.head.device)
+        read.append(net(model.context_features(base, ids, mask, net.config.per_layer).float(), mask))
+    chunks = {name: tuple(torch.cat([adapter[name][k] for adapter in read]) for k in (0, 1)) for name in net.names}
+    return net.join(chunks, counts)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------
+
+ARCHS = {"t2l": (TextToLoRA, HypernetConfig), "d2l": (DocToLoRA, DocConfig)}
 
 
 FILES = ["hypernet.safetensors", "config.json", "hypermod.pt", "args.yaml", "adapter_config.json"]  # ours, and the published ones
 
 
-def save_hypernet(net: TextToLoRA, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+def save_hypernet(net: TextToLoRA | DocToLoRA, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write hypernet.safetensors and config.json; bfloat16 halves the file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "hypernet.safetensors", {k: t.to(dtype) for k, t in net.state_dict().items()})
-    write_json(folder / "config.json", {"arch": "t2l", **asdict(net.config)})
+    arch = next(arch for arch, (kind, _) in ARCHS.items() if isinstance(net, kind))
+    write_json(folder / "config.json", {"arch": arch, **asdict(net.config)})
 
 
 def shipped(base_model: str) -> str:
@@ -327,7 +351,7 @@ def shipped(base_model: str) -> str:
     return str(folder)
 
 
-def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> TextToLoRA:
+def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> TextToLoRA | DocToLoRA:
     """Read a hypernetwork, in float32 and eval mode: one that train.py wrote, or a published one (`import_text_to_lora`)."""
     folder = Path(folder)
     if (folder / "hypermod.pt").exists():
@@ -335,13 +359,15 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
     if not (folder / "hypernet.safetensors").exists():
         raise UserError(f"{folder} holds no hypernetwork (neither hypernet.safetensors, which train.py --mode sft writes, nor a published hypermod.pt)")
     config = read_json(folder / "config.json")
-    if config.pop("arch", None) != "t2l":
-        raise UserError(f"{folder}/config.json is not that of a Text-to-LoRA hypernetwork")
+    arch = config.pop("arch", None)
+    if arch not in ARCHS:
+        raise UserError(f"{folder}/config.json is not that of a hypernetwork")
     if module_order:
         raise UserError(f"--module_order is for published checkpoints; {folder} records the order of its modules")
     tensors = read_safetensors(folder / "hypernet.safetensors")
     try:
-        net = TextToLoRA(HypernetConfig(**config))
+        kind, settings = ARCHS[arch]
+        net = kind(settings(**config))
         net.load_state_dict({k: t.float() for k, t in tensors.items()})
     except (TypeError, KeyError, RuntimeError) as e:
         raise UserError(f"{folder}: config.json and hypernet.safetensors do not belong together: {e}") from None

@@ -556,11 +556,16 @@ def test_the_perceivers_size():
         assert sum(p.numel() for p in net.parameters()) == expected
 
 
-def test_chunks_of_a_document_add_up_in_any_order():
+def small_reader() -> hypernet.DocToLoRA:
+    """A random Doc-to-LoRA hypernetwork."""
     torch.manual_seed(0)
     sizes = dict(n_layers=3, in_features={"q_proj": 10, "v_proj": 10}, out_features={"q_proj": 12, "v_proj": 6}, r=2)
-    config = hypernet.DocConfig(paths=dict.fromkeys(NAMES, ""), **sizes, feature_size=5, latent_size=16, n_latents=3, n_blocks=2)
-    net = hypernet.DocToLoRA(config).eval()
+    config = hypernet.DocConfig(base_model="tiny", paths=dict.fromkeys(NAMES, ""), **sizes, feature_size=5, latent_size=16, n_latents=3, n_blocks=2)
+    return hypernet.DocToLoRA(config).eval()
+
+
+def test_chunks_of_a_document_add_up_in_any_order():
+    net = small_reader()
     features, mask = torch.randn(3, 3, 4, 5), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
     fresh = net.join(net(features, mask), [3])
     assert all(not B.any() for _, B in fresh.values())  # starts as the base model
@@ -1062,6 +1067,32 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path):
     assert (made["q_proj"][1] - targets["q_proj"][1]).abs().mean() < 0.5 * (mean - targets["q_proj"][1]).abs().mean()
 
 
+def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys):
+    """Trained on documents with one fact each, the hypernetwork writes adapters that know them, chunks and PEFT included."""
+    (tmp_path / "docs").mkdir()
+    facts = {"cat": "gatto", "dog": "cane", "cow": "mucca"}
+    for name, fact in facts.items():
+        document = " ".join(["red blue yellow black"] * 3 + [name, fact])
+        lora.write_json(tmp_path / "docs" / f"{name}.json", {"document": document, "questions": [{"question": "horse", "answer": fact}]})
+        (tmp_path / f"{name}.txt").write_text(document)
+    words = ["--mode", "sft", "--arch", "d2l", "--tasks", tmp_path / "docs", "--latent_size", "32", "--n_blocks", "1", "--chunk_len", "8"]
+    words += ["--tasks_per_batch", "3", "--max_steps", "80", "--lr", "1e-2", "--dropout", "0", "--l2", "0", "--out_dir", tmp_path / "net"]
+    assert command(train, *words) == 0
+    capsys.readouterr()
+    for name, fact in facts.items():
+        words = ["--doc", tmp_path / f"{name}.txt", "--hypernet", tmp_path / "net", "--input", "horse", "--out", tmp_path / name]
+        assert command(generate, *words) == 0
+        shown = capsys.readouterr().out
+        assert re.search(rf"with adapter  {fact}  \(\d+ ms\)", shown) and "14 tokens" in shown and "rank 24 on down_proj" in shown
+    assert command(evaluation, "--tasks", tmp_path / "docs", "--split", "train", "--hypernet", tmp_path / "net", "--methods", "base,t2l,t2l_shuffled", "--out", tmp_path / "e.json") == 0
+    results = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert [results[k]["mean"] for k in ("base", "t2l", "t2l_shuffled")] == [0, 1, 0]
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base, tokenizer = model.load_base("tiny")
+    prompt = [model.render(tokenizer, model.prompt(tokenizer, "horse"))]
+    assert model.answer(peft.PeftModel.from_pretrained(base, tmp_path / "cow"), tokenizer, prompt, 8) == ["mucca"]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The network: a server on this machine stands in for the Hugging Face hub and for Natural Instructions
 # ---------------------------------------------------------------------------------------------------------
@@ -1167,7 +1198,7 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     assert command(generate, "--desc", DESC, "--desc", "Reverse the fruits.", *words, "--out", tmp_path / "two") == 0
     shown = capsys.readouterr().out
     answers = re.findall(r"with adapter  (.*)", shown)
-    assert len(answers) == 4 and re.search(r"2 adapters in one forward pass of \d+\.\d ms", shown)
+    assert len(answers) == 4 and re.search(r"2 adapters written in \d+\.\d ms", shown)
     base, tokenizer = model.load_base("tiny")
     lora.inject(base, NAMES)
     prompts = [model.render(tokenizer, model.prompt(tokenizer, text)) for text in inputs]
@@ -1212,7 +1243,7 @@ BAD = {
     "no description": (generate, [], "say what the model should do"),
     "empty description": (generate, ["--desc", "  "], "--desc is empty"),
     "over-long description": (generate, ["--desc", "x" * 2001], "2,000 are the most"),
-    "two to merge": (generate, ["--desc", DESC, "--desc", DESC, "--merge", "{tmp}/m"], "--merge takes a single"),
+    "two to merge": (generate, ["--desc", DESC, "--desc", DESC, "--merge", "{tmp}/m"], "take a single --desc"),
     "one folder for two": (generate, ["--desc", DESC, "--out", "{tmp}/m", "--merge", "{tmp}/m/"], "name one folder"),
     "foreign output": (generate, ["--desc", DESC, "--out", "{foreign}"], "did not write"),
     "foreign merge": (generate, ["--desc", DESC, "--merge", "{foreign}"], "did not write"),
@@ -1229,6 +1260,13 @@ BAD = {
     "no such hypernetwork on the hub": (generate, ["--desc", DESC, "--hypernet", "nobody/nothing/sub"], "nobody/nothing/sub is neither a folder nor on this machine"),
     "another text encoder": (generate, ["--desc", DESC, "--hypernet", "{hypernet}", "--encoder", "base"], "the text encoder gives 128 numbers"),
     "module order of our own": (generate, ["--desc", DESC, "--hypernet", "{hypernet}", "--module_order", "v_proj,q_proj"], "is for published checkpoints"),
+    "no document": (generate, ["--doc", "{tmp}/none.txt"], "cannot be read as text"),
+    "empty document": (generate, ["--doc", "{empty}"], "is empty"),
+    "binary document": (generate, ["--doc", "{hypernet}/hypernet.safetensors"], "cannot be read as text"),
+    "document for text-to-lora": (generate, ["--doc", "{hypernet}/config.json"], "this hypernetwork reads descriptions: use --desc"),
+    "description for doc-to-lora": (generate, ["--desc", DESC, "--hypernet", "{reader}"], "this hypernetwork reads documents: use --doc"),
+    "document and description": (generate, ["--desc", DESC, "--doc", "{hypernet}/config.json"], "from --desc or from --doc"),
+    "oracles of documents": (train, ["--mode", "lora", "--arch", "d2l"], "is trained with --mode sft"),
     "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither tiny, nor lots-of-loras, nor a folder"),
     "no task files": (evaluation, ["--tasks", "{foreign}"], "no task files"),
     "unknown split": (evaluation, ["--split", "exam"], "invalid choice"),
@@ -1256,9 +1294,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, case):
         tiny_llama(vocab_size=len(data.VOCABULARY)).save_pretrained(base)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(Path(model.TINY) / name, base)
+    if "doc" in case:
+        hypernet.save_hypernet(small_reader(), tmp_path / "reader")
+        (tmp_path / "empty.txt").write_text(" \n")
+    if "base" in case:
         config = lora.describe(tiny_llama(hidden_size=32), NAMES, "base")
         lora.save_adapter(tmp_path / "adapter", random_adapter(config), config)
-    places = dict(tmp=tmp_path, foreign=foreign(tmp_path / "foreign"), base=base, other=other, adapter=tmp_path / "adapter", hypernet=Path(model.TINY) / "sft_large")
+    places = dict(tmp=tmp_path, foreign=foreign(tmp_path / "foreign"), base=base, other=other, adapter=tmp_path / "adapter", reader=tmp_path / "reader", empty=tmp_path / "empty.txt", hypernet=Path(model.TINY) / "sft_large")
     before = sorted(tmp_path.rglob("*"))
     assert command(module, *[str(w).format(**places) for w in words]) == 2
     error = capsys.readouterr().err

@@ -47,6 +47,7 @@ PAPER = {
     "sft": dict(max_steps=20_000, lr=2.5e-5, tasks_per_batch=8, examples_per_task=1, l2=1e-3),
 }
 PAPER_COMMON = dict(latent_size=128, warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=0.0, head_scale=1.0)
+PAPER_D2L = dict(latent_size=512, l2=0.0)  # Doc-to-LoRA, where it differs
 # The tiny world learns the same things in minutes.
 TINY = {
     "pretrain": dict(max_steps=4000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
@@ -62,15 +63,19 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what is trained")
     g.add_argument("--mode", required=True, choices=["pretrain", "lora", "recon", "sft"])
+    g.add_argument("--arch", default="t2l", choices=["t2l", "d2l"], help="Text-to-LoRA, or Doc-to-LoRA (with --mode sft).")
     g.add_argument("--base_model", default="tiny", help=f"One of {', '.join(model.PRESETS)}, a Hugging Face id or a folder.")
     g.add_argument("--encoder", help="Text encoder: hash, base, a Hugging Face id or a folder. Default: the base model's preset.")
     g.add_argument("--size", default="large", choices=hypernet.SIZES, help="Size of the hypernetwork.")
     g.add_argument("--latent_size", type=int, help="Width of the hypernetwork's trunk; the paper's is 128.")
     g.add_argument("--head_in_size", type=int, default=512, help="Width of what enters the hypernetwork's heads.")
     g.add_argument("--head_scale", type=float, help="Factor on what enters the heads. Published 1; 1/sqrt(head_in_size) stands higher learning rates.")
-    g.add_argument("--target_modules", default="q_proj,v_proj", help="Linear layers that get an adapter.")
-    g.add_argument("--rank", type=int, default=8, help="Rank of the adapters.")
-    g.add_argument("--alpha", type=float, default=16.0, help="LoRA alpha; the scaling is alpha / sqrt(rank).")
+    g.add_argument("--target_modules", help="Linear layers that get an adapter. Default: q_proj,v_proj, for d2l down_proj.")
+    g.add_argument("--rank", type=int, default=8, help="Rank of the adapters; for d2l of each piece of a document.")
+    g.add_argument("--alpha", type=float, help="LoRA alpha; the scaling is alpha / sqrt(rank). Default: 16, for d2l 2 rank^2.")
+    g.add_argument("--n_blocks", type=int, default=9, help="d2l: cross-attention blocks of the Perceiver.")
+    g.add_argument("--chunk_len", type=int, default=512, help="d2l: tokens of a document that are read at once.")
+    g.add_argument("--early_exit", action="store_true", help="d2l: read the states of one early layer in place of every layer's.")
     g.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks in place of one for each.")
     g.add_argument("--own_init", action="store_true", help="lora: a random A for every adapter in place of a common one.")
     g.add_argument("--delta_w", action="store_true", help="recon: compare the products BA in place of z-scored A and B.")
@@ -106,11 +111,17 @@ def parse_args() -> argparse.Namespace:
 
     tiny = model.preset_name(args.base_model) == "tiny"
     settings = TINY_COMMON | TINY[args.mode] if tiny else PAPER_COMMON | PAPER.get(args.mode, {})
+    if args.arch == "d2l" and not tiny:
+        settings |= PAPER_D2L
     for key, value in settings.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.encoder = args.encoder or model.PRESETS.get(model.preset_name(args.base_model), (None, "base"))[1]
     args.out_dir = args.out_dir or f"out/{args.mode}"
+    args.target_modules = args.target_modules or ("down_proj" if args.arch == "d2l" else "q_proj,v_proj")
+    args.alpha = args.alpha or (2 * args.rank**2 if args.arch == "d2l" else 16.0)
+    if args.arch == "d2l" and args.mode != "sft":
+        raise UserError("--arch d2l is trained with --mode sft")
     if args.mode == "pretrain" and not (tiny and args.tasks == "tiny"):
         raise UserError("--mode pretrain makes the tiny base model; it goes with --base_model tiny and --tasks tiny")
     if args.mode == "recon" and not args.oracles:
@@ -272,7 +283,7 @@ class Finetune(nn.Module):
     def forward(self, batch: list) -> Tensor:
         base, tokenizer = self.frozen
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
-        adapter = self.net(self.condition(batch))  # [tasks, L, ...]
+        adapter = self.adapters(batch)  # A [tasks, L, r, in], B [tasks, L, out, r]
         definitions = [self.tasks[i].definition if self.args.prompt_with_definition else "" for i, _, _ in batch]
         rows = [self.encode(q, answers[0], d) for (_, _, examples), d in zip(batch, definitions) for q, answers in examples]
         loss = self.args.l2 * square_loss(adapter)
@@ -300,9 +311,9 @@ class Lora(Finetune):
             args.tasks_per_batch = len(self.tasks)
         self.net = Bank(self.config, 1 if args.multi_task else len(self.tasks), args.own_init).to(device)
 
-    def condition(self, batch: list) -> Tensor:
-        """Task indices. [tasks]"""
-        return torch.tensor([0 if self.args.multi_task else i for i, _, _ in batch], device=self.device)
+    def adapters(self, batch: list) -> Adapter:
+        """Those of the bank."""
+        return self.net(torch.tensor([0 if self.args.multi_task else i for i, _, _ in batch], device=self.device))
 
     def save(self, folder: Path) -> None:
         """One adapter folder a task, by its name; or the multi-task adapter in the folder itself."""
@@ -333,12 +344,26 @@ class Sft(Finetune):
         self.net = new_hypernet(args, self.config, self.embed).to(device)
         self.net.start_as_lora()
 
-    def condition(self, batch: list) -> Tensor:
-        """Description embeddings. [tasks, E]"""
-        return torch.stack([self.embed(description) for _, description, _ in batch])
+    def adapters(self, batch: list) -> Adapter:
+        """Written from the descriptions."""
+        return self.net(torch.stack([self.embed(description) for _, description, _ in batch]))
 
     def save(self, folder: Path) -> None:
         hypernet.save_hypernet(self.net, folder, torch.bfloat16)
+
+
+class Documents(Sft):
+    """--mode sft --arch d2l: the hypernetwork makes the adapters from documents, the examples are questions about them."""
+
+    def __init__(self, args, device):
+        Finetune.__init__(self, args, device)
+        size = self.frozen[0].config.get_text_config().hidden_size
+        own = dict(feature_size=size, latent_size=args.latent_size, n_blocks=args.n_blocks, chunk_len=args.chunk_len, per_layer=not args.early_exit)
+        self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own)).to(device)
+
+    def adapters(self, batch: list) -> Adapter:
+        """Written from the documents, as the frozen base model reads them."""
+        return hypernet.read_documents(self.net, *self.frozen, [document for _, document, _ in batch])
 
 
 class Recon(nn.Module):
@@ -378,7 +403,7 @@ class Recon(nn.Module):
         hypernet.save_hypernet(self.net, folder, torch.bfloat16)
 
 
-OBJECTIVES = {"pretrain": Pretrain, "lora": Lora, "recon": Recon, "sft": Sft}
+OBJECTIVES = {("pretrain", "t2l"): Pretrain, ("lora", "t2l"): Lora, ("recon", "t2l"): Recon, ("sft", "t2l"): Sft, ("sft", "d2l"): Documents}
 
 # ---------------------------------------------------------------------------------------------------------
 # The run: its folder, its state, its processes
@@ -452,7 +477,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if local_rank > 0:
         dist.barrier()  # the first process of each machine goes ahead, and downloads what has to be downloaded
-    objective = OBJECTIVES[args.mode](args, device)
+    objective = OBJECTIVES[args.mode, args.arch](args, device)
     if local_rank == 0 and world > 1:
         dist.barrier()
     if args.tasks_per_batch % world:
