@@ -1219,7 +1219,7 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     assert (tmp_path / "merged" / "description.txt").read_text() == "Reverse the fruits.\n"
 
 
-README_SCORES = {"sft_large": 0.89, "sft_medium": 0.846, "sft_small": 0.702, "recon": 0.237}
+README_SCORES = {"sft_large": 0.92, "sft_medium": 0.894, "sft_small": 0.864, "recon": 0.243}
 
 
 @pytest.mark.parametrize("name", README_SCORES)
