@@ -271,6 +271,7 @@ class TextModel(AutoModel):
 
     @classmethod
     def from_pretrained(cls, name: str, **settings) -> nn.Module:
+        """The model of a Hugging Face id or a folder."""
         config, _ = PreTrainedConfig.get_config_dict(name, **settings)
         if config.get("model_type") != "new":
             return AutoModel.from_pretrained(name, **settings)
