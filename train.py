@@ -544,6 +544,7 @@ def main() -> None:
         state.unlink(missing_ok=True)
         print(f"done: {folder}/", flush=True)
     if world > 1:
+        dist.barrier()  # leave together
         dist.destroy_process_group()
 
 
