@@ -166,8 +166,9 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     folders = {method: args.hypernet or hypernet.shipped(args.base_model or "tiny") for method in args.methods if method.startswith("t2l")}
     folders |= {f"t2l/{Path(folder).name}": folder for folder in args.compare}
     folders |= {"recon" if folder == args.recon[0] else f"recon/{Path(folder).name}": folder for folder in args.recon}
-    if len(folders) < len(args.compare) + len(args.recon):
-        raise UserError("--compare and --recon: the last parts of the folders' names have to differ")
+    for group in (args.compare, args.recon):
+        if len({Path(folder).name for folder in group}) < len(group):
+            raise UserError("--compare and --recon: the last parts of the folders' names have to differ")
     nets = {row: generate.load_hypernet(folder, args) for row, folder in folders.items()}
     configs = [net.config for net in nets.values()]
     configs += [lora.load_adapter(args.mt_lora)[1]] if "mt_lora" in args.methods else []

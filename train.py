@@ -59,7 +59,7 @@ TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, 
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags; what is not given takes the value of the tiny world, or of the paper for any other base model."""
+    """The flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what is trained")
     g.add_argument("--mode", required=True, choices=["pretrain", "lora", "recon", "sft"])
@@ -107,8 +107,11 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--save_every", type=int, default=100, help="Steps between two saves of the resumable state.")
     g.add_argument("--resume", action="store_true", help="Go on with the run in --out_dir.")
     g.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
-    args = p.parse_args()
+    return p.parse_args()
 
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """What is not given takes the value of the tiny world, or of the paper for any other base model."""
     tiny = model.preset_name(args.base_model) == "tiny"
     settings = TINY_COMMON | TINY[args.mode] if tiny else PAPER_COMMON | PAPER.get(args.mode, {})
     if args.arch == "d2l" and not tiny:
@@ -352,11 +355,11 @@ class Sft(Finetune):
         hypernet.save_hypernet(self.net, folder, torch.bfloat16)
 
 
-class Documents(Sft):
+class Documents(Finetune):
     """--mode sft --arch d2l: the hypernetwork makes the adapters from documents, the examples are questions about them."""
 
     def __init__(self, args, device):
-        Finetune.__init__(self, args, device)
+        super().__init__(args, device)
         size = self.frozen[0].config.get_text_config().hidden_size
         own = dict(feature_size=size, latent_size=args.latent_size, n_blocks=args.n_blocks, chunk_len=args.chunk_len, per_layer=not args.early_exit)
         self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own)).to(device)
@@ -364,6 +367,9 @@ class Documents(Sft):
     def adapters(self, batch: list) -> Adapter:
         """Written from the documents, as the frozen base model reads them."""
         return hypernet.read_documents(self.net, *self.frozen, [document for _, document, _ in batch])
+
+    def save(self, folder: Path) -> None:
+        hypernet.save_hypernet(self.net, folder, torch.bfloat16)
 
 
 class Recon(nn.Module):
@@ -470,7 +476,7 @@ def learning_rate(step: int, args) -> float:
 
 
 def main() -> None:
-    args = parse_args()
+    args = complete(parse_args())
     rank, local_rank, world, device = start_processes(args)
     open_run(args)
     settings = dict(vars(args))
