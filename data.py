@@ -6,9 +6,11 @@ lists of four everyday words, such as "keep the animals, translate them into Fre
 """
 
 import json
+import math
 import os
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from itertools import product
 from pathlib import Path
@@ -35,8 +37,8 @@ class Task:
 
 
 def load_tasks(source: str) -> dict[str, list[Task]]:
-    """{"train": [...], "val": [...], "test": [...]} of "tiny", of "lots-of-loras" or of a folder of task files."""
-    return tiny_tasks() if source == "tiny" else folder_tasks(lots_of_loras() if source == "lots-of-loras" else source)
+    """{"train": [...], "val": [...], "test": [...]} of a built-in source, or of a folder of task files."""
+    return SOURCES[source]() if source in SOURCES else folder_tasks(source)
 
 
 def pick(tasks: dict[str, list[Task]], split: str, n_tasks: int | None = None) -> list[Task]:
@@ -59,7 +61,7 @@ def folder_tasks(folder: str | Path) -> dict[str, list[Task]]:
     """Read NAME.json files, split as splits.json says; without it all are training tasks."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"--tasks {folder}: neither tiny, nor lots-of-loras, nor a folder of task files")
+        raise UserError(f"--tasks {folder}: neither {', nor '.join(SOURCES)}, nor a folder of task files")
     files = sorted(p for p in folder.glob("*.json") if p.name != "splits.json")
     if not files:
         raise UserError(f"--tasks {folder}: no task files (NAME.json) in it")
@@ -90,11 +92,11 @@ def read_task(path: Path) -> Task:
 NATURAL_INSTRUCTIONS = "https://raw.githubusercontent.com/allenai/natural-instructions/master/tasks"
 
 
-def lots_of_loras() -> Path:
-    """The folder of the paper's 479 training tasks and 11 validation tasks, all of them from Natural Instructions.
+def lots_of_loras() -> dict[str, list[Task]]:
+    """The paper's 479 training tasks and 11 validation tasks, all of them from Natural Instructions.
 
-    Downloads the files that are not in it yet, so a later call goes on where one was cut off. A file that is cut off
-    (of another length than announced, or no JSON) is not kept.
+    Downloads the files that are not in the cache yet, so a later call goes on where one was cut off. A file that is cut
+    off (of another length than announced, or no JSON) is not kept.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "text-to-lora" / "lots-of-loras"
     splits = read_json(Path(__file__).parent / "assets" / "lots_of_loras.json")
@@ -112,7 +114,7 @@ def lots_of_loras() -> Path:
                 f"and {NATURAL_INSTRUCTIONS}/{name}.json cannot be read: {e or type(e).__name__}"
             ) from None
         write_json(folder / f"{name}.json", task)
-    return folder
+    return folder_tasks(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -285,3 +287,50 @@ def tiny_task(parts: tuple[str, str, str], n_train: int = 100, n_test: int = 25,
 def tiny_tasks() -> dict[str, list[Task]]:
     """All tasks of the tiny world by split."""
     return {split: [tiny_task(parts) for parts in tasks] for split, tasks in tiny_splits().items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Documents: what to know in place of what to do. A task is one document, its examples are questions about it
+# ---------------------------------------------------------------------------------------------------------
+
+
+def fact_document(rng: random.Random, n_lines: int) -> Task:
+    """Tiny world: lines of three words, of which one to eight are facts ("cat -> lemon"). Questions are like "cat"."""
+    words = list(FORMS)
+    n_facts = rng.randint(1, min(8, n_lines))
+    facts = list(zip(rng.sample(words, n_facts), rng.choices(words, k=n_facts)))
+    lines = [f"{key} -> {value}" for key, value in facts]
+    lines += [" ".join(rng.sample(words, 3)) for _ in range(n_lines - n_facts)]
+    rng.shuffle(lines)
+    examples = [(key, [value]) for key, value in facts]
+    return Task(f"{n_lines} lines", ["\n".join(lines)], examples, examples)
+
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+
+def needle_document(rng: random.Random, n_lines: int) -> Task:
+    """A needle in a haystack: one line of many says a magic number, the others say nothing."""
+    number = str(rng.randint(10_000, 99_999))
+    lines = [NOISE] * (n_lines - 1)
+    lines.insert(rng.randrange(n_lines), f"The magic number is {number}. Remember it.")
+    examples = [("What is the magic number?", [number])]
+    return Task(f"{n_lines} lines", ["\n".join(lines)], examples, examples)
+
+
+DOCUMENTS = {"facts": fact_document, "needle": needle_document}
+LONGEST = 32  # lines of a document to train on
+
+
+def documents(kind: str, shortest: int, longest: int, n: int, split: str = "exam") -> list[Task]:
+    """n documents of `shortest` to `longest` lines, as many of 1 to 2 as of 16 to 32. Each split has its own."""
+    rng = random.Random(f"{kind} {split} {shortest} {longest}")
+    return [DOCUMENTS[kind](rng, round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))) for _ in range(n)]
+
+
+def document_splits(kind: str) -> dict[str, list[Task]]:
+    """20,000 documents to train on, and two times 100."""
+    return {split: documents(kind, 1, LONGEST, n, split) for split, n in (("train", 20_000), ("val", 100), ("test", 100))}
+
+
+SOURCES = {"tiny": tiny_tasks, "lots-of-loras": lots_of_loras} | {kind: partial(document_splits, kind) for kind in DOCUMENTS}

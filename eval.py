@@ -2,6 +2,7 @@
 
     python eval.py --split test                                     # what needs no further files
     python eval.py --split test --oracles DIR --mt_lora DIR --recon DIR [DIR ...] --out results.json --plot results.png
+    python eval.py --doc --tasks facts --hypernet DIR               # Doc-to-LoRA, over the length of the document
     python eval.py --speed
 
 The methods:
@@ -59,6 +60,9 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--compare", nargs="+", default=[], help="Further hypernetworks, in rows t2l/FOLDER.")
     p.add_argument("--descriptions", help='JSON file {"task": ["description", ...]} to use in place of the tasks\' own.')
     p.add_argument("--prompt_with_definition", action="store_true", help="As for train.py. On for hypernetworks trained so.")
+    p.add_argument("--doc", action="store_true", help="Doc-to-LoRA on documents of --tasks facts or needle, of growing length.")
+    p.add_argument("--lengths", default="4,8,16,32,64,128,256", help="With --doc: lengths of the documents, in lines.")
+    p.add_argument("--chunk_len", type=int, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
     p.add_argument("--chunk_batch", type=int, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
     p.add_argument("--batch_size", type=int, default=256, help="Rows that are answered at once.")
     p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
@@ -196,12 +200,85 @@ def table(results: dict[str, dict[str, float]], split: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Documents: what the length of the document does to accuracy, and what answering costs
+# ---------------------------------------------------------------------------------------------------------
+
+READERS = {"base": "base", "in_context": "prompt", "d2l": "t2l", "d2l_shuffled": "t2l_shuffled"}  # row of the table: method
+
+
+def evaluate_documents(args) -> tuple[dict[str, dict[str, float]], dict[str, tuple[str, float]]]:
+    """{row of the table: {tokens of a document: score}}, and what answering costs, {what: (value, ratio)}.
+
+    The document in the prompt (`in_context`) goes as far as the base model's context window, and so do the costs.
+    """
+    if args.tasks not in data.DOCUMENTS:
+        raise UserError(f"--doc: --tasks is one of {', '.join(data.DOCUMENTS)}; for a folder of documents leave --doc out")
+    net = generate.load_hypernet(args.hypernet or hypernet.shipped(args.base_model or "tiny", "d2l"), args)
+    if not isinstance(net, hypernet.DocToLoRA):
+        raise UserError("--doc: this hypernetwork reads descriptions, not documents")
+    base, tokenizer = generate.load_for([net.config], args)
+    write, window = generate.writer(net, base, tokenizer, args), base.config.get_text_config().max_position_embeddings
+    results, fitting = {row: {} for row in READERS}, None
+    for n_lines in map(int, args.lengths.split(",")):
+        tasks = data.documents(args.tasks, n_lines, n_lines, args.n_examples)
+        n_tokens = max(len(model.tokenize(tokenizer, task.descriptions[0])) for task in tasks)
+        fits = n_tokens + 64 <= window  # the question and the answer, too
+        fitting = tasks[0] if fits else fitting
+        for row, method in READERS.items():
+            if fits or row != "in_context":
+                scores = score((args, base, tokenizer), tasks, method, net, write if "t2l" in method else None)
+                results[row][f"{n_tokens:,}"] = statistics.fmean(scores.values())
+        print(f"{n_lines} lines, {n_tokens:,} tokens:", *(f"{row} {list(s.values())[-1]:.2f}" for row, s in results.items() if f"{n_tokens:,}" in s), flush=True)
+    return results, document_costs(args, base, tokenizer, net, write, fitting)
+
+
+def document_costs(args, base, tokenizer, net, write, task: data.Task) -> dict[str, tuple[str, float]]:
+    """Answering a question about a document with it in the prompt, and from the weights. {what: (value, ratio)}"""
+    document, question = task.descriptions[0], task.test[0][0]
+    with torch.no_grad():
+        adapter = write([document])
+    render = lambda stated: [model.render(tokenizer, model.prompt(tokenizer, question, stated))]
+
+    def answer(stated: str, adapter: lora.Adapter | None) -> None:
+        lora.set_adapter(base, adapter, net.config.scaling)
+        model.answer(base, tokenizer, render(stated), 8)
+
+    ways = [lambda: answer(document, None), lambda: answer("", adapter)]
+    (context_mib, context_s), (weights_mib, weights_s) = zip([peak_memory(way, args.device) for way in ways], timed(*ways, repeat=7))
+    with torch.no_grad():
+        (read_s,) = timed(lambda: write([document]), repeat=7)
+    return {
+        f"answer with a document of {len(model.tokenize(tokenizer, document)):,} tokens in the prompt": (f"{context_s * 1e3:.1f} ms", 1),
+        f"answer from the weights (rank {max(A.shape[-2] for A, _ in adapter.values())})": (f"{weights_s * 1e3:.1f} ms", weights_s / context_s),
+        "reading the document once": (f"{read_s * 1e3:.1f} ms", read_s / context_s),
+        "peak memory of answering with it in the prompt": (f"{context_mib:.0f} MiB", 1),
+        "peak memory of answering from the weights": (f"{weights_mib:.0f} MiB", weights_mib / context_mib),
+    }
+
+
+def plot_documents(path: str, results: dict[str, dict[str, float]]) -> None:
+    """Accuracy over the length of the document."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    tokens = [int(n.replace(",", "")) for n in results["d2l"]]
+    colors = {"base": "#c9c9c9", "in_context": "#d08a3c", "d2l": "#2f6db5", "d2l_shuffled": "#9db7d5"}
+    for row, scores in results.items():
+        ax.plot(tokens[: len(scores)], list(scores.values()), "o-", color=colors[row], label=row.replace("_", " "))
+    ax.set(xscale="log", xlabel="tokens of the document", ylabel="exact match", ylim=(-0.03, 1.12))
+    ax.set_xticks(tokens, list(results["d2l"]))
+    ax.minorticks_off()
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    save_figure(fig, path)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------
 
 
-def plot(path: str, results: dict[str, dict[str, float]], trained_on: dict[str, int], split: str) -> None:
-    """Bars of all rows; beside them, if hypernetworks of several numbers of training tasks are among them, the curve."""
+def pyplot():
+    """matplotlib, without a window."""
     try:
         import matplotlib
     except ImportError:
@@ -209,6 +286,18 @@ def plot(path: str, results: dict[str, dict[str, float]], trained_on: dict[str, 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def save_figure(fig, path: str) -> None:
+    """Write a picture, its folder included."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+
+
+def plot(path: str, results: dict[str, dict[str, float]], trained_on: dict[str, int], split: str) -> None:
+    """Bars of all rows; beside them, if hypernetworks of several numbers of training tasks are among them, the curve."""
+    plt = pyplot()
     means = {row: statistics.fmean(scores.values()) for row, scores in results.items()}
     curve = sorted((n, means[row]) for row, n in trained_on.items())
     curved = len(curve) > 1
@@ -228,8 +317,7 @@ def plot(path: str, results: dict[str, dict[str, float]], trained_on: dict[str, 
         ax.minorticks_off()
     for ax in axes[0]:
         ax.spines[["top", "right"]].set_visible(False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
+    save_figure(fig, path)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -335,22 +423,33 @@ def speed(args) -> None:
     if base is not None:
         measured |= training_speed(base, make_net, *((128, 14, 5) if short == "tiny" else (8, 128, 16)), args.device)
     measured |= generation_speed(make_net().eval(), args.device)
-    print(f"{name}, {make_net().config.size}, on {args.device} with {torch.get_num_threads()} threads\n\n| what | measured | ratio |\n|---|---|---|")
-    for what, (value, ratio) in measured.items():
-        print(f"| {what} | {value} | {ratio:.2f} |")
+    print(f"{name}, {make_net().config.size}, on {args.device} with {torch.get_num_threads()} threads\n\n{cost_table(measured)}")
+
+
+def cost_table(measured: dict[str, tuple[str, float]]) -> str:
+    """What was measured, as a markdown table."""
+    return "\n".join(["| what | measured | ratio |", "|---|---|---|", *(f"| {what} | {value} | {ratio:.2f} |" for what, (value, ratio) in measured.items())])
 
 
 def main() -> None:
     args = parse_args()
     if args.speed:
         return speed(args)
-    results, trained_on = evaluate(args)
-    print("\n" + table(results, args.split))
+    if args.doc:
+        results, costs = evaluate_documents(args)
+        lengths = list(results["d2l"])
+        lines = [f"| {row} | " + " | ".join(f"{scores[n]:.2f}" if n in scores else "" for n in lengths) + " |" for row, scores in results.items()]
+        print("\n" + "\n".join([f"| tokens of the document | {' | '.join(lengths)} |", "|---|" + "---|" * len(lengths), *lines]), cost_table(costs), sep="\n\n")
+    else:
+        results, trained_on = evaluate(args)
+        print("\n" + table(results, args.split))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {row: {"mean": statistics.fmean(s.values()), "per_task": s} for row, s in results.items()}
-        lora.write_json(Path(args.out), {"settings": vars(args), "results": scores})
-    if args.plot:
+        lora.write_json(Path(args.out), {"settings": vars(args), "results": scores} | ({"costs": costs} if args.doc else {}))
+    if args.plot and args.doc:
+        plot_documents(args.plot, results)
+    elif args.plot:
         plot(args.plot, results, trained_on, args.split)
 
 

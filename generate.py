@@ -3,7 +3,8 @@
     python generate.py --desc "Keep only the animals and translate them into French."
     python generate.py --desc "..." --desc "..." --input "cat red dog shirt"
     python generate.py --desc "..." --base_model DIR --hypernet DIR --input "..." --merge DIR
-    python generate.py --doc FILE --hypernet DIR --input "What is ...?" --interactive
+    python generate.py --doc FILE --input "What is ...?" --interactive
+    python generate.py --doc FILE --doc FILE --add_to out/adapter --out out/more --input "What is ...?"
 
 The adapter is a folder that PEFT loads. The base model's answers stand beside those with the adapter.
 """
@@ -23,13 +24,15 @@ import model
 from lora import UserError
 
 MAX_DESCRIPTION = 2000  # characters
+MAX_DOCUMENT = 1_000_000  # characters; the adapter's rank grows with the document, by 8 a piece
 
 
 def parse_args() -> argparse.Namespace:
     """The flags, checked as far as that goes without a model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--desc", action="append", help="What the adapted model has to do, in words. May be given several times.")
-    p.add_argument("--doc", help="Text file that the model has to know, for a Doc-to-LoRA hypernetwork.")
+    p.add_argument("--doc", action="append", help="Text file that the model has to know (Doc-to-LoRA). Several make one adapter that knows them all.")
+    p.add_argument("--add_to", help="Adapter folder whose adapter the documents are added to.")
     p.add_argument("--interactive", action="store_true", help="Keep the adapter and take inputs, one a line, until an empty one.")
     p.add_argument("--input", action="append", help="Something to answer. May be given several times.")
     p.add_argument("--base_model", help=f"One of {', '.join(model.PRESETS)}, a Hugging Face id or a folder. Default: the hypernetwork's.")
@@ -39,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--out", default="out/adapter", help="Folder of the adapter (with several --desc, of folders 0, 1, ...).")
     p.add_argument("--merge", help="Also write the base model with the adapter merged into its weights to this folder.")
     p.add_argument("--prompt_with_definition", action="store_true", help="Put the description before the input as well. On for hypernetworks trained so.")
+    p.add_argument("--chunk_len", type=int, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
     p.add_argument("--chunk_batch", type=int, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
     p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +51,9 @@ def parse_args() -> argparse.Namespace:
     if args.doc:
         if args.desc:
             raise UserError("an adapter comes from --desc or from --doc")
-        args.desc = [read_text(args.doc)]
+        args.desc = ["\n\n".join(map(read_text, args.doc))]  # what stands in description.txt, and in the prompt for comparison
+    elif args.add_to:
+        raise UserError("--add_to goes with --doc")
     if not args.desc:
         raise UserError('say what the model should do, for example: python generate.py --desc "Translate the animals into French."')
     for description in args.desc:
@@ -93,9 +99,28 @@ shared_encoder = cache(model.load_encoder)
 def writer(net, base, tokenizer, args):
     """The hypernetwork as a function: n descriptions (or documents, for Doc-to-LoRA) -> a batch of n adapters."""
     if isinstance(net, hypernet.DocToLoRA):
-        return lambda texts: hypernet.read_documents(net, base, tokenizer, texts, args.chunk_batch)
+        net.config.chunk_len = args.chunk_len or net.config.chunk_len
+        return lambda texts: hypernet.read_documents(net, base, tokenizer, [[text] for text in texts], args.chunk_batch)
     encoder = shared_encoder(args.encoder or net.config.encoder, args.device, (base, tokenizer), net.config.full_stop)
     return lambda texts: net(encoder(texts).to(args.device))
+
+
+def document_adapter(net: hypernet.DocToLoRA, base, tokenizer, args) -> lora.Adapter:
+    """One adapter (as a batch of one) that knows all --doc, and what the adapter of --add_to does."""
+    texts = [[read_text(file) for file in args.doc]]
+    if not args.add_to:
+        return hypernet.read_documents(net, base, tokenizer, texts, args.chunk_batch)
+    old, config = lora.load_adapter(args.add_to)
+    if model.preset_name(config.base_model) != model.preset_name(net.config.base_model):
+        raise UserError(f"--add_to {args.add_to}: what was trained for {config.base_model} does not go with {net.config.base_model}")
+    lora.inject(base, [name for name in old if name not in net.names])
+    lora.lora_layers(base, old)
+    net.config.paths |= config.paths
+    # An adapter of this hypernetwork ends in its bias, which has to be there once.
+    biased = all(name in old and torch.equal(old[name][0][:, -net.config.r :], net.bias[f"{name}_A"]) for name in net.names)
+    new = hypernet.read_documents(net, base, tokenizer, texts, args.chunk_batch, bias_scaler=0.0 if biased else 1.0)
+    old = {name: (A, B * (config.scaling / net.config.scaling)) for name, (A, B) in old.items()}
+    return lora.stack([lora.concat_rank([lora.select(new, 0), old])])
 
 
 def read_text(file: str) -> str:
@@ -106,6 +131,8 @@ def read_text(file: str) -> str:
         raise UserError(f"--doc {file} cannot be read as text: {e}") from None
     if not text.strip():
         raise UserError(f"--doc {file} is empty")
+    if len(text) > MAX_DOCUMENT:
+        raise UserError(f"--doc {file} has {len(text):,} characters; {MAX_DOCUMENT:,} are the most")
     return text
 
 
@@ -125,7 +152,7 @@ def show(base, tokenizer, ways: dict[str, tuple], inputs: list[str], args) -> No
 
 def main() -> None:
     args = parse_args()
-    net = load_hypernet(args.hypernet or hypernet.shipped(args.base_model or "tiny"), args)
+    net = load_hypernet(args.hypernet or hypernet.shipped(args.base_model or "tiny", "d2l" if args.doc else "sft_large"), args)
     if isinstance(net, hypernet.DocToLoRA) != bool(args.doc):
         raise UserError(f"this hypernetwork reads {'descriptions: use --desc' if args.doc else 'documents: use --doc'}")
     config = net.config
@@ -134,6 +161,8 @@ def main() -> None:
     for text in inputs:
         model.check_known(tokenizer, text)
     write = writer(net, base, tokenizer, args)
+    if args.doc:
+        write = lambda _: document_adapter(net, base, tokenizer, args)
 
     with torch.no_grad():
         started = time.perf_counter()
@@ -151,8 +180,8 @@ def main() -> None:
         n_tokens = len(model.tokenize(tokenizer, description))
         lora.save_adapter(folder, adapter, config)
         (folder / "description.txt").write_text(description + "\n", encoding="utf-8")
-        print(f"\n{f'{args.doc}, {n_tokens:,} tokens' if args.doc else description}")
-        print(f"  adapter: {folder}/ (rank {rank} on {', '.join(config.paths)} in {config.n_layers} layers)")
+        print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{description}")
+        print(f"  adapter: {folder}/ (rank {rank} on {', '.join(adapter)} in {config.n_layers} layers)")
 
         stated = description if args.prompt_with_definition or getattr(config, "prompt_with_definition", False) else ""
         ways = {"base model": (None, config.scaling, stated)}

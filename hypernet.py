@@ -8,6 +8,7 @@ All layers, modules and descriptions go through it together, as rows of one tens
 differ in what one row has to produce: large, all of A and B; medium, A or B; small, one rank of A or B.
 """
 
+import math
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,6 +161,25 @@ class TextToLoRA(nn.Module):
             nn.init.uniform_(self.shift[f"{name}_A"], -self.config.in_features[name] ** -0.5, self.config.in_features[name] ** -0.5)
 
     @torch.no_grad()
+    def tell_apart(self, tasks: list[Tensor]) -> None:
+        """Start the task encoder with the linear discriminants of the descriptions of many tasks, embedded as [n, E] each:
+        the directions in which tasks differ most, measured by how much the wordings of one task do.
+
+        Not in the paper, where it starts at random. Embeddings of task descriptions are much alike, and a good part of
+        what differs is the wording, not the task.
+        """
+        linear, E = self.task_encoder[0], self.config.task_emb_size
+        tasks = [F.normalize(x, dim=-1) * E**0.5 for x in tasks]  # as in forward
+        means = torch.stack([x.mean(0) for x in tasks])  # [tasks, E]
+        wordings = torch.cat([x - x.mean(0) for x in tasks])  # [descriptions, E]
+        variances, directions = torch.linalg.eigh(wordings.T @ wordings / len(wordings))
+        whiten = directions / (variances + 0.04).sqrt()  # [E, E]; the mean variance of an embedding's elements is 1
+        discriminants = torch.linalg.svd((means - means.mean(0)) @ whiten, full_matrices=False)[2]
+        W = discriminants[: linear.out_features] @ whiten.T  # [up to latent / 2, E]
+        linear.weight[: len(W)] = W
+        linear.bias[: len(W)] = -W @ means.mean(0)
+
+    @torch.no_grad()
     def normalize(self, adapters: Adapter) -> None:
         """For reconstruction of z-scores: take mean and deviation of each element from a batch of adapters."""
         for name, pair in adapters.items():
@@ -182,6 +202,7 @@ class DocConfig(LoRAConfig):
     latent_size: int = 512
     n_latents: int = 8
     n_blocks: int = 9
+    n_heads: int = 16  # of size 128, whatever the latent size, and a quarter as many for keys and values, as published
     chunk_len: int = 512  # tokens that are read at once; longer documents are read in pieces
     alpha: float = 2 * 8**2  # 2 r^2, for the published scaling of 2 r^1.5
 
@@ -202,9 +223,9 @@ class SwiGLU(nn.Module):
 class CrossAttention(nn.Module):
     """Latents look at the context, which has no positions: its order and its padding do not matter."""
 
-    def __init__(self, d: int, heads: int = 16, kv_heads: int = 4, head_size: int = 128):
+    def __init__(self, d: int, heads: int, head_size: int = 128):
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads, self.kv_heads = heads, kv_heads = heads, heads // 4
         self.norm_latents, self.norm_context, self.norm_post, self.norm_preff, self.norm_postff = (nn.RMSNorm(d, eps=1e-6) for _ in range(5))
         self.q_proj = nn.Linear(d, heads * head_size, bias=False)
         self.k_proj = nn.Linear(d, kv_heads * head_size, bias=False)
@@ -226,14 +247,14 @@ class CrossAttention(nn.Module):
 class Perceiver(nn.Module):
     """Any number of feature vectors -> n_out vectors: latents read the context in blocks, then queries read the latents."""
 
-    def __init__(self, n_features: int, d: int, n_latents: int, n_blocks: int, n_out: int):
+    def __init__(self, n_features: int, d: int, n_latents: int, n_blocks: int, n_heads: int, n_out: int):
         super().__init__()
         self.project = SwiGLU(n_features, 4 * n_features, d)
         self.latents = nn.Parameter(torch.randn(n_latents, d))
-        self.encoder = nn.ModuleList([CrossAttention(d) for _ in range(n_blocks)])
+        self.encoder = nn.ModuleList([CrossAttention(d, n_heads) for _ in range(n_blocks)])
         self.encoder_norm = nn.RMSNorm(d, eps=1e-6)
         self.queries = nn.Parameter(torch.randn(n_out, d))
-        self.decoder = CrossAttention(d)
+        self.decoder = CrossAttention(d, n_heads)
         self.decoder_norm = nn.RMSNorm(d, eps=1e-6)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -254,7 +275,7 @@ class DocToLoRA(nn.Module):
         self.config = c = config
         self.names = sorted(c.paths)
         L, M, d = c.n_layers, len(self.names), c.latent_size
-        self.perceiver = Perceiver(c.feature_size, d, c.n_latents, c.n_blocks, M * c.r * (1 if c.per_layer else L))
+        self.perceiver = Perceiver(c.feature_size, d, c.n_latents, c.n_blocks, c.n_heads, M * c.r * (1 if c.per_layer else L))
 
         # every layer of the base model has a block and a head of its own
         self.block_in, self.block_out = nn.LayerNorm(d), nn.LayerNorm(d)
@@ -289,30 +310,37 @@ class DocToLoRA(nn.Module):
             adapter[name] = (self.scale[f"{name}_A"] * A, self.scale[f"{name}_B"] * B.mT)
         return adapter
 
-    def join(self, chunks: Adapter, counts: list[int]) -> Adapter:
+    def join(self, chunks: Adapter, counts: list[int], scalers: Tensor | None = None, bias_scaler: float = 1.0) -> Adapter:
         """The adapters of chunks -> those of documents, counts[i] chunks each: joined along the rank, the bias last.
 
-        Shorter documents get ranks of zeros. A [documents, L, (most chunks + 1) * r, in].
+        `scalers` [chunks] weigh each chunk's A; `bias_scaler` weighs both A and B of the bias, as published. Shorter
+        documents get ranks of zeros. A [documents, L, (most chunks + 1) * r, in].
         """
-        joined = {}
-        for name, (A, B) in chunks.items():
-            bias_A, bias_B = self.bias[f"{name}_A"], self.bias[f"{name}_B"]
-            As = [torch.cat([*own, bias_A], -2) for own in A.split(counts)]  # [L, ranks, in]
-            Bs = [torch.cat([*own, bias_B], -1) for own in B.split(counts)]  # [L, out, ranks]
-            full = (max(counts) + 1) * self.config.r
-            As = [F.pad(A, (0, 0, 0, full - A.shape[-2])) for A in As]
-            Bs = [F.pad(B, (0, full - B.shape[-1])) for B in Bs]
-            joined[name] = (torch.stack(As), torch.stack(Bs))
-        return joined
+        joined = []
+        for own in torch.arange(sum(counts)).split(counts):
+            parts = [lora.select(chunks, k) for k in own]
+            if scalers is not None:
+                parts = [{name: (scalers[k] * A, B) for name, (A, B) in part.items()} for k, part in zip(own, parts)]
+            bias = {name: tuple(bias_scaler * self.bias[f"{name}_{key}"] for key in "AB") for name in self.names}
+            joined.append(lora.concat_rank([*parts, bias]))
+        return lora.stack(joined)
 
 
-def read_documents(net: DocToLoRA, base: nn.Module, tokenizer, documents: list[str], chunk_batch: int = 8) -> Adapter:
-    """n documents of any length -> a batch of n adapters. The base model reads `chunk_batch` pieces at a time."""
-    pieces, counts = [], []
-    for document in documents:
-        ids = model.tokenize(tokenizer, document)
-        own = [ids[i : i + net.config.chunk_len] for i in range(0, len(ids), net.config.chunk_len)]
-        pieces, counts = pieces + own, counts + [len(own)]
+def cut(ids: list[int], longest: int, at_least: int = 1) -> list[list[int]]:
+    """A text in pieces of like length: of `longest` tokens at most, and `at_least` that many of them."""
+    size = math.ceil(len(ids) / max(at_least, math.ceil(len(ids) / longest)))
+    return [ids[i : i + size] for i in range(0, len(ids), size)]
+
+
+def read_documents(
+    net: DocToLoRA, base: nn.Module, tokenizer, documents: list[list[str]], chunk_batch: int = 8, at_least: int = 1, bias_scaler: float = 1.0
+) -> Adapter:
+    """n documents of any length -> a batch of n adapters. Each document is one text or several.
+
+    Each text is read in pieces (see `cut`); the base model reads `chunk_batch` of them at a time, which bounds the memory.
+    """
+    pieces = [[piece for text in texts for piece in cut(model.tokenize(tokenizer, text), net.config.chunk_len, at_least)] for texts in documents]
+    pieces, counts = [piece for own in pieces for piece in own], [len(own) for own in pieces]
     lora.set_adapter(base, None)  # it reads as it is
     read = []
     for i in range(0, len(pieces), chunk_batch):
@@ -321,7 +349,7 @@ def read_documents(net: DocToLoRA, base: nn.Module, tokenizer, documents: list[s
         mask = model.pad([[1] * len(piece) for piece in part], 0).to(net.head.device)
         read.append(net(model.context_features(base, ids, mask, net.config.per_layer).float(), mask))
     chunks = {name: tuple(torch.cat([adapter[name][k] for adapter in read]) for k in (0, 1)) for name in net.names}
-    return net.join(chunks, counts)
+    return net.join(chunks, counts, bias_scaler=bias_scaler)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -343,9 +371,9 @@ def save_hypernet(net: TextToLoRA | DocToLoRA, folder: str | Path, dtype: torch.
     write_json(folder / "config.json", {"arch": arch, **asdict(net.config)})
 
 
-def shipped(base_model: str) -> str:
+def shipped(base_model: str, name: str = "sft_large") -> str:
     """The folder of the hypernetwork that comes with the project for this base model."""
-    folder = Path(__file__).parent / "checkpoints" / base_model / "sft_large"
+    folder = Path(__file__).parent / "checkpoints" / base_model / name
     if not folder.exists():
         raise UserError(f"no hypernetwork for {base_model} comes with the project; train one and name it with --hypernet")
     return str(folder)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -198,11 +199,14 @@ def select(adapter: Adapter, index) -> Adapter:
 
 
 def stack(adapters: list[Adapter]) -> Adapter:
-    """A batch out of single adapters of one shape. A [n, L, r, in], B [n, L, out, r]."""
-    return {
-        name: (torch.stack([a[name][0] for a in adapters]), torch.stack([a[name][1] for a in adapters]))
-        for name in adapters[0]
-    }
+    """A batch out of single adapters; those of lower rank get ranks of zeros. A [n, L, r, in], B [n, L, out, r]."""
+    batch = {}
+    for name in adapters[0]:
+        missing = lambda a: max(other[name][0].shape[-2] for other in adapters) - a[name][0].shape[-2]
+        As = [F.pad(a[name][0], (0, 0, 0, missing(a))) for a in adapters]
+        Bs = [F.pad(a[name][1], (0, missing(a))) for a in adapters]
+        batch[name] = (torch.stack(As), torch.stack(Bs))
+    return batch
 
 
 # ---------------------------------------------------------------------------------------------------------

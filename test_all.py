@@ -521,6 +521,11 @@ def test_golden_documents(file):
         A, B = net.join(lora.select(chunks, slice(sum(counts))), counts)["down_proj"]
         torch.testing.assert_close(A, tensors[f"combine/{tag}/A/down_proj"], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(B, tensors[f"combine/{tag}/B/down_proj"].mT, rtol=1e-5, atol=1e-5)
+    weighed = net.join(chunks, [1, 2, 3], scalers=tensors["combine/scalers"], bias_scaler=0.7)["down_proj"]
+    without = net.join(lora.select(chunks, slice(3)), [3], bias_scaler=0)["down_proj"]
+    for tag, (a, b) in {"n123_scaled": weighed, "n3_nobias": without}.items():
+        torch.testing.assert_close(a, tensors[f"combine/{tag}/A/down_proj"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(b, tensors[f"combine/{tag}/B/down_proj"].mT, rtol=1e-5, atol=1e-5)
     alone = net(tensors["in/features"][1:2, ..., :7, :], tensors["in/attn_mask"][1:2, :7])["down_proj"]  # without its padding
     torch.testing.assert_close(alone[0][0], chunks["down_proj"][0][1], rtol=1e-5, atol=1e-5)
 
@@ -580,6 +585,9 @@ def test_chunks_of_a_document_add_up_in_any_order():
             torch.testing.assert_close(delta(both, 1, name), delta(turned, 0, name))
             expected = sum(B @ A for A, B in zip(*chunks[name])) + net.bias[f"{name}_B"] @ net.bias[f"{name}_A"]
             torch.testing.assert_close(delta(net.join(chunks, [3]), 0, name), expected, rtol=1e-5, atol=1e-5)
+        # adapters of different ranks share a batch
+        ranks = lora.stack([lora.select(net.join(chunks, [3]), 0), lora.select(net.join(lora.select(chunks, [1]), [1]), 0)])
+        torch.testing.assert_close(delta(ranks, 1, "v_proj"), delta(net.join(lora.select(chunks, [1]), [1]), 0, "v_proj"))
         moved = net(features[1:2][:, :, [2, 1, 3, 0]], mask[1:2][:, [2, 1, 3, 0]])  # no positions: order and side of padding are free
         torch.testing.assert_close(moved["q_proj"][0][0], chunks["q_proj"][0][1], rtol=1e-5, atol=1e-5)
 
@@ -1011,7 +1019,7 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
 def test_rows_in_groups_of_like_length_give_the_same_loss_and_gradient():
     args = train.argparse.Namespace(base_model="tiny", tasks="tiny", split="train", n_tasks=6, dtype=None, target_modules="q_proj,v_proj", rank=8, alpha=16)
     vars(args).update(dropout=0.0, gradient_checkpointing=False, multi_task=False, tasks_per_batch=6, examples_per_task=3, own_init=False)
-    vars(args).update(prompt_with_definition=False, label_smoothing=0.1, neftune_alpha=0.0, l2=0.1, row_groups=1)
+    vars(args).update(prompt_with_definition=False, label_smoothing=0.1, neftune_alpha=0.0, l2=0.1, l1=0.1, row_groups=1)
     torch.manual_seed(0)
     objective = train.Lora(args, "cpu")
     for B in objective.net.B.values():
@@ -1074,7 +1082,7 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
         lora.write_json(tmp_path / "docs" / f"{name}.json", {"document": document, "questions": [{"question": "horse", "answer": fact}]})
         (tmp_path / f"{name}.txt").write_text(document)
     words = ["--mode", "sft", "--arch", "d2l", "--tasks", tmp_path / "docs", "--latent_size", "32", "--n_blocks", "1", "--chunk_len", "8"]
-    words += ["--tasks_per_batch", "3", "--max_steps", "80", "--lr", "1e-2", "--dropout", "0", "--l2", "0", "--out_dir", tmp_path / "net"]
+    words += ["--tasks_per_batch", "3", "--max_steps", "150", "--lr", "1e-2", "--dropout", "0", "--l2", "0", "--out_dir", tmp_path / "net"]
     assert command(train, *words) == 0
     capsys.readouterr()
     for name, fact in facts.items():
@@ -1089,6 +1097,104 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
     base, tokenizer = model.load_base("tiny")
     prompt = [model.render(tokenizer, model.prompt(tokenizer, "horse"))]
     assert model.answer(peft.PeftModel.from_pretrained(base, tmp_path / "cow"), tokenizer, prompt, 8) == ["mucca"]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+    """A random Doc-to-LoRA hypernetwork for the tiny base, in its folder."""
+    torch.manual_seed(0)
+    base, _ = model.load_base("tiny")
+    config = lora.describe(base, ["down_proj"], "tiny", alpha=2 * 8**2)
+    net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(config), feature_size=128, latent_size=32, n_blocks=1, n_heads=4, chunk_len=6))
+    for p in [*net.scale.values(), *net.bias.values()]:
+        nn.init.normal_(p, std=0.2)
+    folder = tmp_path_factory.mktemp("reader")
+    hypernet.save_hypernet(net, folder)
+    return folder
+
+
+def test_how_a_document_is_read_does_not_change_its_adapter(reader):
+    """Neither the other documents of a batch, nor how many pieces are read at once, nor their order."""
+    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
+    lora.inject(base, net.names)
+    texts = ["cat -> red", "dog -> blue horse chair\nbird hat lemon apple sun", "hat -> sun moon tree"]
+    read = lambda documents, **how: hypernet.read_documents(net, base, tokenizer, documents, **how)["down_proj"]
+    with torch.no_grad():
+        A, B = read([[text] for text in texts])
+        for i, text in enumerate(texts):
+            for alone in (read([[text]]), read([[text]], chunk_batch=1)):
+                rank = alone[0].shape[-2]
+                torch.testing.assert_close(alone[1][0] @ alone[0][0], B[i] @ A[i], rtol=1e-4, atol=1e-5)
+                assert rank == 8 * (1 + math.ceil(len(model.tokenize(tokenizer, text)) / 6)) and not A[i, :, rank:].any()
+        (one,), (two,) = (B @ A for A, B in (read([texts[:2]]), read([texts[1::-1]])))
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        bias = net.bias["down_proj_B"] @ net.bias["down_proj_A"]
+        torch.testing.assert_close(one, B[0] @ A[0] + B[1] @ A[1] - bias, rtol=1e-4, atol=1e-5)
+    assert hypernet.cut(list(range(10)), 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] and len(hypernet.cut(list(range(10)), 4, 5)) == 5
+
+
+def test_documents_are_added_to_an_adapter(tmp_path, reader, capsys):
+    texts = {"one": "cat -> red", "two": "dog -> blue horse chair"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    write = lambda out, *words: command(generate, "--hypernet", reader, *words, "--input", "cat", "--out", tmp_path / out)
+    docs = [word for name in texts for word in ("--doc", tmp_path / f"{name}.txt")]
+    assert write("both", *docs) == 0 and "one.txt" in (shown := capsys.readouterr().out) and "in context" in shown
+    assert write("first", *docs[:2]) == 0 and write("second", *docs[2:], "--add_to", tmp_path / "first") == 0
+    delta = lambda name: (lambda A, B: B @ A)(*lora.load_adapter(tmp_path / name)[0]["down_proj"])
+    torch.testing.assert_close(delta("second"), delta("both"), rtol=1e-4, atol=1e-5)
+
+    # to an adapter of another kind: both act
+    assert command(generate, "--desc", DESC, "--out", tmp_path / "french") == 0
+    assert write("mixed", *docs[:2], "--add_to", tmp_path / "french") == 0
+    mixed, config = lora.load_adapter(tmp_path / "mixed")
+    french, french_config = lora.load_adapter(tmp_path / "french")
+    assert set(mixed) == {"down_proj", *NAMES}
+    for name in NAMES:
+        ours, theirs = (c.scaling * a[name][1] @ a[name][0] for a, c in ((mixed, config), (french, french_config)))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed["down_proj"][1] @ mixed["down_proj"][0], delta("first"), rtol=1e-4, atol=1e-5)
+
+
+def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
+    words = ["--mode", "sft", "--arch", "d2l", "--tasks", "facts", "--latent_size", "32", "--n_blocks", "1", "--distill", "5", "--dropout", "0", "--l2", "0", "--out_dir", "unused"]
+    sys.argv = ["train.py", *words]
+    objective = train.Documents(train.complete(train.parse_args()), "cpu")
+    objective.net = hypernet.load_hypernet(reader)
+    base, tokenizer = objective.frozen
+    document, (question, (answer,)) = objective.tasks[0].descriptions[0], objective.tasks[0].train[0]
+    loss = objective([(0, document, [(question, [answer])])])
+    with torch.no_grad():
+        logprobs = []
+        for stated, adapter in ((document, None), ("", objective.adapters([(0, document, [])]))):
+            lora.set_adapter(base, adapter, objective.config.scaling)
+            prompt, target = model.encode(tokenizer, question, answer, stated)
+            logprobs.append(base(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1].log_softmax(-1))
+        teacher, student = logprobs
+        likely = teacher.topk(5).indices
+        expected = (teacher.exp() * (teacher - student)).gather(-1, likely).sum(-1).mean()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert expected > 0.1
+    with torch.no_grad():
+        objective.args.distill, objective.args.l1 = 0, 0.5
+        adapter = objective.adapters([(0, document, [])])
+        lora.set_adapter(base, adapter, objective.config.scaling)
+        plain = train.answer_loss(base, *objective.padded([(0, question, answer)], [""]))
+        torch.testing.assert_close(objective([(0, document, [(question, [answer])])]), plain + 0.5 * sum(x.abs().mean() for x in adapter["down_proj"]))
+
+
+def test_built_in_documents_say_what_is_asked():
+    for kind, says in (("facts", "{} -> {}"), ("needle", "The magic number is {1}. Remember it.")):
+        splits = data.load_tasks(kind)
+        assert [len(splits[split]) for split in ("train", "val", "test")] == [20_000, 100, 100]
+        seen = {task.descriptions[0] for task in splits["train"] if len(task.descriptions[0].split("\n")) > 2}
+        assert not any(task.descriptions[0] in seen for split in ("val", "test") for task in splits[split])
+        for task in splits["test"]:
+            lines = task.descriptions[0].split("\n")
+            assert f"{len(lines)} lines" == task.name and 1 <= len(lines) <= data.LONGEST
+            for question, (answer,) in task.test:
+                assert says.format(question, answer) in lines
+            assert sum("->" in line or "magic" in line for line in lines) == len(task.test)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1261,12 +1367,17 @@ BAD = {
     "no document": (generate, ["--doc", "{tmp}/none.txt"], "cannot be read as text"),
     "empty document": (generate, ["--doc", "{empty}"], "is empty"),
     "binary document": (generate, ["--doc", "{hypernet}/hypernet.safetensors"], "cannot be read as text"),
-    "document for text-to-lora": (generate, ["--doc", "{hypernet}/config.json"], "this hypernetwork reads descriptions: use --desc"),
+    "over-long document": (generate, ["--doc", "{long}"], "1,000,000 are the most"),
+    "adapter of another base to add to": (generate, ["--doc", "{hypernet}/config.json", "--hypernet", "{reader}", "--add_to", "{adapter}"], "trained for base does not go with tiny"),
+    "description to add": (generate, ["--desc", DESC, "--add_to", "{adapter}"], "--add_to goes with --doc"),
+    "lengths of other documents": (evaluation, ["--doc", "--tasks", "tiny"], "--tasks is one of facts, needle"),
+    "length of descriptions": (evaluation, ["--doc", "--tasks", "facts", "--hypernet", "{hypernet}"], "reads descriptions, not documents"),
+    "document for text-to-lora": (generate, ["--doc", "{hypernet}/config.json", "--hypernet", "{hypernet}"], "this hypernetwork reads descriptions: use --desc"),
     "description for doc-to-lora": (generate, ["--desc", DESC, "--hypernet", "{reader}"], "this hypernetwork reads documents: use --doc"),
     "document and description": (generate, ["--desc", DESC, "--doc", "{hypernet}/config.json"], "from --desc or from --doc"),
     "oracles of documents": (train, ["--mode", "lora", "--arch", "d2l"], "is trained with --mode sft"),
     "two rows of one name": (evaluation, ["--compare", "a/x", "b/x"], "have to differ"),
-    "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither tiny, nor lots-of-loras, nor a folder"),
+    "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither tiny, nor lots-of-loras, nor facts, nor needle, nor a folder"),
     "no task files": (evaluation, ["--tasks", "{foreign}"], "no task files"),
     "unknown split": (evaluation, ["--split", "exam"], "invalid choice"),
     "unknown mode": (train, ["--mode", "magic"], "invalid choice"),
@@ -1296,10 +1407,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, case):
     if "doc" in case:
         hypernet.save_hypernet(small_reader(), tmp_path / "reader")
         (tmp_path / "empty.txt").write_text(" \n")
+        (tmp_path / "long.txt").write_text("cat " * 250_001)
     if "base" in case:
         config = lora.describe(tiny_llama(hidden_size=32), NAMES, "base")
         lora.save_adapter(tmp_path / "adapter", random_adapter(config), config)
-    places = dict(tmp=tmp_path, foreign=foreign(tmp_path / "foreign"), base=base, other=other, adapter=tmp_path / "adapter", reader=tmp_path / "reader", empty=tmp_path / "empty.txt", hypernet=Path(model.TINY) / "sft_large")
+    places = dict(tmp=tmp_path, foreign=foreign(tmp_path / "foreign"), base=base, other=other, adapter=tmp_path / "adapter", reader=tmp_path / "reader", empty=tmp_path / "empty.txt", long=tmp_path / "long.txt", hypernet=Path(model.TINY) / "sft_large")
     before = sorted(tmp_path.rglob("*"))
     assert command(module, *[str(w).format(**places) for w in words]) == 2
     error = capsys.readouterr().err

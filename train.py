@@ -18,6 +18,7 @@ import math
 import os
 import random
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,18 +71,22 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--size", default="large", choices=hypernet.SIZES, help="Size of the hypernetwork.")
     g.add_argument("--latent_size", type=int, help="Width of the hypernetwork's trunk; the paper's is 128.")
     g.add_argument("--head_in_size", type=int, default=512, help="Width of what enters the hypernetwork's heads.")
+    g.add_argument("--tell_apart", action="store_true", help="sft: start the task encoder with what tells the training tasks' descriptions apart (linear discriminants).")
     g.add_argument("--head_scale", type=float, help="Factor on what enters the heads. Published 1; 1/sqrt(head_in_size) stands higher learning rates.")
     g.add_argument("--target_modules", help="Linear layers that get an adapter. Default: q_proj,v_proj, for d2l down_proj.")
     g.add_argument("--rank", type=int, default=8, help="Rank of the adapters; for d2l of each piece of a document.")
     g.add_argument("--alpha", type=float, help="LoRA alpha; the scaling is alpha / sqrt(rank). Default: 16, for d2l 2 rank^2.")
     g.add_argument("--n_blocks", type=int, default=9, help="d2l: cross-attention blocks of the Perceiver.")
+    g.add_argument("--n_heads", type=int, default=16, help="d2l: heads of that attention, of size 128 each.")
     g.add_argument("--chunk_len", type=int, default=512, help="d2l: tokens of a document that are read at once.")
+    g.add_argument("--chunk_batch", type=int, default=128, help="d2l: pieces of documents that are read at once.")
+    g.add_argument("--max_pieces", type=int, default=1, help="d2l: cut the documents of a step into 1 to that many pieces, at random; more where --chunk_len says so.")
     g.add_argument("--early_exit", action="store_true", help="d2l: read the states of one early layer in place of every layer's.")
     g.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks in place of one for each.")
     g.add_argument("--own_init", action="store_true", help="lora: a random A for every adapter in place of a common one.")
     g.add_argument("--delta_w", action="store_true", help="recon: compare the products BA in place of z-scored A and B.")
     g = p.add_argument_group("on what")
-    g.add_argument("--tasks", default="tiny", help="tiny, lots-of-loras (the paper's, downloaded), or a folder of task files.")
+    g.add_argument("--tasks", default="tiny", help="tiny, lots-of-loras (the paper's, downloaded), for d2l facts or needle, or a folder of task files.")
     g.add_argument("--split", default="train", help="Which tasks: train, or val or test for oracles of those.")
     g.add_argument("--n_tasks", type=int, help="Use that many of the tasks.")
     g.add_argument("--prompt_with_definition", action="store_true", help="Put the task's definition before each input, as the paper does.")
@@ -95,6 +101,8 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--neftune_alpha", type=float, help="Noise on the base model's input embeddings (NEFTune).")
     g.add_argument("--label_smoothing", type=float)
     g.add_argument("--l2", type=float, help="Weight of the mean squares of the generated A and B in the loss.")
+    g.add_argument("--l1", type=float, default=0.0, help="Weight of the mean magnitudes of the generated A and B in the loss.")
+    g.add_argument("--distill", type=int, default=0, metavar="K", help="d2l: learn the base model's K likeliest tokens with the document in its prompt, in place of the answers.")
     g.add_argument("--weight_decay", type=float, default=0.01)
     g.add_argument("--max_grad_norm", type=float, default=1.0)
     g.add_argument("--seed", type=int, default=0)
@@ -137,26 +145,47 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def answer_loss(base: nn.Module, input_ids: Tensor, labels: Tensor, smoothing: float = 0.0, neftune_alpha: float = 0.0) -> Tensor:
-    """Cross-entropy of the answers (labels other than -100), averaged over each row's tokens, then over the rows.
+def answer_logits(base: nn.Module, input_ids: Tensor, labels: Tensor, neftune_alpha: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits where there is an answer token to predict (labels other than -100) and nowhere else.
 
     input_ids, labels [rows, T], padded on the right: a causal model never looks there, so no mask is needed.
-    Logits are computed where there is an answer token to predict and nowhere else.
+    Returns logits [answer tokens, vocabulary], the row of each, and the token that is right there.
     """
     x = base.get_input_embeddings()(input_ids)  # [rows, T, d]
     if neftune_alpha:  # NEFTune (arXiv 2310.05914): uniform noise of a size that does not depend on T and d
         x = x + torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
-    h = base.base_model(inputs_embeds=x, use_cache=False).last_hidden_state  # [rows, T, d]
+    with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():  # faster for short rows: its backward
+        h = base.base_model(inputs_embeds=x, use_cache=False).last_hidden_state  # [rows, T, d]
     rows, at = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # [answer tokens]
-    logits = model.lm_head(base, h[rows, at])  # [answer tokens, vocabulary]
-    losses = F.cross_entropy(logits.float(), labels[rows, at + 1], reduction="none", label_smoothing=smoothing)
-    per_row = torch.bincount(rows, minlength=len(labels))
-    return (losses / per_row[rows]).sum() / len(labels)
+    return model.lm_head(base, h[rows, at]).float(), rows, labels[rows, at + 1]
+
+
+def row_mean(losses: Tensor, rows: Tensor) -> Tensor:
+    """Losses of tokens, averaged over each row's, then over the rows, so that each example weighs the same."""
+    per_row = torch.bincount(rows)
+    return (losses / per_row[rows]).sum() / len(per_row)
+
+
+def answer_loss(base: nn.Module, input_ids: Tensor, labels: Tensor, smoothing: float = 0.0, neftune_alpha: float = 0.0) -> Tensor:
+    """Cross-entropy of the answers. input_ids, labels [rows, T]."""
+    logits, rows, targets = answer_logits(base, input_ids, labels, neftune_alpha)
+    return row_mean(F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing), rows)
+
+
+def distill_loss(logits: Tensor, teacher: Tensor, rows: Tensor, k: int) -> Tensor:
+    """KL divergence from a teacher, over the k tokens that it finds likeliest. logits, teacher [answer tokens, vocabulary]."""
+    likely, tokens = teacher.log_softmax(-1).topk(k)  # [answer tokens, k]
+    return row_mean((likely.exp() * (likely - logits.log_softmax(-1).gather(-1, tokens))).sum(-1), rows)
 
 
 def square_loss(adapter: Adapter) -> Tensor:
     """L2 on the generated weights: the mean squares of A and of B, summed over the modules."""
     return sum(A.square().mean() + B.square().mean() for A, B in adapter.values())
+
+
+def absolute_loss(adapter: Adapter) -> Tensor:
+    """L1 on the generated weights: the mean magnitudes of A and of B, summed over the modules."""
+    return sum(A.abs().mean() + B.abs().mean() for A, B in adapter.values())
 
 
 def z_score_loss(adapter: Adapter, target: Adapter, scale: dict[str, Tensor]) -> Tensor:
@@ -284,25 +313,36 @@ class Finetune(nn.Module):
         return [(i, rng.choice(task.descriptions), sample(rng, task.train, self.args.examples_per_task)) for i, task in chosen]
 
     def forward(self, batch: list) -> Tensor:
-        base, tokenizer = self.frozen
+        base, _ = self.frozen
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
         adapter = self.adapters(batch)  # A [tasks, L, r, in], B [tasks, L, out, r]
-        definitions = [self.tasks[i].definition if self.args.prompt_with_definition else "" for i, _, _ in batch]
-        rows = [self.encode(q, answers[0], d) for (_, _, examples), d in zip(batch, definitions) for q, answers in examples]
-        loss = self.args.l2 * square_loss(adapter)
-        groups, order = self.args.row_groups, list(range(len(rows)))
-        if groups > 1:
-            order.sort(key=lambda i: sum(map(len, rows[i])))
+        loss = self.args.l2 * square_loss(adapter) + self.args.l1 * absolute_loss(adapter)
+        rows = [(k, question, answers[0]) for k, (_, _, examples) in enumerate(batch) for question, answers in examples]
+        groups = self.args.row_groups
+        if groups > 1:  # rows of like length together
+            rows.sort(key=lambda row: sum(map(len, self.encode(row[1], row[2], self.stated(batch[row[0]])))))
         size = math.ceil(len(rows) / groups)
-        for part in (order[i : i + size] for i in range(0, len(rows), size)):
-            prompts, answers = zip(*(rows[i] for i in part))
-            input_ids = model.pad([p + a for p, a in zip(prompts, answers)], tokenizer.pad_token_id).to(self.device)  # [rows, T]
-            labels = model.pad([[-100] * len(p) + a for p, a in zip(prompts, answers)], -100).to(self.device)
-            own = lora.select(adapter, [i * len(batch) // len(rows) for i in part]) if groups > 1 else adapter
-            lora.set_adapter(base, own, self.config.scaling)
-            part_loss = answer_loss(base, input_ids, labels, self.args.label_smoothing, self.args.neftune_alpha)
-            loss = loss + part_loss * (len(part) / len(rows))
+        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+            own = lora.select(adapter, [k for k, _, _ in part]) if groups > 1 else adapter
+            loss = loss + self.part_loss(part, batch, own) * (len(part) / len(rows))
         return loss
+
+    def stated(self, drawn: tuple) -> str:
+        """What stands in the prompt before the input."""
+        return self.tasks[drawn[0]].definition if self.args.prompt_with_definition else ""
+
+    def padded(self, rows: list, before: list[str]) -> tuple[Tensor, Tensor]:
+        """input_ids and labels of rows (index in the batch, question, answer). [rows, T]"""
+        prompts, answers = zip(*(self.encode(question, answer, text) for (_, question, answer), text in zip(rows, before)))
+        input_ids = model.pad([p + a for p, a in zip(prompts, answers)], self.frozen[1].pad_token_id)
+        labels = model.pad([[-100] * len(p) + a for p, a in zip(prompts, answers)], -100)
+        return input_ids.to(self.device), labels.to(self.device)
+
+    def part_loss(self, rows: list, batch: list, adapter: Adapter) -> Tensor:
+        """The loss of rows that are computed together, under the adapters of each."""
+        base, args = self.frozen[0], self.args
+        lora.set_adapter(base, adapter, self.config.scaling)
+        return answer_loss(base, *self.padded(rows, [self.stated(batch[k]) for k, _, _ in rows]), args.label_smoothing, args.neftune_alpha)
 
 
 class Lora(Finetune):
@@ -346,6 +386,8 @@ class Sft(Finetune):
         self.embed = remember(model.load_encoder(args.encoder, device, self.frozen), device)
         self.net = new_hypernet(args, self.config, self.embed).to(device)
         self.net.start_as_lora()
+        if args.tell_apart:
+            self.net.tell_apart([torch.stack(list(map(self.embed, task.descriptions))) for task in self.tasks])
 
     def adapters(self, batch: list) -> Adapter:
         """Written from the descriptions."""
@@ -361,12 +403,25 @@ class Documents(Finetune):
     def __init__(self, args, device):
         super().__init__(args, device)
         size = self.frozen[0].config.get_text_config().hidden_size
-        own = dict(feature_size=size, latent_size=args.latent_size, n_blocks=args.n_blocks, chunk_len=args.chunk_len, per_layer=not args.early_exit)
+        own = dict(feature_size=size, latent_size=args.latent_size, n_blocks=args.n_blocks, n_heads=args.n_heads, chunk_len=args.chunk_len, per_layer=not args.early_exit)
         self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own)).to(device)
 
     def adapters(self, batch: list) -> Adapter:
         """Written from the documents, as the frozen base model reads them."""
-        return hypernet.read_documents(self.net, *self.frozen, [document for _, document, _ in batch])
+        at_least = int(torch.randint(1, self.args.max_pieces + 1, ()))
+        return hypernet.read_documents(self.net, *self.frozen, [[document] for _, document, _ in batch], self.args.chunk_batch, at_least)
+
+    def part_loss(self, rows: list, batch: list, adapter: Adapter) -> Tensor:
+        """With --distill the base model itself, with the document in its prompt, is the teacher."""
+        if not self.args.distill:
+            return super().part_loss(rows, batch, adapter)
+        base = self.frozen[0]
+        with torch.no_grad():
+            lora.set_adapter(base, None)
+            teacher, _, _ = answer_logits(base.eval(), *self.padded(rows, [batch[k][1] for k, _, _ in rows]))
+        lora.set_adapter(base.train(), adapter, self.config.scaling)
+        logits, at, _ = answer_logits(base, *self.padded(rows, [""] * len(rows)), self.args.neftune_alpha)
+        return distill_loss(logits, teacher, at, self.args.distill)
 
     def save(self, folder: Path) -> None:
         hypernet.save_hypernet(self.net, folder, torch.bfloat16)
@@ -519,7 +574,8 @@ def main() -> None:
         # Data is drawn alike in all processes, each takes its share; noise (dropout, NEFTune) differs between them.
         batch = objective.draw(random.Random(f"{args.seed} {step}"), step)[rank * share : (rank + 1) * share]
         torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
-        loss = parallel(batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):  # the trained weights stay float32
+            loss = parallel(batch)
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
