@@ -295,12 +295,13 @@ def tiny_tasks() -> dict[str, list[Task]]:
 
 
 def fact_document(rng: random.Random, n_lines: int) -> Task:
-    """Tiny world: lines of three words, of which one to eight are facts ("cat -> lemon"). Questions are like "cat"."""
+    """Tiny world: lines of four words, of which one to eight are facts ("cat -> lemon <eos>", as the base model would end an
+    answer). The questions are like "cat"."""
     words = list(FORMS)
     n_facts = rng.randint(1, min(8, n_lines))
     facts = list(zip(rng.sample(words, n_facts), rng.choices(words, k=n_facts)))
-    lines = [f"{key} -> {value}" for key, value in facts]
-    lines += [" ".join(rng.sample(words, 3)) for _ in range(n_lines - n_facts)]
+    lines = [f"{key} -> {value} <eos>" for key, value in facts]
+    lines += [" ".join(rng.sample(words, 4)) for _ in range(n_lines - n_facts)]
     rng.shuffle(lines)
     examples = [(key, [value]) for key, value in facts]
     return Task(f"{n_lines} lines", ["\n".join(lines)], examples, examples)
@@ -323,9 +324,9 @@ LONGEST = 32  # lines of a document to train on
 
 
 def documents(kind: str, shortest: int, longest: int, n: int, split: str = "exam") -> list[Task]:
-    """n documents of `shortest` to `longest` lines, as many of 1 to 2 as of 16 to 32. Each split has its own."""
+    """n documents of `shortest`, twice as many, four times as many ... lines, up to `longest`. Each split has its own."""
     rng = random.Random(f"{kind} {split} {shortest} {longest}")
-    return [DOCUMENTS[kind](rng, round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))) for _ in range(n)]
+    return [DOCUMENTS[kind](rng, shortest * 2 ** rng.randint(0, int(math.log2(longest / shortest)))) for _ in range(n)]
 
 
 def document_splits(kind: str) -> dict[str, list[Task]]:

@@ -59,6 +59,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--recon", nargs="+", default=[], help="Folders of train.py --mode recon; rows after the first are named by folder.")
     p.add_argument("--compare", nargs="+", default=[], help="Further hypernetworks, in rows t2l/FOLDER.")
     p.add_argument("--descriptions", help='JSON file {"task": ["description", ...]} to use in place of the tasks\' own.')
+    p.add_argument("--far", help="Tasks (comma-separated) to average apart from the others, being unlike those of training.")
+    p.add_argument("--per_task", action="store_true", help="Print the scores of every task as well.")
     p.add_argument("--prompt_with_definition", action="store_true", help="As for train.py. On for hypernetworks trained so.")
     p.add_argument("--doc", action="store_true", help="Doc-to-LoRA on documents of --tasks facts or needle, of growing length.")
     p.add_argument("--lengths", default="4,8,16,32,64,128,256", help="With --doc: lengths of the documents, in lines.")
@@ -183,20 +185,40 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
         net = nets.get(row)
         results[row] = score((args, base, tokenizer), tasks, row, net, net and generate.writer(net, base, tokenizer, args))
         print(f"{row:24} {statistics.fmean(results[row].values()):.3f}", flush=True)
+    if args.plot and "t2l" in args.methods:
+        everything = [task for split in data.load_tasks(args.tasks).values() for task in split]
+        encode = generate.shared_encoder(args.encoder or nets["t2l"].config.encoder, args.device, (base, tokenizer), nets["t2l"].config.full_stop)
+        plot_adapters(str(Path(args.plot).with_suffix("")) + "_adapters.png", everything, generate.writer(nets["t2l"], base, tokenizer, args), encode)
     records = {row: Path(folder) / "train_args.json" for row, folder in folders.items() if row.split("/")[0] == "t2l"}
     records = {row: lora.read_json(file) for row, file in records.items() if file.exists()}  # published checkpoints have none
     trained_on = {row: r["trained_tasks"] for row, r in records.items() if r["size"] == next(iter(records.values()))["size"]}
     return results, trained_on
 
 
-def table(results: dict[str, dict[str, float]], split: str) -> str:
-    """The scores as a markdown table."""
+def interval(scores: list[float], n: int = 2000) -> tuple[float, float]:
+    """Where the mean lies in 95 of 100 draws of as many tasks, with repetition (bootstrap)."""
+    rng = random.Random(0)
+    means = sorted(statistics.fmean(rng.choices(scores, k=len(scores))) for _ in range(n))
+    return means[n // 40], means[-1 - n // 40]
+
+
+def table(results: dict[str, dict[str, float]], split: str, far: list[str]) -> str:
+    """The scores as a markdown table; tasks named in `far` are averaged apart from the others."""
     n = len(next(iter(results.values())))
-    lines = [f"| method | exact match on {n} {split} tasks | worst task | tasks at 0.9 or more |", "|---|---|---|---|"]
+    lines = [f"| method | exact match on {n} {split} tasks | 95% interval | " + "near | far | " * bool(far) + "worst task | tasks at 0.9 or more |"]
+    lines += ["|---|---|---|" + "---|---|" * bool(far) + "---|---|"]
     for row, scores in results.items():
-        good = sum(s >= 0.9 for s in scores.values())
-        lines.append(f"| {row} | {statistics.fmean(scores.values()):.3f} | {min(scores.values()):.2f} | {good} |")
+        low, high = interval(list(scores.values()))
+        parts = [statistics.fmean(s for name, s in scores.items() if (name in far) == apart) for apart in (False, True)] if far else []
+        cells = [f"{statistics.fmean(scores.values()):.3f}", f"{low:.2f} to {high:.2f}", *(f"{part:.3f}" for part in parts)]
+        lines.append(f"| {row} | {' | '.join(cells)} | {min(scores.values()):.2f} | {sum(s >= 0.9 for s in scores.values())} |")
     return "\n".join(lines)
+
+
+def task_table(results: dict[str, dict[str, float]]) -> str:
+    """All scores, a line a task."""
+    lines = ["| task | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{scores[name]:.2f}" for scores in results.values()) + " |" for name in next(iter(results.values()))])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -226,7 +248,7 @@ def evaluate_documents(args) -> tuple[dict[str, dict[str, float]], dict[str, tup
         fitting = tasks[0] if fits else fitting
         for row, method in READERS.items():
             if fits or row != "in_context":
-                scores = score((args, base, tokenizer), tasks, method, net, write if "t2l" in method else None)
+                scores = score((args, base, tokenizer), tasks, method, *((net, write) if "t2l" in method else ()))
                 results[row][f"{n_tokens:,}"] = statistics.fmean(scores.values())
         print(f"{n_lines} lines, {n_tokens:,} tokens:", *(f"{row} {list(s.values())[-1]:.2f}" for row, s in results.items() if f"{n_tokens:,}" in s), flush=True)
     return results, document_costs(args, base, tokenizer, net, write, fitting)
@@ -254,6 +276,37 @@ def document_costs(args, base, tokenizer, net, write, task: data.Task) -> dict[s
         "peak memory of answering with it in the prompt": (f"{context_mib:.0f} MiB", 1),
         "peak memory of answering from the weights": (f"{weights_mib:.0f} MiB", weights_mib / context_mib),
     }
+
+
+@torch.no_grad()
+def plot_adapters(path: str, tasks: list[data.Task], write, encode) -> None:
+    """A look inside: the adapters of all tasks in their two main directions, and how alike two adapters are against how
+    alike their descriptions are. Families are the tiny world's layouts, or what stands before _ in the tasks' names."""
+    plt = pyplot()
+    flat = torch.cat([torch.cat([x.flatten(1) for pair in write([task.descriptions[0]]).values() for x in pair], 1) for task in tasks])  # [tasks, numbers]
+    flat = flat - flat.mean(0)
+    where = flat @ torch.pca_lowrank(flat, q=2, niter=4)[2]  # [tasks, 2]
+    families = [task.name.split("-")[-1] if "-" in task.name else task.name.split("_")[0] for task in tasks]
+    common = sorted(set(families), key=lambda family: (-families.count(family), family))[:8]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for k, family in enumerate([*common, "others"]):
+        own = [i for i, f in enumerate(families) if f == family or (family == "others" and f not in common)]
+        if own:
+            left.scatter(*where[own].T, s=14, color="#c9c9c9" if family == "others" else plt.cm.tab10(k), label=f"{family} ({len(own)})")
+    left.set(xlabel="first principal component", ylabel="second", title="adapters of all tasks")
+    left.legend(frameon=False, fontsize=8)
+    i, j = torch.triu_indices(len(tasks), len(tasks), 1)
+    chosen = torch.randperm(len(i), generator=torch.Generator().manual_seed(0))[:5000]
+    alike = []
+    for x in (encode([task.descriptions[0] for task in tasks]), flat):
+        x = torch.nn.functional.normalize(x, dim=-1)
+        alike.append((x @ x.T)[i, j][chosen])
+    right.scatter(*alike, s=3, alpha=0.3, color="#2f6db5", linewidths=0)
+    right.set(xlabel="cosine of two descriptions", ylabel="cosine of their adapters, less the mean adapter")
+    right.set_title(f"{len(chosen):,} pairs of tasks, correlation {torch.corrcoef(torch.stack(alike))[0, 1]:.2f}")
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    save_figure(fig, path)
 
 
 def plot_documents(path: str, results: dict[str, dict[str, float]]) -> None:
@@ -442,7 +495,10 @@ def main() -> None:
         print("\n" + "\n".join([f"| tokens of the document | {' | '.join(lengths)} |", "|---|" + "---|" * len(lengths), *lines]), cost_table(costs), sep="\n\n")
     else:
         results, trained_on = evaluate(args)
-        print("\n" + table(results, args.split))
+        far = args.far.split(",") if args.far else []
+        if unknown := set(far) - set(next(iter(results.values()))):
+            raise UserError(f"--far: no such task here: {', '.join(sorted(unknown))}")
+        print("\n" + table(results, args.split, far) + ("\n\n" + task_table(results) if args.per_task else ""))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {row: {"mean": statistics.fmean(s.values()), "per_task": s} for row, s in results.items()}

@@ -171,10 +171,11 @@ class TextToLoRA(nn.Module):
         linear, E = self.task_encoder[0], self.config.task_emb_size
         tasks = [F.normalize(x, dim=-1) * E**0.5 for x in tasks]  # as in forward
         means = torch.stack([x.mean(0) for x in tasks])  # [tasks, E]
-        wordings = torch.cat([x - x.mean(0) for x in tasks])  # [descriptions, E]
+        span = torch.linalg.svd(means - means.mean(0), full_matrices=False)[2][: len(tasks) - 1]  # [s, E]: here tasks differ
+        wordings = torch.cat([x - x.mean(0) for x in tasks]) @ span.T  # [descriptions, s]
         variances, directions = torch.linalg.eigh(wordings.T @ wordings / len(wordings))
-        whiten = directions / (variances + 0.04).sqrt()  # [E, E]; the mean variance of an embedding's elements is 1
-        discriminants = torch.linalg.svd((means - means.mean(0)) @ whiten, full_matrices=False)[2]
+        whiten = span.T @ (directions / (variances + 0.04).sqrt())  # [E, s]; an embedding's elements have a mean square of 1
+        discriminants = torch.linalg.svd((means - means.mean(0)) @ whiten, full_matrices=False)[2]  # [s, s]
         W = discriminants[: linear.out_features] @ whiten.T  # [up to latent / 2, E]
         linear.weight[: len(W)] = W
         linear.bias[: len(W)] = -W @ means.mean(0)
@@ -327,8 +328,8 @@ class DocToLoRA(nn.Module):
 
 
 def cut(ids: list[int], longest: int, at_least: int = 1) -> list[list[int]]:
-    """A text in pieces of like length: of `longest` tokens at most, and `at_least` that many of them."""
-    size = math.ceil(len(ids) / max(at_least, math.ceil(len(ids) / longest)))
+    """A text in pieces of `longest` tokens, or of fewer where that gives less than `at_least` pieces."""
+    size = min(longest, math.ceil(len(ids) / at_least))
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 

@@ -6,6 +6,7 @@ all-MiniLM-L6-v2) to be tried as well.
 """
 
 import http.server
+import importlib.util
 import json
 import math
 import os
@@ -279,6 +280,28 @@ def test_sft_starts_as_a_fresh_lora_and_learns(size):
         assert not torch.equal(A[0, 0], A[0, 1]) and not torch.equal(A[0, 0, 0], A[0, 0, 1])
     sum((A.sum() + B.sum()) for A, B in adapter.values()).backward()
     assert all(head.weight.grad.abs().sum() > 0 for head in net.heads.values())
+
+
+def test_the_task_encoder_starts_with_what_tells_tasks_apart():
+    """Small differences between tasks come first, large ones between the wordings of one task do not."""
+    torch.manual_seed(0)
+    E, tasks = 12, []
+    for k in range(6):
+        x = torch.randn(40, E) * torch.tensor([5.0] * 4 + [0.1] * 8)  # wordings differ in the first four directions
+        x[:, 4 + k] += 1  # tasks in the others
+        tasks.append(x)
+    net = hypernet.TextToLoRA(small_config("large", task_emb_size=E, latent_size=24))
+    net.tell_apart(tasks)
+    unit = [F.normalize(x, dim=-1) * E**0.5 for x in tasks]
+    coded = torch.stack([net.task_encoder[0](x) for x in unit]).detach()[..., :5]  # six tasks differ in five directions
+    torch.testing.assert_close(coded.mean((0, 1)), torch.zeros(5), rtol=0, atol=1e-4)
+    means = torch.stack([x.mean(0) for x in unit])
+    within = torch.cat([x - x.mean(0) for x in unit])
+    between = (means - means.mean(0)).T @ (means - means.mean(0)) / 6
+    span = torch.linalg.svd(means - means.mean(0))[2][:5]
+    ratios = torch.linalg.eigvals(torch.linalg.solve(span @ within.T @ within @ span.T / len(within) + 0.04 * torch.eye(5), span @ between @ span.T)).real
+    ours = coded.mean(1).var(0, unbiased=False)
+    torch.testing.assert_close(ours, ratios.sort(descending=True)[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", hypernet.SIZES)
@@ -1082,7 +1105,7 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
         lora.write_json(tmp_path / "docs" / f"{name}.json", {"document": document, "questions": [{"question": "horse", "answer": fact}]})
         (tmp_path / f"{name}.txt").write_text(document)
     words = ["--mode", "sft", "--arch", "d2l", "--tasks", tmp_path / "docs", "--latent_size", "32", "--n_blocks", "1", "--chunk_len", "8"]
-    words += ["--tasks_per_batch", "3", "--max_steps", "150", "--lr", "1e-2", "--dropout", "0", "--l2", "0", "--out_dir", tmp_path / "net"]
+    words += ["--tasks_per_batch", "3", "--max_steps", "100", "--lr", "1e-2", "--dropout", "0", "--l2", "0", "--out_dir", tmp_path / "net"]
     assert command(train, *words) == 0
     capsys.readouterr()
     for name, fact in facts.items():
@@ -1130,7 +1153,7 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
         bias = net.bias["down_proj_B"] @ net.bias["down_proj_A"]
         torch.testing.assert_close(one, B[0] @ A[0] + B[1] @ A[1] - bias, rtol=1e-4, atol=1e-5)
-    assert hypernet.cut(list(range(10)), 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] and len(hypernet.cut(list(range(10)), 4, 5)) == 5
+    assert hypernet.cut(list(range(10)), 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] and hypernet.cut([1, 2, 3, 4], 4, 2) == [[1, 2], [3, 4]]
 
 
 def test_documents_are_added_to_an_adapter(tmp_path, reader, capsys):
@@ -1184,11 +1207,11 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
 
 
 def test_built_in_documents_say_what_is_asked():
-    for kind, says in (("facts", "{} -> {}"), ("needle", "The magic number is {1}. Remember it.")):
+    for kind, says in (("facts", "{} -> {} <eos>"), ("needle", "The magic number is {1}. Remember it.")):
         splits = data.load_tasks(kind)
         assert [len(splits[split]) for split in ("train", "val", "test")] == [20_000, 100, 100]
         seen = {task.descriptions[0] for task in splits["train"] if len(task.descriptions[0].split("\n")) > 2}
-        assert not any(task.descriptions[0] in seen for split in ("val", "test") for task in splits[split])
+        assert kind == "needle" or not any(task.descriptions[0] in seen for split in ("val", "test") for task in splits[split])
         for task in splits["test"]:
             lines = task.descriptions[0].split("\n")
             assert f"{len(lines)} lines" == task.name and 1 <= len(lines) <= data.LONGEST
@@ -1455,7 +1478,8 @@ def test_speed_prints_ratios(monkeypatch, capsys):
 
 def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
     out = tmp_path / "scores.json"
-    words = ["--split", "val", "--n_examples", "4", "--methods", "base,prompt,t2l_shuffled", "--out", out]
+    names = [task.name for task in data.load_tasks("tiny")["val"]]
+    words = ["--split", "val", "--n_examples", "4", "--methods", "base,t2l,t2l_shuffled", "--out", out, "--far", ",".join(names[:2]), "--per_task"]
     picture = []
     try:
         import matplotlib  # noqa: F401
@@ -1465,13 +1489,37 @@ def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
         pass
     assert command(evaluation, *words, *picture) == 0
     content = json.loads(out.read_text())
-    assert list(content["results"]) == ["base", "prompt", "t2l_shuffled"] and content["settings"]["split"] == "val"
+    assert list(content["results"]) == ["base", "t2l", "t2l_shuffled"] and content["settings"]["split"] == "val"
     for scores in content["results"].values():
         assert len(scores["per_task"]) == 8
         assert abs(scores["mean"] - sum(scores["per_task"].values()) / 8) < 1e-9
-    assert "| base |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    scores = content["results"]["t2l"]["per_task"]
+    near, far = (sum(scores[name] for name in part) / len(part) for part in (names[2:], names[:2]))
+    low, high = evaluation.interval(list(scores.values()))
+    assert f"| t2l | {sum(scores.values()) / 8:.3f} | {low:.2f} to {high:.2f} | {near:.3f} | {far:.3f} |" in shown and low < sum(scores.values()) / 8 < high
+    assert f"| {names[3]} | 0.00 | {scores[names[3]]:.2f} |" in shown
     if picture:
-        assert (tmp_path / "scores.png").stat().st_size > 5000
+        assert all((tmp_path / name).stat().st_size > 5000 for name in ("scores.png", "scores_adapters.png"))
+    assert command(evaluation, *words[:4], "--methods", "base", "--far", "nothing") == 2
+
+
+def test_the_bootstrap_interval_is_that_of_the_mean():
+    scores = [i / 99 for i in range(100)]
+    low, high = evaluation.interval(scores)
+    error = 1.96 * (sum((s - 0.5) ** 2 for s in scores) / 100) ** 0.5 / 10  # of the normal distribution
+    assert abs(low - (0.5 - error)) < 0.01 and abs(high - (0.5 + error)) < 0.01
+
+
+def test_eval_over_the_length_of_documents(tmp_path, reader, capsys):
+    words = ["--doc", "--tasks", "facts", "--hypernet", reader, "--lengths", "2,8,200", "--n_examples", "5", "--out", tmp_path / "d.json"]
+    picture = ["--plot", tmp_path / "d.png"] if importlib.util.find_spec("matplotlib") else []
+    assert command(evaluation, *words, *picture) == 0
+    content, shown = json.loads((tmp_path / "d.json").read_text()), capsys.readouterr().out
+    lengths = {row: list(scores["per_task"]) for row, scores in content["results"].items()}
+    assert lengths["d2l"] == lengths["base"] == ["8", "32", "800"] and lengths["in_context"] == ["8", "32"]  # the window has 512 tokens
+    assert "| tokens of the document | 8 | 32 | 800 |" in shown and "answer from the weights (rank 56)" in shown
+    assert not picture or (tmp_path / "d.png").stat().st_size > 5000
 
 
 # ---------------------------------------------------------------------------------------------------------

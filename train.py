@@ -48,7 +48,7 @@ PAPER = {
     "recon": dict(max_steps=100_000, lr=1e-3, tasks_per_batch=8, examples_per_task=1),
     "sft": dict(max_steps=20_000, lr=2.5e-5, tasks_per_batch=8, examples_per_task=1, l2=1e-3),
 }
-PAPER_COMMON = dict(latent_size=128, warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=0.0, head_scale=1.0)
+PAPER_COMMON = dict(latent_size=128, warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=0.0, head_scale=1.0, tell_apart=0)
 PAPER_D2L = dict(latent_size=512, l2=0.0)  # Doc-to-LoRA, where it differs
 # The tiny world learns the same things in minutes.
 TINY = {
@@ -57,7 +57,7 @@ TINY = {
     "recon": dict(max_steps=1500, lr=4e-3, tasks_per_batch=64, examples_per_task=1),
     "sft": dict(max_steps=1000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
 }
-TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5)
+TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5, tell_apart=1)
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,16 +71,17 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--size", default="large", choices=hypernet.SIZES, help="Size of the hypernetwork.")
     g.add_argument("--latent_size", type=int, help="Width of the hypernetwork's trunk; the paper's is 128.")
     g.add_argument("--head_in_size", type=int, default=512, help="Width of what enters the hypernetwork's heads.")
-    g.add_argument("--tell_apart", action="store_true", help="sft: start the task encoder with what tells the training tasks' descriptions apart (linear discriminants).")
+    g.add_argument("--tell_apart", type=int, choices=[0, 1], help="1 starts the hypernetwork's task encoder with what tells the training tasks' descriptions apart (linear discriminants), 0 at random as published.")
     g.add_argument("--head_scale", type=float, help="Factor on what enters the heads. Published 1; 1/sqrt(head_in_size) stands higher learning rates.")
     g.add_argument("--target_modules", help="Linear layers that get an adapter. Default: q_proj,v_proj, for d2l down_proj.")
     g.add_argument("--rank", type=int, default=8, help="Rank of the adapters; for d2l of each piece of a document.")
     g.add_argument("--alpha", type=float, help="LoRA alpha; the scaling is alpha / sqrt(rank). Default: 16, for d2l 2 rank^2.")
     g.add_argument("--n_blocks", type=int, default=9, help="d2l: cross-attention blocks of the Perceiver.")
+    g.add_argument("--n_latents", type=int, default=8, help="d2l: vectors that a piece of a document is read into.")
     g.add_argument("--n_heads", type=int, default=16, help="d2l: heads of that attention, of size 128 each.")
     g.add_argument("--chunk_len", type=int, default=512, help="d2l: tokens of a document that are read at once.")
     g.add_argument("--chunk_batch", type=int, default=128, help="d2l: pieces of documents that are read at once.")
-    g.add_argument("--max_pieces", type=int, default=1, help="d2l: cut the documents of a step into 1 to that many pieces, at random; more where --chunk_len says so.")
+    g.add_argument("--max_pieces", type=int, default=1, help="d2l: cut the documents of a step into 1, 2, 4 ... or that many pieces, at random; more where --chunk_len says so.")
     g.add_argument("--early_exit", action="store_true", help="d2l: read the states of one early layer in place of every layer's.")
     g.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks in place of one for each.")
     g.add_argument("--own_init", action="store_true", help="lora: a random A for every adapter in place of a common one.")
@@ -365,12 +366,15 @@ class Lora(Finetune):
             lora.save_adapter(one, self.net(i), self.config)
 
 
-def new_hypernet(args, config: lora.LoRAConfig, embed) -> hypernet.TextToLoRA:
-    """A hypernetwork with the sizes of `args`, for adapters as in `config`."""
+def new_hypernet(args, config: lora.LoRAConfig, embed, tasks: list[data.Task]) -> hypernet.TextToLoRA:
+    """A hypernetwork with the sizes of `args`, for adapters as in `config`, to be trained on the descriptions of `tasks`."""
     own = dict(encoder=args.encoder, task_emb_size=len(embed("any")), size=args.size, latent_size=args.latent_size)
     own |= dict(head_in_size=args.head_in_size, head_scale=args.head_scale, dropout=args.dropout)
     own |= dict(prompt_with_definition=args.prompt_with_definition)
-    return hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=args.mode == "recon" and not args.delta_w))
+    net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=args.mode == "recon" and not args.delta_w))
+    if args.tell_apart:
+        net.tell_apart([torch.stack(list(map(embed, task.descriptions[:32]))).cpu() for task in tasks])
+    return net
 
 
 def remember(encoder, device):
@@ -384,10 +388,8 @@ class Sft(Finetune):
     def __init__(self, args, device):
         super().__init__(args, device)
         self.embed = remember(model.load_encoder(args.encoder, device, self.frozen), device)
-        self.net = new_hypernet(args, self.config, self.embed).to(device)
+        self.net = new_hypernet(args, self.config, self.embed, self.tasks).to(device)
         self.net.start_as_lora()
-        if args.tell_apart:
-            self.net.tell_apart([torch.stack(list(map(self.embed, task.descriptions))) for task in self.tasks])
 
     def adapters(self, batch: list) -> Adapter:
         """Written from the descriptions."""
@@ -403,12 +405,12 @@ class Documents(Finetune):
     def __init__(self, args, device):
         super().__init__(args, device)
         size = self.frozen[0].config.get_text_config().hidden_size
-        own = dict(feature_size=size, latent_size=args.latent_size, n_blocks=args.n_blocks, n_heads=args.n_heads, chunk_len=args.chunk_len, per_layer=not args.early_exit)
+        own = dict(feature_size=size, latent_size=args.latent_size, n_latents=args.n_latents, n_blocks=args.n_blocks, n_heads=args.n_heads, chunk_len=args.chunk_len, per_layer=not args.early_exit)
         self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own)).to(device)
 
     def adapters(self, batch: list) -> Adapter:
         """Written from the documents, as the frozen base model reads them."""
-        at_least = int(torch.randint(1, self.args.max_pieces + 1, ()))
+        at_least = 2 ** int(torch.randint(self.args.max_pieces.bit_length(), ()))
         return hypernet.read_documents(self.net, *self.frozen, [[document] for _, document, _ in batch], self.args.chunk_batch, at_least)
 
     def part_loss(self, rows: list, batch: list, adapter: Adapter) -> Tensor:
@@ -443,7 +445,7 @@ class Recon(nn.Module):
         self.oracles = {k: (A.to(device), B.to(device)) for k, (A, B) in lora.stack([adapter for adapter, _ in loaded]).items()}
         base = model.load_base(args.base_model, device, args.dtype and getattr(torch, args.dtype)) if args.encoder == "base" else None
         self.embed = remember(model.load_encoder(args.encoder, device, base), device)
-        self.net = new_hypernet(args, loaded[0][1], self.embed).to(device)
+        self.net = new_hypernet(args, loaded[0][1], self.embed, self.tasks).to(device)
         if args.delta_w:
             for scale in self.net.scale.values():
                 scale.fill_(0.01)  # times itself is the 1/10000 of the loss
