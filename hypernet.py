@@ -374,7 +374,7 @@ def save_hypernet(net: TextToLoRA | DocToLoRA, folder: str | Path, dtype: torch.
 
 def shipped(base_model: str, name: str = "sft_large") -> str:
     """The folder of the hypernetwork that comes with the project for this base model."""
-    folder = Path(__file__).parent / "checkpoints" / base_model / name
+    folder = Path(__file__).parent / "checkpoints" / model.preset_name(base_model) / name
     if not folder.exists():
         raise UserError(f"no hypernetwork for {base_model} comes with the project; train one and name it with --hypernet")
     return str(folder)

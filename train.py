@@ -405,8 +405,17 @@ class Documents(Finetune):
     def __init__(self, args, device):
         super().__init__(args, device)
         size = self.frozen[0].config.get_text_config().hidden_size
+        self.tasks.sort(key=lambda task: len(task.descriptions[0]))
         own = dict(feature_size=size, latent_size=args.latent_size, n_latents=args.n_latents, n_blocks=args.n_blocks, n_heads=args.n_heads, chunk_len=args.chunk_len, per_layer=not args.early_exit)
         self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own)).to(device)
+
+    def draw(self, rng: random.Random, step: int) -> list:
+        """Short documents first, all from the middle of the training on: which words belong together is learnt on few of them."""
+        everything, part = self.tasks, min(1, 1 / 3 + 4 / 3 * step / self.args.max_steps)
+        self.tasks = everything[: math.ceil(part * len(everything))]
+        batch = super().draw(rng, step)
+        self.tasks = everything
+        return batch
 
     def adapters(self, batch: list) -> Adapter:
         """Written from the documents, as the frozen base model reads them."""
