@@ -77,6 +77,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
     args = p.parse_args()
     given = dict(mt_lora=args.mt_lora, oracle=args.oracles, recon=args.recon, t2l_reworded=args.tasks == "tiny" and not args.descriptions)
+    args.far = args.far.split(",") if args.far else []
     args.methods = args.methods.split(",") if args.methods else [m for m in METHODS if given.get(m, True)]
     for method in args.methods:
         if method not in METHODS:
@@ -166,6 +167,8 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     for task in tasks:
         if not task.test:
             raise UserError(f"the task {task.name} has no test part: the last fifth of the instances, so it takes five")
+    if unknown := set(args.far) - {task.name for task in tasks}:
+        raise UserError(f"--far: no such task here: {', '.join(sorted(unknown))}")
     if "t2l_shuffled" in args.methods and len(tasks) < 2:
         raise UserError("the method t2l_shuffled takes two tasks or more")
     # which hypernetwork makes the adapters of which row
@@ -251,7 +254,7 @@ def evaluate_documents(args) -> tuple[dict[str, dict[str, float]], dict[str, tup
                 scores = score((args, base, tokenizer), tasks, method, *((net, write) if "t2l" in method else ()))
                 results[row][f"{n_tokens:,}"] = statistics.fmean(scores.values())
         print(f"{n_lines} lines, {n_tokens:,} tokens:", *(f"{row} {list(s.values())[-1]:.2f}" for row, s in results.items() if f"{n_tokens:,}" in s), flush=True)
-    return results, document_costs(args, base, tokenizer, net, write, fitting)
+    return results, document_costs(args, base, tokenizer, net, write, fitting) if fitting else {}
 
 
 def document_costs(args, base, tokenizer, net, write, task: data.Task) -> dict[str, tuple[str, float]]:
@@ -495,10 +498,7 @@ def main() -> None:
         print("\n" + "\n".join([f"| tokens of the document | {' | '.join(lengths)} |", "|---|" + "---|" * len(lengths), *lines]), cost_table(costs), sep="\n\n")
     else:
         results, trained_on = evaluate(args)
-        far = args.far.split(",") if args.far else []
-        if unknown := set(far) - set(next(iter(results.values()))):
-            raise UserError(f"--far: no such task here: {', '.join(sorted(unknown))}")
-        print("\n" + table(results, args.split, far) + ("\n\n" + task_table(results) if args.per_task else ""))
+        print("\n" + table(results, args.split, args.far) + ("\n\n" + task_table(results) if args.per_task else ""))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {row: {"mean": statistics.fmean(s.values()), "per_task": s} for row, s in results.items()}

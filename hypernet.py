@@ -317,13 +317,13 @@ class DocToLoRA(nn.Module):
         `scalers` [chunks] weigh each chunk's A; `bias_scaler` weighs both A and B of the bias, as published. Shorter
         documents get ranks of zeros. A [documents, L, (most chunks + 1) * r, in].
         """
-        joined = []
-        for own in torch.arange(sum(counts)).split(counts):
-            parts = [lora.select(chunks, k) for k in own]
-            if scalers is not None:
-                parts = [{name: (scalers[k] * A, B) for name, (A, B) in part.items()} for k, part in zip(own, parts)]
-            bias = {name: tuple(bias_scaler * self.bias[f"{name}_{key}"] for key in "AB") for name in self.names}
-            joined.append(lora.concat_rank([*parts, bias]))
+        pairs = {name: list(zip(A.unbind(0), B.unbind(0))) for name, (A, B) in chunks.items()}
+        parts = [{name: pairs[name][k] for name in self.names} for k in range(sum(counts))]
+        if scalers is not None:
+            parts = [{name: (scaler * A, B) for name, (A, B) in part.items()} for scaler, part in zip(scalers, parts)]
+        bias = {name: tuple(bias_scaler * self.bias[f"{name}_{key}"] for key in "AB") for name in self.names}
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        joined = [lora.concat_rank([*parts[end - count : end], bias]) for end, count in zip(ends, counts)]
         return lora.stack(joined)
 
 

@@ -1040,7 +1040,7 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
 
 
 def test_rows_in_groups_of_like_length_give_the_same_loss_and_gradient():
-    args = train.argparse.Namespace(base_model="tiny", tasks="tiny", split="train", n_tasks=6, dtype=None, target_modules="q_proj,v_proj", rank=8, alpha=16)
+    args = train.argparse.Namespace(base_model="tiny", tasks="tiny", split="train", n_tasks=6, dtype="float32", target_modules="q_proj,v_proj", rank=8, alpha=16)
     vars(args).update(dropout=0.0, gradient_checkpointing=False, multi_task=False, tasks_per_batch=6, examples_per_task=3, own_init=False)
     vars(args).update(prompt_with_definition=False, label_smoothing=0.1, neftune_alpha=0.0, l2=0.1, l1=0.1, row_groups=1)
     torch.manual_seed(0)
@@ -1064,6 +1064,22 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     assert command(train, *words, "--gradient_checkpointing", "--out_dir", tmp_path / "again") == 0
     for one, other in zip(losses_of(tmp_path / "plain"), losses_of(tmp_path / "again")):
         assert abs(one - other) < 1e-5
+
+
+def test_mixed_precision_computes_nearly_the_same(tmp_path):
+    words = [*SHORT, "--max_steps", "12", "--dropout", "0"]
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        assert command(train, *words, "--dtype", dtype, "--out_dir", tmp_path / dtype) == 0
+        losses[dtype] = torch.tensor(losses_of(tmp_path / dtype))
+    assert 0 < (losses["float32"] - losses["bfloat16"]).abs().max() < 0.03 and losses["bfloat16"][-1] < losses["bfloat16"][0]
+
+
+def test_documents_get_longer_as_the_training_goes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--mode", "sft", "--arch", "d2l", "--max_steps", "100", "--dtype", "float32"])
+    objective = train.Documents(train.complete(train.parse_args()), "cpu")
+    lines = lambda step: [objective.tasks[i].descriptions[0].count("\n") + 1 for i, _, _ in objective.draw(random.Random(step), step)]
+    assert max(lines(0)) <= 4 and max(lines(99)) == 32 and objective.reach(50) == objective.reach(99) == len(objective.tasks)
 
 
 def test_wandb_gets_what_metrics_jsonl_gets(tmp_path, monkeypatch):
@@ -1182,7 +1198,9 @@ def test_documents_are_added_to_an_adapter(tmp_path, reader, capsys):
 def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
     words = ["--mode", "sft", "--arch", "d2l", "--tasks", "facts", "--latent_size", "32", "--n_blocks", "1", "--distill", "5", "--dropout", "0", "--l2", "0", "--out_dir", "unused"]
     sys.argv = ["train.py", *words]
-    objective = train.Documents(train.complete(train.parse_args()), "cpu")
+    args = train.complete(train.parse_args())
+    args.dtype = "float32"
+    objective = train.Documents(args, "cpu")
     objective.net = hypernet.load_hypernet(reader)
     base, tokenizer = objective.frozen
     document, (question, (answer,)) = objective.tasks[0].descriptions[0], objective.tasks[0].train[0]

@@ -49,7 +49,7 @@ PAPER = {
     "sft": dict(max_steps=20_000, lr=2.5e-5, tasks_per_batch=8, examples_per_task=1, l2=1e-3),
 }
 PAPER_COMMON = dict(latent_size=128, warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=0.0, head_scale=1.0, tell_apart=0)
-PAPER_D2L = dict(latent_size=512, l2=0.0)  # Doc-to-LoRA, where it differs
+PAPER_D2L = dict(latent_size=512, n_blocks=9, n_heads=16, chunk_len=512, l2=0.0)  # Doc-to-LoRA, where it differs
 # The tiny world learns the same things in minutes.
 TINY = {
     "pretrain": dict(max_steps=4000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
@@ -57,7 +57,10 @@ TINY = {
     "recon": dict(max_steps=1500, lr=4e-3, tasks_per_batch=64, examples_per_task=1),
     "sft": dict(max_steps=1000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
 }
-TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5, tell_apart=1)
+TINY_D2L = dict(  # every line of a document is a piece of its own
+    tasks="facts", max_steps=2600, lr=2e-3, warmup=0.04, tasks_per_batch=32, examples_per_task=4, dropout=0.0, latent_size=128, n_blocks=1, n_heads=4, chunk_len=4
+)  # fmt: skip
+TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5, tell_apart=0)
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,10 +79,10 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--target_modules", help="Linear layers that get an adapter. Default: q_proj,v_proj, for d2l down_proj.")
     g.add_argument("--rank", type=int, default=8, help="Rank of the adapters; for d2l of each piece of a document.")
     g.add_argument("--alpha", type=float, help="LoRA alpha; the scaling is alpha / sqrt(rank). Default: 16, for d2l 2 rank^2.")
-    g.add_argument("--n_blocks", type=int, default=9, help="d2l: cross-attention blocks of the Perceiver.")
+    g.add_argument("--n_blocks", type=int, help="d2l: cross-attention blocks of the Perceiver.")
     g.add_argument("--n_latents", type=int, default=8, help="d2l: vectors that a piece of a document is read into.")
-    g.add_argument("--n_heads", type=int, default=16, help="d2l: heads of that attention, of size 128 each.")
-    g.add_argument("--chunk_len", type=int, default=512, help="d2l: tokens of a document that are read at once.")
+    g.add_argument("--n_heads", type=int, help="d2l: heads of that attention, of size 128 each.")
+    g.add_argument("--chunk_len", type=int, help="d2l: tokens of a document that are read at once.")
     g.add_argument("--chunk_batch", type=int, default=128, help="d2l: pieces of documents that are read at once.")
     g.add_argument("--max_pieces", type=int, default=1, help="d2l: cut the documents of a step into 1, 2, 4 ... or that many pieces, at random; more where --chunk_len says so.")
     g.add_argument("--early_exit", action="store_true", help="d2l: read the states of one early layer in place of every layer's.")
@@ -87,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--own_init", action="store_true", help="lora: a random A for every adapter in place of a common one.")
     g.add_argument("--delta_w", action="store_true", help="recon: compare the products BA in place of z-scored A and B.")
     g = p.add_argument_group("on what")
-    g.add_argument("--tasks", default="tiny", help="tiny, lots-of-loras (the paper's, downloaded), for d2l facts or needle, or a folder of task files.")
+    g.add_argument("--tasks", help="tiny, lots-of-loras (the paper's, downloaded), for d2l facts or needle, or a folder of task files. Default: tiny, for d2l facts.")
     g.add_argument("--split", default="train", help="Which tasks: train, or val or test for oracles of those.")
     g.add_argument("--n_tasks", type=int, help="Use that many of the tasks.")
     g.add_argument("--prompt_with_definition", action="store_true", help="Put the task's definition before each input, as the paper does.")
@@ -123,8 +126,9 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     """What is not given takes the value of the tiny world, or of the paper for any other base model."""
     tiny = model.preset_name(args.base_model) == "tiny"
     settings = TINY_COMMON | TINY[args.mode] if tiny else PAPER_COMMON | PAPER.get(args.mode, {})
-    if args.arch == "d2l" and not tiny:
-        settings |= PAPER_D2L
+    if args.arch == "d2l":
+        settings |= TINY_D2L if tiny else PAPER_D2L
+    settings.setdefault("tasks", "tiny")
     for key, value in settings.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -299,7 +303,7 @@ class Finetune(nn.Module):
         super().__init__()
         self.args, self.device = args, device
         self.tasks = data.pick(data.load_tasks(args.tasks), args.split, args.n_tasks)
-        base, tokenizer = model.load_base(args.base_model, device, args.dtype and getattr(torch, args.dtype))
+        base, tokenizer = model.load_base(args.base_model, device, getattr(torch, args.dtype))
         targets = args.target_modules.split(",")
         self.config = lora.describe(base, targets, model.full_name(args.base_model), r=args.rank, alpha=args.alpha)
         lora.inject(base, targets, args.dropout).train()
@@ -310,8 +314,12 @@ class Finetune(nn.Module):
 
     def draw(self, rng: random.Random, step: int) -> list:
         """[(index of a task, one of its descriptions, some of its examples)]"""
-        chosen = [(i, self.tasks[i]) for i in sample(rng, range(len(self.tasks)), self.args.tasks_per_batch)]
+        chosen = [(i, self.tasks[i]) for i in sample(rng, range(self.reach(step)), self.args.tasks_per_batch)]
         return [(i, rng.choice(task.descriptions), sample(rng, task.train, self.args.examples_per_task)) for i, task in chosen]
+
+    def reach(self, step: int) -> int:
+        """How many of the tasks, from the first, take part by now."""
+        return len(self.tasks)
 
     def forward(self, batch: list) -> Tensor:
         base, _ = self.frozen
@@ -409,13 +417,9 @@ class Documents(Finetune):
         own = dict(feature_size=size, latent_size=args.latent_size, n_latents=args.n_latents, n_blocks=args.n_blocks, n_heads=args.n_heads, chunk_len=args.chunk_len, per_layer=not args.early_exit)
         self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own)).to(device)
 
-    def draw(self, rng: random.Random, step: int) -> list:
-        """Short documents first, all from the middle of the training on: which words belong together is learnt on few of them."""
-        everything, part = self.tasks, min(1, 1 / 3 + 4 / 3 * step / self.args.max_steps)
-        self.tasks = everything[: math.ceil(part * len(everything))]
-        batch = super().draw(rng, step)
-        self.tasks = everything
-        return batch
+    def reach(self, step: int) -> int:
+        """Short documents first, all of them from the middle of the training on: what belongs together is learnt on few facts."""
+        return math.ceil(len(self.tasks) * min(1, 1 / 3 + 4 / 3 * step / self.args.max_steps))
 
     def adapters(self, batch: list) -> Adapter:
         """Written from the documents, as the frozen base model reads them."""
@@ -452,7 +456,7 @@ class Recon(nn.Module):
         self.tasks = data.pick(tasks, args.split, args.n_tasks)
         loaded = [lora.load_adapter(Path(args.oracles) / task.name) for task in self.tasks]
         self.oracles = {k: (A.to(device), B.to(device)) for k, (A, B) in lora.stack([adapter for adapter, _ in loaded]).items()}
-        base = model.load_base(args.base_model, device, args.dtype and getattr(torch, args.dtype)) if args.encoder == "base" else None
+        base = model.load_base(args.base_model, device, getattr(torch, args.dtype)) if args.encoder == "base" else None
         self.embed = remember(model.load_encoder(args.encoder, device, base), device)
         self.net = new_hypernet(args, loaded[0][1], self.embed, self.tasks).to(device)
         if args.delta_w:
@@ -544,6 +548,7 @@ def learning_rate(step: int, args) -> float:
 def main() -> None:
     args = complete(parse_args())
     rank, local_rank, world, device = start_processes(args)
+    args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     open_run(args)
     settings = dict(vars(args))
     torch.manual_seed(args.seed)
@@ -585,7 +590,7 @@ def main() -> None:
         # Data is drawn alike in all processes, each takes its share; noise (dropout, NEFTune) differs between them.
         batch = objective.draw(random.Random(f"{args.seed} {step}"), step)[rank * share : (rank + 1) * share]
         torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):  # the trained weights stay float32
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):  # trained weights stay float32
             loss = parallel(batch)
         optimizer.zero_grad()
         loss.backward()
