@@ -291,13 +291,13 @@ def plot_adapters(path: str, tasks: list[data.Task], write, encode) -> None:
     where = flat @ torch.pca_lowrank(flat, q=2, niter=4)[2]  # [tasks, 2]
     families = [task.name.split("-")[-1] if "-" in task.name else task.name.split("_")[0] for task in tasks]
     common = sorted(set(families), key=lambda family: (-families.count(family), family))[:8]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     for k, family in enumerate([*common, "others"]):
         own = [i for i, f in enumerate(families) if f == family or (family == "others" and f not in common)]
         if own:
             left.scatter(*where[own].T, s=14, color="#c9c9c9" if family == "others" else plt.cm.tab10(k), label=f"{family} ({len(own)})")
     left.set(xlabel="first principal component", ylabel="second", title="adapters of all tasks")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     i, j = torch.triu_indices(len(tasks), len(tasks), 1)
     chosen = torch.randperm(len(i), generator=torch.Generator().manual_seed(0))[:5000]
     alike = []

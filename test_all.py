@@ -1366,6 +1366,8 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
 
 README_SCORES = {"sft_large": 0.92, "sft_medium": 0.894, "sft_small": 0.864, "recon": 0.243}
 
+README_LENGTHS = {"8": 0.9, "128": 0.8}  # lines: exact match
+
 
 @pytest.mark.parametrize("name", README_SCORES)
 def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path, name):
@@ -1375,6 +1377,16 @@ def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path, name):
     results = json.loads(out.read_text())["results"]
     assert results["t2l"]["mean"] >= README_SCORES[name] - 0.03
     assert len(results["t2l"]["per_task"]) == 25 and results["t2l_random"]["mean"] < 0.1
+
+
+def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
+    words = ["--doc", "--tasks", "facts", "--lengths", ",".join(README_LENGTHS), "--n_examples", "25", "--out", tmp_path / "d.json"]
+    assert command(evaluation, *words) == 0
+    results = json.loads((tmp_path / "d.json").read_text())["results"]
+    for lines, expected in README_LENGTHS.items():
+        tokens = f"{4 * int(lines):,}"
+        assert results["d2l"]["per_task"][tokens] >= expected - 0.05  # a quarter of the README's documents
+        assert results["d2l_shuffled"]["per_task"][tokens] < 0.1
 
 
 def foreign(folder: Path) -> Path:
