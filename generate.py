@@ -158,7 +158,7 @@ def main() -> None:
     config = net.config
     base, tokenizer = load_for([config], args)
     inputs = args.input or (data.tiny_inputs(args.desc[0]) if config.base_model == "tiny" and not args.doc else [])
-    for text in inputs:
+    for text in inputs + (args.desc if args.doc else []):
         model.check_known(tokenizer, text)
     write = writer(net, base, tokenizer, args)
     if args.doc:

@@ -203,9 +203,10 @@ def lm_head(model: nn.Module, hidden: Tensor) -> Tensor:
 
 def check_known(tokenizer, text: str) -> None:
     """Raise UserError for text with words that the tokenizer has no token for (the tiny one knows few)."""
-    unknown = [word for word in text.split() if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenize(tokenizer, word)]
-    if unknown:
-        raise UserError(f"the base model has no token for {unknown[0]} (the tiny one knows the 56 words of assets/tiny_world.txt and their forms)")
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown in tokenize(tokenizer, text):
+        word = next((word for word in text.split() if unknown in tokenize(tokenizer, word)), text)
+        raise UserError(f"the base model has no token for {word} (the tiny one knows the 56 words of assets/tiny_world.txt and their forms)")
 
 
 @torch.no_grad()

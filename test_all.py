@@ -1420,8 +1420,9 @@ BAD = {
     "no document": (generate, ["--doc", "{tmp}/none.txt"], "cannot be read as text"),
     "empty document": (generate, ["--doc", "{empty}"], "is empty"),
     "binary document": (generate, ["--doc", "{hypernet}/hypernet.safetensors"], "cannot be read as text"),
+    "document of unknown words": (generate, ["--doc", "{hypernet}/config.json", "--hypernet", "{reader}"], "has no token for {"),
     "over-long document": (generate, ["--doc", "{long}"], "1,000,000 are the most"),
-    "adapter of another base to add to": (generate, ["--doc", "{hypernet}/config.json", "--hypernet", "{reader}", "--add_to", "{adapter}"], "trained for base does not go with tiny"),
+    "document for another base": (generate, ["--doc", "{note}", "--hypernet", "{reader}", "--add_to", "{adapter}"], "trained for base does not go with tiny"),
     "description to add": (generate, ["--desc", DESC, "--add_to", "{adapter}"], "--add_to goes with --doc"),
     "lengths of other documents": (evaluation, ["--doc", "--tasks", "tiny"], "--tasks is one of facts, needle"),
     "length of descriptions": (evaluation, ["--doc", "--tasks", "facts", "--hypernet", "{hypernet}"], "reads descriptions, not documents"),
@@ -1461,10 +1462,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, case):
         hypernet.save_hypernet(small_reader(), tmp_path / "reader")
         (tmp_path / "empty.txt").write_text(" \n")
         (tmp_path / "long.txt").write_text("cat " * 250_001)
+        (tmp_path / "note.txt").write_text("cat -> red")
     if "base" in case:
         config = lora.describe(tiny_llama(hidden_size=32), NAMES, "base")
         lora.save_adapter(tmp_path / "adapter", random_adapter(config), config)
-    places = dict(tmp=tmp_path, foreign=foreign(tmp_path / "foreign"), base=base, other=other, adapter=tmp_path / "adapter", reader=tmp_path / "reader", empty=tmp_path / "empty.txt", long=tmp_path / "long.txt", hypernet=Path(model.TINY) / "sft_large")
+    places = dict(tmp=tmp_path, foreign=foreign(tmp_path / "foreign"), base=base, other=other, adapter=tmp_path / "adapter", reader=tmp_path / "reader", empty=tmp_path / "empty.txt", long=tmp_path / "long.txt", note=tmp_path / "note.txt", hypernet=Path(model.TINY) / "sft_large")
     before = sorted(tmp_path.rglob("*"))
     assert command(module, *[str(w).format(**places) for w in words]) == 2
     error = capsys.readouterr().err

@@ -159,8 +159,7 @@ def answer_logits(base: nn.Module, input_ids: Tensor, labels: Tensor, neftune_al
     x = base.get_input_embeddings()(input_ids)  # [rows, T, d]
     if neftune_alpha:  # NEFTune (arXiv 2310.05914): uniform noise of a size that does not depend on T and d
         x = x + torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
-    with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():  # faster for short rows: its backward
-        h = base.base_model(inputs_embeds=x, use_cache=False).last_hidden_state  # [rows, T, d]
+    h = base.base_model(inputs_embeds=x, use_cache=False).last_hidden_state  # [rows, T, d]
     rows, at = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # [answer tokens]
     return model.lm_head(base, h[rows, at]).float(), rows, labels[rows, at + 1]
 
@@ -590,10 +589,11 @@ def main() -> None:
         # Data is drawn alike in all processes, each takes its share; noise (dropout, NEFTune) differs between them.
         batch = objective.draw(random.Random(f"{args.seed} {step}"), step)[rank * share : (rank + 1) * share]
         torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):  # trained weights stay float32
-            loss = parallel(batch)
-        optimizer.zero_grad()
-        loss.backward()
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():  # the plain kernel's backward is faster there
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):  # trained weights stay float32
+                loss = parallel(batch)
+            optimizer.zero_grad()
+            loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
 
         loss = loss.detach()
