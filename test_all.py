@@ -1121,7 +1121,7 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
         lora.write_json(tmp_path / "docs" / f"{name}.json", {"document": document, "questions": [{"question": "horse", "answer": fact}]})
         (tmp_path / f"{name}.txt").write_text(document)
     words = ["--mode", "sft", "--arch", "d2l", "--tasks", tmp_path / "docs", "--latent_size", "32", "--n_blocks", "1", "--chunk_len", "8"]
-    words += ["--tasks_per_batch", "3", "--max_steps", "100", "--lr", "1e-2", "--dropout", "0", "--l2", "0", "--out_dir", tmp_path / "net"]
+    words += ["--tasks_per_batch", "3", "--max_steps", "200", "--lr", "3e-3", "--dropout", "0", "--l2", "0", "--out_dir", tmp_path / "net"]
     assert command(train, *words) == 0
     capsys.readouterr()
     for name, fact in facts.items():
