@@ -11,6 +11,7 @@ differ in what one row has to produce: large, all of A and B; medium, A or B; sm
 import math
 import pickle
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -322,9 +323,8 @@ class DocToLoRA(nn.Module):
         if scalers is not None:
             parts = [{name: (scaler * A, B) for name, (A, B) in part.items()} for scaler, part in zip(scalers, parts)]
         bias = {name: tuple(bias_scaler * self.bias[f"{name}_{key}"] for key in "AB") for name in self.names}
-        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-        joined = [lora.concat_rank([*parts[end - count : end], bias]) for end, count in zip(ends, counts)]
-        return lora.stack(joined)
+        rest = iter(parts)
+        return lora.stack([lora.concat_rank([*islice(rest, count), bias]) for count in counts])
 
 
 def cut(ids: list[int], longest: int, at_least: int = 1) -> list[list[int]]:
