@@ -151,12 +151,13 @@ def set_adapter(model: nn.Module, adapter: Adapter | None, scaling: float = SCAL
     An adapter without leading dimension acts on all rows of a batch. One with a leading dimension n is n
     adapters: a batch of k * n rows uses adapter 0 for its first k rows, adapter 1 for the next k, and so on.
     """
-    for m in lora_layers(model, adapter or {}):
-        A, B = (adapter or {}).get(m.name, (None, None))
-        if A is not None:
-            A, B = A[..., m.layer, :, :], B[..., m.layer, :, :]
-            A, B = A.view(-1, *A.shape[-2:]), B.view(-1, *B.shape[-2:])  # [n, r, in], [n, out, r]
-        m.A, m.B, m.scaling = A, B, scaling
+    adapter = adapter or {}
+    layers = {name: (A.unbind(-3), B.unbind(-3)) for name, (A, B) in adapter.items()}  # all at once: one step of the backward pass
+    for m in lora_layers(model, adapter):
+        m.A = m.B = None
+        if m.name in layers:
+            m.A, m.B = (x[m.layer].view(-1, *x[m.layer].shape[-2:]) for x in layers[m.name])  # [n, r, in], [n, out, r]
+        m.scaling = scaling
 
 
 @torch.no_grad()

@@ -49,6 +49,7 @@ PAPER = {
     "sft": dict(max_steps=20_000, lr=2.5e-5, tasks_per_batch=8, examples_per_task=1, l2=1e-3),
 }
 PAPER_COMMON = dict(latent_size=128, warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=0.0, head_scale=1.0, tell_apart=0)
+D2L = dict(n_latents=8, chunk_batch=128, max_pieces=1, distill=0)
 PAPER_D2L = dict(latent_size=512, n_blocks=9, n_heads=16, chunk_len=512, l2=0.0)  # Doc-to-LoRA, where it differs
 # The tiny world learns the same things in minutes.
 TINY = {
@@ -61,6 +62,8 @@ TINY_D2L = dict(  # every line of a document is a piece of its own
     tasks="facts", max_steps=2600, lr=2e-3, warmup=0.04, tasks_per_batch=32, examples_per_task=4, dropout=0.0, latent_size=128, n_blocks=1, n_heads=4, chunk_len=4
 )  # fmt: skip
 TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5, tell_apart=0)
+BELONGS = dict.fromkeys(("n_blocks", "n_latents", "n_heads", "chunk_len", "chunk_batch", "max_pieces", "early_exit", "distill"), "d2l")
+BELONGS |= dict(multi_task="lora", own_init="lora", delta_w="recon", oracles="recon")  # flags that have no effect elsewhere
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,11 +83,11 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--rank", type=int, default=8, help="Rank of the adapters; for d2l of each piece of a document.")
     g.add_argument("--alpha", type=float, help="LoRA alpha; the scaling is alpha / sqrt(rank). Default: 16, for d2l 2 rank^2.")
     g.add_argument("--n_blocks", type=int, help="d2l: cross-attention blocks of the Perceiver.")
-    g.add_argument("--n_latents", type=int, default=8, help="d2l: vectors that a piece of a document is read into.")
+    g.add_argument("--n_latents", type=int, help="d2l: vectors that a piece of a document is read into.")
     g.add_argument("--n_heads", type=int, help="d2l: heads of that attention, of size 128 each.")
     g.add_argument("--chunk_len", type=int, help="d2l: tokens of a document that are read at once.")
-    g.add_argument("--chunk_batch", type=int, default=128, help="d2l: pieces of documents that are read at once.")
-    g.add_argument("--max_pieces", type=int, default=1, help="d2l: cut the documents of a step into 1, 2, 4 ... or that many pieces, at random; more where --chunk_len says so.")
+    g.add_argument("--chunk_batch", type=int, help="d2l: pieces of documents that are read at once.")
+    g.add_argument("--max_pieces", type=int, help="d2l: cut the documents of a step into 1, 2, 4 ... or that many pieces, at random; more where --chunk_len says so.")
     g.add_argument("--early_exit", action="store_true", help="d2l: read the states of one early layer in place of every layer's.")
     g.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks in place of one for each.")
     g.add_argument("--own_init", action="store_true", help="lora: a random A for every adapter in place of a common one.")
@@ -106,7 +109,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--label_smoothing", type=float)
     g.add_argument("--l2", type=float, help="Weight of the mean squares of the generated A and B in the loss.")
     g.add_argument("--l1", type=float, default=0.0, help="Weight of the mean magnitudes of the generated A and B in the loss.")
-    g.add_argument("--distill", type=int, default=0, metavar="K", help="d2l: learn the base model's K likeliest tokens with the document in its prompt, in place of the answers.")
+    g.add_argument("--distill", type=int, metavar="K", help="d2l: learn the base model's K likeliest tokens with the document in its prompt, in place of the answers.")
     g.add_argument("--weight_decay", type=float, default=0.01)
     g.add_argument("--max_grad_norm", type=float, default=1.0)
     g.add_argument("--seed", type=int, default=0)
@@ -127,7 +130,10 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     tiny = model.preset_name(args.base_model) == "tiny"
     settings = TINY_COMMON | TINY[args.mode] if tiny else PAPER_COMMON | PAPER.get(args.mode, {})
     if args.arch == "d2l":
-        settings |= TINY_D2L if tiny else PAPER_D2L
+        settings |= D2L | (TINY_D2L if tiny else PAPER_D2L)
+    for flag, kind in BELONGS.items():
+        if getattr(args, flag) not in (None, False) and kind not in (args.mode, args.arch):
+            raise UserError(f"--{flag} is for --{'arch' if kind == 'd2l' else 'mode'} {kind}")
     settings.setdefault("tasks", "tiny")
     for key, value in settings.items():
         if getattr(args, key) is None:
@@ -138,6 +144,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     args.alpha = args.alpha or (2 * args.rank**2 if args.arch == "d2l" else 16.0)
     if args.arch == "d2l" and args.mode != "sft":
         raise UserError("--arch d2l is trained with --mode sft")
+    if args.arch == "d2l" and args.n_heads % 4:
+        raise UserError(f"--n_heads {args.n_heads} is not a multiple of 4 (four heads share their keys and values)")
     if args.mode == "pretrain" and not (tiny and args.tasks == "tiny"):
         raise UserError("--mode pretrain makes the tiny base model; it goes with --base_model tiny and --tasks tiny")
     if args.mode == "recon" and not args.oracles:
@@ -324,7 +332,7 @@ class Finetune(nn.Module):
         base, _ = self.frozen
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
         adapter = self.adapters(batch)  # A [tasks, L, r, in], B [tasks, L, out, r]
-        loss = self.args.l2 * square_loss(adapter) + self.args.l1 * absolute_loss(adapter)
+        loss = sum(weight * size(adapter) for weight, size in ((self.args.l2, square_loss), (self.args.l1, absolute_loss)) if weight)
         rows = [(k, question, answers[0]) for k, (_, _, examples) in enumerate(batch) for question, answers in examples]
         groups = self.args.row_groups
         if groups > 1:  # rows of like length together
@@ -351,6 +359,9 @@ class Finetune(nn.Module):
         base, args = self.frozen[0], self.args
         lora.set_adapter(base, adapter, self.config.scaling)
         return answer_loss(base, *self.padded(rows, [self.stated(batch[k]) for k, _, _ in rows]), args.label_smoothing, args.neftune_alpha)
+
+    def save(self, folder: Path) -> None:
+        hypernet.save_hypernet(self.net, folder, torch.bfloat16)
 
 
 class Lora(Finetune):
@@ -402,9 +413,6 @@ class Sft(Finetune):
         """Written from the descriptions."""
         return self.net(torch.stack([self.embed(description) for _, description, _ in batch]))
 
-    def save(self, folder: Path) -> None:
-        hypernet.save_hypernet(self.net, folder, torch.bfloat16)
-
 
 class Documents(Finetune):
     """--mode sft --arch d2l: the hypernetwork makes the adapters from documents, the examples are questions about them."""
@@ -436,9 +444,6 @@ class Documents(Finetune):
         lora.set_adapter(base.train(), adapter, self.config.scaling)
         logits, at, _ = answer_logits(base, *self.padded(rows, [""] * len(rows)), self.args.neftune_alpha)
         return distill_loss(logits, teacher, at, self.args.distill)
-
-    def save(self, folder: Path) -> None:
-        hypernet.save_hypernet(self.net, folder, torch.bfloat16)
 
 
 class Recon(nn.Module):
