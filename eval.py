@@ -1,4 +1,4 @@
-"""Judge adapters: the share of exactly right answers, method by method, on seen and unseen tasks.
+"""Judge adapters: the share of right answers (exact matches), method by method, on seen and unseen tasks.
 
     python eval.py --split test                                     # what needs no further files
     python eval.py --split test --oracles DIR --mt_lora DIR --recon DIR [DIR ...] --out results.json --plot results.png
@@ -66,6 +66,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--lengths", default="4,8,16,32,64,128,256", help="With --doc: lengths of the documents, in lines.")
     p.add_argument("--chunk_len", type=int, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
     p.add_argument("--chunk_batch", type=int, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
+    p.add_argument("--contains", action="store_true", help="Count an answer that has a right one in it, in place of exact match: for base models that answer in sentences.")
     p.add_argument("--batch_size", type=int, default=256, help="Rows that are answered at once.")
     p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
     p.add_argument("--seed", type=int, default=0, help="Of meaningless descriptions.")
@@ -94,7 +95,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def score(judge, tasks: list[data.Task], method: str, net=None, write=None) -> dict[str, float]:
-    """Exact match of one method, task by task. Rows of different tasks and adapters share a batch."""
+    """The share of right answers of one method, task by task. Rows of different tasks and adapters share a batch."""
     args, base, tokenizer = judge
     with_definition = args.prompt_with_definition or (net is not None and getattr(net.config, "prompt_with_definition", False))
     rows = []  # (task, description, question, right answers)
@@ -116,10 +117,12 @@ def score(judge, tasks: list[data.Task], method: str, net=None, write=None) -> d
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
         adapter, scaling = adapters_of(args, method, chunk, net, write)
         lora.set_adapter(base, adapter, scaling)
-        room = max(len(model.tokenize(tokenizer, right)) for row in chunk for right in row[3]) + 2  # longer ones are wrong anyway
-        answers = model.answer(base, tokenizer, prompts, min(room, args.max_new_tokens))
+        room = args.max_new_tokens
+        if not args.contains:  # longer ones are wrong anyway
+            room = min(room, max(len(model.tokenize(tokenizer, right)) for row in chunk for right in row[3]) + 2)
+        answers = model.answer(base, tokenizer, prompts, room)
         for (task, _, _, right), given in zip(chunk, answers):
-            hits[task.name].append(given in right)
+            hits[task.name].append(any(r in given for r in right) if args.contains else given in right)
     return {name: statistics.fmean(h) for name, h in hits.items()}
 
 
@@ -208,7 +211,7 @@ def interval(scores: list[float], n: int = 2000) -> tuple[float, float]:
 def table(results: dict[str, dict[str, float]], split: str, far: list[str]) -> str:
     """The scores as a markdown table; tasks named in `far` are averaged apart from the others."""
     n = len(next(iter(results.values())))
-    lines = [f"| method | exact match on {n} {split} tasks | 95% interval | " + "near | far | " * bool(far) + "worst task | tasks at 0.9 or more |"]
+    lines = [f"| method | right answers on {n} {split} tasks | 95% interval | " + "near | far | " * bool(far) + "worst task | tasks at 0.9 or more |"]
     lines += ["|---|---|---|" + "---|---|" * bool(far) + "---|---|"]
     for row, scores in results.items():
         low, high = interval(list(scores.values()))
@@ -320,7 +323,7 @@ def plot_documents(path: str, results: dict[str, dict[str, float]]) -> None:
     colors = {"base": "#c9c9c9", "in_context": "#d08a3c", "d2l": "#2f6db5", "d2l_shuffled": "#9db7d5"}
     for row, scores in results.items():
         ax.plot(tokens[: len(scores)], list(scores.values()), "o-", color=colors[row], label=row.replace("_", " "))
-    ax.set(xscale="log", xlabel="tokens of the document", ylabel="exact match", ylim=(-0.03, 1.12))
+    ax.set(xscale="log", xlabel="tokens of the document", ylabel="right answers", ylim=(-0.03, 1.12))
     ax.set_xticks(tokens, list(results["d2l"]))
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
@@ -362,13 +365,13 @@ def plot(path: str, results: dict[str, dict[str, float]], trained_on: dict[str, 
     ax = axes[0][0]
     drawn = ax.barh(list(bars)[::-1], list(bars.values())[::-1], color=["#b8c4d6" if row != "t2l" else "#2f6db5" for row in list(bars)[::-1]])
     ax.bar_label(drawn, fmt="%.2f", padding=3)
-    ax.set(xlim=(0, 1.12), xlabel=f"exact match, {len(next(iter(results.values())))} {split} tasks")
+    ax.set(xlim=(0, 1.12), xlabel=f"right answers, {len(next(iter(results.values())))} {split} tasks")
     if curved:
         ax = axes[0][1]
         ax.plot(*zip(*curve), "o-", color="#2f6db5")
         for n, mean in curve:
             ax.annotate(f"{mean:.2f}", (n, mean), textcoords="offset points", xytext=(0, 7), ha="center")
-        ax.set(xscale="log", xlabel="training tasks of the hypernetwork", ylabel=f"exact match, {split} tasks", ylim=(-0.03, 1.1))
+        ax.set(xscale="log", xlabel="training tasks of the hypernetwork", ylabel=f"right answers, {split} tasks", ylim=(-0.03, 1.1))
         ax.set_xticks([n for n, _ in curve], [str(n) for n, _ in curve])
         ax.minorticks_off()
     for ax in axes[0]:

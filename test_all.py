@@ -1364,6 +1364,16 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     assert (tmp_path / "merged" / "description.txt").read_text() == "Reverse the fruits.\n"
 
 
+def test_answers_may_be_counted_where_they_contain_the_right_one(tmp_path):
+    instances = [{"id": str(i), "input": "cat", "output": ["hat"]} for i in range(5)]  # the base model says chat
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "say.json").write_text(json.dumps({"name": "say", "descriptions": ["Say it."], "Instances": instances}))
+    words = ["--tasks", tmp_path / "tasks", "--split", "train", "--methods", "base", "--out", tmp_path / "s.json"]
+    for more, expected in ([], 0.0), (["--contains"], 1.0):
+        assert command(evaluation, *words, *more) == 0
+        assert json.loads((tmp_path / "s.json").read_text())["results"]["base"]["mean"] == expected
+
+
 README_SCORES = {"sft_large": 0.92, "sft_medium": 0.894, "sft_small": 0.864, "recon": 0.243}
 
 README_LENGTHS = {"8": 0.9, "128": 0.8}  # lines: exact match
@@ -1429,6 +1439,9 @@ BAD = {
     "document for text-to-lora": (generate, ["--doc", "{hypernet}/config.json", "--hypernet", "{hypernet}"], "this hypernetwork reads descriptions: use --desc"),
     "description for doc-to-lora": (generate, ["--desc", DESC, "--hypernet", "{reader}"], "this hypernetwork reads documents: use --doc"),
     "document and description": (generate, ["--desc", DESC, "--doc", "{hypernet}/config.json"], "from --desc or from --doc"),
+    "switch of documents": (train, ["--mode", "sft", "--distill", "4"], "--distill is for --arch d2l"),
+    "switch of oracles": (train, ["--mode", "sft", "--own_init"], "--own_init is for --mode lora"),
+    "heads of documents": (train, ["--mode", "sft", "--arch", "d2l", "--n_heads", "6"], "not a multiple of 4"),
     "oracles of documents": (train, ["--mode", "lora", "--arch", "d2l"], "is trained with --mode sft"),
     "two rows of one name": (evaluation, ["--compare", "a/x", "b/x"], "have to differ"),
     "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither tiny, nor lots-of-loras, nor facts, nor needle, nor a folder"),
