@@ -295,11 +295,11 @@ def tiny_tasks() -> dict[str, list[Task]]:
 
 
 def fact_document(rng: random.Random, n_lines: int) -> Task:
-    """Tiny world: lines of four words, of which one to eight are facts ("cat -> lemon <eos>", as the base model would end an
-    answer). The questions are like "cat"."""
+    """Tiny world: lines of four words, of which one to eight are facts about words ("cat -> gato <eos>", as the base model would
+    end an answer): in which of its seven other forms each is to be named. The questions are like "cat"."""
     words = list(FORMS)
     n_facts = rng.randint(1, min(8, n_lines))
-    facts = list(zip(rng.sample(words, n_facts), rng.choices(words, k=n_facts)))
+    facts = [(word, FORMS[word][rng.choice(MAPS[1:])]) for word in rng.sample(words, n_facts)]
     lines = [f"{key} -> {value} <eos>" for key, value in facts]
     lines += [" ".join(rng.sample(words, 4)) for _ in range(n_lines - n_facts)]
     rng.shuffle(lines)

@@ -759,11 +759,16 @@ def test_held_out_tasks_are_nowhere_in_training():
     drawn = set()
     tasks = objective.tasks
     assert not held_out & set(tasks)
-    for step in range(10):
+    for step in range(0, 10, 2):
         batch = objective.draw(random.Random(step), step)
-        drawn |= {len(question.split()) for document in batch for question, _ in document}
-        assert all(len(document) == 8 for document in batch)
+        drawn |= {len(question.split()) for text in batch for question, _ in text}
+        assert all(len(text) == 8 for text in batch)
     assert drawn == {1, 2, 3, 4}
+    for step in range(1, 10, 2):  # the other texts are looked up in, the tasks do not occur
+        for (first, _), *others in (texts := objective.draw(random.Random(step), step)):
+            document = first.rsplit(" ", 1)[0]
+            assert all(f"{key} -> {value} <eos>" in document for key, (value,) in others)
+        assert len(texts) == 200 and all(len(text) == 8 for text in texts)
     names = {"-".join(parts) for parts in held_out}
     assert not names & {task.name for task in data.load_tasks("tiny")["train"]}
 
@@ -928,7 +933,7 @@ def test_pretraining_documents_are_what_the_chat_template_writes():
 
     torch.manual_seed(0)
     objective = train.Pretrain(Args, "cpu")
-    batch = objective.draw(random.Random(0), 9)
+    batch = objective.draw(random.Random(0), 8)[:1] + objective.draw(random.Random(0), 9)[:1]  # of a task, and of facts
     _, tokenizer = model.load_base("tiny")
     losses = []
     for document in batch:
@@ -1365,7 +1370,9 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
 
 
 def test_answers_may_be_counted_where_they_contain_the_right_one(tmp_path):
-    instances = [{"id": str(i), "input": "cat", "output": ["hat"]} for i in range(5)]  # the base model says chat
+    base, tokenizer = model.load_base("tiny")
+    (said,) = model.answer(base, tokenizer, [model.render(tokenizer, model.prompt(tokenizer, "cat"))])
+    instances = [{"id": str(i), "input": "cat", "output": [said[1:]]} for i in range(5)]  # a part of what the base model says
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "say.json").write_text(json.dumps({"name": "say", "descriptions": ["Say it."], "Instances": instances}))
     words = ["--tasks", tmp_path / "tasks", "--split", "train", "--methods", "base", "--out", tmp_path / "s.json"]
@@ -1374,9 +1381,9 @@ def test_answers_may_be_counted_where_they_contain_the_right_one(tmp_path):
         assert json.loads((tmp_path / "s.json").read_text())["results"]["base"]["mean"] == expected
 
 
-README_SCORES = {"sft_large": 0.92, "sft_medium": 0.894, "sft_small": 0.864, "recon": 0.243}
+README_SCORES = {"sft_large": 0.939, "sft_medium": 0.917, "sft_small": 0.845, "recon": 0.232}
 
-README_LENGTHS = {"8": 0.9, "128": 0.8}  # lines: exact match
+README_LENGTHS = {"8": 0.9, "128": 0.8}  # lines: right answers
 
 
 @pytest.mark.parametrize("name", README_SCORES)
@@ -1396,7 +1403,7 @@ def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
     for lines, expected in README_LENGTHS.items():
         tokens = f"{4 * int(lines):,}"
         assert results["d2l"]["per_task"][tokens] >= expected - 0.05  # a quarter of the README's documents
-        assert results["d2l_shuffled"]["per_task"][tokens] < 0.1
+        assert results["d2l_shuffled"]["per_task"][tokens] < 0.3  # chance is one of seven
 
 
 def foreign(folder: Path) -> Path:
@@ -1570,6 +1577,19 @@ def test_eval_over_the_length_of_documents(tmp_path, reader, capsys):
 # ---------------------------------------------------------------------------------------------------------
 # A real model, where T2L_BASE and T2L_ENCODER name one
 # ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE and T2L_ENCODER name no real models")
+def test_the_shipped_reader_finds_the_needle(tmp_path, capsys):
+    rng = random.Random(7)
+    for i in range(5):
+        task = data.needle_document(rng, 2**i)  # up to 16 lines
+        (tmp_path / f"{i}.txt").write_text(task.descriptions[0])
+        words = ["--doc", tmp_path / f"{i}.txt", "--base_model", os.environ["T2L_BASE"], "--input", task.test[0][0], "--max_new_tokens", "8"]
+        assert command(generate, *words, "--out", tmp_path / "adapter") == 0
+        (tmp_path / f"{i}.right").write_text(task.test[0][1][0])
+    answers = re.findall(r"with adapter  (\S*)", capsys.readouterr().out)
+    assert sum(given == (tmp_path / f"{i}.right").read_text() for i, given in enumerate(answers)) >= 4
 
 
 @pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE and T2L_ENCODER name no real models")

@@ -53,7 +53,7 @@ D2L = dict(n_latents=8, chunk_batch=128, max_pieces=1, distill=0)
 PAPER_D2L = dict(latent_size=512, n_blocks=9, n_heads=16, chunk_len=512, l2=0.0)  # Doc-to-LoRA, where it differs
 # The tiny world learns the same things in minutes.
 TINY = {
-    "pretrain": dict(max_steps=4000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
+    "pretrain": dict(max_steps=8000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
     "lora": dict(max_steps=120, lr=3e-3, tasks_per_batch=32, examples_per_task=4),
     "recon": dict(max_steps=1500, lr=4e-3, tasks_per_batch=64, examples_per_task=1),
     "sft": dict(max_steps=1000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
@@ -225,7 +225,8 @@ def sample(rng: random.Random, population, k: int) -> list:
 
 
 class Pretrain(nn.Module):
-    """The tiny base model: Llama, 0.84M parameters, on documents of 8 examples of one training task."""
+    """The tiny base model: Llama, 0.84M parameters, in turn on 8 examples of one training task and on a document of facts with
+    8 questions about it."""
 
     def __init__(self, args, device):
         super().__init__()
@@ -242,12 +243,20 @@ class Pretrain(nn.Module):
         self.net = LlamaForCausalLM(config).to(device)
 
     def draw(self, rng: random.Random, step: int) -> list:
-        """[documents][examples]. Long inputs come late: without this curriculum the model learns next to nothing."""
+        """[texts][examples]. Long texts come late: without this curriculum the model learns next to nothing."""
+        n_texts, n_examples = self.args.tasks_per_batch, self.args.examples_per_task
+        if step % 2:
+            n_lines, texts = 2 ** rng.randint(0, min(6, int(12 * step / self.args.max_steps))), []
+            for _ in range(n_texts):
+                document = data.fact_document(rng, n_lines)
+                (first, answers), *others = rng.choices(document.train, k=n_examples)
+                texts.append([(f"{document.descriptions[0]} {first}", answers), *others])  # the document comes with the first question
+            return texts
         done = step / self.args.max_steps
         shortest, longest = (1, 2) if done < 0.12 else (2, 3) if done < 0.25 else (2, 4) if done < 0.4 else (3, 4)
         return [
-            [data.tiny_example(parts, rng, rng.randint(shortest, longest)) for _ in range(self.args.examples_per_task)]
-            for parts in rng.choices(self.tasks, self.weights, k=self.args.tasks_per_batch)
+            [data.tiny_example(parts, rng, rng.randint(shortest, longest)) for _ in range(n_examples)]
+            for parts in rng.choices(self.tasks, self.weights, k=n_texts)
         ]
 
     def forward(self, batch: list) -> Tensor:
