@@ -199,6 +199,12 @@ def select(adapter: Adapter, index) -> Adapter:
     return {name: (A[index], B[index]) for name, (A, B) in adapter.items()}
 
 
+def split(adapter: Adapter, size: int) -> list[Adapter]:
+    """A batch in parts of `size` adapters, the last of them perhaps smaller."""
+    parts = [zip(A.split(size), B.split(size)) for A, B in adapter.values()]
+    return [dict(zip(adapter, part)) for part in zip(*parts)]
+
+
 def stack(adapters: list[Adapter]) -> Adapter:
     """A batch out of single adapters; those of lower rank get ranks of zeros. A [n, L, r, in], B [n, L, out, r]."""
     batch = {}

@@ -1047,7 +1047,7 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
 def test_rows_in_groups_of_like_length_give_the_same_loss_and_gradient():
     args = train.argparse.Namespace(base_model="tiny", tasks="tiny", split="train", n_tasks=6, dtype="float32", target_modules="q_proj,v_proj", rank=8, alpha=16)
     vars(args).update(dropout=0.0, gradient_checkpointing=False, multi_task=False, tasks_per_batch=6, examples_per_task=3, own_init=False)
-    vars(args).update(prompt_with_definition=False, label_smoothing=0.1, neftune_alpha=0.0, l2=0.1, l1=0.1, row_groups=1)
+    vars(args).update(prompt_with_definition=False, label_smoothing=0.1, neftune_alpha=0.0, l2=0.1, l1=0.1, row_groups=1, max_tokens=None)
     torch.manual_seed(0)
     objective = train.Lora(args, "cpu")
     for B in objective.net.B.values():
@@ -1061,6 +1061,30 @@ def test_rows_in_groups_of_like_length_give_the_same_loss_and_gradient():
         found[args.row_groups] = (loss.detach(), objective.net.A["v_proj"].grad.clone())
     for groups in (4, 18):
         torch.testing.assert_close(found[groups], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_longer_examples_are_left_out(tmp_path, monkeypatch):
+    words, seen, real = list(data.FORMS), set(), train.answer_loss
+    (tmp_path / "tasks").mkdir()
+    for name, lengths in dict(mixed=(1, 6), long=(6, 7)).items():
+        instances = [{"input": " ".join(words[:n]), "output": ["cat"]} for n in lengths for _ in range(4)]
+        lora.write_json(tmp_path / "tasks" / f"{name}.json", {"descriptions": ["Swap them."], "Instances": instances})
+    monkeypatch.setattr(train, "answer_loss", lambda base, ids, *rest: seen.add(ids.shape[1]) or real(base, ids, *rest))
+    training = ["--mode", "sft", "--tasks_per_batch", "4", "--tasks", tmp_path / "tasks", "--out_dir", tmp_path / "net"]
+    assert command(train, *training, "--max_steps", "4", "--max_tokens", "4") == 0
+    assert seen == {4}  # one word, the arrow, the answer and its end
+    assert lora.read_json(tmp_path / "net" / "train_args.json")["trained_tasks"] == 1
+
+
+def test_training_goes_on_from_a_hypernetwork(tmp_path, capsys):
+    assert command(train, *SHORT, "--max_steps", "3", "--out_dir", tmp_path / "first") == 0
+    assert command(train, *SHORT, "--max_steps", "1", "--lr", "0", "--start_from", tmp_path / "first", "--out_dir", tmp_path / "then") == 0
+    first, then = (hypernet.load_hypernet(tmp_path / name) for name in ("first", "then"))
+    assert first.config == then.config
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), then.state_dict().values()))
+    capsys.readouterr()
+    assert command(train, *SHORT, "--rank", "4", "--max_steps", "1", "--start_from", tmp_path / "first", "--out_dir", tmp_path / "other") == 2
+    assert "r is 8, not 4" in capsys.readouterr().err
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):

@@ -63,7 +63,7 @@ TINY_D2L = dict(  # every line of a document is a piece of its own
 )  # fmt: skip
 TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5, tell_apart=0)
 BELONGS = dict.fromkeys(("n_blocks", "n_latents", "n_heads", "chunk_len", "chunk_batch", "max_pieces", "early_exit", "distill"), "d2l")
-BELONGS |= dict(multi_task="lora", own_init="lora", delta_w="recon", oracles="recon")  # flags that have no effect elsewhere
+BELONGS |= dict(multi_task="lora", own_init="lora", delta_w="recon", oracles="recon", start_from="sft")  # flags that have no effect elsewhere
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,8 +96,10 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--tasks", help="tiny, lots-of-loras (the paper's, downloaded), for d2l facts or needle, or a folder of task files. Default: tiny, for d2l facts.")
     g.add_argument("--split", default="train", help="Which tasks: train, or val or test for oracles of those.")
     g.add_argument("--n_tasks", type=int, help="Use that many of the tasks.")
+    g.add_argument("--max_tokens", type=int, help="Leave out examples that are longer, with their prompt and answer; tasks of none but such, too.")
     g.add_argument("--prompt_with_definition", action="store_true", help="Put the task's definition before each input, as the paper does.")
     g.add_argument("--oracles", help="recon: the folder that --mode lora wrote.")
+    g.add_argument("--start_from", help="sft: go on from the hypernetwork in this folder, of the same settings, in place of a fresh one.")
     g = p.add_argument_group("how")
     g.add_argument("--max_steps", type=int)
     g.add_argument("--lr", type=float, help="Highest learning rate.")
@@ -327,6 +329,12 @@ class Finetune(nn.Module):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.frozen = (base, tokenizer)  # in a tuple, so that it is no part of this module's parameters
         self.encode = lru_cache(None)(lambda *example: model.encode(tokenizer, *example))
+        if args.max_tokens:
+            for task in self.tasks:
+                task.train = [x for x in task.train if self.length(x[0], x[1][0], self.stated(task)) <= args.max_tokens]
+            self.tasks = [task for task in self.tasks if task.train]
+            if not self.tasks:
+                raise UserError(f"--max_tokens {args.max_tokens}: every example is longer")
 
     def draw(self, rng: random.Random, step: int) -> list:
         """[(index of a task, one of its descriptions, some of its examples)]"""
@@ -343,18 +351,23 @@ class Finetune(nn.Module):
         adapter = self.adapters(batch)  # A [tasks, L, r, in], B [tasks, L, out, r]
         loss = sum(weight * size(adapter) for weight, size in ((self.args.l2, square_loss), (self.args.l1, absolute_loss)) if weight)
         rows = [(k, question, answers[0]) for k, (_, _, examples) in enumerate(batch) for question, answers in examples]
-        groups = self.args.row_groups
-        if groups > 1:  # rows of like length together
-            rows.sort(key=lambda row: sum(map(len, self.encode(row[1], row[2], self.stated(batch[row[0]])))))
-        size = math.ceil(len(rows) / groups)
-        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
-            own = lora.select(adapter, [k for k, _, _ in part]) if groups > 1 else adapter
+        adapter = {name: (A.to(base.dtype), B.to(base.dtype)) for name, (A, B) in adapter.items()}  # at once, not layer by layer
+        parts, size = [adapter], math.ceil(len(rows) / self.args.row_groups)
+        if size < len(rows):  # rows of like length together
+            rows.sort(key=lambda row: self.length(row[1], row[2], self.stated(self.tasks[batch[row[0]][0]])))
+            parts = lora.split(lora.select(adapter, [k for k, _, _ in rows]), size)
+        for i, own in enumerate(parts):
+            part = rows[i * size : (i + 1) * size]
             loss = loss + self.part_loss(part, batch, own) * (len(part) / len(rows))
         return loss
 
-    def stated(self, drawn: tuple) -> str:
+    def stated(self, task: data.Task) -> str:
         """What stands in the prompt before the input."""
-        return self.tasks[drawn[0]].definition if self.args.prompt_with_definition else ""
+        return task.definition if self.args.prompt_with_definition else ""
+
+    def length(self, question: str, answer: str, before: str) -> int:
+        """Tokens of an example, with its prompt."""
+        return sum(map(len, self.encode(question, answer, before)))
 
     def padded(self, rows: list, before: list[str]) -> tuple[Tensor, Tensor]:
         """input_ids and labels of rows (index in the batch, question, answer). [rows, T]"""
@@ -367,7 +380,8 @@ class Finetune(nn.Module):
         """The loss of rows that are computed together, under the adapters of each."""
         base, args = self.frozen[0], self.args
         lora.set_adapter(base, adapter, self.config.scaling)
-        return answer_loss(base, *self.padded(rows, [self.stated(batch[k]) for k, _, _ in rows]), args.label_smoothing, args.neftune_alpha)
+        before = [self.stated(self.tasks[batch[k][0]]) for k, _, _ in rows]
+        return answer_loss(base, *self.padded(rows, before), args.label_smoothing, args.neftune_alpha)
 
     def save(self, folder: Path) -> None:
         hypernet.save_hypernet(self.net, folder, torch.bfloat16)
@@ -409,14 +423,27 @@ def remember(encoder, device):
     return lru_cache(2**14)(lambda text: encoder([text])[0].to(device))
 
 
+def start_from(net: nn.Module, folder: str) -> None:
+    """Take over the weights of a trained hypernetwork, which has to be one for the same adapters and of the same sizes."""
+    other = hypernet.load_hypernet(folder)
+    have, want = ({k: v for k, v in vars(n.config).items() if k not in ("base_model", "encoder", "dropout")} for n in (other, net))
+    if have != want:
+        differing = [f"{k} is {v}, not {want.get(k)}" for k, v in have.items() if v != want.get(k)]
+        raise UserError(f"--start_from {folder} is a hypernetwork of other settings: {'; '.join(differing)}")
+    net.load_state_dict(other.state_dict())
+
+
 class Sft(Finetune):
     """--mode sft: the hypernetwork makes the adapters from the descriptions."""
 
     def __init__(self, args, device):
         super().__init__(args, device)
         self.embed = remember(model.load_encoder(args.encoder, device, self.frozen), device)
-        self.net = new_hypernet(args, self.config, self.embed, self.tasks).to(device)
+        self.net = new_hypernet(args, self.config, self.embed, self.tasks)
         self.net.start_as_lora()
+        if args.start_from:
+            start_from(self.net, args.start_from)
+        self.net.to(device)
 
     def adapters(self, batch: list) -> Adapter:
         """Written from the descriptions."""
@@ -431,7 +458,10 @@ class Documents(Finetune):
         size = self.frozen[0].config.get_text_config().hidden_size
         self.tasks.sort(key=lambda task: len(task.descriptions[0]))
         own = dict(feature_size=size, latent_size=args.latent_size, n_latents=args.n_latents, n_blocks=args.n_blocks, n_heads=args.n_heads, chunk_len=args.chunk_len, per_layer=not args.early_exit)
-        self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own)).to(device)
+        self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own))
+        if args.start_from:
+            start_from(self.net, args.start_from)
+        self.net.to(device)
 
     def reach(self, step: int) -> int:
         """Short documents first, all of them from the middle of the training on: what belongs together is learnt on few facts."""
