@@ -1617,6 +1617,14 @@ def test_the_shipped_reader_finds_the_needle(tmp_path, capsys):
 
 
 @pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE and T2L_ENCODER name no real models")
+def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
+    words = ["--base_model", os.environ["T2L_BASE"], "--encoder", os.environ["T2L_ENCODER"], "--max_new_tokens", "8", "--out", tmp_path / "adapter"]
+    for description, question in (("Turn the verb into its past tense.", "walk"), ("Write the weekday of the date.", "Friday, 3 March 1989")):
+        assert command(generate, *words, "--desc", description, "--input", question) == 0
+    assert re.findall(r"with adapter  (.*)", capsys.readouterr().out) == ["walked", "Friday"]
+
+
+@pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE and T2L_ENCODER name no real models")
 def test_a_real_model(tmp_path):
     base, encoder = os.environ["T2L_BASE"], os.environ["T2L_ENCODER"]
     instances = [{"input": f"{a} {b}", "output": [f"{b} {a}"]} for a in ("red", "blue", "green") for b in ("cat", "dog", "cow")]
