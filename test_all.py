@@ -1085,6 +1085,10 @@ def test_training_goes_on_from_a_hypernetwork(tmp_path, capsys):
     capsys.readouterr()
     assert command(train, *SHORT, "--rank", "4", "--max_steps", "1", "--start_from", tmp_path / "first", "--out_dir", tmp_path / "other") == 2
     assert "r is 8, not 4" in capsys.readouterr().err
+    lora.write_json(tmp_path / "first" / "config.json", lora.read_json(tmp_path / "first" / "config.json") | {"base_model": "someone/else"})
+    assert command(train, *SHORT, "--max_steps", "1", "--start_from", tmp_path / "first", "--out_dir", tmp_path / "other") == 2
+    assert "base_model is else, not tiny" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):

@@ -423,27 +423,14 @@ def remember(encoder, device):
     return lru_cache(2**14)(lambda text: encoder([text])[0].to(device))
 
 
-def start_from(net: nn.Module, folder: str) -> None:
-    """Take over the weights of a trained hypernetwork, which has to be one for the same adapters and of the same sizes."""
-    other = hypernet.load_hypernet(folder)
-    have, want = ({k: v for k, v in vars(n.config).items() if k not in ("base_model", "encoder", "dropout")} for n in (other, net))
-    if have != want:
-        differing = [f"{k} is {v}, not {want.get(k)}" for k, v in have.items() if v != want.get(k)]
-        raise UserError(f"--start_from {folder} is a hypernetwork of other settings: {'; '.join(differing)}")
-    net.load_state_dict(other.state_dict())
-
-
 class Sft(Finetune):
     """--mode sft: the hypernetwork makes the adapters from the descriptions."""
 
     def __init__(self, args, device):
         super().__init__(args, device)
         self.embed = remember(model.load_encoder(args.encoder, device, self.frozen), device)
-        self.net = new_hypernet(args, self.config, self.embed, self.tasks)
+        self.net = new_hypernet(args, self.config, self.embed, self.tasks).to(device)
         self.net.start_as_lora()
-        if args.start_from:
-            start_from(self.net, args.start_from)
-        self.net.to(device)
 
     def adapters(self, batch: list) -> Adapter:
         """Written from the descriptions."""
@@ -458,10 +445,7 @@ class Documents(Finetune):
         size = self.frozen[0].config.get_text_config().hidden_size
         self.tasks.sort(key=lambda task: len(task.descriptions[0]))
         own = dict(feature_size=size, latent_size=args.latent_size, n_latents=args.n_latents, n_blocks=args.n_blocks, n_heads=args.n_heads, chunk_len=args.chunk_len, per_layer=not args.early_exit)
-        self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own))
-        if args.start_from:
-            start_from(self.net, args.start_from)
-        self.net.to(device)
+        self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own)).to(device)
 
     def reach(self, step: int) -> int:
         """Short documents first, all of them from the middle of the training on: what belongs together is learnt on few facts."""
@@ -570,6 +554,17 @@ def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> 
     return int(tensors["step"])
 
 
+def start_from(net: nn.Module, folder: str) -> None:
+    """Take over the weights of a trained hypernetwork, which has to be one for the same base model and of the same sizes."""
+    other = hypernet.load_hypernet(folder)
+    have, want = ({k: v for k, v in vars(n.config).items() if k not in ("encoder", "dropout")} for n in (other, net))
+    for settings in (have, want):
+        settings["base_model"] = model.preset_name(settings["base_model"])
+    if differing := [f"{k} is {v}, not {want.get(k)}" for k, v in have.items() if v != want.get(k)]:
+        raise UserError(f"--start_from {folder} is a hypernetwork of other settings: {'; '.join(differing)}")
+    net.load_state_dict(other.state_dict())
+
+
 def start_processes(args) -> tuple[int, int, int, torch.device]:
     """(rank, rank on this machine, world size, device). torchrun sets the environment; without it this is one process of one."""
     rank, local_rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -600,6 +595,8 @@ def main() -> None:
     objective = OBJECTIVES[args.mode, args.arch](args, device)
     if local_rank == 0 and world > 1:
         dist.barrier()
+    if args.start_from:
+        start_from(objective.net, args.start_from)
     if args.tasks_per_batch % world:
         raise UserError(f"{args.tasks_per_batch} tasks a step cannot be shared out evenly among {world} processes")
     share = args.tasks_per_batch // world
