@@ -26,7 +26,7 @@ Example = tuple[str, list[str]]  # input, right answers; the first of them is th
 @dataclass
 class Task:
     """One task. `reworded` are descriptions in wordings that no training description uses (tiny world only);
-    `definition` is what --prompt_with_definition puts before the input."""
+    `definition` is what --prompt_with_definition puts before the input, or where there is none the description in use."""
 
     name: str
     descriptions: list[str]
@@ -79,7 +79,7 @@ def read_task(path: Path) -> Task:
             examples = [(x["question"].strip(), [a.strip() for a in as_list(x["answer"])]) for x in content["questions"]]
             return Task(content.get("name", path.stem), [content["document"]], examples, examples)
         descriptions = as_list(content.get("descriptions") or content["Definition"])
-        definition = as_list(content.get("Definition") or descriptions)[0]
+        definition = as_list(content.get("Definition") or [""])[0]
         examples = [(x["input"].strip(), [o.strip() for o in as_list(x["output"])]) for x in content["Instances"]]
     except (AttributeError, KeyError, IndexError, TypeError) as e:
         raise UserError(f"{path} is not a task file: {e} is missing or of the wrong kind") from None
@@ -280,7 +280,6 @@ def tiny_task(parts: tuple[str, str, str], n_train: int = 100, n_test: int = 25,
         train=examples[:n_train],
         test=examples[n_train:],
         reworded=[describe(parts, rng, reworded=True) for _ in range(n_descriptions // 4)],
-        definition=descriptions[0],
     )
 
 

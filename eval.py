@@ -98,20 +98,22 @@ def score(judge, tasks: list[data.Task], method: str, net=None, write=None) -> d
     """The share of right answers of one method, task by task. Rows of different tasks and adapters share a batch."""
     args, base, tokenizer = judge
     with_definition = args.prompt_with_definition or (net is not None and getattr(net.config, "prompt_with_definition", False))
-    rows = []  # (task, description, question, right answers)
+    rows = []  # (task, description, what stands in the prompt before the question, question, right answers)
     for t, task in enumerate(tasks):
         other = tasks[(t + 1) % len(tasks)]
         words = {"t2l_reworded": task.reworded, "t2l_shuffled": other.descriptions, "t2l_random": noise(args.seed + t)}.get(method, task.descriptions)
-        rows += [(task, words[i % len(words)], *example) for i, example in enumerate(task.test[: args.n_examples])]
-    rows.sort(key=lambda row: len(row[2]))  # rows of like length share a batch, so little is padding
+        for i, example in enumerate(task.test[: args.n_examples]):
+            own = task.descriptions[i % len(task.descriptions)]
+            stated = own if method == "prompt" else (task.definition or own) if with_definition else ""
+            rows.append((task, words[i % len(words)], stated, *example))
+    rows.sort(key=lambda row: len(row[2]) + len(row[3]))  # rows of like length share a batch, so little is padding
 
     hits = {task.name: [] for task in tasks}
     for start in tqdm(range(0, len(rows), args.batch_size), desc=method, leave=False):
         chunk = rows[start : start + args.batch_size]
         prompts = []
-        for task, description, question, _ in chunk:
+        for task, _, stated, question, _ in chunk:
             examples = [(q, a[0]) for q, a in task.train[:3]] if method == "icl" else []
-            stated = description if method == "prompt" else task.definition if with_definition else ""
             messages = model.prompt(tokenizer, question, stated, examples)
             prompts.append(model.render(tokenizer, messages))
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
@@ -119,9 +121,9 @@ def score(judge, tasks: list[data.Task], method: str, net=None, write=None) -> d
         lora.set_adapter(base, adapter, scaling)
         room = args.max_new_tokens
         if not args.contains:  # longer ones are wrong anyway
-            room = min(room, max(len(model.tokenize(tokenizer, right)) for row in chunk for right in row[3]) + 2)
+            room = min(room, max(len(model.tokenize(tokenizer, right)) for row in chunk for right in row[4]) + 2)
         answers = model.answer(base, tokenizer, prompts, room)
-        for (task, _, _, right), given in zip(chunk, answers):
+        for (task, _, _, _, right), given in zip(chunk, answers):
             hits[task.name].append(any(r in given for r in right) if args.contains else given in right)
     return {name: statistics.fmean(h) for name, h in hits.items()}
 

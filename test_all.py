@@ -1044,6 +1044,20 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
         assert seen and set(seen) == {expected}
 
 
+def test_without_a_definition_the_description_in_use_is_in_the_prompt(tmp_path, monkeypatch):
+    lora.write_json(tmp_path / "swap.json", {"descriptions": ["red hat", "blue shoe"], "Instances": [{"input": "cat", "output": ["dog"]}] * 20})
+    lora.write_json(tmp_path / "keep.json", {"descriptions": ["white sun"], "Instances": [{"input": "bird", "output": ["bird"]}] * 20})
+    seen, real = [], model.prompt
+    monkeypatch.setattr(model, "prompt", lambda *a: seen.append(real(*a)[-1]["content"]) or real(*a))
+    training = ["--mode", "sft", "--tasks_per_batch", "2", "--max_steps", "6", "--out_dir", tmp_path / "net"]
+    assert command(train, *training, "--tasks", tmp_path, "--prompt_with_definition") == 0
+    assert set(seen) == {"blue shoe\n\ncat", "red hat\n\ncat", "white sun\n\nbird"}
+    seen.clear()
+    words = ["--split", "train", "--n_examples", "2", "--tasks", tmp_path, "--prompt_with_definition"]
+    assert command(evaluation, *words, "--methods", "t2l_shuffled") == 0  # the adapter is another task's, the prompt is not
+    assert sorted(seen) == ["blue shoe\n\ncat", "red hat\n\ncat"] + ["white sun\n\nbird"] * 2
+
+
 def test_rows_in_groups_of_like_length_give_the_same_loss_and_gradient():
     args = train.argparse.Namespace(base_model="tiny", tasks="tiny", split="train", n_tasks=6, dtype="float32", target_modules="q_proj,v_proj", rank=8, alpha=16)
     vars(args).update(dropout=0.0, gradient_checkpointing=False, multi_task=False, tasks_per_batch=6, examples_per_task=3, own_init=False)
@@ -1089,6 +1103,21 @@ def test_training_goes_on_from_a_hypernetwork(tmp_path, capsys):
     assert command(train, *SHORT, "--max_steps", "1", "--start_from", tmp_path / "first", "--out_dir", tmp_path / "other") == 2
     assert "base_model is else, not tiny" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("arch", [[], ["--arch", "d2l", "--rank", "2", "--latent_size", "32"]])
+def test_training_starts_from_an_adapter(tmp_path, arch):
+    words = ["--n_tasks", "8", "--tasks_per_batch", "4", "--max_steps", "2", "--target_modules", "v_proj", "--alpha", "16"]
+    assert command(train, "--mode", "lora", "--multi_task", *words, *arch[2:4], "--out_dir", tmp_path / "lora") == 0
+    assert command(train, "--mode", "sft", *words, *arch, "--lr", "0", "--start_from", tmp_path / "lora", "--out_dir", tmp_path / "net") == 0
+    A, B = lora.load_adapter(tmp_path / "lora")[0]["v_proj"]
+    net = hypernet.load_hypernet(tmp_path / "net")
+    if arch:
+        chunk, count = net(torch.randn(1, 3, net.config.feature_size) if not net.config.per_layer else torch.randn(1, 4, 3, 128), torch.ones(1, 3)), [1]
+        found = tuple(x[0] for x in net.join(chunk, count)["v_proj"])
+    else:
+        found = tuple(x[0] for x in net(torch.randn(1, net.config.task_emb_size))["v_proj"])
+    assert B.abs().max() > 0 and torch.allclose(found[1] @ found[0], B @ A, atol=2e-4)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
@@ -1253,7 +1282,7 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
         objective.args.distill, objective.args.l1 = 0, 0.5
         adapter = objective.adapters([(0, document, [])])
         lora.set_adapter(base, adapter, objective.config.scaling)
-        plain = train.answer_loss(base, *objective.padded([(0, question, answer)], [""]))
+        plain = train.answer_loss(base, *objective.padded([(question, answer, "")]))
         torch.testing.assert_close(objective([(0, document, [(question, [answer])])]), plain + 0.5 * sum(x.abs().mean() for x in adapter["down_proj"]))
 
 

@@ -99,7 +99,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--max_tokens", type=int, help="Leave out examples that are longer, with their prompt and answer; tasks of none but such, too.")
     g.add_argument("--prompt_with_definition", action="store_true", help="Put the task's definition before each input, as the paper does.")
     g.add_argument("--oracles", help="recon: the folder that --mode lora wrote.")
-    g.add_argument("--start_from", help="sft: go on from the hypernetwork in this folder, of the same settings, in place of a fresh one.")
+    g.add_argument("--start_from", help="sft: go on from the hypernetwork in this folder, of the same settings; or from an adapter, as what every description gives at first.")
     g = p.add_argument_group("how")
     g.add_argument("--max_steps", type=int)
     g.add_argument("--lr", type=float, help="Highest learning rate.")
@@ -331,7 +331,8 @@ class Finetune(nn.Module):
         self.encode = lru_cache(None)(lambda *example: model.encode(tokenizer, *example))
         if args.max_tokens:
             for task in self.tasks:
-                task.train = [x for x in task.train if self.length(x[0], x[1][0], self.stated(task)) <= args.max_tokens]
+                before = self.stated(task, max(task.descriptions, key=len))
+                task.train = [x for x in task.train if self.length(x[0], x[1][0], before) <= args.max_tokens]
             self.tasks = [task for task in self.tasks if task.train]
             if not self.tasks:
                 raise UserError(f"--max_tokens {args.max_tokens}: every example is longer")
@@ -350,28 +351,30 @@ class Finetune(nn.Module):
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
         adapter = self.adapters(batch)  # A [tasks, L, r, in], B [tasks, L, out, r]
         loss = sum(weight * size(adapter) for weight, size in ((self.args.l2, square_loss), (self.args.l1, absolute_loss)) if weight)
-        rows = [(k, question, answers[0]) for k, (_, _, examples) in enumerate(batch) for question, answers in examples]
+        rows = []  # (index in the batch, question, answer, what stands before the question)
+        for k, (i, description, examples) in enumerate(batch):
+            rows += [(k, question, answers[0], self.stated(self.tasks[i], description)) for question, answers in examples]
         adapter = {name: (A.to(base.dtype), B.to(base.dtype)) for name, (A, B) in adapter.items()}  # at once, not layer by layer
         parts, size = [adapter], math.ceil(len(rows) / self.args.row_groups)
         if size < len(rows):  # rows of like length together
-            rows.sort(key=lambda row: self.length(row[1], row[2], self.stated(self.tasks[batch[row[0]][0]])))
-            parts = lora.split(lora.select(adapter, [k for k, _, _ in rows]), size)
+            rows.sort(key=lambda row: self.length(*row[1:]))
+            parts = lora.split(lora.select(adapter, [row[0] for row in rows]), size)
         for i, own in enumerate(parts):
             part = rows[i * size : (i + 1) * size]
             loss = loss + self.part_loss(part, batch, own) * (len(part) / len(rows))
         return loss
 
-    def stated(self, task: data.Task) -> str:
+    def stated(self, task: data.Task, description: str) -> str:
         """What stands in the prompt before the input."""
-        return task.definition if self.args.prompt_with_definition else ""
+        return (task.definition or description) if self.args.prompt_with_definition else ""
 
     def length(self, question: str, answer: str, before: str) -> int:
         """Tokens of an example, with its prompt."""
         return sum(map(len, self.encode(question, answer, before)))
 
-    def padded(self, rows: list, before: list[str]) -> tuple[Tensor, Tensor]:
-        """input_ids and labels of rows (index in the batch, question, answer). [rows, T]"""
-        prompts, answers = zip(*(self.encode(question, answer, text) for (_, question, answer), text in zip(rows, before)))
+    def padded(self, examples: list[tuple[str, str, str]]) -> tuple[Tensor, Tensor]:
+        """input_ids and labels of (question, answer, what stands before the question). [rows, T]"""
+        prompts, answers = zip(*(self.encode(*example) for example in examples))
         input_ids = model.pad([p + a for p, a in zip(prompts, answers)], self.frozen[1].pad_token_id)
         labels = model.pad([[-100] * len(p) + a for p, a in zip(prompts, answers)], -100)
         return input_ids.to(self.device), labels.to(self.device)
@@ -380,8 +383,7 @@ class Finetune(nn.Module):
         """The loss of rows that are computed together, under the adapters of each."""
         base, args = self.frozen[0], self.args
         lora.set_adapter(base, adapter, self.config.scaling)
-        before = [self.stated(self.tasks[batch[k][0]]) for k, _, _ in rows]
-        return answer_loss(base, *self.padded(rows, before), args.label_smoothing, args.neftune_alpha)
+        return answer_loss(base, *self.padded([row[1:] for row in rows]), args.label_smoothing, args.neftune_alpha)
 
     def save(self, folder: Path) -> None:
         hypernet.save_hypernet(self.net, folder, torch.bfloat16)
@@ -463,9 +465,10 @@ class Documents(Finetune):
         base = self.frozen[0]
         with torch.no_grad():
             lora.set_adapter(base, None)
-            teacher, _, _ = answer_logits(base.eval(), *self.padded(rows, [batch[k][1] for k, _, _ in rows]))
+            told = [(question, answer, batch[k][1]) for k, question, answer, _ in rows]
+            teacher, _, _ = answer_logits(base.eval(), *self.padded(told))
         lora.set_adapter(base.train(), adapter, self.config.scaling)
-        logits, at, _ = answer_logits(base, *self.padded(rows, [""] * len(rows)), self.args.neftune_alpha)
+        logits, at, _ = answer_logits(base, *self.padded([row[1:] for row in rows]), self.args.neftune_alpha)
         return distill_loss(logits, teacher, at, self.args.distill)
 
 
@@ -555,14 +558,21 @@ def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def start_from(net: nn.Module, folder: str) -> None:
-    """Take over the weights of a trained hypernetwork, which has to be one for the same base model and of the same sizes."""
-    other = hypernet.load_hypernet(folder)
-    have, want = ({k: v for k, v in vars(n.config).items() if k not in ("encoder", "dropout")} for n in (other, net))
+    """Take over the weights of a trained hypernetwork; or an adapter, as what is written whatever the description, so that only
+    differences from it are to be learnt. It has to be for the same base model and of the same sizes."""
+    if (Path(folder) / "adapter_model.safetensors").exists():
+        adapter, config = lora.load_adapter(folder)
+        constant = "shift" if isinstance(net, hypernet.TextToLoRA) else "bias"
+        weights = {f"{constant}.{name}_{key}": x for name, pair in adapter.items() for key, x in zip("AB", pair)}
+    else:
+        other = hypernet.load_hypernet(folder)
+        config, weights = other.config, other.state_dict()
+    have, want = ({k: v for k, v in vars(c).items() if k not in ("encoder", "dropout")} for c in (config, net.config))
     for settings in (have, want):
         settings["base_model"] = model.preset_name(settings["base_model"])
     if differing := [f"{k} is {v}, not {want.get(k)}" for k, v in have.items() if v != want.get(k)]:
-        raise UserError(f"--start_from {folder} is a hypernetwork of other settings: {'; '.join(differing)}")
-    net.load_state_dict(other.state_dict())
+        raise UserError(f"--start_from {folder} is of other settings: {'; '.join(differing)}")
+    net.load_state_dict(net.state_dict() | weights)
 
 
 def start_processes(args) -> tuple[int, int, int, torch.device]:
