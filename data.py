@@ -76,17 +76,19 @@ def read_task(path: Path) -> Task:
     as_list = lambda text: [text] if isinstance(text, str) else text
     try:
         if "document" in content:  # what to know in place of what to do; there are questions about it
+            descriptions, definition = [content["document"]], ""
             examples = [(x["question"].strip(), [a.strip() for a in as_list(x["answer"])]) for x in content["questions"]]
-            return Task(content.get("name", path.stem), [content["document"]], examples, examples)
-        descriptions = as_list(content.get("descriptions") or content["Definition"])
-        definition = as_list(content.get("Definition") or [""])[0]
-        examples = [(x["input"].strip(), [o.strip() for o in as_list(x["output"])]) for x in content["Instances"]]
+        else:
+            descriptions = as_list(content.get("descriptions") or content["Definition"])
+            definition = as_list(content.get("Definition") or [""])[0]
+            examples = [(x["input"].strip(), [o.strip() for o in as_list(x["output"])]) for x in content["Instances"]]
     except (AttributeError, KeyError, IndexError, TypeError) as e:
         raise UserError(f"{path} is not a task file: {e} is missing or of the wrong kind") from None
     if not examples or not all(outputs for _, outputs in examples) or not all(d.strip() for d in descriptions):
-        raise UserError(f"{path}: a task takes instances with an output each, and descriptions that are not empty")
+        raise UserError(f"{path}: a task takes instances with an output each, and descriptions (or a document) that are not empty")
     n_train = len(examples) - len(examples) // 5
-    return Task(content.get("name", path.stem), descriptions, examples[:n_train], examples[n_train:], definition=definition)
+    train, test = (examples, examples) if "document" in content else (examples[:n_train], examples[n_train:])
+    return Task(content.get("name", path.stem), descriptions, train, test, definition=definition)
 
 
 NATURAL_INSTRUCTIONS = "https://raw.githubusercontent.com/allenai/natural-instructions/master/tasks"

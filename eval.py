@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--module_order", help="As for generate.py.")
     p.add_argument("--base_model", help="Default: the hypernetwork's.")
     p.add_argument("--encoder", help="Where the hypernetwork's text encoder is, if not under the name that it was trained with.")
-    p.add_argument("--tasks", default="tiny", help="As for train.py.")
+    p.add_argument("--tasks", help="As for train.py. Default: tiny, with --doc facts.")
     p.add_argument("--split", default="test", choices=["train", "val", "test"])
     p.add_argument("--n_tasks", type=int, help="Use that many of the tasks.")
     p.add_argument("--n_examples", type=int, default=25, help="Test examples a task; they take turns with its descriptions.")
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--descriptions", help='JSON file {"task": ["description", ...]} to use in place of the tasks\' own.')
     p.add_argument("--far", help="Tasks (comma-separated) to average apart from the others, being unlike those of training.")
     p.add_argument("--per_task", action="store_true", help="Print the scores of every task as well.")
-    p.add_argument("--prompt_with_definition", action="store_true", help="As for train.py. On for hypernetworks trained so.")
+    p.add_argument("--prompt_with_definition", action="store_true", help="As for train.py, in all rows of the table. On where a hypernetwork was trained so.")
     p.add_argument("--doc", action="store_true", help="Doc-to-LoRA on documents of --tasks facts or needle, of growing length.")
     p.add_argument("--lengths", default="4,8,16,32,64,128,256", help="With --doc: lengths of the documents, in lines.")
     p.add_argument("--chunk_len", type=int, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
@@ -77,6 +77,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
     args = p.parse_args()
+    args.tasks = args.tasks or ("facts" if args.doc else "tiny")
     given = dict(mt_lora=args.mt_lora, oracle=args.oracles, recon=args.recon, t2l_reworded=args.tasks == "tiny" and not args.descriptions)
     args.far = args.far.split(",") if args.far else []
     args.methods = args.methods.split(",") if args.methods else [m for m in METHODS if given.get(m, True)]
@@ -86,6 +87,10 @@ def parse_args() -> argparse.Namespace:
         if not given.get(method, True):
             flag = {"mt_lora": "--mt_lora DIR", "oracle": "--oracles DIR", "recon": "--recon DIR"}.get(method, "--tasks tiny")
             raise UserError(f"the method {method} needs {flag}")
+    if args.doc and args.prompt_with_definition:
+        raise UserError("--prompt_with_definition is for descriptions, not for --doc")
+    if args.plot:
+        pyplot()  # is there matplotlib?
     return args
 
 
@@ -97,14 +102,13 @@ def parse_args() -> argparse.Namespace:
 def score(judge, tasks: list[data.Task], method: str, net=None, write=None) -> dict[str, float]:
     """The share of right answers of one method, task by task. Rows of different tasks and adapters share a batch."""
     args, base, tokenizer = judge
-    with_definition = args.prompt_with_definition or (net is not None and getattr(net.config, "prompt_with_definition", False))
     rows = []  # (task, description, what stands in the prompt before the question, question, right answers)
     for t, task in enumerate(tasks):
         other = tasks[(t + 1) % len(tasks)]
         words = {"t2l_reworded": task.reworded, "t2l_shuffled": other.descriptions, "t2l_random": noise(args.seed + t)}.get(method, task.descriptions)
         for i, example in enumerate(task.test[: args.n_examples]):
             own = task.descriptions[i % len(task.descriptions)]
-            stated = own if method == "prompt" else (task.definition or own) if with_definition else ""
+            stated = own if method == "prompt" else (task.definition or own) if args.prompt_with_definition else ""
             rows.append((task, words[i % len(words)], stated, *example))
     rows.sort(key=lambda row: len(row[2]) + len(row[3]))  # rows of like length share a batch, so little is padding
 
@@ -137,20 +141,17 @@ def adapters_of(args, method: str, chunk: list, net, write) -> tuple[lora.Adapte
         index = {description: i for i, description in enumerate(distinct)}
         return lora.select(adapters, [index[row[1]] for row in chunk]), net.config.scaling
     if method == "mt_lora":
-        return load_adapter(Path(args.mt_lora), args.device)
+        adapter, config = load_adapter(args.mt_lora, args.device)
+        return adapter, config.scaling
     if method == "oracle":
         names = list({row[0].name: None for row in chunk})
         loaded = [load_adapter(Path(args.oracles) / name, args.device) for name in names]
         adapters = lora.stack([adapter for adapter, _ in loaded])
-        return lora.select(adapters, [names.index(row[0].name) for row in chunk]), loaded[0][1]
+        return lora.select(adapters, [names.index(row[0].name) for row in chunk]), loaded[0][1].scaling
     return None, lora.SCALING
 
 
-@cache
-def load_adapter(folder: Path, device: str) -> tuple[lora.Adapter, float]:
-    """An adapter on the device, and its scaling."""
-    adapter, config = lora.load_adapter(folder)
-    return {name: (A.to(device), B.to(device)) for name, (A, B) in adapter.items()}, config.scaling
+load_adapter = cache(lora.load_adapter)
 
 
 def noise(seed: int) -> list[str]:
@@ -183,24 +184,27 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     for group in (args.compare, args.recon):
         if len({Path(folder).name for folder in group}) < len(group):
             raise UserError("--compare and --recon: the last parts of the folders' names have to differ")
-    nets = {row: generate.load_hypernet(folder, args) for row, folder in folders.items()}
-    configs = [net.config for net in nets.values()]
-    configs += [lora.load_adapter(args.mt_lora)[1]] if "mt_lora" in args.methods else []
-    configs += [lora.load_adapter(Path(args.oracles) / tasks[0].name)[1]] if "oracle" in args.methods else []
+    loaded = {folder: generate.load_hypernet(folder, args) for folder in dict.fromkeys(folders.values())}
+    nets = {row: loaded[folder] for row, folder in folders.items()}
+    configs = [net.config for net in loaded.values()]
+    args.prompt_with_definition |= any(getattr(config, "prompt_with_definition", False) for config in configs)
+    configs += [load_adapter(args.mt_lora, args.device)[1]] if "mt_lora" in args.methods else []
+    configs += [load_adapter(Path(args.oracles) / task.name, args.device)[1] for task in tasks] if "oracle" in args.methods else []
     base, tokenizer = generate.load_for(configs, args)
     results = {}
     for row in dict.fromkeys([*args.methods, *folders]):
         net = nets.get(row)
         results[row] = score((args, base, tokenizer), tasks, row, net, net and generate.writer(net, base, tokenizer, args))
         print(f"{row:24} {statistics.fmean(results[row].values()):.3f}", flush=True)
-    if args.plot and "t2l" in args.methods:
+    if args.plot and isinstance(nets.get("t2l"), hypernet.TextToLoRA):
+        lora.set_adapter(base, None)  # the base model may be the text encoder, too
         everything = [task for split in data.load_tasks(args.tasks).values() for task in split]
         encode = generate.shared_encoder(args.encoder or nets["t2l"].config.encoder, args.device, (base, tokenizer), nets["t2l"].config.full_stop)
         plot_adapters(str(Path(args.plot).with_suffix("")) + "_adapters.png", everything, generate.writer(nets["t2l"], base, tokenizer, args), encode)
     records = {row: Path(folder) / "train_args.json" for row, folder in folders.items() if row.split("/")[0] == "t2l"}
     records = {row: lora.read_json(file) for row, file in records.items() if file.exists()}  # published checkpoints have none
     trained_on = {row: r["trained_tasks"] for row, r in records.items() if r["size"] == next(iter(records.values()))["size"]}
-    return results, trained_on
+    return results, {row: n for row, n in trained_on.items() if row == "t2l" or n != trained_on.get("t2l")}
 
 
 def interval(scores: list[float], n: int = 2000) -> tuple[float, float]:
@@ -469,6 +473,8 @@ def speed(args) -> None:
     Of the paper's base models the shapes are enough to measure generation, where the model itself cannot be had.
     """
     net, measured = args.hypernet and generate.load_hypernet(args.hypernet, args), {}
+    if isinstance(net, hypernet.DocToLoRA):
+        raise UserError("--speed is for hypernetworks that read descriptions; --doc measures what Doc-to-LoRA costs")
     name = args.base_model or (net.config.base_model if net else "tiny")
     short = model.preset_name(name)
     try:

@@ -24,7 +24,7 @@ import model
 from lora import UserError
 
 MAX_DESCRIPTION = 2000  # characters
-MAX_DOCUMENT = 1_000_000  # characters; the adapter's rank grows with the document, by 8 a piece
+MAX_DOCUMENT = 1_000_000  # characters; the adapter's rank grows with the document, by that of the hypernetwork a piece
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +51,10 @@ def parse_args() -> argparse.Namespace:
     if args.doc:
         if args.desc:
             raise UserError("an adapter comes from --desc or from --doc")
-        args.desc = ["\n\n".join(map(read_text, args.doc))]  # what stands in description.txt, and in the prompt for comparison
+        if args.prompt_with_definition:
+            raise UserError("--prompt_with_definition is for --desc: with --doc the answers with the document in the prompt are there anyway")
+        args.texts = [read_text(file) for file in args.doc]
+        args.desc = ["\n\n".join(args.texts)]  # what stands in description.txt, and in the prompt for comparison
     elif args.add_to:
         raise UserError("--add_to goes with --doc")
     if not args.desc:
@@ -76,7 +79,7 @@ def is_ours(folder: Path) -> bool:
     return folder.is_dir() and (not any(folder.iterdir()) or any((folder / d / "description.txt").exists() for d in ("", "0")))
 
 
-def load_hypernet(name: str, args) -> hypernet.TextToLoRA:
+def load_hypernet(name: str, args) -> hypernet.TextToLoRA | hypernet.DocToLoRA:
     """The hypernetwork of a folder, or of a folder on the Hugging Face hub."""
     folder = model.local_folder(name, hypernet.FILES)
     return hypernet.load_hypernet(folder, args.module_order and args.module_order.split(",")).to(args.device)
@@ -107,10 +110,9 @@ def writer(net, base, tokenizer, args):
 
 def document_adapter(net: hypernet.DocToLoRA, base, tokenizer, args) -> lora.Adapter:
     """One adapter (as a batch of one) that knows all --doc, and what the adapter of --add_to does."""
-    texts = [[read_text(file) for file in args.doc]]
     if not args.add_to:
-        return hypernet.read_documents(net, base, tokenizer, texts, args.chunk_batch)
-    old, config = lora.load_adapter(args.add_to)
+        return hypernet.read_documents(net, base, tokenizer, [args.texts], args.chunk_batch)
+    old, config = lora.load_adapter(args.add_to, args.device)
     if model.preset_name(config.base_model) != model.preset_name(net.config.base_model):
         raise UserError(f"--add_to {args.add_to}: what was trained for {config.base_model} does not go with {net.config.base_model}")
     lora.inject(base, [name for name in old if name not in net.names])
@@ -118,7 +120,7 @@ def document_adapter(net: hypernet.DocToLoRA, base, tokenizer, args) -> lora.Ada
     net.config.paths |= config.paths
     # An adapter of this hypernetwork ends in its bias, which has to be there once.
     biased = all(name in old and torch.equal(old[name][0][:, -net.config.r :], net.bias[f"{name}_A"]) for name in net.names)
-    new = hypernet.read_documents(net, base, tokenizer, texts, args.chunk_batch, bias_scaler=0.0 if biased else 1.0)
+    new = hypernet.read_documents(net, base, tokenizer, [args.texts], args.chunk_batch, bias_scaler=0.0 if biased else 1.0)
     old = {name: (A, B * (config.scaling / net.config.scaling)) for name, (A, B) in old.items()}
     return lora.stack([lora.concat_rank([lora.select(new, 0), old])])
 
@@ -184,6 +186,8 @@ def main() -> None:
         print(f"  adapter: {folder}/ (rank {rank} on {', '.join(adapter)} in {config.n_layers} layers)")
 
         stated = description if args.prompt_with_definition or getattr(config, "prompt_with_definition", False) else ""
+        if stated:
+            print("  prompt:  the description, then the input")
         ways = {"base model": (None, config.scaling, stated)}
         if args.doc and n_tokens < base.config.get_text_config().max_position_embeddings:
             ways["in context"] = (None, config.scaling, description)

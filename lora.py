@@ -286,7 +286,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
     write_json(folder / "adapter_config.json", peft)
 
 
-def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
+def load_adapter(folder: str | Path, device="cpu") -> tuple[Adapter, LoRAConfig]:
     """Read an adapter folder in PEFT's format.
 
     Raises UserError if it is none, if it holds more than A and B (DoRA, biases, saved modules), or if a module's
@@ -325,7 +325,7 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
         own = {k: v for k, v in peft.get("alpha_pattern", {}).items() if re.fullmatch(rf"(.*\.)?({k})", paths[name].format(0))}
         alpha = next(iter(own.values()), config.alpha)
         r = A.shape[-2]
-        adapter[name] = (A, B * (alpha / (r**0.5 if config.rslora else r) / config.scaling))
+        adapter[name] = (A.to(device), B.to(device) * (alpha / (r**0.5 if config.rslora else r) / config.scaling))
     return adapter, config
 
 

@@ -986,8 +986,8 @@ def losses_of(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("mode", ["pretrain", "sft"])
 def test_resume_after_kill_is_exact(tmp_path, mode):
-    words = SHORT if mode == "sft" else ["--mode", "pretrain", "--tasks_per_batch", "4", "--examples_per_task", "2"]
-    words = [*words, "--max_steps", "60", "--save_every", "7", "--dropout", "0.1", "--neftune_alpha", "5"]
+    words = [*SHORT, "--dropout", "0.1", "--neftune_alpha", "5"] if mode == "sft" else ["--mode", "pretrain", "--tasks_per_batch", "4", "--examples_per_task", "2"]
+    words = [*words, "--max_steps", "60", "--save_every", "7"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert command(train, *words, "--out_dir", whole) == 0
     run = subprocess.Popen([sys.executable, "train.py", *words, "--out_dir", cut], cwd=HERE, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -1025,7 +1025,7 @@ def test_two_processes_are_one(tmp_path):
     assert max(abs(a - b) for a, b in zip(noisy, two)) > 1e-4
 
 
-def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypatch):
+def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypatch, capsys):
     instances = [{"input": "cat dog", "output": ["dog cat"]}] * 5
     (tmp_path / "tasks").mkdir()
     lora.write_json(tmp_path / "tasks" / "swap.json", {"Definition": "red hat", "descriptions": ["Swap them."], "Instances": instances})
@@ -1040,7 +1040,14 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
         assert command(evaluation, "--split", "train", "--methods", "base,t2l", "--tasks", tmp_path / "tasks", *words) == 0
         assert seen and set(seen) == {expected}
         seen.clear()
+        capsys.readouterr()
         assert command(generate, "--desc", "red hat", "--input", "cat dog", "--out", tmp_path / "out", *words) == 0
+        assert seen and set(seen) == {expected}
+        assert ("the description, then the input" in capsys.readouterr().out) == bool(words)
+    # a hypernetwork trained so needs no flag, and puts the whole table in that setting
+    for run in (generate, "--desc", "red hat", "--input", "cat dog", "--out", tmp_path / "out"), (evaluation, "--split", "train", "--tasks", tmp_path / "tasks"):
+        seen.clear()
+        assert command(*run, "--hypernet", tmp_path / "net", *(["--methods", "base,t2l"] if run[0] is evaluation else [])) == 0
         assert seen and set(seen) == {expected}
 
 
@@ -1099,6 +1106,8 @@ def test_training_goes_on_from_a_hypernetwork(tmp_path, capsys):
     capsys.readouterr()
     assert command(train, *SHORT, "--rank", "4", "--max_steps", "1", "--start_from", tmp_path / "first", "--out_dir", tmp_path / "other") == 2
     assert "r is 8, not 4" in capsys.readouterr().err
+    assert command(train, *SHORT, "--target_modules", "v_proj,q_proj", "--max_steps", "1", "--start_from", tmp_path / "first", "--out_dir", tmp_path / "other") == 2
+    assert "target_modules is q_proj,v_proj, not v_proj,q_proj" in capsys.readouterr().err
     lora.write_json(tmp_path / "first" / "config.json", lora.read_json(tmp_path / "first" / "config.json") | {"base_model": "someone/else"})
     assert command(train, *SHORT, "--max_steps", "1", "--start_from", tmp_path / "first", "--out_dir", tmp_path / "other") == 2
     assert "base_model is else, not tiny" in capsys.readouterr().err
@@ -1505,6 +1514,12 @@ BAD = {
     "document and description": (generate, ["--desc", DESC, "--doc", "{hypernet}/config.json"], "from --desc or from --doc"),
     "switch of documents": (train, ["--mode", "sft", "--distill", "4"], "--distill is for --arch d2l"),
     "switch of oracles": (train, ["--mode", "sft", "--own_init"], "--own_init is for --mode lora"),
+    "switch without effect": (train, ["--mode", "pretrain", "--row_groups", "2"], "--row_groups is for --mode lora, --mode sft, --arch d2l"),
+    "groups computed again": (train, ["--mode", "sft", "--row_groups", "2", "--gradient_checkpointing"], "--gradient_checkpointing goes with --row_groups 1"),
+    "oracles of another base": (train, ["--mode", "recon", "--oracles", "{tmp}/oracles"], "are for base, not for --base_model tiny"),
+    "document in the prompt": (generate, ["--doc", "{note}", "--prompt_with_definition"], "--prompt_with_definition is for --desc"),
+    "speed of documents": (evaluation, ["--speed", "--hypernet", "{reader}"], "--speed is for hypernetworks that read descriptions"),
+    "document without questions": (evaluation, ["--split", "train", "--tasks", "{tmp}/mute"], "takes instances with an output each"),
     "heads of documents": (train, ["--mode", "sft", "--arch", "d2l", "--n_heads", "6"], "not a multiple of 4"),
     "oracles of documents": (train, ["--mode", "lora", "--arch", "d2l"], "is trained with --mode sft"),
     "two rows of one name": (evaluation, ["--compare", "a/x", "b/x"], "have to differ"),
@@ -1540,9 +1555,12 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, case):
         (tmp_path / "empty.txt").write_text(" \n")
         (tmp_path / "long.txt").write_text("cat " * 250_001)
         (tmp_path / "note.txt").write_text("cat -> red")
+        (tmp_path / "mute").mkdir()
+        lora.write_json(tmp_path / "mute" / "note.json", {"document": "cat -> red", "questions": []})
     if "base" in case:
         config = lora.describe(tiny_llama(hidden_size=32), NAMES, "base")
-        lora.save_adapter(tmp_path / "adapter", random_adapter(config), config)
+        for folder in ("adapter", f"oracles/{data.load_tasks('tiny')['train'][0].name}"):
+            lora.save_adapter(tmp_path / folder, random_adapter(config), config)
     places = dict(tmp=tmp_path, foreign=foreign(tmp_path / "foreign"), base=base, other=other, adapter=tmp_path / "adapter", reader=tmp_path / "reader", empty=tmp_path / "empty.txt", long=tmp_path / "long.txt", note=tmp_path / "note.txt", hypernet=Path(model.TINY) / "sft_large")
     before = sorted(tmp_path.rglob("*"))
     assert command(module, *[str(w).format(**places) for w in words]) == 2

@@ -49,7 +49,7 @@ PAPER = {
     "sft": dict(max_steps=20_000, lr=2.5e-5, tasks_per_batch=8, examples_per_task=1, l2=1e-3),
 }
 PAPER_COMMON = dict(latent_size=128, warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=0.0, head_scale=1.0, tell_apart=0)
-D2L = dict(n_latents=8, chunk_batch=128, max_pieces=1, distill=0)
+D2L = dict(tasks="facts", n_latents=8, chunk_batch=128, max_pieces=1, distill=0)
 PAPER_D2L = dict(latent_size=512, n_blocks=9, n_heads=16, chunk_len=512, l2=0.0)  # Doc-to-LoRA, where it differs
 # The tiny world learns the same things in minutes.
 TINY = {
@@ -59,15 +59,26 @@ TINY = {
     "sft": dict(max_steps=1000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
 }
 TINY_D2L = dict(  # every line of a document is a piece of its own
-    tasks="facts", max_steps=2600, lr=2e-3, warmup=0.04, tasks_per_batch=32, examples_per_task=4, dropout=0.0, latent_size=128, n_blocks=1, n_heads=4, chunk_len=4
+    max_steps=2600, lr=2e-3, warmup=0.04, tasks_per_batch=32, examples_per_task=4, dropout=0.0, latent_size=128, n_blocks=1, n_heads=4, chunk_len=4
 )  # fmt: skip
 TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5, tell_apart=0)
-BELONGS = dict.fromkeys(("n_blocks", "n_latents", "n_heads", "chunk_len", "chunk_batch", "max_pieces", "early_exit", "distill"), "d2l")
-BELONGS |= dict(multi_task="lora", own_init="lora", delta_w="recon", oracles="recon", start_from="sft")  # flags that have no effect elsewhere
+# Where flags have an effect, if not everywhere: by --mode, or d2l for --arch d2l.
+SERVES = {
+    ("n_blocks", "n_latents", "n_heads", "chunk_len", "chunk_batch", "max_pieces", "early_exit", "distill"): ("d2l",),
+    ("multi_task", "own_init"): ("lora",),
+    ("delta_w", "oracles"): ("recon",),
+    ("start_from",): ("sft", "d2l"),
+    ("size", "head_in_size", "head_scale", "tell_apart", "encoder"): ("recon", "sft"),
+    ("latent_size",): ("recon", "sft", "d2l"),
+    ("rank", "alpha", "target_modules", "max_tokens", "row_groups", "gradient_checkpointing", "neftune_alpha", "l1", "l2"): ("lora", "sft", "d2l"),
+    ("split", "n_tasks", "dropout"): ("lora", "recon", "sft", "d2l"),
+    ("prompt_with_definition",): ("lora", "recon", "sft"),
+    ("examples_per_task", "label_smoothing"): ("pretrain", "lora", "sft", "d2l"),
+}
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """The flags, checked as far as that goes without a model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what is trained")
     g.add_argument("--mode", required=True, choices=["pretrain", "lora", "recon", "sft"])
@@ -124,7 +135,15 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--save_every", type=int, default=100, help="Steps between two saves of the resumable state.")
     g.add_argument("--resume", action="store_true", help="Go on with the run in --out_dir.")
     g.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
-    return p.parse_args()
+    args = p.parse_args()
+    run = "d2l" if args.arch == "d2l" else args.mode
+    for flags, runs in SERVES.items():
+        for flag in flags:
+            if getattr(args, flag) != p.get_default(flag) and run not in runs:
+                raise UserError(f"--{flag} is for {', '.join('--arch d2l' if r == 'd2l' else f'--mode {r}' for r in runs)}")
+    if args.gradient_checkpointing and args.row_groups > 1:  # the layers would be computed again with the last group's adapters
+        raise UserError("--gradient_checkpointing goes with --row_groups 1")
+    return args
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
@@ -133,9 +152,6 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     settings = TINY_COMMON | TINY[args.mode] if tiny else PAPER_COMMON | PAPER.get(args.mode, {})
     if args.arch == "d2l":
         settings |= D2L | (TINY_D2L if tiny else PAPER_D2L)
-    for flag, kind in BELONGS.items():
-        if getattr(args, flag) not in (None, False) and kind not in (args.mode, args.arch):
-            raise UserError(f"--{flag} is for --{'arch' if kind == 'd2l' else 'mode'} {kind}")
     settings.setdefault("tasks", "tiny")
     for key, value in settings.items():
         if getattr(args, key) is None:
@@ -486,9 +502,12 @@ class Recon(nn.Module):
         self.tasks = data.pick(tasks, args.split, args.n_tasks)
         loaded = [lora.load_adapter(Path(args.oracles) / task.name) for task in self.tasks]
         self.oracles = {k: (A.to(device), B.to(device)) for k, (A, B) in lora.stack([adapter for adapter, _ in loaded]).items()}
+        config = loaded[0][1]
+        if model.preset_name(config.base_model) != model.preset_name(args.base_model):
+            raise UserError(f"--oracles {args.oracles} are for {config.base_model}, not for --base_model {args.base_model}")
         base = model.load_base(args.base_model, device, getattr(torch, args.dtype)) if args.encoder == "base" else None
         self.embed = remember(model.load_encoder(args.encoder, device, base), device)
-        self.net = new_hypernet(args, loaded[0][1], self.embed, self.tasks).to(device)
+        self.net = new_hypernet(args, config, self.embed, self.tasks).to(device)
         if args.delta_w:
             for scale in self.net.scale.values():
                 scale.fill_(0.01)  # times itself is the 1/10000 of the loss
@@ -570,6 +589,7 @@ def start_from(net: nn.Module, folder: str) -> None:
     have, want = ({k: v for k, v in vars(c).items() if k not in ("encoder", "dropout")} for c in (config, net.config))
     for settings in (have, want):
         settings["base_model"] = model.preset_name(settings["base_model"])
+        settings["target_modules"] = ",".join(settings["paths"] if "size" in have else sorted(settings["paths"]))  # T2L numbers them
     if differing := [f"{k} is {v}, not {want.get(k)}" for k, v in have.items() if v != want.get(k)]:
         raise UserError(f"--start_from {folder} is of other settings: {'; '.join(differing)}")
     net.load_state_dict(net.state_dict() | weights)
