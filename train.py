@@ -524,8 +524,7 @@ class Recon(nn.Module):
         target = lora.select(self.oracles, [i for i, _ in batch])
         return delta_w_loss(adapter, target) if self.args.delta_w else z_score_loss(adapter, target, self.net.scale)
 
-    def save(self, folder: Path) -> None:
-        hypernet.save_hypernet(self.net, folder, torch.bfloat16)
+    save = Finetune.save
 
 
 OBJECTIVES = {("pretrain", "t2l"): Pretrain, ("lora", "t2l"): Lora, ("recon", "t2l"): Recon, ("sft", "t2l"): Sft, ("sft", "d2l"): Documents}
