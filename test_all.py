@@ -831,7 +831,7 @@ def test_a_folder_of_task_files(tmp_path):
         data.load_tasks(tmp_path)
     for empty in {"Instances": []}, {"Instances": [{"input": "a", "output": []}]}, {"Definition": " ", "Instances": instances}:
         lora.write_json(tmp_path / "b.json", {"Definition": ["do b"]} | empty)
-        with pytest.raises(lora.UserError, match="an output each, and descriptions that are not empty"):
+        with pytest.raises(lora.UserError, match="an output each, and descriptions .or a document. that are not empty"):
             data.load_tasks(tmp_path)
 
 
