@@ -78,7 +78,7 @@ SERVES = {
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags, checked as far as that goes without a model."""
+    """The flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what is trained")
     g.add_argument("--mode", required=True, choices=["pretrain", "lora", "recon", "sft"])
@@ -135,11 +135,15 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--save_every", type=int, default=100, help="Steps between two saves of the resumable state.")
     g.add_argument("--resume", action="store_true", help="Go on with the run in --out_dir.")
     g.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
-    args = p.parse_args()
+    return check(p.parse_args(), p)
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Refuse flags that would have no effect, or a wrong one."""
     run = "d2l" if args.arch == "d2l" else args.mode
     for flags, runs in SERVES.items():
         for flag in flags:
-            if getattr(args, flag) != p.get_default(flag) and run not in runs:
+            if getattr(args, flag) != parser.get_default(flag) and run not in runs:
                 raise UserError(f"--{flag} is for {', '.join('--arch d2l' if r == 'd2l' else f'--mode {r}' for r in runs)}")
     if args.gradient_checkpointing and args.row_groups > 1:  # the layers would be computed again with the last group's adapters
         raise UserError("--gradient_checkpointing goes with --row_groups 1")
