@@ -174,6 +174,12 @@ NAMES = {  # what a category or a language is called
     "nature": "nature words | things from nature | natural things | things found outdoors | things in the landscape | outdoor words | elements of nature",
     "french": "French", "spanish": "Spanish", "german": "German", "italian": "Italian",
 }  # fmt: skip
+ONE = {  # and what one of them is called
+    "all": "word | item | entry", "animals": "animal | creature | animal word | beast", "fruits": "fruit | kind of fruit | fruit word",
+    "colours": "colour | color | colour word | shade", "clothes": "garment | item of clothing | piece of clothing | clothing word",
+    "body": "body part | part of the body", "house": "household thing | household object | household item | thing for the house",
+    "nature": "nature word | thing from nature | natural thing | outdoor thing",
+}  # fmt: skip
 # Sentence frames: start, order of filter, map and layout, what goes between them, before the last, and after it.
 INSTRUCT = [  # of instructions
     ("", "fml", ", ", " and ", "."), ("", "fml", ". Then ", ". Finally ", "."), ("First ", "fml", ", then ", ", then ", "."),
@@ -197,36 +203,69 @@ PHRASE = [  # of phrases
     ("Tell me ", "fml", " ", ", ", "."), ("We would like ", "fml", ", ", ", ", "."), ("The output should be ", "fml", " ", ", ", "."),
 ]  # fmt: skip
 WITHHELD_FRAMES = 3
+NOUNS = ("", "Write ", "Give me ", "List ", "Return ", "What are ", "Show me ", "I need ", "I would like ", "Print ", "Output ", "Answer with ")
+VERBS = ("", "Please ", "I want you to ", "Your task is to ", "You should ", "In this task you ", "Given four words, ", "With these words, ")
+ENDS = ("the {end} {one}", "the {end} {one} in the list", "only the {end} {one}", "just the {end} {one} you see", "the {end} of the words that is a {one}", "the very {end} {one}")
 DEFAULTS = {"all", "same", "in_order"}  # parts that a sentence may leave unsaid
 
 
-def split_phrases(text: str) -> list[tuple[list[str], list[str]]]:
-    """[(seen, withheld) instructions, (seen, withheld) phrases]"""
+def split_phrases(text: str) -> list[tuple[list[str], ...]]:
+    """[(seen, withheld) instructions, (seen, withheld) phrases], for maps and layouts then what is built around other words {x}:
+    [(noun phrases,), (verb phrases,)]"""
     return [tuple([phrase.strip() for phrase in part.split("|")] for part in style.split("||")) for style in text.split(" -- ")]
 
 
 SAY = {part: split_phrases(text) for table in ("filter", "map", "layout") for part, text in TABLES[table].items()}
 
 
+def say(part: str, style: int, rng: random.Random, reworded: bool = False, x: str = "") -> str:
+    """One way to say a part of a task: 0 an instruction, 1 a phrase, 2 a noun phrase or 3 a verb phrase around x."""
+    general = part if part in SAY else "category" if part in CATEGORIES else "language"
+    names = NAMES.get(part, "").split(" | ")
+    return rng.choice(SAY[general][style][reworded]).format(c=rng.choice(names), l=names[0], x=x)
+
+
+def unsaid(parts: tuple[str, ...], rng: random.Random) -> set[str]:
+    """Which of the parts a sentence leaves out, being what one would expect anyway."""
+    return {part for part in parts if part in DEFAULTS and rng.random() < 0.4}
+
+
 def describe(parts: tuple[str, str, str], rng: random.Random, reworded: bool = False) -> str:
     """One sentence that says what a tiny task is; `reworded` makes it of withheld phrases and frames only."""
+    text = nested(parts, rng) if not reworded and rng.random() < 1 / 3 else listed(parts, rng, reworded)
+    return text[0].upper() + text[1:]
+
+
+def listed(parts: tuple[str, str, str], rng: random.Random, reworded: bool) -> str:
+    """One part after another: "First keep the fruits, then number them, then translate them into French." """
     style = rng.random() < 0.5  # False: instructions, True: phrases
     frames = PHRASE if style else INSTRUCT
     start, order, between, last, end = rng.choice(frames[-WITHHELD_FRAMES:] if reworded else frames[:-WITHHELD_FRAMES])
-    said = {}
-    for kind, part in zip("fml", parts):
-        general = part if part in SAY else "category" if part in CATEGORIES else "language"
-        said[kind] = rng.choice(SAY[general][style][reworded])
-        if part in NAMES:
-            said[kind] = said[kind].format(c=rng.choice(NAMES[part].split(" | ")), l=NAMES[part])
-    unsaid = [kind for kind, part in zip("fml", parts) if part in DEFAULTS and not (style and kind == "f")]
-    rng.shuffle(unsaid)
-    for kind in unsaid[: len(said) - 1]:
-        if rng.random() < 0.4:
-            del said[kind]
-    words = [said[kind] for kind in order if kind in said]
-    text = start + between.join(words[:-1]) + (last if words[:-1] else "") + words[-1] + end
-    return text[0].upper() + text[1:]
+    said = {kind: say(part, style, rng, reworded) for kind, part in zip("fml", parts)}
+    drop = unsaid(parts[1:] if style else parts, rng)
+    words = [said[kind] for kind in order if parts["fml".index(kind)] not in drop] or [said["m"]]
+    return start + between.join(words[:-1]) + (last if words[:-1] else "") + words[-1] + end
+
+
+def nested(parts: tuple[str, str, str], rng: random.Random) -> str:
+    """One part inside another: "Number the French words for the fruits." """
+    chosen, change, layout = parts
+    drop = unsaid(parts[1:], rng)
+    around = [part for part in rng.sample([change, layout], 2) if part not in drop]
+    x = say(chosen, 1, rng)
+    if around == [layout, change] and layout in ("first", "last") and rng.random() < 0.5:
+        end = rng.choice(("last", "final") if layout == "last" else ("first", "earliest"))
+        x = rng.choice(ENDS).format(end=end, one=rng.choice(ONE[chosen].split(" | ")))
+        around = [change]
+    if len(around) == 2 and rng.random() < 1 / 3:
+        more = rng.choice((", ", " - ")) + say(around[1], 1, rng) if rng.random() < 0.5 else rng.choice((" and ", ", then ", ". Then ")) + say(around[1], 0, rng)
+        return rng.choice(VERBS) + say(around[0], 3, rng, x=x) + more + "."
+    *inner, outer = around or ["same"]
+    for part in inner:
+        x = say(part, 2, rng, x=x)
+    if rng.random() < 0.5:
+        return rng.choice(NOUNS) + say(outer, 2, rng, x=x) + "."
+    return rng.choice(VERBS) + say(outer, 3, rng, x=x) + "."
 
 
 # ---------------------------------------------------------------------------------------------------------

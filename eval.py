@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--descriptions", help='JSON file {"task": ["description", ...]} to use in place of the tasks\' own.')
     p.add_argument("--far", help="Tasks (comma-separated) to average apart from the others, being unlike those of training.")
     p.add_argument("--per_task", action="store_true", help="Print the scores of every task as well.")
-    p.add_argument("--prompt_with_definition", action="store_true", help="As for train.py, in all rows of the table. On where a hypernetwork was trained so.")
+    p.add_argument("--prompt_with_definition", action=argparse.BooleanOptionalAction, help="As for train.py, in all rows of the table. On where a hypernetwork was trained so.")
     p.add_argument("--doc", action="store_true", help="Doc-to-LoRA on documents of --tasks facts or needle, of growing length.")
     p.add_argument("--lengths", default="4,8,16,32,64,128,256", help="With --doc: lengths of the documents, in lines.")
     p.add_argument("--chunk_len", type=int, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
@@ -187,7 +187,8 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     loaded = {folder: generate.load_hypernet(folder, args) for folder in dict.fromkeys(folders.values())}
     nets = {row: loaded[folder] for row, folder in folders.items()}
     configs = [net.config for net in loaded.values()]
-    args.prompt_with_definition |= any(getattr(config, "prompt_with_definition", False) for config in configs)
+    if args.prompt_with_definition is None:
+        args.prompt_with_definition = any(getattr(config, "prompt_with_definition", False) for config in configs)
     configs += [load_adapter(args.mt_lora, args.device)[1]] if "mt_lora" in args.methods else []
     configs += [load_adapter(Path(args.oracles) / task.name, args.device)[1] for task in tasks] if "oracle" in args.methods else []
     base, tokenizer = generate.load_for(configs, args)

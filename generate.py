@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--encoder", help="Where the hypernetwork's text encoder is, if not under the name that it was trained with.")
     p.add_argument("--out", default="out/adapter", help="Folder of the adapter (with several --desc, of folders 0, 1, ...).")
     p.add_argument("--merge", help="Also write the base model with the adapter merged into its weights to this folder.")
-    p.add_argument("--prompt_with_definition", action="store_true", help="Put the description before the input as well. On for hypernetworks trained so.")
+    p.add_argument("--prompt_with_definition", action=argparse.BooleanOptionalAction, help="Put the description before the input as well. On for hypernetworks trained so.")
     p.add_argument("--chunk_len", type=int, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
     p.add_argument("--chunk_batch", type=int, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
     p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
@@ -185,7 +185,8 @@ def main() -> None:
         print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{description}")
         print(f"  adapter: {folder}/ (rank {rank} on {', '.join(adapter)} in {config.n_layers} layers)")
 
-        stated = description if args.prompt_with_definition or getattr(config, "prompt_with_definition", False) else ""
+        trained_so = getattr(config, "prompt_with_definition", False)
+        stated = description if (trained_so if args.prompt_with_definition is None else args.prompt_with_definition) else ""
         if stated:
             print("  prompt:  the description, then the input")
         ways = {"base model": (None, config.scaling, stated)}

@@ -808,8 +808,10 @@ def test_reworded_descriptions_are_new():
     for task in tasks["test"]:
         assert len(task.descriptions) == 128 and not train_words & set(task.reworded)
     for part, styles in data.SAY.items():
-        for seen, withheld in styles:
+        for seen, withheld in styles[:2]:
             assert not set(seen) & set(withheld) and len(seen) + len(withheld) >= 14, part
+        for (around,) in styles[2:]:
+            assert len(around) >= 8 and all("{x}" in phrase for phrase in around), part
     again = data.tiny_task(data.tiny_splits()["test"][0])
     assert again in tasks["test"]
 
@@ -1000,12 +1002,16 @@ def test_resume_after_kill_is_exact(tmp_path, mode):
     with metrics.open("a") as f:
         f.write('{"step": 99, "lo')  # a kill may leave half a line
     assert command(train, *words, "--out_dir", cut, "--lr", "0.5", "--resume") == 2  # other settings are another run
+    short = shutil.copytree(cut, tmp_path / "short")
+    assert command(train, *words, "--max_steps", "30", "--out_dir", short, "--resume") == 0  # but it may end sooner
+    assert len(losses_of(short)) == 30 and losses_of(short)[:14] == losses_of(whole)[:14] and (short / "train_args.json").exists()
     assert command(train, *words, "--out_dir", cut, "--resume") == 0
     assert losses_of(cut) == losses_of(whole)
     name = "hypernet.safetensors" if mode == "sft" else "model.safetensors"
     ours, theirs = load_file(cut / name), load_file(whole / name)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs) and not (cut / "state.safetensors").exists()
-    assert command(train, *words, "--out_dir", cut, "--resume") == 2 and losses_of(cut) == losses_of(whole)  # it is finished
+    for more in ([], ["--max_steps", "90"]):
+        assert command(train, *words, *more, "--out_dir", cut, "--resume") == 2 and losses_of(cut) == losses_of(whole)  # it is finished
 
 
 def torchrun(n: int, folder: Path, *words: str) -> list[float]:
@@ -1046,9 +1052,18 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
         assert ("the description, then the input" in capsys.readouterr().out) == bool(words)
     # a hypernetwork trained so needs no flag, and puts the whole table in that setting
     for run in (generate, "--desc", "red hat", "--input", "cat dog", "--out", tmp_path / "out"), (evaluation, "--split", "train", "--tasks", tmp_path / "tasks"):
-        seen.clear()
-        assert command(*run, "--hypernet", tmp_path / "net", *(["--methods", "base,t2l"] if run[0] is evaluation else [])) == 0
-        assert seen and set(seen) == {expected}
+        for words, content in ([], expected), (["--no-prompt_with_definition"], "cat dog"):
+            seen.clear()
+            assert command(*run, "--hypernet", tmp_path / "net", *(["--methods", "base,t2l"] if run[0] is evaluation else []), *words) == 0
+            assert seen and set(seen) == {content}
+    # or before a share of the examples
+    seen.clear()
+    training = ["--mode", "sft", "--tasks_per_batch", "64", "--max_steps", "2", "--split", "train", "--out_dir", tmp_path / "net"]
+    instances = [{"input": f"cat {word}", "output": [f"{word} cat"]} for word in data.FORMS]
+    lora.write_json(tmp_path / "tasks" / "swap.json", {"Definition": "red hat", "descriptions": ["Swap them."], "Instances": instances})
+    assert command(train, *training, "--tasks", tmp_path / "tasks", "--prompt_with_definition", "0.3") == 0
+    assert 0.1 < sum(content.startswith("red hat") for content in seen) / len(seen) < 0.5
+    assert hypernet.load_hypernet(tmp_path / "net").config.prompt_with_definition is True
 
 
 def test_without_a_definition_the_description_in_use_is_in_the_prompt(tmp_path, monkeypatch):
@@ -1067,7 +1082,7 @@ def test_without_a_definition_the_description_in_use_is_in_the_prompt(tmp_path, 
 
 def test_rows_in_groups_of_like_length_give_the_same_loss_and_gradient():
     args = train.argparse.Namespace(base_model="tiny", tasks="tiny", split="train", n_tasks=6, dtype="float32", target_modules="q_proj,v_proj", rank=8, alpha=16)
-    vars(args).update(dropout=0.0, gradient_checkpointing=False, multi_task=False, tasks_per_batch=6, examples_per_task=3, own_init=False)
+    vars(args).update(dropout=0.0, compile=False, gradient_checkpointing=False, multi_task=False, tasks_per_batch=6, examples_per_task=3, own_init=False)
     vars(args).update(prompt_with_definition=False, label_smoothing=0.1, neftune_alpha=0.0, l2=0.1, l1=0.1, row_groups=1, max_tokens=None)
     torch.manual_seed(0)
     objective = train.Lora(args, "cpu")
@@ -1135,6 +1150,18 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     assert command(train, *words, "--gradient_checkpointing", "--out_dir", tmp_path / "again") == 0
     for one, other in zip(losses_of(tmp_path / "plain"), losses_of(tmp_path / "again")):
         assert abs(one - other) < 1e-5
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_layers_compute_the_same(tmp_path, monkeypatch, capsys):
+    words = [*SHORT, "--max_steps", "3", "--dropout", "0.1", "--dtype", "float32", "--row_groups", "2"]
+    assert command(train, *words, "--out_dir", tmp_path / "plain") == 0
+    assert command(train, *words, "--compile", "--out_dir", tmp_path / "compiled") == 0
+    for one, other in zip(losses_of(tmp_path / "plain"), losses_of(tmp_path / "compiled")):
+        assert abs(one - other) < 1e-4
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert command(train, *words, "--compile", "--out_dir", tmp_path / "none") == 2
+    assert "--compile needs a C++ compiler" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_mixed_precision_computes_nearly_the_same(tmp_path):

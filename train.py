@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -56,7 +57,7 @@ TINY = {
     "pretrain": dict(max_steps=8000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
     "lora": dict(max_steps=120, lr=3e-3, tasks_per_batch=32, examples_per_task=4),
     "recon": dict(max_steps=1500, lr=4e-3, tasks_per_batch=64, examples_per_task=1),
-    "sft": dict(max_steps=1000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
+    "sft": dict(max_steps=2000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
 }
 TINY_D2L = dict(  # every line of a document is a piece of its own
     max_steps=2600, lr=2e-3, warmup=0.04, tasks_per_batch=32, examples_per_task=4, dropout=0.0, latent_size=128, n_blocks=1, n_heads=4, chunk_len=4
@@ -70,7 +71,7 @@ SERVES = {
     ("start_from",): ("sft", "d2l"),
     ("size", "head_in_size", "head_scale", "tell_apart", "encoder"): ("recon", "sft"),
     ("latent_size",): ("recon", "sft", "d2l"),
-    ("rank", "alpha", "target_modules", "max_tokens", "row_groups", "gradient_checkpointing", "neftune_alpha", "l1", "l2"): ("lora", "sft", "d2l"),
+    ("rank", "alpha", "target_modules", "max_tokens", "row_groups", "compile", "gradient_checkpointing", "neftune_alpha", "l1", "l2"): ("lora", "sft", "d2l"),
     ("split", "n_tasks", "dropout"): ("lora", "recon", "sft", "d2l"),
     ("prompt_with_definition",): ("lora", "recon", "sft"),
     ("examples_per_task", "label_smoothing"): ("pretrain", "lora", "sft", "d2l"),
@@ -108,7 +109,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--split", default="train", help="Which tasks: train, or val or test for oracles of those.")
     g.add_argument("--n_tasks", type=int, help="Use that many of the tasks.")
     g.add_argument("--max_tokens", type=int, help="Leave out examples that are longer, with their prompt and answer; tasks of none but such, too.")
-    g.add_argument("--prompt_with_definition", action="store_true", help="Put the task's definition before each input, as the paper does.")
+    g.add_argument("--prompt_with_definition", type=float, nargs="?", const=1.0, default=0.0, metavar="SHARE", help="Put the task's definition before each input, as the paper does, or before that share of them.")
     g.add_argument("--oracles", help="recon: the folder that --mode lora wrote.")
     g.add_argument("--start_from", help="sft: go on from the hypernetwork in this folder, of the same settings; or from an adapter, as what every description gives at first.")
     g = p.add_argument_group("how")
@@ -129,6 +130,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--device", help="Default: a GPU where there is one.")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
     g.add_argument("--row_groups", type=int, default=1, help="Compute a batch in that many parts, with rows of like length together: less padding, the same loss.")
+    g.add_argument("--compile", action="store_true", help="Compile the layers of the base model: the first steps take minutes, the others less.")
     g.add_argument("--gradient_checkpointing", action="store_true", help="Compute the base model's layers again in the backward pass, to save memory.")
     g = p.add_argument_group("where to")
     g.add_argument("--out_dir", help="Default: out/MODE.")
@@ -147,6 +149,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse
                 raise UserError(f"--{flag} is for {', '.join('--arch d2l' if r == 'd2l' else f'--mode {r}' for r in runs)}")
     if args.gradient_checkpointing and args.row_groups > 1:  # the layers would be computed again with the last group's adapters
         raise UserError("--gradient_checkpointing goes with --row_groups 1")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("--compile needs a C++ compiler: g++, or the one that the variable CXX names")
     return args
 
 
@@ -347,11 +351,17 @@ class Finetune(nn.Module):
         lora.inject(base, targets, args.dropout).train()
         if args.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
+        if args.compile:
+            on_cpu = device.type == "cpu"
+            if on_cpu:  # there attention in plain steps, which get fused, and the uncompiled random numbers are the faster ones
+                base.set_attn_implementation("eager")
+            for layer in base.get_decoder().layers:
+                layer.compile(dynamic=True, options={"fallback_random": on_cpu})
         self.frozen = (base, tokenizer)  # in a tuple, so that it is no part of this module's parameters
         self.encode = lru_cache(None)(lambda *example: model.encode(tokenizer, *example))
         if args.max_tokens:
             for task in self.tasks:
-                before = self.stated(task, max(task.descriptions, key=len))
+                before = self.definition(task, max(task.descriptions, key=len)) if args.prompt_with_definition else ""
                 task.train = [x for x in task.train if self.length(x[0], x[1][0], before) <= args.max_tokens]
             self.tasks = [task for task in self.tasks if task.train]
             if not self.tasks:
@@ -373,7 +383,9 @@ class Finetune(nn.Module):
         loss = sum(weight * size(adapter) for weight, size in ((self.args.l2, square_loss), (self.args.l1, absolute_loss)) if weight)
         rows = []  # (index in the batch, question, answer, what stands before the question)
         for k, (i, description, examples) in enumerate(batch):
-            rows += [(k, question, answers[0], self.stated(self.tasks[i], description)) for question, answers in examples]
+            for question, answers in examples:
+                stated = torch.rand(()) < self.args.prompt_with_definition
+                rows.append((k, question, answers[0], self.definition(self.tasks[i], description) if stated else ""))
         adapter = {name: (A.to(base.dtype), B.to(base.dtype)) for name, (A, B) in adapter.items()}  # at once, not layer by layer
         parts, size = [adapter], math.ceil(len(rows) / self.args.row_groups)
         if size < len(rows):  # rows of like length together
@@ -384,9 +396,9 @@ class Finetune(nn.Module):
             loss = loss + self.part_loss(part, batch, own) * (len(part) / len(rows))
         return loss
 
-    def stated(self, task: data.Task, description: str) -> str:
-        """What stands in the prompt before the input."""
-        return (task.definition or description) if self.args.prompt_with_definition else ""
+    def definition(self, task: data.Task, description: str) -> str:
+        """What --prompt_with_definition puts before the input."""
+        return task.definition or description
 
     def length(self, question: str, answer: str, before: str) -> int:
         """Tokens of an example, with its prompt."""
@@ -433,7 +445,7 @@ def new_hypernet(args, config: lora.LoRAConfig, embed, tasks: list[data.Task]) -
     """A hypernetwork with the sizes of `args`, for adapters as in `config`, to be trained on the descriptions of `tasks`."""
     own = dict(encoder=args.encoder, task_emb_size=len(embed("any")), size=args.size, latent_size=args.latent_size)
     own |= dict(head_in_size=args.head_in_size, head_scale=args.head_scale, dropout=args.dropout)
-    own |= dict(prompt_with_definition=args.prompt_with_definition)
+    own |= dict(prompt_with_definition=args.prompt_with_definition > 0)
     net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=args.mode == "recon" and not args.delta_w))
     if args.tell_apart:
         net.tell_apart([torch.stack(list(map(embed, task.descriptions[:32]))).cpu() for task in tasks])
@@ -537,7 +549,8 @@ OBJECTIVES = {("pretrain", "t2l"): Pretrain, ("lora", "t2l"): Lora, ("recon", "t
 # The run: its folder, its state, its processes
 # ---------------------------------------------------------------------------------------------------------
 
-FREE_ON_RESUME = ("resume", "out_dir", "save_every", "device", "wandb", "gradient_checkpointing")  # every other setting changes the run
+# Other steps change how the learning rate falls from here on; a setting that is not among these would change the run itself.
+FREE_ON_RESUME = ("resume", "max_steps", "out_dir", "save_every", "device", "wandb", "gradient_checkpointing")
 
 
 def open_run(args) -> None:
@@ -552,7 +565,7 @@ def open_run(args) -> None:
         then, now = lora.read_json(record), vars(args)
         changed = [f"--{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in FREE_ON_RESUME and then.get(k) != v]
         metrics = folder / "metrics.jsonl"
-        if not (folder / "state.safetensors").exists() and metrics.exists() and len(metrics.read_text().splitlines()) >= args.max_steps:
+        if not (folder / "state.safetensors").exists() and metrics.exists() and len(metrics.read_text().splitlines()) >= then["max_steps"]:
             raise UserError(f"--resume: the run in {folder} is finished")
         if changed:
             raise UserError(f"--resume goes on with the settings of the run in {folder}: {'; '.join(changed)}")
