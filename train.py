@@ -130,7 +130,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--device", help="Default: a GPU where there is one.")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
     g.add_argument("--row_groups", type=int, default=1, help="Compute a batch in that many parts, with rows of like length together: less padding, the same loss.")
-    g.add_argument("--compile", action="store_true", help="Compile the layers of the base model: the first steps take minutes, the others less.")
+    g.add_argument("--compile", action="store_true", help="Compile the layers of the base model: the first step takes a minute, the others two thirds of their time.")
     g.add_argument("--gradient_checkpointing", action="store_true", help="Compute the base model's layers again in the backward pass, to save memory.")
     g = p.add_argument_group("where to")
     g.add_argument("--out_dir", help="Default: out/MODE.")
