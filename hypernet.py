@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lora
 import model
-from lora import Adapter, LoRAConfig, UserError, read_json, read_safetensors, write_json, write_safetensors
+from lora import Adapter, Dropout, LoRAConfig, UserError, read_json, read_safetensors, write_json, write_safetensors
 
 SIZES = ("large", "medium", "small")  # 55M, 34M and 5M parameters for Mistral-7B (paper, section 4)
 
@@ -51,7 +51,7 @@ class Residual(nn.Sequential):
 
 def mlp(n_in: int, n_out: int, dropout: float) -> list[nn.Module]:
     """Two linear layers, four times as wide in between, with SiLU after both, as published."""
-    return [nn.Linear(n_in, 4 * n_in), nn.SiLU(), nn.Dropout(dropout), nn.Linear(4 * n_in, n_out), nn.SiLU()]
+    return [nn.Linear(n_in, 4 * n_in), nn.SiLU(), Dropout(dropout), nn.Linear(4 * n_in, n_out), nn.SiLU()]
 
 
 def rotate(x: Tensor, positions: int) -> Tensor:
@@ -82,9 +82,9 @@ class TextToLoRA(nn.Module):
         self.module_emb = nn.Sequential(nn.Embedding(len(self.names), quarter), nn.LayerNorm(quarter))
 
         # the trunk
-        self.mixer = nn.Sequential(nn.Dropout(drop), *mlp(d, d, drop), nn.Dropout(drop))
-        self.mlp1 = Residual(nn.LayerNorm(d), *mlp(d, d, drop), nn.Dropout(drop))
-        self.mlp2 = Residual(nn.LayerNorm(d), *mlp(d, d, drop), nn.Dropout(drop))
+        self.mixer = nn.Sequential(Dropout(drop), *mlp(d, d, drop), Dropout(drop))
+        self.mlp1 = Residual(nn.LayerNorm(d), *mlp(d, d, drop), Dropout(drop))
+        self.mlp2 = Residual(nn.LayerNorm(d), *mlp(d, d, drop), Dropout(drop))
         self.mlp3 = nn.Sequential(nn.LayerNorm(d), *mlp(d, c.head_in_size, drop))
 
         # what a row of medium and small has to be told besides: whether to make A or B, and which rank

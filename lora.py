@@ -92,6 +92,19 @@ def describe(model: nn.Module, target_modules: list[str], base_model: str, **set
     )
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout in less than half of its time on a CPU: a random byte for each element, so p is rounded to 256ths."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = round(256 * self.p)
+        if not self.training or not dropped:
+            return x
+        words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
+        drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
+        kept = drawn.clamp(dropped - 1, dropped) - (dropped - 1)  # 0 or 1; a comparison is slow when compiled
+        return x * (kept.to(x.dtype) * (256 / (256 - dropped)))
+
+
 class LoRALinear(nn.Linear):
     """A frozen linear layer with room for an adapter. Its weight stays the base model's own tensor, under its
     old name, so injecting copies nothing and the base model's state dict does not change."""
@@ -99,7 +112,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear, name: str, layer: int, dropout: float):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.name, self.layer, self.dropout = name, layer, dropout
+        self.name, self.layer, self.dropout = name, layer, Dropout(dropout)
         self.A = self.B = None  # [n, r, in] and [n, out, r] for n adapters
         self.scaling = SCALING
         self.unmerged = None  # the original weight while an adapter is merged into it
@@ -111,9 +124,7 @@ class LoRALinear(nn.Linear):
         n = len(self.A)
         if len(x) % n:
             raise ValueError(f"{len(x)} batch rows cannot be shared out among {n} adapters")
-        x = x.to(self.A.dtype)
-        if self.training and self.dropout:  # F.dropout, in a third of its time on a CPU
-            x = x * (torch.rand_like(x) >= self.dropout) / (1 - self.dropout)
+        x = self.dropout(x.to(self.A.dtype))
         x = x.reshape(n, -1, self.in_features)  # [n, rows/n * T, in]: rows/n neighbouring rows share one adapter
         update = self.scaling * (x @ self.A.mT) @ self.B.mT  # [n, rows/n * T, out]
         return y + update.view_as(y).to(y.dtype)

@@ -123,6 +123,17 @@ def test_dropout_is_on_the_lora_branch_in_training_only():
     torch.testing.assert_close(layer(x) - plain, torch.ones(1, 50))
 
 
+def test_dropout_drops_its_share_keeps_the_mean_and_blocks_gradients_where_it_drops():
+    torch.manual_seed(0)
+    x = torch.full((99, 1001), 2.0, requires_grad=True)
+    y = lora.Dropout(0.1)(x)
+    y.sum().backward()
+    assert abs((y == 0).float().mean() - 26 / 256) < 0.005 and abs(y.mean() - 2) < 0.01
+    assert torch.equal(x.grad * 2, y)
+    assert (y == 0).any(0).float().mean() > 0.99 and (y == 0).any(1).all()  # everywhere alike
+    assert lora.Dropout(0.1).eval()(x) is x
+
+
 def test_merge_is_the_adapter_and_unmerge_is_exact():
     base = tiny_llama()
     config = lora.describe(base, NAMES, "x")
@@ -1543,6 +1554,7 @@ BAD = {
     "switch of documents": (train, ["--mode", "sft", "--distill", "4"], "--distill is for --arch d2l"),
     "switch of oracles": (train, ["--mode", "sft", "--own_init"], "--own_init is for --mode lora"),
     "switch without effect": (train, ["--mode", "pretrain", "--row_groups", "2"], "--row_groups is for --mode lora, --mode sft, --arch d2l"),
+    "dropout of all": (train, ["--mode", "sft", "--dropout", "1"], "--dropout 1.0: it is a share"),
     "groups computed again": (train, ["--mode", "sft", "--row_groups", "2", "--gradient_checkpointing"], "--gradient_checkpointing goes with --row_groups 1"),
     "oracles of another base": (train, ["--mode", "recon", "--oracles", "{tmp}/oracles"], "are for base, not for --base_model tiny"),
     "document in the prompt": (generate, ["--doc", "{note}", "--prompt_with_definition"], "--prompt_with_definition is for --desc"),
