@@ -93,12 +93,12 @@ def describe(model: nn.Module, target_modules: list[str], base_model: str, **set
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout in less than half of its time on a CPU: a random byte for each element, so p is rounded to 256ths."""
+    """nn.Dropout, on a CPU in less than half of its time: a random byte for each element, so p is rounded to 256ths."""
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = round(256 * self.p)
-        if not self.training or not dropped:
-            return x
+        if not self.training or not dropped or x.device.type != "cpu":
+            return super().forward(x)
         words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
         drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
         kept = drawn.clamp(dropped - 1, dropped) - (dropped - 1)  # 0 or 1; a comparison is slow when compiled
