@@ -99,7 +99,7 @@ class Dropout(nn.Dropout):
         dropped = round(256 * self.p)
         if not self.training or not dropped or x.device.type != "cpu":
             return super().forward(x)
-        words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
+        words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,))
         drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
         kept = drawn.clamp(dropped - 1, dropped) - (dropped - 1)  # 0 or 1; a comparison is slow when compiled
         return x * (kept.to(x.dtype) * (256 / (256 - dropped)))

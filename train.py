@@ -147,8 +147,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse
         for flag in flags:
             if getattr(args, flag) != parser.get_default(flag) and run not in runs:
                 raise UserError(f"--{flag} is for {', '.join('--arch d2l' if r == 'd2l' else f'--mode {r}' for r in runs)}")
-    if not 0 <= (args.dropout or 0) < 0.99:
-        raise UserError(f"--dropout {args.dropout}: it is a share, from 0 to less than 1")
+    if not 0 <= (args.dropout or 0) <= 0.99:
+        raise UserError(f"--dropout {args.dropout}: it is a share, from 0 to 0.99")
     if args.gradient_checkpointing and args.row_groups > 1:  # the layers would be computed again with the last group's adapters
         raise UserError("--gradient_checkpointing goes with --row_groups 1")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
