@@ -1721,9 +1721,10 @@ def test_a_real_model(tmp_path):
     instances = [{"input": f"{a} {b}", "output": [f"{b} {a}"]} for a in ("red", "blue", "green") for b in ("cat", "dog", "cow")]
     lora.write_json(tmp_path / "swap.json", {"name": "swap", "descriptions": ["Swap the two words."], "Instances": instances})
     words = ["--mode", "sft", "--base_model", base, "--encoder", encoder, "--tasks", tmp_path, "--size", "small", "--max_steps", "12"]
-    assert command(train, *words, "--lr", "1e-3", "--examples_per_task", "4", "--tasks_per_batch", "1", "--out_dir", tmp_path / "net") == 0
+    words += ["--dropout", "0", "--neftune_alpha", "0", "--label_smoothing", "0"]  # the same losses but for rounding, on any machine
+    assert command(train, *words, "--lr", "1e-4", "--examples_per_task", "4", "--tasks_per_batch", "1", "--out_dir", tmp_path / "net") == 0
     losses = losses_of(tmp_path / "net")
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     words = ["--desc", "Swap the two words.", "--hypernet", tmp_path / "net", "--input", "red cat", "--max_new_tokens", "8"]
     assert command(generate, *words, "--out", tmp_path / "adapter", "--merge", tmp_path / "merged") == 0
     model_, tokenizer = model.load_base(base)
