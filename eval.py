@@ -39,6 +39,13 @@ import model
 import train
 from lora import UserError
 
+TASKS, DOC, SPEED = "scores on tasks", "--doc", "--speed"
+SERVES = {  # where flags have an effect, if not everywhere
+    ("split", "n_tasks", "methods", "mt_lora", "oracles", "recon", "compare", "descriptions", "far", "per_task", "encoder", "prompt_with_definition", "seed"): (TASKS,),
+    ("tasks", "n_examples", "chunk_len", "chunk_batch", "contains", "batch_size", "max_new_tokens", "out", "plot"): (TASKS, DOC),
+    ("lengths",): (DOC,),
+    ("size",): (SPEED,),
+}
 METHODS = ("base", "icl", "prompt", "mt_lora", "oracle", "t2l", "t2l_reworded", "t2l_shuffled", "t2l_random", "recon")
 
 
@@ -77,6 +84,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
     args = p.parse_args()
+    lora.refuse_idle(args, p, SPEED if args.speed else DOC if args.doc else TASKS, SERVES)
     args.tasks = args.tasks or ("facts" if args.doc else "tiny")
     given = dict(mt_lora=args.mt_lora, oracle=args.oracles, recon=args.recon, t2l_reworded=args.tasks == "tiny" and not args.descriptions)
     args.far = args.far.split(",") if args.far else []
@@ -87,8 +95,6 @@ def parse_args() -> argparse.Namespace:
         if not given.get(method, True):
             flag = {"mt_lora": "--mt_lora DIR", "oracle": "--oracles DIR", "recon": "--recon DIR"}.get(method, "--tasks tiny")
             raise UserError(f"the method {method} needs {flag}")
-    if args.doc and args.prompt_with_definition:
-        raise UserError("--prompt_with_definition is for descriptions, not for --doc")
     if args.plot:
         pyplot()  # is there matplotlib?
     return args
@@ -117,7 +123,7 @@ def score(judge, tasks: list[data.Task], method: str, net=None, write=None) -> d
         chunk = rows[start : start + args.batch_size]
         prompts = []
         for task, _, stated, question, _ in chunk:
-            examples = [(q, a[0]) for q, a in task.train[:3]] if method == "icl" else []
+            examples = [(q, a[0]) for q, a in task.train if q != question][:3] if method == "icl" else []
             messages = model.prompt(tokenizer, question, stated, examples)
             prompts.append(model.render(tokenizer, messages))
         lora.set_adapter(base, None)  # the base model may be the text encoder, too

@@ -23,6 +23,7 @@ import lora
 import model
 from lora import UserError
 
+SERVES = {("encoder", "prompt_with_definition"): ("--desc",), ("add_to", "chunk_len", "chunk_batch"): ("--doc",)}  # where flags have an effect
 MAX_DESCRIPTION = 2000  # characters
 MAX_DOCUMENT = 1_000_000  # characters; the adapter's rank grows with the document, by that of the hypernetwork a piece
 
@@ -48,15 +49,12 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
     args = p.parse_args()
+    if args.doc and args.desc:
+        raise UserError("an adapter comes from --desc or from --doc")
+    lora.refuse_idle(args, p, "--doc" if args.doc else "--desc", SERVES)
     if args.doc:
-        if args.desc:
-            raise UserError("an adapter comes from --desc or from --doc")
-        if args.prompt_with_definition:
-            raise UserError("--prompt_with_definition is for --desc: with --doc the answers with the document in the prompt are there anyway")
         args.texts = [read_text(file) for file in args.doc]
         args.desc = ["\n\n".join(args.texts)]  # what stands in description.txt, and in the prompt for comparison
-    elif args.add_to:
-        raise UserError("--add_to goes with --doc")
     if not args.desc:
         raise UserError('say what the model should do, for example: python generate.py --desc "Translate the animals into French."')
     for description in args.desc:

@@ -341,8 +341,16 @@ def load_adapter(folder: str | Path, device="cpu") -> tuple[Adapter, LoRAConfig]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The commands' way out
+# What the commands share: flags without effect are refused, and mistakes end in one line
 # ---------------------------------------------------------------------------------------------------------
+
+
+def refuse_idle(args, parser, run: str, serves: dict[tuple[str, ...], tuple[str, ...]]) -> None:
+    """Raise UserError for a flag that would have no effect: `serves` is {flags: kinds of run in which they have one}."""
+    for flags, runs in serves.items():
+        for flag in flags:
+            if getattr(args, flag) != parser.get_default(flag) and run not in runs:
+                raise UserError(f"--{flag} is for {', '.join(runs)}")
 
 
 def run(main) -> None:

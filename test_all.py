@@ -1518,6 +1518,19 @@ def foreign(folder: Path) -> Path:
     return folder
 
 
+def test_examples_in_the_prompt_are_never_the_question_itself(monkeypatch):
+    base, tokenizer = model.load_base("tiny")
+    pairs = [("cat", ["gato"]), ("sun", ["sol"]), ("bird", ["oiseau"]), ("star", ["Stern"])]
+    seen = []
+    monkeypatch.setattr(model, "answer", lambda base, tokenizer, prompts, room: seen.extend(prompts) or [""] * len(prompts))
+    args = types.SimpleNamespace(n_examples=25, batch_size=8, max_new_tokens=8, contains=False, prompt_with_definition=False, seed=0)
+    evaluation.score((args, lora.inject(base, NAMES), tokenizer), [data.Task("facts", ["unused"], pairs, pairs)], "icl")  # as in a folder of documents
+    for prompt in seen:
+        *examples, question = re.findall(r"(\w+) ->", prompt)
+        assert len(examples) == 3 and question not in examples
+    assert len(seen) == 4
+
+
 BAD = {
     "no description": (generate, [], "say what the model should do"),
     "empty description": (generate, ["--desc", "  "], "--desc is empty"),
@@ -1545,7 +1558,7 @@ BAD = {
     "document of unknown words": (generate, ["--doc", "{hypernet}/config.json", "--hypernet", "{reader}"], "has no token for {"),
     "over-long document": (generate, ["--doc", "{long}"], "1,000,000 are the most"),
     "document for another base": (generate, ["--doc", "{note}", "--hypernet", "{reader}", "--add_to", "{adapter}"], "trained for base does not go with tiny"),
-    "description to add": (generate, ["--desc", DESC, "--add_to", "{adapter}"], "--add_to goes with --doc"),
+    "description to add": (generate, ["--desc", DESC, "--add_to", "{adapter}"], "--add_to is for --doc"),
     "lengths of other documents": (evaluation, ["--doc", "--tasks", "tiny"], "--tasks is one of facts, needle"),
     "length of descriptions": (evaluation, ["--doc", "--tasks", "facts", "--hypernet", "{hypernet}"], "reads descriptions, not documents"),
     "document for text-to-lora": (generate, ["--doc", "{hypernet}/config.json", "--hypernet", "{hypernet}"], "this hypernetwork reads descriptions: use --desc"),
@@ -1554,6 +1567,10 @@ BAD = {
     "switch of documents": (train, ["--mode", "sft", "--distill", "4"], "--distill is for --arch d2l"),
     "switch of oracles": (train, ["--mode", "sft", "--own_init"], "--own_init is for --mode lora"),
     "switch without effect": (train, ["--mode", "pretrain", "--row_groups", "2"], "--row_groups is for --mode lora, --mode sft, --arch d2l"),
+    "switch of the table": (evaluation, ["--doc", "--split", "val"], "--split is for scores on tasks"),
+    "switch of speed": (evaluation, ["--doc", "--size", "small"], "--size is for --speed"),
+    "pieces of a description": (generate, ["--desc", DESC, "--chunk_len", "8"], "--chunk_len is for --doc"),
+    "tasks of every step": (train, ["--mode", "lora", "--tasks_per_batch", "8"], "--tasks_per_batch goes with --multi_task"),
     "dropout of all": (train, ["--mode", "sft", "--dropout", "1"], "--dropout 1.0: it is a share"),
     "groups computed again": (train, ["--mode", "sft", "--row_groups", "2", "--gradient_checkpointing"], "--gradient_checkpointing goes with --row_groups 1"),
     "oracles of another base": (train, ["--mode", "recon", "--oracles", "{tmp}/oracles"], "are for base, not for --base_model tiny"),

@@ -63,18 +63,19 @@ TINY_D2L = dict(  # every line of a document is a piece of its own
     max_steps=2600, lr=2e-3, warmup=0.04, tasks_per_batch=32, examples_per_task=4, dropout=0.0, latent_size=128, n_blocks=1, n_heads=4, chunk_len=4
 )  # fmt: skip
 TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5, tell_apart=0)
-# Where flags have an effect, if not everywhere: by --mode, or d2l for --arch d2l.
+# Where flags have an effect, if not everywhere.
+PRETRAIN, LORA, RECON, SFT, DOC = "--mode pretrain", "--mode lora", "--mode recon", "--mode sft", "--arch d2l"
 SERVES = {
-    ("n_blocks", "n_latents", "n_heads", "chunk_len", "chunk_batch", "max_pieces", "early_exit", "distill"): ("d2l",),
-    ("multi_task", "own_init"): ("lora",),
-    ("delta_w", "oracles"): ("recon",),
-    ("start_from",): ("sft", "d2l"),
-    ("size", "head_in_size", "head_scale", "tell_apart", "encoder"): ("recon", "sft"),
-    ("latent_size",): ("recon", "sft", "d2l"),
-    ("rank", "alpha", "target_modules", "max_tokens", "row_groups", "compile", "gradient_checkpointing", "neftune_alpha", "l1", "l2"): ("lora", "sft", "d2l"),
-    ("split", "n_tasks", "dropout"): ("lora", "recon", "sft", "d2l"),
-    ("prompt_with_definition",): ("lora", "recon", "sft"),
-    ("examples_per_task", "label_smoothing"): ("pretrain", "lora", "sft", "d2l"),
+    ("n_blocks", "n_latents", "n_heads", "chunk_len", "chunk_batch", "max_pieces", "early_exit", "distill"): (DOC,),
+    ("multi_task", "own_init"): (LORA,),
+    ("delta_w", "oracles"): (RECON,),
+    ("start_from",): (SFT, DOC),
+    ("size", "head_in_size", "head_scale", "tell_apart", "encoder"): (RECON, SFT),
+    ("latent_size",): (RECON, SFT, DOC),
+    ("rank", "alpha", "target_modules", "max_tokens", "row_groups", "compile", "gradient_checkpointing", "neftune_alpha", "l1", "l2"): (LORA, SFT, DOC),
+    ("split", "n_tasks", "dropout"): (LORA, RECON, SFT, DOC),
+    ("prompt_with_definition",): (LORA, RECON, SFT),
+    ("examples_per_task", "label_smoothing"): (PRETRAIN, LORA, SFT, DOC),
 }
 
 
@@ -142,11 +143,9 @@ def parse_args() -> argparse.Namespace:
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Refuse flags that would have no effect, or a wrong one."""
-    run = "d2l" if args.arch == "d2l" else args.mode
-    for flags, runs in SERVES.items():
-        for flag in flags:
-            if getattr(args, flag) != parser.get_default(flag) and run not in runs:
-                raise UserError(f"--{flag} is for {', '.join('--arch d2l' if r == 'd2l' else f'--mode {r}' for r in runs)}")
+    lora.refuse_idle(args, parser, DOC if args.arch == "d2l" else f"--mode {args.mode}", SERVES)
+    if args.mode == "lora" and args.tasks_per_batch and not args.multi_task:
+        raise UserError("--tasks_per_batch goes with --multi_task: otherwise every task takes part in every step")
     if not 0 <= (args.dropout or 0) <= 0.99:
         raise UserError(f"--dropout {args.dropout}: it is a share, from 0 to 0.99")
     if args.gradient_checkpointing and args.row_groups > 1:  # the layers would be computed again with the last group's adapters
