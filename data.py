@@ -66,7 +66,13 @@ def folder_tasks(folder: str | Path) -> dict[str, list[Task]]:
     if not files:
         raise UserError(f"--tasks {folder}: no task files (NAME.json) in it")
     splits = read_json(folder / "splits.json") if (folder / "splits.json").exists() else {"train": [p.stem for p in files]}
-    return {split: [read_task(folder / f"{name}.json") for name in splits.get(split, [])] for split in ("train", "val", "test")}
+    if not isinstance(splits, dict):
+        raise UserError(f'{folder}/splits.json takes {{"train": [names], "val": [...], "test": [...]}}')
+    tasks = {split: [read_task(folder / f"{name}.json") for name in splits.get(split, [])] for split in ("train", "val", "test")}
+    names = [task.name for split in tasks.values() for task in split]  # an oracle's folder is named after its task
+    if wrong := {name for name in names if names.count(name) > 1 or Path(name).name != name}:
+        raise UserError(f"{folder}: these names of tasks occur twice or are no names of folders: {', '.join(sorted(wrong))}")
+    return tasks
 
 
 def read_task(path: Path) -> Task:
@@ -82,9 +88,10 @@ def read_task(path: Path) -> Task:
             descriptions = as_list(content.get("descriptions") or content["Definition"])
             definition = as_list(content.get("Definition") or [""])[0]
             examples = [(x["input"].strip(), [o.strip() for o in as_list(x["output"])]) for x in content["Instances"]]
+        complete = descriptions and examples and all(outputs for _, outputs in examples) and all(d.strip() for d in descriptions)
     except (AttributeError, KeyError, IndexError, TypeError) as e:
         raise UserError(f"{path} is not a task file: {e} is missing or of the wrong kind") from None
-    if not examples or not all(outputs for _, outputs in examples) or not all(d.strip() for d in descriptions):
+    if not complete:
         raise UserError(f"{path}: a task takes instances with an output each, and descriptions (or a document) that are not empty")
     n_train = len(examples) - len(examples) // 5
     train, test = (examples, examples) if "document" in content else (examples[:n_train], examples[n_train:])

@@ -49,6 +49,11 @@ SERVES = {  # where flags have an effect, if not everywhere
 METHODS = ("base", "icl", "prompt", "mt_lora", "oracle", "t2l", "t2l_reworded", "t2l_shuffled", "t2l_random", "recon")
 
 
+def lengths(text: str) -> list[int]:
+    """An argparse type: whole numbers with commas between."""
+    return [lora.positive(n) for n in text.split(",")]
+
+
 def parse_args() -> argparse.Namespace:
     """The flags, checked as far as that goes without a model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,8 +63,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--encoder", help="Where the hypernetwork's text encoder is, if not under the name that it was trained with.")
     p.add_argument("--tasks", help="As for train.py. Default: tiny, with --doc facts.")
     p.add_argument("--split", default="test", choices=["train", "val", "test"])
-    p.add_argument("--n_tasks", type=int, help="Use that many of the tasks.")
-    p.add_argument("--n_examples", type=int, default=25, help="Test examples a task; they take turns with its descriptions.")
+    p.add_argument("--n_tasks", type=lora.positive, help="Use that many of the tasks.")
+    p.add_argument("--n_examples", type=lora.positive, default=25, help="Test examples a task; they take turns with its descriptions.")
     p.add_argument("--methods", help="Comma-separated. Default: all for which the folders are given.")
     p.add_argument("--mt_lora", help="Adapter folder of train.py --mode lora --multi_task.")
     p.add_argument("--oracles", help="Folder of adapter folders, one a task, of train.py --mode lora.")
@@ -70,18 +75,18 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--per_task", action="store_true", help="Print the scores of every task as well.")
     p.add_argument("--prompt_with_definition", action=argparse.BooleanOptionalAction, help="As for train.py, in all rows of the table. On where a hypernetwork was trained so.")
     p.add_argument("--doc", action="store_true", help="Doc-to-LoRA on documents of --tasks facts or needle, of growing length.")
-    p.add_argument("--lengths", default="4,8,16,32,64,128,256", help="With --doc: lengths of the documents, in lines.")
-    p.add_argument("--chunk_len", type=int, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
-    p.add_argument("--chunk_batch", type=int, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
+    p.add_argument("--lengths", type=lengths, default=[4, 8, 16, 32, 64, 128, 256], help="With --doc: lengths of the documents, in lines.")
+    p.add_argument("--chunk_len", type=lora.positive, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
+    p.add_argument("--chunk_batch", type=lora.positive, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
     p.add_argument("--contains", action="store_true", help="Count an answer that has a right one in it, in place of exact match: for base models that answer in sentences.")
-    p.add_argument("--batch_size", type=int, default=256, help="Rows that are answered at once.")
-    p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
+    p.add_argument("--batch_size", type=lora.positive, default=256, help="Rows that are answered at once.")
+    p.add_argument("--max_new_tokens", type=lora.positive, default=64, help="Longest answer, in tokens.")
     p.add_argument("--seed", type=int, default=0, help="Of meaningless descriptions.")
     p.add_argument("--out", help="Write settings and scores to this JSON file.")
     p.add_argument("--plot", help="Draw the scores as a picture (needs matplotlib).")
     p.add_argument("--speed", action="store_true", help="Measure training steps and adapter generation; no scores.")
     p.add_argument("--size", default="large", choices=hypernet.SIZES, help="Size of the hypernetwork that --speed measures.")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", type=lora.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
     args = p.parse_args()
     lora.refuse_idle(args, p, SPEED if args.speed else DOC if args.doc else TASKS, SERVES)
@@ -97,6 +102,8 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"the method {method} needs {flag}")
     if args.plot:
         pyplot()  # is there matplotlib?
+    if args.out and Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a folder; it takes the name of a file")
     return args
 
 
@@ -142,15 +149,13 @@ def score(judge, tasks: list[data.Task], method: str, net=None, write=None) -> d
 def adapters_of(args, method: str, chunk: list, net, write) -> tuple[lora.Adapter | None, float]:
     """The adapters of a chunk of rows, one a row (or one for all), and their scaling."""
     if net is not None:
-        distinct = {row[1]: None for row in chunk}
-        adapters = write(list(distinct))
-        index = {description: i for i, description in enumerate(distinct)}
-        return lora.select(adapters, [index[row[1]] for row in chunk]), net.config.scaling
+        distinct = list(dict.fromkeys(row[1] for row in chunk))
+        return lora.select(write(distinct), [distinct.index(row[1]) for row in chunk]), net.config.scaling
     if method == "mt_lora":
         adapter, config = load_adapter(args.mt_lora, args.device)
         return adapter, config.scaling
     if method == "oracle":
-        names = list({row[0].name: None for row in chunk})
+        names = list(dict.fromkeys(row[0].name for row in chunk))
         loaded = [load_adapter(Path(args.oracles) / name, args.device) for name in names]
         adapters = lora.stack([adapter for adapter, _ in loaded])
         return lora.select(adapters, [names.index(row[0].name) for row in chunk]), loaded[0][1].scaling
@@ -173,16 +178,18 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
         words = lora.read_json(args.descriptions)
         tasks = [task for task in tasks if task.name in words]
         for task in tasks:
-            task.descriptions = words[task.name]
-        if not tasks:
-            raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
+            task.descriptions = [words[task.name]] if isinstance(words[task.name], str) else words[task.name]
+        if not tasks or not all(task.descriptions for task in tasks):
+            raise UserError(f"{args.descriptions} has no descriptions of {'some' if tasks else 'the'} {args.split} tasks")
     for task in tasks:
         if not task.test:
             raise UserError(f"the task {task.name} has no test part: the last fifth of the instances, so it takes five")
     if unknown := set(args.far) - {task.name for task in tasks}:
         raise UserError(f"--far: no such task here: {', '.join(sorted(unknown))}")
+    if len(set(args.far)) == len(tasks):
+        raise UserError("--far names all tasks; it is for some of them")
     if "t2l_shuffled" in args.methods and len(tasks) < 2:
-        raise UserError("the method t2l_shuffled takes two tasks or more")
+        raise UserError("the method t2l_shuffled takes two tasks or more; --methods names others")
     # which hypernetwork makes the adapters of which row
     folders = {method: args.hypernet or hypernet.shipped(args.base_model or "tiny") for method in args.methods if method.startswith("t2l")}
     folders |= {f"t2l/{Path(folder).name}": folder for folder in args.compare}
@@ -192,18 +199,22 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
             raise UserError("--compare and --recon: the last parts of the folders' names have to differ")
     loaded = {folder: generate.load_hypernet(folder, args) for folder in dict.fromkeys(folders.values())}
     nets = {row: loaded[folder] for row, folder in folders.items()}
+    if args.hypernet:  # it says which base model, even if no row is its own
+        loaded.setdefault(args.hypernet, generate.load_hypernet(args.hypernet, args))
     configs = [net.config for net in loaded.values()]
     if args.prompt_with_definition is None:
         args.prompt_with_definition = any(getattr(config, "prompt_with_definition", False) for config in configs)
     configs += [load_adapter(args.mt_lora, args.device)[1]] if "mt_lora" in args.methods else []
     configs += [load_adapter(Path(args.oracles) / task.name, args.device)[1] for task in tasks] if "oracle" in args.methods else []
     base, tokenizer = generate.load_for(configs, args)
+    for task in tasks:
+        model.check_known(tokenizer, task.test[0][0])
     results = {}
     for row in dict.fromkeys([*args.methods, *folders]):
         net = nets.get(row)
         results[row] = score((args, base, tokenizer), tasks, row, net, net and generate.writer(net, base, tokenizer, args))
         print(f"{row:24} {statistics.fmean(results[row].values()):.3f}", flush=True)
-    if args.plot and isinstance(nets.get("t2l"), hypernet.TextToLoRA):
+    if args.plot and len(tasks) > 1 and isinstance(nets.get("t2l"), hypernet.TextToLoRA):
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
         everything = [task for split in data.load_tasks(args.tasks).values() for task in split]
         encode = generate.shared_encoder(args.encoder or nets["t2l"].config.encoder, args.device, (base, tokenizer), nets["t2l"].config.full_stop)
@@ -254,13 +265,15 @@ def evaluate_documents(args) -> tuple[dict[str, dict[str, float]], dict[str, tup
     """
     if args.tasks not in data.DOCUMENTS:
         raise UserError(f"--doc: --tasks is one of {', '.join(data.DOCUMENTS)}; for a folder of documents leave --doc out")
+    if args.n_examples < 2:
+        raise UserError("--doc takes --n_examples 2 or more: d2l_shuffled answers from another document")
     net = generate.load_hypernet(args.hypernet or hypernet.shipped(args.base_model or "tiny", "d2l"), args)
     if not isinstance(net, hypernet.DocToLoRA):
         raise UserError("--doc: this hypernetwork reads descriptions, not documents")
     base, tokenizer = generate.load_for([net.config], args)
     write, window = generate.writer(net, base, tokenizer, args), base.config.get_text_config().max_position_embeddings
     results, fitting = {row: {} for row in READERS}, None
-    for n_lines in map(int, args.lengths.split(",")):
+    for n_lines in args.lengths:
         tasks = data.documents(args.tasks, n_lines, n_lines, args.n_examples)
         n_tokens = max(len(model.tokenize(tokenizer, task.descriptions[0])) for task in tasks)
         fits = n_tokens + 64 <= window  # the question and the answer, too
@@ -332,12 +345,11 @@ def plot_documents(path: str, results: dict[str, dict[str, float]]) -> None:
     """Accuracy over the length of the document."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    tokens = [int(n.replace(",", "")) for n in results["d2l"]]
     colors = {"base": "#c9c9c9", "in_context": "#d08a3c", "d2l": "#2f6db5", "d2l_shuffled": "#9db7d5"}
     for row, scores in results.items():
-        ax.plot(tokens[: len(scores)], list(scores.values()), "o-", color=colors[row], label=row.replace("_", " "))
+        ax.plot([int(n.replace(",", "")) for n in scores], list(scores.values()), "o-", color=colors[row], label=row.replace("_", " "))
     ax.set(xscale="log", xlabel="tokens of the document", ylabel="right answers", ylim=(-0.03, 1.12))
-    ax.set_xticks(tokens, list(results["d2l"]))
+    ax.set_xticks([int(n.replace(",", "")) for n in results["d2l"]], list(results["d2l"]))
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)

@@ -43,10 +43,10 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--out", default="out/adapter", help="Folder of the adapter (with several --desc, of folders 0, 1, ...).")
     p.add_argument("--merge", help="Also write the base model with the adapter merged into its weights to this folder.")
     p.add_argument("--prompt_with_definition", action=argparse.BooleanOptionalAction, help="Put the description before the input as well. On for hypernetworks trained so.")
-    p.add_argument("--chunk_len", type=int, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
-    p.add_argument("--chunk_batch", type=int, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
-    p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer, in tokens.")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--chunk_len", type=lora.positive, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
+    p.add_argument("--chunk_batch", type=lora.positive, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
+    p.add_argument("--max_new_tokens", type=lora.positive, default=64, help="Longest answer, in tokens.")
+    p.add_argument("--device", type=lora.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
     args = p.parse_args()
     if args.doc and args.desc:
@@ -62,12 +62,14 @@ def parse_args() -> argparse.Namespace:
             raise UserError("--desc is empty")
         if len(description) > MAX_DESCRIPTION and not args.doc:
             raise UserError(f"--desc has {len(description):,} characters; {MAX_DESCRIPTION:,} are the most")
+    if any(not text.strip() for text in args.input or []):
+        raise UserError("--input is empty")
     if (args.merge or args.interactive) and len(args.desc) > 1:
         raise UserError("--merge and --interactive take a single --desc: one model holds one adapter")
     if args.merge and Path(args.merge).resolve() == Path(args.out).resolve():
         raise UserError("--out and --merge name one folder; the adapter and the merged model need one each")
-    for flag, folder in (("--out", args.out), ("--merge", args.merge)):
-        if folder and Path(folder).exists() and not is_ours(Path(folder)):
+    for flag, folder, others in (("--out", args.out, "model*.safetensors"), ("--merge", args.merge, "adapter_*")):
+        if folder and Path(folder).exists() and (not is_ours(Path(folder)) or any(Path(folder).glob(others))):  # transformers would load both
             raise UserError(f"{flag} {folder} holds something that generate.py did not write; choose another")
     return args
 
@@ -120,7 +122,8 @@ def document_adapter(net: hypernet.DocToLoRA, base, tokenizer, args) -> lora.Ada
     biased = all(name in old and torch.equal(old[name][0][:, -net.config.r :], net.bias[f"{name}_A"]) for name in net.names)
     new = hypernet.read_documents(net, base, tokenizer, [args.texts], args.chunk_batch, bias_scaler=0.0 if biased else 1.0)
     old = {name: (A, B * (config.scaling / net.config.scaling)) for name, (A, B) in old.items()}
-    return lora.stack([lora.concat_rank([lora.select(new, 0), old])])
+    parts = [lora.select(new, 0), old]
+    return lora.stack([lora.concat_rank(parts if biased else parts[::-1])])  # the bias comes last
 
 
 def read_text(file: str) -> str:
@@ -167,7 +170,7 @@ def main() -> None:
     with torch.no_grad():
         started = time.perf_counter()
         adapters = write(args.desc)  # A [n, L, r, in], B [n, L, out, r]
-        if args.device != "cpu":
+        if args.device.startswith("cuda"):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     lora.set_adapter(base, adapters, config.scaling)  # refuses what does not fit, before anything is written
@@ -196,7 +199,11 @@ def main() -> None:
     if args.interactive:
         print("\nInputs, one a line; an empty one ends.", flush=True)
         for text in iter(lambda: sys.stdin.readline().strip(), ""):
-            show(base, tokenizer, ways, [text], args)
+            try:
+                model.check_known(tokenizer, text)
+                show(base, tokenizer, ways, [text], args)
+            except UserError as e:
+                print(f"\n  {e}")
 
     if args.merge:
         lora.merge(base, lora.select(adapters, 0), config.scaling)

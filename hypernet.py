@@ -318,8 +318,7 @@ class DocToLoRA(nn.Module):
         `scalers` [chunks] weigh each chunk's A; `bias_scaler` weighs both A and B of the bias, as published. Shorter
         documents get ranks of zeros. A [documents, L, (most chunks + 1) * r, in].
         """
-        pairs = {name: list(zip(A.unbind(0), B.unbind(0))) for name, (A, B) in chunks.items()}
-        parts = [{name: pairs[name][k] for name in self.names} for k in range(sum(counts))]
+        parts = [lora.select(chunk, 0) for chunk in lora.split(chunks, 1)]
         if scalers is not None:
             parts = [{name: (scaler * A, B) for name, (A, B) in part.items()} for scaler, part in zip(scalers, parts)]
         bias = {name: tuple(bias_scaler * self.bias[f"{name}_{key}"] for key in "AB") for name in self.names}

@@ -10,6 +10,7 @@ dimensions are a batch of adapters. With it a linear layer computes (LoRA, arXiv
     y = W x + scaling * B (A x)
 """
 
+import argparse
 import json
 import os
 import re
@@ -341,8 +342,24 @@ def load_adapter(folder: str | Path, device="cpu") -> tuple[Adapter, LoRAConfig]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What the commands share: flags without effect are refused, and mistakes end in one line
+# What the commands share: types of flags, the refusal of those without effect, and mistakes that end in one line
 # ---------------------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("it takes 1 or more")
+    return int(text)
+
+
+def device(text: str) -> str:
+    """An argparse type: a device that this machine has."""
+    try:
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError) as e:
+        raise argparse.ArgumentTypeError(f"{text}: {str(e).splitlines()[0]}") from None
+    return text
 
 
 def refuse_idle(args, parser, run: str, serves: dict[tuple[str, ...], tuple[str, ...]]) -> None:

@@ -201,6 +201,15 @@ def lm_head(model: nn.Module, hidden: Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Raise UserError for a base model whose logits are not those of `lm_head` (some scale them)."""
+    ids = torch.arange(5, device=model.device)[None]
+    logits = model(ids).logits[0]  # [5, vocabulary]
+    if (lm_head(model, model.base_model(ids).last_hidden_state[0]) - logits).abs().max() > 0.05 * logits.abs().max():
+        raise UserError(f"{type(model).__name__} makes its logits in a way that is not known here, so it cannot be trained with")
+
+
 def check_known(tokenizer, text: str) -> None:
     """Raise UserError for text with words that the tokenizer has no token for (the tiny one knows few)."""
     unknown = tokenizer.unk_token_id
@@ -212,8 +221,8 @@ def check_known(tokenizer, text: str) -> None:
 @torch.no_grad()
 def answer(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
     """Greedy answers to rendered prompts, in one batch, under whatever adapters are set."""
-    ids = pad([tokenize(tokenizer, p) for p in prompts], tokenizer.pad_token_id, left=True)
-    mask = pad([[1] * len(tokenize(tokenizer, p)) for p in prompts], 0, left=True)
+    rows = [tokenize(tokenizer, p) for p in prompts]
+    ids, mask = pad(rows, tokenizer.pad_token_id, left=True), pad([[1] * len(row) for row in rows], 0, left=True)
     out = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=False
     )

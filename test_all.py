@@ -7,6 +7,7 @@ all-MiniLM-L6-v2) to be tried as well.
 
 import http.server
 import importlib.util
+import io
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM, Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config,
+    AutoModelForCausalLM, CohereConfig, Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config,
 )  # fmt: skip
 
 import data
@@ -847,6 +848,25 @@ def test_a_folder_of_task_files(tmp_path):
         lora.write_json(tmp_path / "b.json", {"Definition": ["do b"]} | empty)
         with pytest.raises(lora.UserError, match="an output each, and descriptions .or a document. that are not empty"):
             data.load_tasks(tmp_path)
+    lora.write_json(tmp_path / "b.json", {"descriptions": [5], "Instances": instances})
+    with pytest.raises(lora.UserError, match="not a task file"):
+        data.load_tasks(tmp_path)
+    for name in ("a", "../a"):
+        lora.write_json(tmp_path / "b.json", {"name": name, "Definition": ["do b"], "Instances": instances})
+        with pytest.raises(lora.UserError, match=f"occur twice or are no names of folders: {name}"):
+            data.load_tasks(tmp_path)
+    lora.write_json(tmp_path / "splits.json", ["b"])
+    with pytest.raises(lora.UserError, match="splits.json takes"):
+        data.load_tasks(tmp_path)
+
+
+def test_tasks_of_other_words_than_the_base_models(tmp_path, capsys):
+    instances = [{"input": "Paris Berlin", "output": ["Berlin Paris"]}] * 10
+    for name in "ab":
+        lora.write_json(tmp_path / f"{name}.json", {"Definition": ["Swap them."], "Instances": instances})
+    assert command(train, "--mode", "sft", "--tasks", tmp_path, "--out_dir", tmp_path / "net") == 2 and not (tmp_path / "net").exists()
+    assert command(evaluation, "--tasks", tmp_path, "--split", "train", "--methods", "base") == 2
+    assert capsys.readouterr().err.count("the base model has no token for Paris") == 2
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -870,6 +890,11 @@ def small_decoder(make) -> nn.Module:
     return base
 
 
+def test_a_base_model_that_scales_its_logits_is_refused():
+    with pytest.raises(lora.UserError, match="CohereForCausalLM makes its logits in a way that is not known here"):
+        model.check_head(small_decoder(CohereConfig))
+
+
 @pytest.mark.parametrize("make", ARCHITECTURES)
 def test_an_adapter_on_every_architecture(tmp_path, make):
     """Ours, PEFT's and the merged model's logits are the same; so are gradients with and without checkpointing."""
@@ -877,6 +902,7 @@ def test_an_adapter_on_every_architecture(tmp_path, make):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(model.TINY) / name, tmp_path / "base")
     base, _ = model.load_base(str(tmp_path / "base"))
+    model.check_head(base)
     names = ["q_proj", "v_proj", "o_proj", "down_proj"]
     config = lora.describe(base, names, "x")
     adapter, ids = random_adapter(config), torch.randint(1, 50, (2, 9))
@@ -1194,7 +1220,7 @@ def test_documents_get_longer_as_the_training_goes(monkeypatch):
 
 def test_wandb_gets_what_metrics_jsonl_gets(tmp_path, monkeypatch):
     calls = []
-    fake = types.SimpleNamespace(init=lambda **k: calls.append(k), log=lambda row, step: calls.append((row["loss"], step)))
+    fake = types.SimpleNamespace(__spec__="there", init=lambda **k: calls.append(k), log=lambda row, step: calls.append((row["loss"], step)))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     assert command(train, *SHORT, "--max_steps", "3", "--wandb", "--out_dir", tmp_path / "run") == 0
     assert calls[0]["config"]["max_steps"] == 3 and calls[1:] == [(loss, i + 1) for i, loss in enumerate(losses_of(tmp_path / "run"))]
@@ -1215,6 +1241,7 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path):
     losses = losses_of(recon)
     assert losses[-1] < 0.35 * losses[0]
     net, encode = hypernet.load_hypernet(recon), model.load_encoder("tiny")
+    assert command(train, *words[:4], "--n_tasks", "1", "--out_dir", tmp_path / "alone") == 2  # has no deviation
     targets = lora.stack([adapter for adapter, _ in loaded])
     with torch.no_grad():
         made = net(encode([task.descriptions[0] for task in data.pick(data.load_tasks("tiny"), "train", 4)]))
@@ -1293,6 +1320,13 @@ def test_documents_are_added_to_an_adapter(tmp_path, reader, capsys):
     delta = lambda name: (lambda A, B: B @ A)(*lora.load_adapter(tmp_path / name)[0]["down_proj"])
     torch.testing.assert_close(delta("second"), delta("both"), rtol=1e-4, atol=1e-5)
 
+    # to one of the same module that this hypernetwork did not write: the bias is there once, also after the next document
+    config = hypernet.load_hypernet(reader).config
+    lora.save_adapter(tmp_path / "other", random_adapter(config, r=4), config)
+    assert write("third", *docs[:2], "--add_to", tmp_path / "other") == 0 and write("fourth", *docs[2:], "--add_to", tmp_path / "third") == 0
+    scaling = lora.load_adapter(tmp_path / "other")[1].scaling / config.scaling
+    torch.testing.assert_close(delta("fourth"), delta("both") + scaling * delta("other"), rtol=1e-4, atol=1e-4)
+
     # to an adapter of another kind: both act
     assert command(generate, "--desc", DESC, "--out", tmp_path / "french") == 0
     assert write("mixed", *docs[:2], "--add_to", tmp_path / "french") == 0
@@ -1303,6 +1337,14 @@ def test_documents_are_added_to_an_adapter(tmp_path, reader, capsys):
         ours, theirs = (c.scaling * a[name][1] @ a[name][0] for a, c in ((mixed, config), (french, french_config)))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mixed["down_proj"][1] @ mixed["down_proj"][0], delta("first"), rtol=1e-4, atol=1e-5)
+
+
+def test_interactive_answers_line_by_line(tmp_path, reader, capsys, monkeypatch):
+    (tmp_path / "doc.txt").write_text("cat -> red")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("cat\nunicorn\ndog\n\nbird\n"))
+    assert command(generate, "--doc", tmp_path / "doc.txt", "--hypernet", reader, "--interactive", "--out", tmp_path / "adapter") == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"input  +(\w+)", shown) == ["cat", "dog"] and "no token for unicorn" in shown
 
 
 def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
@@ -1472,6 +1514,8 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     assert command(generate, "--desc", "Reverse the fruits.", *words, "--out", tmp_path / "one", "--merge", f"{tmp_path}/merged/") == 0
     assert (tmp_path / "merged" / "notes.txt").exists() and not list(tmp_path.glob("**/*.tmp"))
     assert (tmp_path / "merged" / "description.txt").read_text() == "Reverse the fruits.\n"
+    for folders in ("--out", "merged", "--merge", "new"), ("--out", "new", "--merge", "one"):  # transformers would add the adapter to the merged model
+        assert command(generate, "--desc", DESC, *(tmp_path / f if f[0] != "-" else f for f in folders)) == 2 and not (tmp_path / "new").exists()
 
 
 def test_answers_may_be_counted_where_they_contain_the_right_one(tmp_path):
@@ -1571,6 +1615,15 @@ BAD = {
     "switch of speed": (evaluation, ["--doc", "--size", "small"], "--size is for --speed"),
     "pieces of a description": (generate, ["--desc", DESC, "--chunk_len", "8"], "--chunk_len is for --doc"),
     "tasks of every step": (train, ["--mode", "lora", "--tasks_per_batch", "8"], "--tasks_per_batch goes with --multi_task"),
+    "one adapter of its own": (train, ["--mode", "lora", "--multi_task", "--own_init"], "--own_init is for one adapter a task"),
+    "no rows": (evaluation, ["--batch_size", "0"], "argument --batch_size: it takes 1 or more"),
+    "no length": (evaluation, ["--doc", "--lengths", "4,"], "argument --lengths: invalid"),
+    "one document": (evaluation, ["--doc", "--n_examples", "1"], "--n_examples 2 or more"),
+    "all tasks are far": (evaluation, ["--split", "val", "--far", ",".join("-".join(parts) for parts in data.tiny_splits()["val"])], "--far names all tasks"),
+    "scores in a folder": (evaluation, ["--out", "{foreign}"], "is a folder"),
+    "no checkpoint to name a base": (evaluation, ["--methods", "base", "--hypernet", "{tmp}/none"], "holds no hypernetwork"),
+    "no such device": (generate, ["--desc", DESC, "--device", "nowhere"], "argument --device: nowhere"),
+    "empty input": (generate, ["--desc", DESC, "--input", " "], "--input is empty"),
     "dropout of all": (train, ["--mode", "sft", "--dropout", "1"], "--dropout 1.0: it is a share"),
     "groups computed again": (train, ["--mode", "sft", "--row_groups", "2", "--gradient_checkpointing"], "--gradient_checkpointing goes with --row_groups 1"),
     "oracles of another base": (train, ["--mode", "recon", "--oracles", "{tmp}/oracles"], "are for base, not for --base_model tiny"),

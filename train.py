@@ -13,6 +13,7 @@
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -88,19 +89,19 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--base_model", default="tiny", help=f"One of {', '.join(model.PRESETS)}, a Hugging Face id or a folder.")
     g.add_argument("--encoder", help="Text encoder: hash, base, a Hugging Face id or a folder. Default: the base model's preset.")
     g.add_argument("--size", default="large", choices=hypernet.SIZES, help="Size of the hypernetwork.")
-    g.add_argument("--latent_size", type=int, help="Width of the hypernetwork's trunk; the paper's is 128.")
-    g.add_argument("--head_in_size", type=int, default=512, help="Width of what enters the hypernetwork's heads.")
+    g.add_argument("--latent_size", type=lora.positive, help="Width of the hypernetwork's trunk; the paper's is 128.")
+    g.add_argument("--head_in_size", type=lora.positive, default=512, help="Width of what enters the hypernetwork's heads.")
     g.add_argument("--tell_apart", type=int, choices=[0, 1], help="1 starts the hypernetwork's task encoder with what tells the training tasks' descriptions apart (linear discriminants), 0 at random as published.")
     g.add_argument("--head_scale", type=float, help="Factor on what enters the heads. Published 1; 1/sqrt(head_in_size) stands higher learning rates.")
     g.add_argument("--target_modules", help="Linear layers that get an adapter. Default: q_proj,v_proj, for d2l down_proj.")
-    g.add_argument("--rank", type=int, default=8, help="Rank of the adapters; for d2l of each piece of a document.")
+    g.add_argument("--rank", type=lora.positive, default=8, help="Rank of the adapters; for d2l of each piece of a document.")
     g.add_argument("--alpha", type=float, help="LoRA alpha; the scaling is alpha / sqrt(rank). Default: 16, for d2l 2 rank^2.")
-    g.add_argument("--n_blocks", type=int, help="d2l: cross-attention blocks of the Perceiver.")
-    g.add_argument("--n_latents", type=int, help="d2l: vectors that a piece of a document is read into.")
-    g.add_argument("--n_heads", type=int, help="d2l: heads of that attention, of size 128 each.")
-    g.add_argument("--chunk_len", type=int, help="d2l: tokens of a document that are read at once.")
-    g.add_argument("--chunk_batch", type=int, help="d2l: pieces of documents that are read at once.")
-    g.add_argument("--max_pieces", type=int, help="d2l: cut the documents of a step into 1, 2, 4 ... or that many pieces, at random; more where --chunk_len says so.")
+    g.add_argument("--n_blocks", type=lora.positive, help="d2l: cross-attention blocks of the Perceiver.")
+    g.add_argument("--n_latents", type=lora.positive, help="d2l: vectors that a piece of a document is read into.")
+    g.add_argument("--n_heads", type=lora.positive, help="d2l: heads of that attention, of size 128 each.")
+    g.add_argument("--chunk_len", type=lora.positive, help="d2l: tokens of a document that are read at once.")
+    g.add_argument("--chunk_batch", type=lora.positive, help="d2l: pieces of documents that are read at once.")
+    g.add_argument("--max_pieces", type=lora.positive, help="d2l: cut the documents of a step into 1, 2, 4 ... pieces, at most that many, at random; into more where --chunk_len says so.")
     g.add_argument("--early_exit", action="store_true", help="d2l: read the states of one early layer in place of every layer's.")
     g.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks in place of one for each.")
     g.add_argument("--own_init", action="store_true", help="lora: a random A for every adapter in place of a common one.")
@@ -108,17 +109,17 @@ def parse_args() -> argparse.Namespace:
     g = p.add_argument_group("on what")
     g.add_argument("--tasks", help="tiny, lots-of-loras (the paper's, downloaded), for d2l facts or needle, or a folder of task files. Default: tiny, for d2l facts.")
     g.add_argument("--split", default="train", help="Which tasks: train, or val or test for oracles of those.")
-    g.add_argument("--n_tasks", type=int, help="Use that many of the tasks.")
-    g.add_argument("--max_tokens", type=int, help="Leave out examples that are longer, with their prompt and answer; tasks of none but such, too.")
+    g.add_argument("--n_tasks", type=lora.positive, help="Use that many of the tasks.")
+    g.add_argument("--max_tokens", type=lora.positive, help="Leave out examples that are longer, with their prompt and answer; tasks of none but such, too.")
     g.add_argument("--prompt_with_definition", type=float, nargs="?", const=1.0, default=0.0, metavar="SHARE", help="Put the task's definition before each input, as the paper does, or before that share of them.")
     g.add_argument("--oracles", help="recon: the folder that --mode lora wrote.")
     g.add_argument("--start_from", help="sft: go on from the hypernetwork in this folder, of the same settings; or from an adapter, as what every description gives at first.")
     g = p.add_argument_group("how")
-    g.add_argument("--max_steps", type=int)
+    g.add_argument("--max_steps", type=lora.positive)
     g.add_argument("--lr", type=float, help="Highest learning rate.")
     g.add_argument("--warmup", type=float, help="Part of the steps in which the learning rate rises; then it falls to 0.")
-    g.add_argument("--tasks_per_batch", type=int, help="Over all processes.")
-    g.add_argument("--examples_per_task", type=int, help="In each step.")
+    g.add_argument("--tasks_per_batch", type=lora.positive, help="Over all processes.")
+    g.add_argument("--examples_per_task", type=lora.positive, help="In each step.")
     g.add_argument("--dropout", type=float, help="On the input of the adapters, and in the hypernetwork.")
     g.add_argument("--neftune_alpha", type=float, help="Noise on the base model's input embeddings (NEFTune).")
     g.add_argument("--label_smoothing", type=float)
@@ -128,14 +129,14 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--weight_decay", type=float, default=0.01)
     g.add_argument("--max_grad_norm", type=float, default=1.0)
     g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", help="Default: a GPU where there is one.")
+    g.add_argument("--device", type=lora.device, help="Default: a GPU where there is one.")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
-    g.add_argument("--row_groups", type=int, default=1, help="Compute a batch in that many parts, with rows of like length together: less padding, the same loss.")
+    g.add_argument("--row_groups", type=lora.positive, default=1, help="Compute a batch in that many parts, with rows of like length together: less padding, the same loss.")
     g.add_argument("--compile", action="store_true", help="Compile the layers of the base model: the first step takes a minute, the others two thirds of their time.")
     g.add_argument("--gradient_checkpointing", action="store_true", help="Compute the base model's layers again in the backward pass, to save memory.")
     g = p.add_argument_group("where to")
     g.add_argument("--out_dir", help="Default: out/MODE.")
-    g.add_argument("--save_every", type=int, default=100, help="Steps between two saves of the resumable state.")
+    g.add_argument("--save_every", type=lora.positive, default=100, help="Steps between two saves of the resumable state.")
     g.add_argument("--resume", action="store_true", help="Go on with the run in --out_dir.")
     g.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
     return check(p.parse_args(), p)
@@ -146,6 +147,10 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse
     lora.refuse_idle(args, parser, DOC if args.arch == "d2l" else f"--mode {args.mode}", SERVES)
     if args.mode == "lora" and args.tasks_per_batch and not args.multi_task:
         raise UserError("--tasks_per_batch goes with --multi_task: otherwise every task takes part in every step")
+    if args.own_init and args.multi_task:
+        raise UserError("--own_init is for one adapter a task, not for --multi_task")
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        raise UserError("--wandb needs wandb: pip install wandb")
     if not 0 <= (args.dropout or 0) <= 0.99:
         raise UserError(f"--dropout {args.dropout}: it is a share, from 0 to 0.99")
     if args.gradient_checkpointing and args.row_groups > 1:  # the layers would be computed again with the last group's adapters
@@ -347,6 +352,8 @@ class Finetune(nn.Module):
         self.args, self.device = args, device
         self.tasks = data.pick(data.load_tasks(args.tasks), args.split, args.n_tasks)
         base, tokenizer = model.load_base(args.base_model, device, getattr(torch, args.dtype))
+        model.check_head(base)
+        model.check_known(tokenizer, self.tasks[0].train[0][0])
         targets = args.target_modules.split(",")
         self.config = lora.describe(base, targets, model.full_name(args.base_model), r=args.rank, alpha=args.alpha)
         lora.inject(base, targets, args.dropout).train()
@@ -522,6 +529,8 @@ class Recon(nn.Module):
         config = loaded[0][1]
         if model.preset_name(config.base_model) != model.preset_name(args.base_model):
             raise UserError(f"--oracles {args.oracles} are for {config.base_model}, not for --base_model {args.base_model}")
+        if len(loaded) < 2 and not args.delta_w:
+            raise UserError(f"z-scores take two oracles or more; there is one in --oracles {args.oracles}")
         base = model.load_base(args.base_model, device, getattr(torch, args.dtype)) if args.encoder == "base" else None
         self.embed = remember(model.load_encoder(args.encoder, device, base), device)
         self.net = new_hypernet(args, config, self.embed, self.tasks).to(device)
