@@ -197,10 +197,9 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     for group in (args.compare, args.recon):
         if len({Path(folder).name for folder in group}) < len(group):
             raise UserError("--compare and --recon: the last parts of the folders' names have to differ")
-    loaded = {folder: generate.load_hypernet(folder, args) for folder in dict.fromkeys(folders.values())}
+    needed = dict.fromkeys([*folders.values(), *filter(None, [args.hypernet])])  # that one names the base model, even if no row is its own
+    loaded = {folder: generate.load_hypernet(folder, args) for folder in needed}
     nets = {row: loaded[folder] for row, folder in folders.items()}
-    if args.hypernet:  # it says which base model, even if no row is its own
-        loaded.setdefault(args.hypernet, generate.load_hypernet(args.hypernet, args))
     configs = [net.config for net in loaded.values()]
     if args.prompt_with_definition is None:
         args.prompt_with_definition = any(getattr(config, "prompt_with_definition", False) for config in configs)
@@ -214,11 +213,12 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
         net = nets.get(row)
         results[row] = score((args, base, tokenizer), tasks, row, net, net and generate.writer(net, base, tokenizer, args))
         print(f"{row:24} {statistics.fmean(results[row].values()):.3f}", flush=True)
-    if args.plot and len(tasks) > 1 and isinstance(nets.get("t2l"), hypernet.TextToLoRA):
+    if args.plot and isinstance(nets.get("t2l"), hypernet.TextToLoRA):
         lora.set_adapter(base, None)  # the base model may be the text encoder, too
         everything = [task for split in data.load_tasks(args.tasks).values() for task in split]
         encode = generate.shared_encoder(args.encoder or nets["t2l"].config.encoder, args.device, (base, tokenizer), nets["t2l"].config.full_stop)
-        plot_adapters(str(Path(args.plot).with_suffix("")) + "_adapters.png", everything, generate.writer(nets["t2l"], base, tokenizer, args), encode)
+        if len(everything) > 1:
+            plot_adapters(str(Path(args.plot).with_suffix("")) + "_adapters.png", everything, generate.writer(nets["t2l"], base, tokenizer, args), encode)
     records = {row: Path(folder) / "train_args.json" for row, folder in folders.items() if row.split("/")[0] == "t2l"}
     records = {row: lora.read_json(file) for row, file in records.items() if file.exists()}  # published checkpoints have none
     trained_on = {row: r["trained_tasks"] for row, r in records.items() if r["size"] == next(iter(records.values()))["size"]}

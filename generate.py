@@ -68,9 +68,11 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--merge and --interactive take a single --desc: one model holds one adapter")
     if args.merge and Path(args.merge).resolve() == Path(args.out).resolve():
         raise UserError("--out and --merge name one folder; the adapter and the merged model need one each")
-    for flag, folder, others in (("--out", args.out, "model*.safetensors"), ("--merge", args.merge, "adapter_*")):
-        if folder and Path(folder).exists() and (not is_ours(Path(folder)) or any(Path(folder).glob(others))):  # transformers would load both
+    for flag, folder, other, files in (("--out", args.out, "a merged model", "model*.safetensors"), ("--merge", args.merge, "an adapter", "adapter_*")):
+        if folder and Path(folder).exists() and not is_ours(Path(folder)):
             raise UserError(f"{flag} {folder} holds something that generate.py did not write; choose another")
+        if folder and any(Path(folder).glob(files)):
+            raise UserError(f"{flag} {folder} holds {other}, and transformers would load both; choose another")
     return args
 
 

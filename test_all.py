@@ -1515,7 +1515,9 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     assert (tmp_path / "merged" / "notes.txt").exists() and not list(tmp_path.glob("**/*.tmp"))
     assert (tmp_path / "merged" / "description.txt").read_text() == "Reverse the fruits.\n"
     for folders in ("--out", "merged", "--merge", "new"), ("--out", "new", "--merge", "one"):  # transformers would add the adapter to the merged model
+        capsys.readouterr()
         assert command(generate, "--desc", DESC, *(tmp_path / f if f[0] != "-" else f for f in folders)) == 2 and not (tmp_path / "new").exists()
+        assert "transformers would load both" in capsys.readouterr().err
 
 
 def test_answers_may_be_counted_where_they_contain_the_right_one(tmp_path):
