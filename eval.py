@@ -39,12 +39,12 @@ import model
 import train
 from lora import UserError
 
-TASKS, DOC, SPEED = "scores on tasks", "--doc", "--speed"
+TASKS, DOC, SPEED, FRESH = "scores on tasks", "--doc", "--speed", "--speed without --hypernet"
 SERVES = {  # where flags have an effect, if not everywhere
     ("split", "n_tasks", "methods", "mt_lora", "oracles", "recon", "compare", "descriptions", "far", "per_task", "encoder", "prompt_with_definition", "seed"): (TASKS,),
     ("tasks", "n_examples", "chunk_len", "chunk_batch", "contains", "batch_size", "max_new_tokens", "out", "plot"): (TASKS, DOC),
     ("lengths",): (DOC,),
-    ("size",): (SPEED,),
+    ("size",): (FRESH,),
 }
 METHODS = ("base", "icl", "prompt", "mt_lora", "oracle", "t2l", "t2l_reworded", "t2l_shuffled", "t2l_random", "recon")
 
@@ -89,17 +89,19 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--device", type=lora.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
     args = p.parse_args()
-    lora.refuse_idle(args, p, SPEED if args.speed else DOC if args.doc else TASKS, SERVES)
+    lora.refuse_idle(args, p, (SPEED if args.hypernet else FRESH) if args.speed else DOC if args.doc else TASKS, SERVES)
     args.tasks = args.tasks or ("facts" if args.doc else "tiny")
     given = dict(mt_lora=args.mt_lora, oracle=args.oracles, recon=args.recon, t2l_reworded=args.tasks == "tiny" and not args.descriptions)
     args.far = args.far.split(",") if args.far else []
     args.methods = args.methods.split(",") if args.methods else [m for m in METHODS if given.get(m, True)]
-    for method in args.methods:
-        if method not in METHODS:
-            raise UserError(f"unknown method {method}; there are {', '.join(METHODS)}")
-        if not given.get(method, True):
-            flag = {"mt_lora": "--mt_lora DIR", "oracle": "--oracles DIR", "recon": "--recon DIR"}.get(method, "--tasks tiny")
-            raise UserError(f"the method {method} needs {flag}")
+    if unknown := set(args.methods) - set(METHODS):
+        raise UserError(f"unknown method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    flags = dict(mt_lora="--mt_lora DIR", oracle="--oracles DIR", recon="--recon DIR")
+    for method in METHODS:
+        if method in args.methods and not given.get(method, True):
+            raise UserError(f"the method {method} needs {flags.get(method, '--tasks tiny')}")
+        if method in flags and given[method] and method not in args.methods:
+            raise UserError(f"{flags[method]} is for the method {method}, which is not among --methods")
     if args.plot:
         pyplot()  # is there matplotlib?
     if args.out and Path(args.out).is_dir():
@@ -199,6 +201,8 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
             raise UserError("--compare and --recon: the last parts of the folders' names have to differ")
     needed = dict.fromkeys([*folders.values(), *filter(None, [args.hypernet])])  # that one names the base model, even if no row is its own
     loaded = {folder: generate.load_hypernet(folder, args) for folder in needed}
+    if args.chunk_len and not any(isinstance(net, hypernet.DocToLoRA) for net in loaded.values()):
+        raise UserError("--chunk_len is for hypernetworks that read documents")
     nets = {row: loaded[folder] for row, folder in folders.items()}
     configs = [net.config for net in loaded.values()]
     if args.prompt_with_definition is None:

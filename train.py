@@ -153,6 +153,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse
         raise UserError("--wandb needs wandb: pip install wandb")
     if not 0 <= (args.dropout or 0) <= 0.99:
         raise UserError(f"--dropout {args.dropout}: it is a share, from 0 to 0.99")
+    if args.distill and args.label_smoothing:
+        raise UserError("--label_smoothing is for learning the answers; with --distill there are none")
     if args.gradient_checkpointing and args.row_groups > 1:  # the layers would be computed again with the last group's adapters
         raise UserError("--gradient_checkpointing goes with --row_groups 1")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
