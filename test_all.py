@@ -1226,7 +1226,7 @@ def test_wandb_gets_what_metrics_jsonl_gets(tmp_path, monkeypatch):
     assert calls[0]["config"]["max_steps"] == 3 and calls[1:] == [(loss, i + 1) for i, loss in enumerate(losses_of(tmp_path / "run"))]
 
 
-def test_oracles_and_reconstruction_end_to_end(tmp_path):
+def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     """A hypernetwork that learnt to write four oracles writes them back."""
     oracles, recon = tmp_path / "oracles", tmp_path / "recon"
     assert command(train, "--mode", "lora", "--n_tasks", "4", "--max_steps", "10", "--out_dir", oracles) == 0
@@ -1247,6 +1247,25 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path):
         made = net(encode([task.descriptions[0] for task in data.pick(data.load_tasks("tiny"), "train", 4)]))
     mean = targets["q_proj"][1].mean(0)
     assert (made["q_proj"][1] - targets["q_proj"][1]).abs().mean() < 0.5 * (mean - targets["q_proj"][1]).abs().mean()
+    sft = ["--mode", "sft", "--start_from", recon, "--n_tasks", "4", "--latent_size", "128", "--max_steps", "1", "--lr", "0", "--out_dir", tmp_path / "sft"]
+    assert command(train, *sft) == 0  # and SFT can go on from there
+    assert all(torch.equal(x, hypernet.load_hypernet(tmp_path / "sft").state_dict()[key]) for key, x in net.state_dict().items())
+    shutil.rmtree(oracles / names[0])
+    capsys.readouterr()
+    assert command(train, *words[:4], "--n_tasks", "1", "--out_dir", tmp_path / "alone") == 2
+    assert "no adapters of the train tasks" in capsys.readouterr().err  # the first task is the first, with an oracle or not
+
+
+def test_mixup_moves_descriptions_and_oracles_alike():
+    """Adapters that are a linear function of the description still are that function of it."""
+    torch.manual_seed(0)
+    task_emb, W_A, W_B = F.normalize(torch.randn(6, 32), dim=-1), torch.randn(32, 2 * 3 * 5), torch.randn(32, 2 * 7 * 3)
+    adapters = lambda x: {"q_proj": ((x @ W_A).view(-1, 2, 3, 5), (x @ W_B).view(-1, 2, 7, 3))}
+    moved, target = train.mixup(3 * task_emb, adapters(task_emb))  # the length of an embedding says nothing
+    torch.testing.assert_close(target, adapters(moved))
+    alike = moved @ torch.linalg.pinv(task_emb)  # [6, 6]: how much of which task is in each row
+    assert alike.min() > -1e-5 and torch.allclose(alike.sum(1), torch.ones(6)) and ((alike > 1e-3).sum(1) <= 2).all()
+    assert (moved - task_emb).norm(dim=1).gt(0.1).sum() > 3
 
 
 def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys):

@@ -69,7 +69,7 @@ PRETRAIN, LORA, RECON, SFT, DOC = "--mode pretrain", "--mode lora", "--mode reco
 SERVES = {
     ("n_blocks", "n_latents", "n_heads", "chunk_len", "chunk_batch", "max_pieces", "early_exit", "distill"): (DOC,),
     ("multi_task", "own_init"): (LORA,),
-    ("delta_w", "oracles"): (RECON,),
+    ("delta_w", "mixup", "oracles"): (RECON,),
     ("start_from",): (SFT, DOC),
     ("size", "head_in_size", "head_scale", "tell_apart", "encoder"): (RECON, SFT),
     ("latent_size",): (RECON, SFT, DOC),
@@ -106,6 +106,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks in place of one for each.")
     g.add_argument("--own_init", action="store_true", help="lora: a random A for every adapter in place of a common one.")
     g.add_argument("--delta_w", action="store_true", help="recon: compare the products BA in place of z-scored A and B.")
+    g.add_argument("--mixup", action="store_true", help="recon: learn what lies between two descriptions, too, as what lies between their oracles.")
     g = p.add_argument_group("on what")
     g.add_argument("--tasks", help="tiny, lots-of-loras (the paper's, downloaded), for d2l facts or needle, or a folder of task files. Default: tiny, for d2l facts.")
     g.add_argument("--split", default="train", help="Which tasks: train, or val or test for oracles of those.")
@@ -240,6 +241,18 @@ def z_score_loss(adapter: Adapter, target: Adapter, scale: dict[str, Tensor]) ->
     for name, pair in adapter.items():
         losses += [((x - t) / scale[f"{name}_{key}"]).abs().mean() for key, x, t in zip("AB", pair, target[name])]
     return sum(losses) / len(losses)
+
+
+def mixup(task_emb: Tensor, target: Adapter) -> tuple[Tensor, Adapter]:
+    """Move each row a random part of the way to another one, and its target as far (arXiv 1710.09412; not in the T2L paper).
+
+    Few oracles can be known by heart; on the lines between them there is no end of targets. And what is straight between
+    any two of them adds up: "reversed, in French" becomes what "reversed" does and what "in French" does.
+    """
+    task_emb, other = F.normalize(task_emb, dim=-1), torch.randperm(len(task_emb))
+    way = torch.rand(len(task_emb), 1, 1, 1, device=task_emb.device)
+    target = {name: tuple(torch.lerp(x, x[other], way) for x in pair) for name, pair in target.items()}
+    return torch.lerp(task_emb, task_emb[other], way[:, :, 0, 0]), target
 
 
 def delta_w_loss(adapter: Adapter, target: Adapter, scaling: float = 10_000.0) -> Tensor:
@@ -456,7 +469,10 @@ def new_hypernet(args, config: lora.LoRAConfig, embed, tasks: list[data.Task]) -
     own = dict(encoder=args.encoder, task_emb_size=len(embed("any")), size=args.size, latent_size=args.latent_size)
     own |= dict(head_in_size=args.head_in_size, head_scale=args.head_scale, dropout=args.dropout)
     own |= dict(prompt_with_definition=args.prompt_with_definition > 0)
-    net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=args.mode == "recon" and not args.delta_w))
+    z_score = args.mode == "recon" and not args.delta_w
+    if args.start_from and (start := Path(args.start_from) / "config.json").exists():
+        z_score = lora.read_json(start).get("z_score", False)  # SFT goes on from a reconstruction as that is
+    net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=z_score))
     if args.tell_apart:
         net.tell_apart([torch.stack(list(map(embed, task.descriptions[:32]))).cpu() for task in tasks])
     return net
@@ -474,7 +490,8 @@ class Sft(Finetune):
         super().__init__(args, device)
         self.embed = remember(model.load_encoder(args.encoder, device, self.frozen), device)
         self.net = new_hypernet(args, self.config, self.embed, self.tasks).to(device)
-        self.net.start_as_lora()
+        if not self.net.config.z_score:
+            self.net.start_as_lora()
 
     def adapters(self, batch: list) -> Adapter:
         """Written from the descriptions."""
@@ -521,11 +538,11 @@ class Recon(nn.Module):
         super().__init__()
         self.args, self.device = args, device
         tasks = data.load_tasks(args.tasks)
-        have = {task.name for task in tasks.get(args.split, []) if (Path(args.oracles) / task.name / "adapter_config.json").exists()}
-        tasks[args.split] = [task for task in tasks.get(args.split, []) if task.name in have]
+        have = {task.name for task in data.pick(tasks, args.split, args.n_tasks) if (Path(args.oracles) / task.name / "adapter_config.json").exists()}
+        tasks[args.split] = [task for task in tasks[args.split] if task.name in have]
         if not have:
             raise UserError(f"--oracles {args.oracles}: no adapters of the {args.split} tasks of --tasks {args.tasks} in it")
-        self.tasks = data.pick(tasks, args.split, args.n_tasks)
+        self.tasks = data.pick(tasks, args.split)
         loaded = [lora.load_adapter(Path(args.oracles) / task.name) for task in self.tasks]
         self.oracles = {k: (A.to(device), B.to(device)) for k, (A, B) in lora.stack([adapter for adapter, _ in loaded]).items()}
         config = loaded[0][1]
@@ -548,8 +565,11 @@ class Recon(nn.Module):
         return [(i, rng.choice(self.tasks[i].descriptions)) for i in chosen]
 
     def forward(self, batch: list) -> Tensor:
-        adapter = self.net(torch.stack([self.embed(description) for _, description in batch]))
+        task_emb = torch.stack([self.embed(description) for _, description in batch])  # [n, E]
         target = lora.select(self.oracles, [i for i, _ in batch])
+        if self.args.mixup:
+            task_emb, target = mixup(task_emb, target)
+        adapter = self.net(task_emb)
         return delta_w_loss(adapter, target) if self.args.delta_w else z_score_loss(adapter, target, self.net.scale)
 
     save = Finetune.save
