@@ -1257,15 +1257,19 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
 
 
 def test_mixup_moves_descriptions_and_oracles_alike():
-    """Adapters that are a linear function of the description still are that function of it."""
+    """Adapters that are a linear function of the description still are that function of it; or their products are."""
     torch.manual_seed(0)
     task_emb, W_A, W_B = F.normalize(torch.randn(6, 32), dim=-1), torch.randn(32, 2 * 3 * 5), torch.randn(32, 2 * 7 * 3)
     adapters = lambda x: {"q_proj": ((x @ W_A).view(-1, 2, 3, 5), (x @ W_B).view(-1, 2, 7, 3))}
-    moved, target = train.mixup(3 * task_emb, adapters(task_emb))  # the length of an embedding says nothing
+    moved, target = train.mixup(3 * task_emb, adapters(task_emb), False)  # the length of an embedding says nothing
     torch.testing.assert_close(target, adapters(moved))
     alike = moved @ torch.linalg.pinv(task_emb)  # [6, 6]: how much of which task is in each row
     assert alike.min() > -1e-5 and torch.allclose(alike.sum(1), torch.ones(6)) and ((alike > 1e-3).sum(1) <= 2).all()
     assert (moved - task_emb).norm(dim=1).gt(0.1).sum() > 3
+    moved, target = train.mixup(task_emb, adapters(task_emb), True)
+    A, B = adapters(task_emb)["q_proj"]
+    own, alike = B @ A, moved @ torch.linalg.pinv(task_emb)
+    torch.testing.assert_close(target["q_proj"][1] @ target["q_proj"][0], torch.einsum("ij,jlab->ilab", alike, own), rtol=1e-3, atol=1e-3)
 
 
 def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys):

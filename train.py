@@ -243,15 +243,19 @@ def z_score_loss(adapter: Adapter, target: Adapter, scale: dict[str, Tensor]) ->
     return sum(losses) / len(losses)
 
 
-def mixup(task_emb: Tensor, target: Adapter) -> tuple[Tensor, Adapter]:
+def mixup(task_emb: Tensor, target: Adapter, delta_w: bool) -> tuple[Tensor, Adapter]:
     """Move each row a random part of the way to another one, and its target as far (arXiv 1710.09412; not in the T2L paper).
 
     Few oracles can be known by heart; on the lines between them there is no end of targets. And what is straight between
     any two of them adds up: "reversed, in French" becomes what "reversed" does and what "in French" does.
+    What lies between is a mixture of A and of B; or of the products BA, of twice the rank, where these are compared.
     """
     task_emb, other = F.normalize(task_emb, dim=-1), torch.randperm(len(task_emb))
     way = torch.rand(len(task_emb), 1, 1, 1, device=task_emb.device)
-    target = {name: tuple(torch.lerp(x, x[other], way) for x in pair) for name, pair in target.items()}
+    if delta_w:
+        target = {name: (torch.cat([A, A[other]], 2), torch.cat([(1 - way) * B, way * B[other]], 3)) for name, (A, B) in target.items()}
+    else:
+        target = {name: tuple(torch.lerp(x, x[other], way) for x in pair) for name, pair in target.items()}
     return torch.lerp(task_emb, task_emb[other], way[:, :, 0, 0]), target
 
 
@@ -568,7 +572,7 @@ class Recon(nn.Module):
         task_emb = torch.stack([self.embed(description) for _, description in batch])  # [n, E]
         target = lora.select(self.oracles, [i for i, _ in batch])
         if self.args.mixup:
-            task_emb, target = mixup(task_emb, target)
+            task_emb, target = mixup(task_emb, target, self.args.delta_w)
         adapter = self.net(task_emb)
         return delta_w_loss(adapter, target) if self.args.delta_w else z_score_loss(adapter, target, self.net.scale)
 
