@@ -1161,6 +1161,8 @@ def test_training_goes_on_from_a_hypernetwork(tmp_path, capsys):
     assert "r is 8, not 4" in capsys.readouterr().err
     assert command(train, *SHORT, "--target_modules", "v_proj,q_proj", "--max_steps", "1", "--start_from", tmp_path / "first", "--out_dir", tmp_path / "other") == 2
     assert "target_modules is q_proj,v_proj, not v_proj,q_proj" in capsys.readouterr().err
+    assert command(train, *SHORT, "--tell_apart", "1", "--start_from", tmp_path / "first", "--out_dir", tmp_path / "other") == 2
+    assert "is how a new hypernetwork starts" in capsys.readouterr().err
     lora.write_json(tmp_path / "first" / "config.json", lora.read_json(tmp_path / "first" / "config.json") | {"base_model": "someone/else"})
     assert command(train, *SHORT, "--max_steps", "1", "--start_from", tmp_path / "first", "--out_dir", tmp_path / "other") == 2
     assert "base_model is else, not tiny" in capsys.readouterr().err
@@ -1555,7 +1557,7 @@ def test_answers_may_be_counted_where_they_contain_the_right_one(tmp_path):
         assert json.loads((tmp_path / "s.json").read_text())["results"]["base"]["mean"] == expected
 
 
-README_SCORES = {"sft_large": 0.984, "sft_medium": 0.978, "sft_small": 0.950, "recon": 0.603}
+README_SCORES = {"sft_large": 0.984, "sft_medium": 0.978, "sft_small": 0.950, "recon": 0.683}
 
 README_LENGTHS = {"8": 0.9, "128": 0.8}  # lines: right answers
 

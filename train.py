@@ -476,6 +476,8 @@ def new_hypernet(args, config: lora.LoRAConfig, embed, tasks: list[data.Task]) -
     z_score = args.mode == "recon" and not args.delta_w
     if args.start_from and (start := Path(args.start_from) / "config.json").exists():
         z_score = lora.read_json(start).get("z_score", False)  # SFT goes on from a reconstruction as that is
+        if args.tell_apart:
+            raise UserError("--tell_apart 1 is how a new hypernetwork starts; that of --start_from has its weights")
     net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=z_score))
     if args.tell_apart:
         net.tell_apart([torch.stack(list(map(embed, task.descriptions[:32]))).cpu() for task in tasks])
