@@ -114,7 +114,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--max_tokens", type=lora.positive, help="Leave out examples that are longer, with their prompt and answer; tasks of none but such, too.")
     g.add_argument("--prompt_with_definition", type=float, nargs="?", const=1.0, default=0.0, metavar="SHARE", help="Put the task's definition before each input, as the paper does, or before that share of them.")
     g.add_argument("--oracles", help="recon: the folder that --mode lora wrote.")
-    g.add_argument("--start_from", help="sft: go on from the hypernetwork in this folder, of the same settings; or from an adapter, as what every description gives at first.")
+    g.add_argument("--start_from", help="sft: go on from the hypernetwork in this folder, of the same settings, be it of --mode recon; or from an adapter, as what every description gives at first.")
     g = p.add_argument_group("how")
     g.add_argument("--max_steps", type=lora.positive)
     g.add_argument("--lr", type=float, help="Highest learning rate.")
