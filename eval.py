@@ -106,6 +106,8 @@ def parse_args() -> argparse.Namespace:
         pyplot()  # is there matplotlib?
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a folder; it takes the name of a file")
+    for file in filter(None, (args.out, args.plot)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -158,9 +160,8 @@ def adapters_of(args, method: str, chunk: list, net, write) -> tuple[lora.Adapte
         return adapter, config.scaling
     if method == "oracle":
         names = list(dict.fromkeys(row[0].name for row in chunk))
-        loaded = [load_adapter(Path(args.oracles) / name, args.device) for name in names]
-        adapters = lora.stack([adapter for adapter, _ in loaded])
-        return lora.select(adapters, [names.index(row[0].name) for row in chunk]), loaded[0][1].scaling
+        adapters, config = lora.load_adapters([Path(args.oracles) / name for name in names], args.device)
+        return lora.select(adapters, [names.index(row[0].name) for row in chunk]), config.scaling
     return None, lora.SCALING
 
 
@@ -181,7 +182,7 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
         tasks = [task for task in tasks if task.name in words]
         for task in tasks:
             task.descriptions = [words[task.name]] if isinstance(words[task.name], str) else words[task.name]
-        if not tasks or not all(task.descriptions for task in tasks):
+        if not tasks or not all(map(data.are_texts, (task.descriptions for task in tasks))):
             raise UserError(f"{args.descriptions} has no descriptions of {'some' if tasks else 'the'} {args.split} tasks")
     for task in tasks:
         if not task.test:
@@ -210,8 +211,7 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     configs += [load_adapter(args.mt_lora, args.device)[1]] if "mt_lora" in args.methods else []
     configs += [load_adapter(Path(args.oracles) / task.name, args.device)[1] for task in tasks] if "oracle" in args.methods else []
     base, tokenizer = generate.load_for(configs, args)
-    for task in tasks:
-        model.check_known(tokenizer, task.test[0][0])
+    model.check_known(tokenizer, [question for task in tasks for question, _ in task.test])
     results = {}
     for row in dict.fromkeys([*args.methods, *folders]):
         net = nets.get(row)
@@ -378,8 +378,7 @@ def pyplot():
 
 
 def save_figure(fig, path: str) -> None:
-    """Write a picture, its folder included."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """Write a picture."""
     fig.savefig(path, dpi=150)
 
 
@@ -428,10 +427,10 @@ def timed(*actions, repeat: int = 15) -> list[float]:
 
 def peak_memory(action, device: str) -> float:
     """MiB at most while `action` runs: of the GPU, or of this process, which only Linux tells."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
+    if torch.device(device).type != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
         action()
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_allocated(device) / 2**20
     if not Path("/proc/self/clear_refs").exists():
         return float("nan")
     Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
@@ -460,9 +459,10 @@ def training_speed(base, make_net, n: int, length: int, target: int, device: str
 
     def step() -> None:
         """What train.py does in a step of --mode sft, once the batch is drawn."""
-        adapter = net(embeddings)
-        lora.set_adapter(base, adapter, net.config.scaling)
-        loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.square_loss(adapter)
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
+            adapter = net(embeddings)
+            lora.set_adapter(base, {name: (A.to(base.dtype), B.to(base.dtype)) for name, (A, B) in adapter.items()}, net.config.scaling)
+            loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.square_loss(adapter)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -534,7 +534,6 @@ def main() -> None:
         results, trained_on = evaluate(args)
         print("\n" + table(results, args.split, args.far) + ("\n\n" + task_table(results) if args.per_task else ""))
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {row: {"mean": statistics.fmean(s.values()), "per_task": s} for row, s in results.items()}
         lora.write_json(Path(args.out), {"settings": vars(args), "results": scores} | ({"costs": costs} if args.doc else {}))
     if args.plot and args.doc:

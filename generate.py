@@ -11,6 +11,7 @@ The adapter is a folder that PEFT loads. The base model's answers stand beside t
 
 import argparse
 import sys
+import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -131,7 +132,7 @@ def document_adapter(net: hypernet.DocToLoRA, base, tokenizer, args) -> lora.Ada
 def read_text(file: str) -> str:
     """The text of a document."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--doc {file} cannot be read as text: {e}") from None
     if not text.strip():
@@ -163,8 +164,9 @@ def main() -> None:
     config = net.config
     base, tokenizer = load_for([config], args)
     inputs = args.input or (data.tiny_inputs(args.desc[0]) if config.base_model == "tiny" and not args.doc else [])
-    for text in inputs + (args.desc if args.doc else []):
-        model.check_known(tokenizer, text)
+    trained_so = getattr(config, "prompt_with_definition", False)
+    state = trained_so if args.prompt_with_definition is None else args.prompt_with_definition
+    model.check_known(tokenizer, inputs + (args.desc if args.doc or state else []))
     write = writer(net, base, tokenizer, args)
     if args.doc:
         write = lambda _: document_adapter(net, base, tokenizer, args)
@@ -188,8 +190,7 @@ def main() -> None:
         print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{description}")
         print(f"  adapter: {folder}/ (rank {rank} on {', '.join(adapter)} in {config.n_layers} layers)")
 
-        trained_so = getattr(config, "prompt_with_definition", False)
-        stated = description if (trained_so if args.prompt_with_definition is None else args.prompt_with_definition) else ""
+        stated = description if state else ""
         if stated:
             print("  prompt:  the description, then the input")
         ways = {"base model": (None, config.scaling, stated)}
@@ -202,7 +203,7 @@ def main() -> None:
         print("\nInputs, one a line; an empty one ends.", flush=True)
         for text in iter(lambda: sys.stdin.readline().strip(), ""):
             try:
-                model.check_known(tokenizer, text)
+                model.check_known(tokenizer, [text])
                 show(base, tokenizer, ways, [text], args)
             except UserError as e:
                 print(f"\n  {e}")
@@ -210,14 +211,13 @@ def main() -> None:
     if args.merge:
         lora.merge(base, lora.select(adapters, 0), config.scaling)
         folder = Path(args.merge)
-        tmp = folder.with_name(f"{folder.name}.tmp")
-        base.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
-        (tmp / "description.txt").write_text(args.desc[0] + "\n", encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
-        for file in tmp.iterdir():
-            file.replace(folder / file.name)
-        tmp.rmdir()
+        with tempfile.TemporaryDirectory(dir=folder) as tmp:
+            base.save_pretrained(tmp)
+            tokenizer.save_pretrained(tmp)
+            (Path(tmp) / "description.txt").write_text(args.desc[0] + "\n", encoding="utf-8")
+            for file in Path(tmp).iterdir():
+                file.replace(folder / file.name)
         print(f"\nmerged model: {folder}/")
 
 

@@ -76,7 +76,14 @@ def find_targets(model: nn.Module, target_modules: list[str]) -> dict[str, list[
         shapes = {module.weight.shape for _, module in layers.values()}
         if len(shapes) > 1:
             raise UserError(f"{name} changes its shape from layer to layer ({', '.join(str(list(s)) for s in shapes)})")
+        if len(places := sorted({template(path) for path, _ in layers.values()})) > 1:
+            raise UserError(f"{name} changes its place from layer to layer ({', '.join(places)})")
     return {name: [layers[i] for i in range(len(layers))] for name, layers in found.items()}
+
+
+def template(path: str) -> str:
+    """A module's path with {} for its layer."""
+    return re.sub(r"\.\d+\.", ".{}.", path, count=1)
 
 
 def describe(model: nn.Module, target_modules: list[str], base_model: str, **settings) -> LoRAConfig:
@@ -86,7 +93,7 @@ def describe(model: nn.Module, target_modules: list[str], base_model: str, **set
     return LoRAConfig(
         base_model=base_model,
         n_layers=len(next(iter(targets.values()))),
-        paths={name: re.sub(r"\.\d+\.", ".{}.", path, count=1) for name, (path, _) in first.items()},
+        paths={name: template(path) for name, (path, _) in first.items()},
         in_features={name: module.in_features for name, (_, module) in first.items()},
         out_features={name: module.out_features for name, (_, module) in first.items()},
         **settings,
@@ -146,7 +153,7 @@ def inject(model: nn.Module, target_modules: list[str], dropout: float = 0.0) ->
 def lora_layers(model: nn.Module, adapter: Adapter) -> list[LoRALinear]:
     """The injected layers of `model`, after a check that `adapter` fits them."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    have = {m.name: (max(x.layer for x in layers if x.name == m.name) + 1, m.in_features, m.out_features) for m in layers}
+    have = {m.name: (m.layer + 1, m.in_features, m.out_features) for m in sorted(layers, key=lambda m: m.layer)}  # the last one counts
     for name, (A, B) in adapter.items():
         shape = (A.shape[-3], A.shape[-1], B.shape[-2])
         if have.get(name) != shape:
@@ -235,22 +242,25 @@ def stack(adapters: list[Adapter]) -> Adapter:
 
 def write_json(path: Path, value) -> None:
     """Write JSON to a temporary name and rename, so that a reader never meets half a file."""
-    tmp = Path(f"{path}.tmp")
+    tmp = Path(f"{path}.{os.getpid()}.tmp")
     tmp.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(tmp, path)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors to a temporary name and rename."""
-    tmp = Path(f"{path}.tmp")
+    tmp = Path(f"{path}.{os.getpid()}.tmp")
     save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, tmp, metadata={"format": "pt"})
     os.replace(tmp, path)
 
 
 def read_json(path: Path) -> dict:
-    """Read JSON; a missing or broken file is a UserError."""
+    """Read a JSON object; a missing or broken file is a UserError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, no object")
+        return content
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as e:
@@ -306,26 +316,32 @@ def load_adapter(folder: str | Path, device="cpu") -> tuple[Adapter, LoRAConfig]
     """
     folder = Path(folder)
     peft = read_json(folder / "adapter_config.json")
-    if peft.get("peft_type") != "LORA" or peft.get("use_dora") or peft.get("bias", "none") != "none" or peft.get("modules_to_save"):
+    own_ways = ("use_dora", "modules_to_save", "alora_invocation_tokens")  # of PEFT, which are more than A and B
+    changes_base = str(peft.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq"))  # when PEFT loads it
+    if peft.get("peft_type") != "LORA" or peft.get("bias", "none") != "none" or changes_base or any(map(peft.get, own_ways)):
         raise UserError(f"{folder} is not a plain LoRA adapter")
+    if not all(isinstance(peft.get(key), (int, float)) and peft[key] > 0 for key in ("r", "lora_alpha")):
+        raise UserError(f"{folder}/adapter_config.json lacks r and lora_alpha, numbers above 0")
     stacks: dict[str, dict[str, dict[int, Tensor]]] = {}
     paths = {}
     for key, tensor in read_safetensors(folder / "adapter_model.safetensors").items():
         match = re.fullmatch(r"base_model\.model\.(.+?)\.(\d+)\.(.+)\.lora_([AB])\.weight", key)
         if not match:
             raise UserError(f"{folder} holds {key}, which is not the A or B of a layer")
-        name = match[3].split(".")[-1]
-        paths[name] = f"{match[1]}.{{}}.{match[3]}"
+        name, path = match[3].split(".")[-1], f"{match[1]}.{{}}.{match[3]}"
+        if paths.setdefault(name, path) != path:
+            raise UserError(f"{folder} has {name} in two places, {paths[name]} and {path}")
         stacks.setdefault(name, {"A": {}, "B": {}})[match[4]][int(match[2])] = tensor
     try:
         adapter = {
             name: tuple(torch.stack([ab[k][i] for i in range(len(ab[k]))]) for k in "AB") for name, ab in stacks.items()
         }
-    except (KeyError, RuntimeError):
+        n_layers = max(len(A) for A, _ in adapter.values())
+    except (KeyError, RuntimeError, ValueError):
         raise UserError(f"{folder}: a module is missing in some layers or changes its shape from layer to layer") from None
     config = LoRAConfig(
         base_model=peft.get("base_model_name_or_path") or "",
-        n_layers=max(len(A) for A, _ in adapter.values()),
+        n_layers=n_layers,
         paths=paths,
         in_features={name: A.shape[-1] for name, (A, _) in adapter.items()},
         out_features={name: B.shape[-2] for name, (_, B) in adapter.items()},
@@ -333,12 +349,25 @@ def load_adapter(folder: str | Path, device="cpu") -> tuple[Adapter, LoRAConfig]
         alpha=peft["lora_alpha"],
         rslora=peft.get("use_rslora", False),
     )
-    for name, (A, B) in adapter.items():  # PEFT may scale modules differently; here one scaling holds for all
-        own = {k: v for k, v in peft.get("alpha_pattern", {}).items() if re.fullmatch(rf"(.*\.)?({k})", paths[name].format(0))}
-        alpha = next(iter(own.values()), config.alpha)
+
+    def alpha(path: str) -> float:
+        return next((v for k, v in peft.get("alpha_pattern", {}).items() if re.fullmatch(rf"(.*\.)?({k})", path)), config.alpha)
+
+    for name, (A, B) in adapter.items():  # PEFT may scale every module in its own way; here one scaling holds for all
+        alphas = torch.tensor([alpha(paths[name].format(layer)) for layer in range(len(A))])[:, None, None]  # [L, 1, 1]
         r = A.shape[-2]
-        adapter[name] = (A.to(device), B.to(device) * (alpha / (r**0.5 if config.rslora else r) / config.scaling))
+        adapter[name] = (A.to(device), (B * (alphas / (r**0.5 if config.rslora else r) / config.scaling).to(B.dtype)).to(device))
     return adapter, config
+
+
+def load_adapters(folders: list[str | Path], device="cpu") -> tuple[Adapter, LoRAConfig]:
+    """Several adapter folders as a batch. Raises UserError where they are not of one kind."""
+    loaded = [load_adapter(folder, device) for folder in folders]
+    kinds = [(config.paths, config.r, config.scaling) for _, config in loaded]
+    for folder, kind in zip(folders, kinds):
+        if kind != kinds[0]:
+            raise UserError(f"{folder} is of other modules, another rank or another scaling than {folders[0]}; they were not trained together")
+    return stack([adapter for adapter, _ in loaded]), loaded[0][1]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -353,10 +382,24 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError("it takes a share, from 0 to 1")
+    return float(text)
+
+
+def amount(text: str) -> float:
+    """An argparse type: a number from 0."""
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError("it takes a number, 0 or more")
+    return float(text)
+
+
 def device(text: str) -> str:
     """An argparse type: a device that this machine has."""
     try:
-        torch.empty(1, device=text)
+        torch.empty(1, device=text).tolist()
     except (RuntimeError, AssertionError) as e:
         raise argparse.ArgumentTypeError(f"{text}: {str(e).splitlines()[0]}") from None
     return text
@@ -364,6 +407,9 @@ def device(text: str) -> str:
 
 def refuse_idle(args, parser, run: str, serves: dict[tuple[str, ...], tuple[str, ...]]) -> None:
     """Raise UserError for a flag that would have no effect: `serves` is {flags: kinds of run in which they have one}."""
+    for flag, value in vars(args).items():
+        if value == "":  # as of a shell variable that is not set
+            raise UserError(f"--{flag} is empty")
     for flags, runs in serves.items():
         for flag in flags:
             if getattr(args, flag) != parser.get_default(flag) and run not in runs:
@@ -371,10 +417,13 @@ def refuse_idle(args, parser, run: str, serves: dict[tuple[str, ...], tuple[str,
 
 
 def run(main) -> None:
-    """Run a command's main(); a UserError ends in one line on stderr (of one process a machine) and exit code 2."""
+    """Run a command's main(); a UserError, or a file that cannot be read or written, ends in one line on stderr (of one
+    process a machine) and exit code 2."""
     try:
         main()
-    except UserError as e:
+    except BrokenPipeError:  # nobody reads on, as in `| head`
+        sys.exit(1)
+    except (UserError, OSError) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)

@@ -210,11 +210,14 @@ def check_head(model: nn.Module) -> None:
         raise UserError(f"{type(model).__name__} makes its logits in a way that is not known here, so it cannot be trained with")
 
 
-def check_known(tokenizer, text: str) -> None:
-    """Raise UserError for text with words that the tokenizer has no token for (the tiny one knows few)."""
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in tokenize(tokenizer, text):
-        word = next((word for word in text.split() if unknown in tokenize(tokenizer, word)), text)
+def check_known(tokenizer, texts: list[str]) -> None:
+    """Raise UserError for texts with words that the tokenizer has no token for (the tiny one knows few)."""
+    if tokenizer.unk_token_id is None:
+        return
+    words = list(dict.fromkeys(word for text in texts for word in text.split()))
+    unknown = lambda text: tokenizer.unk_token_id in tokenize(tokenizer, text)
+    if unknown(" ".join(words)):
+        word = next(filter(unknown, words), "some of them")
         raise UserError(f"the base model has no token for {word} (the tiny one knows the 56 words of assets/tiny_world.txt and their forms)")
 
 

@@ -56,7 +56,7 @@ PAPER_D2L = dict(latent_size=512, n_blocks=9, n_heads=16, chunk_len=512, l2=0.0)
 # The tiny world learns the same things in minutes.
 TINY = {
     "pretrain": dict(max_steps=8000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
-    "lora": dict(max_steps=120, lr=3e-3, tasks_per_batch=32, examples_per_task=4),
+    "lora": dict(max_steps=240, lr=3e-3, tasks_per_batch=32, examples_per_task=4),
     "recon": dict(max_steps=1500, lr=4e-3, tasks_per_batch=64, examples_per_task=1),
     "sft": dict(max_steps=2000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
 }
@@ -92,10 +92,10 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--latent_size", type=lora.positive, help="Width of the hypernetwork's trunk; the paper's is 128.")
     g.add_argument("--head_in_size", type=lora.positive, default=512, help="Width of what enters the hypernetwork's heads.")
     g.add_argument("--tell_apart", type=int, choices=[0, 1], help="1 starts the hypernetwork's task encoder with what tells the training tasks' descriptions apart (linear discriminants), 0 at random as published.")
-    g.add_argument("--head_scale", type=float, help="Factor on what enters the heads. Published 1; 1/sqrt(head_in_size) stands higher learning rates.")
+    g.add_argument("--head_scale", type=lora.amount, help="Factor on what enters the heads. Published 1; 1/sqrt(head_in_size) stands higher learning rates.")
     g.add_argument("--target_modules", help="Linear layers that get an adapter. Default: q_proj,v_proj, for d2l down_proj.")
     g.add_argument("--rank", type=lora.positive, default=8, help="Rank of the adapters; for d2l of each piece of a document.")
-    g.add_argument("--alpha", type=float, help="LoRA alpha; the scaling is alpha / sqrt(rank). Default: 16, for d2l 2 rank^2.")
+    g.add_argument("--alpha", type=lora.amount, help="LoRA alpha; the scaling is alpha / sqrt(rank). Default: 16, for d2l 2 rank^2.")
     g.add_argument("--n_blocks", type=lora.positive, help="d2l: cross-attention blocks of the Perceiver.")
     g.add_argument("--n_latents", type=lora.positive, help="d2l: vectors that a piece of a document is read into.")
     g.add_argument("--n_heads", type=lora.positive, help="d2l: heads of that attention, of size 128 each.")
@@ -112,23 +112,23 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--split", default="train", help="Which tasks: train, or val or test for oracles of those.")
     g.add_argument("--n_tasks", type=lora.positive, help="Use that many of the tasks.")
     g.add_argument("--max_tokens", type=lora.positive, help="Leave out examples that are longer, with their prompt and answer; tasks of none but such, too.")
-    g.add_argument("--prompt_with_definition", type=float, nargs="?", const=1.0, default=0.0, metavar="SHARE", help="Put the task's definition before each input, as the paper does, or before that share of them.")
+    g.add_argument("--prompt_with_definition", type=lora.share, nargs="?", const=1.0, default=0.0, metavar="SHARE", help="Put the task's definition before each input, as the paper does, or before that share of them.")
     g.add_argument("--oracles", help="recon: the folder that --mode lora wrote.")
     g.add_argument("--start_from", help="sft: go on from the hypernetwork in this folder, of the same settings, be it of --mode recon; or from an adapter, as what every description gives at first.")
     g = p.add_argument_group("how")
     g.add_argument("--max_steps", type=lora.positive)
-    g.add_argument("--lr", type=float, help="Highest learning rate.")
-    g.add_argument("--warmup", type=float, help="Part of the steps in which the learning rate rises; then it falls to 0.")
+    g.add_argument("--lr", type=lora.amount, help="Highest learning rate.")
+    g.add_argument("--warmup", type=lora.share, help="Part of the steps in which the learning rate rises; then it falls to 0.")
     g.add_argument("--tasks_per_batch", type=lora.positive, help="Over all processes.")
     g.add_argument("--examples_per_task", type=lora.positive, help="In each step.")
-    g.add_argument("--dropout", type=float, help="On the input of the adapters, and in the hypernetwork.")
-    g.add_argument("--neftune_alpha", type=float, help="Noise on the base model's input embeddings (NEFTune).")
-    g.add_argument("--label_smoothing", type=float)
-    g.add_argument("--l2", type=float, help="Weight of the mean squares of the generated A and B in the loss.")
-    g.add_argument("--l1", type=float, default=0.0, help="Weight of the mean magnitudes of the generated A and B in the loss.")
-    g.add_argument("--distill", type=int, metavar="K", help="d2l: learn the base model's K likeliest tokens with the document in its prompt, in place of the answers.")
-    g.add_argument("--weight_decay", type=float, default=0.01)
-    g.add_argument("--max_grad_norm", type=float, default=1.0)
+    g.add_argument("--dropout", type=lora.share, help="On the input of the adapters, and in the hypernetwork.")
+    g.add_argument("--neftune_alpha", type=lora.amount, help="Noise on the base model's input embeddings (NEFTune).")
+    g.add_argument("--label_smoothing", type=lora.share)
+    g.add_argument("--l2", type=lora.amount, help="Weight of the mean squares of the generated A and B in the loss.")
+    g.add_argument("--l1", type=lora.amount, default=0.0, help="Weight of the mean magnitudes of the generated A and B in the loss.")
+    g.add_argument("--distill", type=lora.positive, metavar="K", help="d2l: learn the base model's K likeliest tokens with the document in its prompt, in place of the answers.")
+    g.add_argument("--weight_decay", type=lora.amount, default=0.01)
+    g.add_argument("--max_grad_norm", type=lora.amount, default=1.0)
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", type=lora.device, help="Default: a GPU where there is one.")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
@@ -152,8 +152,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse
         raise UserError("--own_init is for one adapter a task, not for --multi_task")
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb needs wandb: pip install wandb")
-    if not 0 <= (args.dropout or 0) <= 0.99:
-        raise UserError(f"--dropout {args.dropout}: it is a share, from 0 to 0.99")
+    if (args.dropout or 0) > 0.99:
+        raise UserError(f"--dropout {args.dropout}: 0.99 is the most")
     if args.distill and args.label_smoothing:
         raise UserError("--label_smoothing is for learning the answers; with --distill there are none")
     if args.gradient_checkpointing and args.row_groups > 1:  # the layers would be computed again with the last group's adapters
@@ -175,12 +175,15 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
             setattr(args, key, value)
     args.encoder = args.encoder or model.PRESETS.get(model.preset_name(args.base_model), (None, "base"))[1]
     args.out_dir = args.out_dir or f"out/{args.mode}"
-    args.target_modules = args.target_modules or ("down_proj" if args.arch == "d2l" else "q_proj,v_proj")
-    args.alpha = args.alpha or (2 * args.rank**2 if args.arch == "d2l" else 16.0)
+    args.target_modules = (args.target_modules or ("down_proj" if args.arch == "d2l" else "q_proj,v_proj")).replace(" ", "")
+    if args.alpha is None:
+        args.alpha = 2 * args.rank**2 if args.arch == "d2l" else 16.0
     if args.arch == "d2l" and args.mode != "sft":
         raise UserError("--arch d2l is trained with --mode sft")
     if args.arch == "d2l" and args.n_heads % 4:
         raise UserError(f"--n_heads {args.n_heads} is not a multiple of 4 (four heads share their keys and values)")
+    if args.arch != "d2l" and args.tasks in data.DOCUMENTS:
+        raise UserError(f"--tasks {args.tasks} are documents; they go with --arch d2l")
     if args.mode == "pretrain" and not (tiny and args.tasks == "tiny"):
         raise UserError("--mode pretrain makes the tiny base model; it goes with --base_model tiny and --tasks tiny")
     if args.mode == "recon" and not args.oracles:
@@ -372,7 +375,7 @@ class Finetune(nn.Module):
         self.tasks = data.pick(data.load_tasks(args.tasks), args.split, args.n_tasks)
         base, tokenizer = model.load_base(args.base_model, device, getattr(torch, args.dtype))
         model.check_head(base)
-        model.check_known(tokenizer, self.tasks[0].train[0][0])
+        model.check_known(tokenizer, [text for task in self.tasks for question, answers in task.train for text in (question, answers[0])])
         targets = args.target_modules.split(",")
         self.config = lora.describe(base, targets, model.full_name(args.base_model), r=args.rank, alpha=args.alpha)
         lora.inject(base, targets, args.dropout).train()
@@ -385,7 +388,7 @@ class Finetune(nn.Module):
             for layer in base.get_decoder().layers:
                 layer.compile(dynamic=True, options={"fallback_random": on_cpu})
         self.frozen = (base, tokenizer)  # in a tuple, so that it is no part of this module's parameters
-        self.encode = lru_cache(None)(lambda *example: model.encode(tokenizer, *example))
+        self.encode = lru_cache(2**16)(lambda *example: model.encode(tokenizer, *example))
         if args.max_tokens:
             for task in self.tasks:
                 before = self.definition(task, max(task.descriptions, key=len)) if args.prompt_with_definition else ""
@@ -405,8 +408,9 @@ class Finetune(nn.Module):
 
     def forward(self, batch: list) -> Tensor:
         base, _ = self.frozen
-        lora.set_adapter(base, None)  # the base model may be the text encoder, too
+        lora.set_adapter(base.eval(), None)  # the base model may be the text encoder, too
         adapter = self.adapters(batch)  # A [tasks, L, r, in], B [tasks, L, out, r]
+        base.train()
         loss = sum(weight * size(adapter) for weight, size in ((self.args.l2, square_loss), (self.args.l1, absolute_loss)) if weight)
         rows = []  # (index in the batch, question, answer, what stands before the question)
         for k, (i, description, examples) in enumerate(batch):
@@ -485,8 +489,8 @@ def new_hypernet(args, config: lora.LoRAConfig, embed, tasks: list[data.Task]) -
 
 
 def remember(encoder, device):
-    """Text -> embedding [E]; the last 16384 are kept."""
-    return lru_cache(2**14)(lambda text: encoder([text])[0].to(device))
+    """Text -> embedding [E]; the last 4096 are kept."""
+    return lru_cache(2**12)(lambda text: encoder([text])[0].to(device))
 
 
 class Sft(Finetune):
@@ -509,6 +513,7 @@ class Documents(Finetune):
 
     def __init__(self, args, device):
         super().__init__(args, device)
+        model.check_known(self.frozen[1], [task.descriptions[0] for task in self.tasks])
         size = self.frozen[0].config.get_text_config().hidden_size
         self.tasks.sort(key=lambda task: len(task.descriptions[0]))
         own = dict(feature_size=size, latent_size=args.latent_size, n_latents=args.n_latents, n_blocks=args.n_blocks, n_heads=args.n_heads, chunk_len=args.chunk_len, per_layer=not args.early_exit)
@@ -543,18 +548,15 @@ class Recon(nn.Module):
     def __init__(self, args, device):
         super().__init__()
         self.args, self.device = args, device
-        tasks = data.load_tasks(args.tasks)
-        have = {task.name for task in data.pick(tasks, args.split, args.n_tasks) if (Path(args.oracles) / task.name / "adapter_config.json").exists()}
-        tasks[args.split] = [task for task in tasks[args.split] if task.name in have]
-        if not have:
-            raise UserError(f"--oracles {args.oracles}: no adapters of the {args.split} tasks of --tasks {args.tasks} in it")
-        self.tasks = data.pick(tasks, args.split)
-        loaded = [lora.load_adapter(Path(args.oracles) / task.name) for task in self.tasks]
-        self.oracles = {k: (A.to(device), B.to(device)) for k, (A, B) in lora.stack([adapter for adapter, _ in loaded]).items()}
-        config = loaded[0][1]
+        folder = Path(args.oracles)
+        tasks = data.pick(data.load_tasks(args.tasks), args.split, args.n_tasks)
+        self.tasks = [task for task in tasks if (folder / task.name / "adapter_config.json").exists()]
+        if not self.tasks:
+            raise UserError(f"--oracles {folder}: no adapters of the {args.split} tasks of --tasks {args.tasks} in it")
+        self.oracles, config = lora.load_adapters([folder / task.name for task in self.tasks], device)
         if model.preset_name(config.base_model) != model.preset_name(args.base_model):
             raise UserError(f"--oracles {args.oracles} are for {config.base_model}, not for --base_model {args.base_model}")
-        if len(loaded) < 2 and not args.delta_w:
+        if len(self.tasks) < 2 and not args.delta_w:
             raise UserError(f"z-scores take two oracles or more; there is one in --oracles {args.oracles}")
         base = model.load_base(args.base_model, device, getattr(torch, args.dtype)) if args.encoder == "base" else None
         self.embed = remember(model.load_encoder(args.encoder, device, base), device)
@@ -714,7 +716,8 @@ def main() -> None:
         # Data is drawn alike in all processes, each takes its share; noise (dropout, NEFTune) differs between them.
         batch = objective.draw(random.Random(f"{args.seed} {step}"), step)[rank * share : (rank + 1) * share]
         torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
-        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():  # the plain kernel's backward is faster there
+        plain = device.type == "cpu" and args.dtype == "bfloat16"  # there the plain attention kernel is the faster one
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):  # trained weights stay float32
                 loss = parallel(batch)
             optimizer.zero_grad()
