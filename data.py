@@ -66,13 +66,18 @@ def folder_tasks(folder: str | Path) -> dict[str, list[Task]]:
     if not files:
         raise UserError(f"--tasks {folder}: no task files (NAME.json) in it")
     splits = read_json(folder / "splits.json") if (folder / "splits.json").exists() else {"train": [p.stem for p in files]}
-    if not isinstance(splits, dict):
+    if not all(isinstance(names, list) for names in splits.values()):
         raise UserError(f'{folder}/splits.json takes {{"train": [names], "val": [...], "test": [...]}}')
     tasks = {split: [read_task(folder / f"{name}.json") for name in splits.get(split, [])] for split in ("train", "val", "test")}
     names = [task.name for split in tasks.values() for task in split]  # an oracle's folder is named after its task
-    if wrong := {name for name in names if names.count(name) > 1 or Path(name).name != name}:
+    if wrong := {name for name in names if names.count(name) > 1 or Path(name).name != name or name in ("", "..")}:
         raise UserError(f"{folder}: these names of tasks occur twice or are no names of folders: {', '.join(sorted(wrong))}")
     return tasks
+
+
+def are_texts(value) -> bool:
+    """Whether this is a list of texts, none of them empty."""
+    return isinstance(value, list) and value != [] and all(isinstance(text, str) and text.strip() for text in value)
 
 
 def read_task(path: Path) -> Task:
@@ -88,11 +93,11 @@ def read_task(path: Path) -> Task:
             descriptions = as_list(content.get("descriptions") or content["Definition"])
             definition = as_list(content.get("Definition") or [""])[0]
             examples = [(x["input"].strip(), [o.strip() for o in as_list(x["output"])]) for x in content["Instances"]]
-        complete = descriptions and examples and all(outputs for _, outputs in examples) and all(d.strip() for d in descriptions)
+        complete = are_texts(descriptions) and examples and all(outputs for _, outputs in examples) and are_texts([content.get("name", "any")])
     except (AttributeError, KeyError, IndexError, TypeError) as e:
         raise UserError(f"{path} is not a task file: {e} is missing or of the wrong kind") from None
     if not complete:
-        raise UserError(f"{path}: a task takes instances with an output each, and descriptions (or a document) that are not empty")
+        raise UserError(f"{path} is not a task file: it takes instances with an output each, and descriptions (or a document) that are not empty; its name, if it has one, is a text")
     n_train = len(examples) - len(examples) // 5
     train, test = (examples, examples) if "document" in content else (examples[:n_train], examples[n_train:])
     return Task(content.get("name", path.stem), descriptions, train, test, definition=definition)
@@ -281,26 +286,20 @@ def nested(parts: tuple[str, str, str], rng: random.Random) -> str:
 
 
 def tiny_example(parts: tuple[str, str, str], rng: random.Random, n_words: int = 4) -> Example:
-    """A list of words and the right answer, drawn such that neighbouring tasks answer differently.
+    """A list of words and the right answer.
 
-    With a category as filter, two or three of four words belong to it, and the first of the list does not where
-    the task wants the first, nor the last where it wants the last.
+    The words are of two categories, mixed at random whatever the task. So a list does not give its task away: of the filter it
+    says no more than that a category would be one of these two.
     """
     chosen, change, layout = parts
-    if chosen == "all":
-        kept = words = rng.sample(list(FORMS), n_words)
-    else:
-        n_kept = rng.randint(max(1, n_words - 2), min(3, n_words))
-        kept = rng.sample(CATEGORIES[chosen], n_kept)
-        others = rng.sample([w for w in FORMS if w not in CATEGORIES[chosen]], n_words - n_kept)
-        words = kept + others
-        rng.shuffle(words)
-        end = {"first": 0, "last": -1}.get(layout)
-        if end is not None and words[end] in kept and others:
-            i = words.index(others[0])
-            words[i], words[end] = words[end], words[i]
-        kept = [w for w in words if w in kept]
-    return " ".join(words), [" ".join(LAYOUTS[layout]([FORMS[w][change] for w in kept]))]
+    categories = rng.sample(list(CATEGORIES), 2)
+    if chosen not in ("all", *categories):
+        categories[0] = chosen
+    kept = []
+    while not kept:
+        words = rng.sample([word for category in categories for word in CATEGORIES[category]], n_words)
+        kept = [word for word in words if chosen == "all" or word in CATEGORIES[chosen]]
+    return " ".join(words), [" ".join(LAYOUTS[layout]([FORMS[word][change] for word in kept]))]
 
 
 def tiny_inputs(description: str, n: int = 3) -> list[str]:

@@ -5,6 +5,7 @@ files where it is installed; T2L_BASE and T2L_ENCODER may name folders of real m
 all-MiniLM-L6-v2) to be tried as well.
 """
 
+import dataclasses
 import http.server
 import importlib.util
 import io
@@ -189,11 +190,12 @@ def test_peft_reads_our_adapter(tmp_path, rslora, joined):
     torch.testing.assert_close(base(ids).logits, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_we_read_pefts_adapter(tmp_path):
+@pytest.mark.parametrize("alphas", [{"v_proj": 3}, {"layers.0.self_attn.q_proj": 64}, {r"layers\.1\..*": 2, "q_proj": 5}])
+def test_we_read_pefts_adapter(tmp_path, alphas):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     torch.manual_seed(1)
     settings = peft.LoraConfig(
-        r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"], init_lora_weights=False, rank_pattern={"v_proj": 6}, alpha_pattern={"v_proj": 3}
+        r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"], init_lora_weights=False, rank_pattern={"v_proj": 6}, alpha_pattern=alphas
     )
     theirs = peft.get_peft_model(tiny_llama(), settings).eval()
     theirs.save_pretrained(tmp_path)
@@ -217,9 +219,22 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
         lora.set_adapter(lora.inject(base, NAMES), adapter)
     with pytest.raises(lora.UserError, match="is missing"):
         lora.load_adapter(tmp_path)
-    lora.write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "use_dora": True})
-    with pytest.raises(lora.UserError, match="not a plain LoRA"):
+    moving = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({place: nn.ModuleDict({"q_proj": nn.Linear(4, 4)})}) for place in ("a", "b")])})
+    with pytest.raises(lora.UserError, match="changes its place"):
+        lora.inject(moving, ["q_proj"])
+    for more in {"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}, {"alora_invocation_tokens": [3]}:
+        lora.write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA"} | more)
+        with pytest.raises(lora.UserError, match="not a plain LoRA"):
+            lora.load_adapter(tmp_path)
+    lora.write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 8})
+    with pytest.raises(lora.UserError, match="lacks r and lora_alpha"):
         lora.load_adapter(tmp_path)
+    config = lora.describe(tiny_llama(), NAMES, "x")
+    lora.save_adapter(tmp_path / "a", random_adapter(config), config)
+    for name, other in ("b", dataclasses.replace(config, alpha=64.0)), ("c", lora.describe(tiny_llama(), NAMES[:1], "x")):
+        lora.save_adapter(tmp_path / name, random_adapter(other), other)
+        with pytest.raises(lora.UserError, match="they were not trained together"):
+            lora.load_adapters([tmp_path / "a", tmp_path / name])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -806,13 +821,34 @@ def test_tiny_answers_are_right_and_tell_tasks_apart():
             ours = [w for w in words if chosen == "all" or w in data.CATEGORIES[chosen]]
             assert answer == " ".join(data.LAYOUTS[layout]([data.FORMS[w][change] for w in ours]))
             assert len(set(words)) == 4
-            others = [data.FORMS[w][change] for w in words] if chosen != "all" else []
-            if others:
-                assert answer != " ".join(data.LAYOUTS[layout](others))
             for other in data.MAPS:
                 assert other == change or answer != " ".join(data.LAYOUTS[layout]([data.FORMS[w][other] for w in ours]))
-            for other in data.LAYOUTS:
+            for other in data.LAYOUTS if len(ours) > 1 and change != "initial" else ():
                 assert other == layout or answer != " ".join(data.LAYOUTS[other]([data.FORMS[w][change] for w in ours]))
+            for other in data.FILTERS if layout not in ("first", "last") and change != "initial" else ():
+                theirs = [w for w in words if other == "all" or w in data.CATEGORIES[other]]
+                assert theirs == ours or answer != " ".join(data.LAYOUTS[layout]([data.FORMS[w][change] for w in theirs]))
+
+
+def test_a_tiny_input_does_not_give_its_task_away():
+    def first_words(parts):  # how the words of 4,000 inputs fall among the categories, the task's own apart
+        rng, counts = random.Random(1), {}
+        for _ in range(4000):
+            own = [word in data.CATEGORIES["fruits"] for word in data.tiny_example(parts, rng)[0].split()]
+            counts[tuple(own)] = counts.get(tuple(own), 0) + 1
+        return counts
+
+    one = first_words(("fruits", "same", "in_order"))
+    for parts in (("fruits", "french", "first"), ("fruits", "plural", "last")):  # the same whatever map and layout
+        other = first_words(parts)
+        assert all(abs(one[own] - other[own]) < 120 for own in one)
+    for own in one:  # the words that are to be kept are as often the others
+        swapped = tuple(not x for x in own)
+        assert all(own) or abs(one[own] - one[swapped]) < 120
+    rng = random.Random(2)
+    for parts in rng.sample(data.tiny_splits()["train"], 100):  # always of two categories at most, be it a filter or not
+        words = data.tiny_example(parts, rng)[0].split()
+        assert len({c for c in data.CATEGORIES for word in words if word in data.CATEGORIES[c]}) <= 2
 
 
 def test_reworded_descriptions_are_new():
@@ -851,13 +887,14 @@ def test_a_folder_of_task_files(tmp_path):
     lora.write_json(tmp_path / "b.json", {"descriptions": [5], "Instances": instances})
     with pytest.raises(lora.UserError, match="not a task file"):
         data.load_tasks(tmp_path)
-    for name in ("a", "../a"):
+    for name in ("a", "../a", ".."):
         lora.write_json(tmp_path / "b.json", {"name": name, "Definition": ["do b"], "Instances": instances})
         with pytest.raises(lora.UserError, match=f"occur twice or are no names of folders: {name}"):
             data.load_tasks(tmp_path)
-    lora.write_json(tmp_path / "splits.json", ["b"])
-    with pytest.raises(lora.UserError, match="splits.json takes"):
-        data.load_tasks(tmp_path)
+    for splits, message in (["b"], "splits.json cannot be read as JSON: it holds a list, no object"), ({"train": 5}, "splits.json takes"):
+        lora.write_json(tmp_path / "splits.json", splits)
+        with pytest.raises(lora.UserError, match=message):
+            data.load_tasks(tmp_path)
 
 
 def test_tasks_of_other_words_than_the_base_models(tmp_path, capsys):
@@ -1557,7 +1594,7 @@ def test_answers_may_be_counted_where_they_contain_the_right_one(tmp_path):
         assert json.loads((tmp_path / "s.json").read_text())["results"]["base"]["mean"] == expected
 
 
-README_SCORES = {"sft_large": 0.984, "sft_medium": 0.978, "sft_small": 0.950, "recon": 0.683}
+README_SCORES = {"sft_large": 0.994, "sft_medium": 0.978, "sft_small": 0.952, "recon": 0.344}
 
 README_LENGTHS = {"8": 0.9, "128": 0.8}  # lines: right answers
 
@@ -1570,6 +1607,25 @@ def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path, name):
     results = json.loads(out.read_text())["results"]
     assert results["t2l"]["mean"] >= README_SCORES[name] - 0.03
     assert len(results["t2l"]["per_task"]) == 25 and results["t2l_random"]["mean"] < 0.1
+
+
+def test_the_description_says_which_words_to_keep():
+    base, tokenizer = model.load_base("tiny")
+    net, encode = hypernet.load_hypernet(HERE / "checkpoints" / "tiny" / "sft_large"), model.load_encoder("tiny")
+    rng, rows = random.Random(0), []
+    for _ in range(100):  # of one input once the one category, once the other
+        one, other = rng.sample(list(data.CATEGORIES), 2)
+        words = rng.sample(data.CATEGORIES[one], 2) + rng.sample(data.CATEGORIES[other], 2)
+        rng.shuffle(words)
+        for chosen in (one, other):
+            right = " ".join(data.FORMS[word]["capitals"] for word in words if word in data.CATEGORIES[chosen])
+            rows.append((data.describe((chosen, "capitals", "in_order"), rng), " ".join(words) + " ->", right))
+    descriptions, prompts, rights = zip(*rows)
+    with torch.no_grad():
+        adapters = net(encode(list(descriptions)))
+    lora.set_adapter(lora.inject(base, list(adapters)), adapters, net.config.scaling)
+    answers = model.answer(base, tokenizer, list(prompts))
+    assert sum(map(str.__eq__, answers, rights)) >= 0.9 * len(rows)
 
 
 def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
@@ -1655,7 +1711,15 @@ BAD = {
     "no checkpoint to name a base": (evaluation, ["--methods", "base", "--hypernet", "{tmp}/none"], "holds no hypernetwork"),
     "no such device": (generate, ["--desc", DESC, "--device", "nowhere"], "argument --device: nowhere"),
     "empty input": (generate, ["--desc", DESC, "--input", " "], "--input is empty"),
-    "dropout of all": (train, ["--mode", "sft", "--dropout", "1"], "--dropout 1.0: it is a share"),
+    "negative amount": (train, ["--mode", "sft", "--max_grad_norm", "-1"], "argument --max_grad_norm: it takes a number, 0 or more"),
+    "no number": (train, ["--mode", "sft", "--lr", "nan"], "argument --lr: it takes a number, 0 or more"),
+    "more than all": (train, ["--mode", "sft", "--prompt_with_definition", "2"], "argument --prompt_with_definition: it takes a share"),
+    "variable that is not set": (generate, ["--desc", DESC, "--out", ""], "--out is empty"),
+    "documents as tasks": (train, ["--mode", "lora", "--tasks", "facts"], "they go with --arch d2l"),
+    "descriptions as documents": (train, ["--mode", "sft", "--arch", "d2l", "--tasks", "tiny", "--out_dir", "{tmp}/o"], "has no token for"),
+    "description of unknown words in the prompt": (generate, ["--desc", "Ignore all.", "--prompt_with_definition", "--out", "{tmp}/o"], "has no token for Ignore"),
+    "folder below the file of a document": (generate, ["--desc", DESC, "--out", "{note}/o"], "Not a directory"),
+    "dropout of all": (train, ["--mode", "sft", "--dropout", "1"], "--dropout 1.0: 0.99 is the most"),
     "groups computed again": (train, ["--mode", "sft", "--row_groups", "2", "--gradient_checkpointing"], "--gradient_checkpointing goes with --row_groups 1"),
     "oracles of another base": (train, ["--mode", "recon", "--oracles", "{tmp}/oracles"], "are for base, not for --base_model tiny"),
     "document in the prompt": (generate, ["--doc", "{note}", "--prompt_with_definition"], "--prompt_with_definition is for --desc"),
