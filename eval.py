@@ -106,8 +106,6 @@ def parse_args() -> argparse.Namespace:
         pyplot()  # is there matplotlib?
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a folder; it takes the name of a file")
-    for file in filter(None, (args.out, args.plot)):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -378,7 +376,8 @@ def pyplot():
 
 
 def save_figure(fig, path: str) -> None:
-    """Write a picture."""
+    """Write a picture, its folder included."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
 
 
@@ -534,6 +533,7 @@ def main() -> None:
         results, trained_on = evaluate(args)
         print("\n" + table(results, args.split, args.far) + ("\n\n" + task_table(results) if args.per_task else ""))
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {row: {"mean": statistics.fmean(s.values()), "per_task": s} for row, s in results.items()}
         lora.write_json(Path(args.out), {"settings": vars(args), "results": scores} | ({"costs": costs} if args.doc else {}))
     if args.plot and args.doc:

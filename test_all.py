@@ -831,16 +831,16 @@ def test_tiny_answers_are_right_and_tell_tasks_apart():
 
 
 def test_a_tiny_input_does_not_give_its_task_away():
-    def first_words(parts):  # how the words of 4,000 inputs fall among the categories, the task's own apart
+    def mixtures(parts):  # {which of the four words are fruits: how often} in 4,000 inputs
         rng, counts = random.Random(1), {}
         for _ in range(4000):
             own = [word in data.CATEGORIES["fruits"] for word in data.tiny_example(parts, rng)[0].split()]
             counts[tuple(own)] = counts.get(tuple(own), 0) + 1
         return counts
 
-    one = first_words(("fruits", "same", "in_order"))
+    one = mixtures(("fruits", "same", "in_order"))
     for parts in (("fruits", "french", "first"), ("fruits", "plural", "last")):  # the same whatever map and layout
-        other = first_words(parts)
+        other = mixtures(parts)
         assert all(abs(one[own] - other[own]) < 120 for own in one)
     for own in one:  # the words that are to be kept are as often the others
         swapped = tuple(not x for x in own)
