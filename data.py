@@ -317,7 +317,7 @@ def tiny_splits() -> dict[str, list[tuple[str, str, str]]]:
 
 
 def tiny_task(parts: tuple[str, str, str], n_train: int = 100, n_test: int = 25, n_descriptions: int = 128) -> Task:
-    """The task as data: 128 descriptions like the paper's, examples that are the same every time."""
+    """The task as data: 128 descriptions, as many as the paper's, and examples that are the same every time."""
     rng = random.Random("-".join(parts))
     examples = [tiny_example(parts, rng) for _ in range(n_train + n_test)]
     descriptions = [describe(parts, rng) for _ in range(n_descriptions)]

@@ -6,6 +6,8 @@
 
 All layers, modules and descriptions go through it together, as rows of one tensor [n, L, M, d]. The three sizes
 differ in what one row has to produce: large, all of A and B; medium, A or B; small, one rank of A or B.
+
+After it: Doc-to-LoRA, which reads a document in place of the description; files; the published checkpoints.
 """
 
 import math
@@ -110,7 +112,7 @@ class TextToLoRA(nn.Module):
                 self.scale[f"{name}_{key}"] = nn.Parameter(torch.ones(shape if c.z_score else ()), requires_grad=False)
 
     def forward(self, task_emb: Tensor) -> Adapter:
-        """task_emb [n, E], of any length (it is brought to the published sqrt(E)). A [n, L, r, in], B [n, L, out, r]."""
+        """task_emb [n, E], of any norm (it is brought to the published sqrt(E)). A [n, L, r, in], B [n, L, out, r]."""
         c, L, M = self.config, self.config.n_layers, len(self.names)
         if task_emb.shape[-1] != c.task_emb_size:
             raise UserError(f"the text encoder gives {task_emb.shape[-1]} numbers; this hypernetwork was trained on {c.task_emb_size}, with {c.encoder}")

@@ -1114,7 +1114,7 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
     monkeypatch.setattr(model, "prompt", lambda *a: seen.append(real(*a)[-1]["content"]) or real(*a))
     for words, expected in ([], "cat dog"), (["--prompt_with_definition"], "red hat\n\ncat dog"):
         seen.clear()
-        training = ["--mode", "sft", "--tasks_per_batch", "2", "--max_steps", "1", "--split", "train", "--out_dir", tmp_path / "net"]
+        training = ["--mode", "sft", "--tasks_per_batch", "2", "--max_steps", "1", "--out_dir", tmp_path / "net"]
         assert command(train, *training, "--tasks", tmp_path / "tasks", *words) == 0
         assert seen and set(seen) == {expected}
         seen.clear()
@@ -1133,7 +1133,7 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
             assert seen and set(seen) == {content}
     # or before a share of the examples
     seen.clear()
-    training = ["--mode", "sft", "--tasks_per_batch", "64", "--max_steps", "2", "--split", "train", "--out_dir", tmp_path / "net"]
+    training = ["--mode", "sft", "--tasks_per_batch", "64", "--max_steps", "2", "--out_dir", tmp_path / "net"]
     instances = [{"input": f"cat {word}", "output": [f"{word} cat"]} for word in data.FORMS]
     lora.write_json(tmp_path / "tasks" / "swap.json", {"Definition": "red hat", "descriptions": ["Swap them."], "Instances": instances})
     assert command(train, *training, "--tasks", tmp_path / "tasks", "--prompt_with_definition", "0.3") == 0
@@ -1699,7 +1699,7 @@ BAD = {
     "size of a given hypernetwork": (evaluation, ["--speed", "--hypernet", "{hypernet}", "--size", "small"], "--size is for --speed without --hypernet"),
     "oracles of no row": (evaluation, ["--methods", "t2l", "--oracles", "{tmp}/oracles"], "--oracles DIR is for the method oracle"),
     "pieces of no document": (evaluation, ["--methods", "t2l", "--hypernet", "{hypernet}", "--chunk_len", "8"], "--chunk_len is for hypernetworks that read documents"),
-    "smoothing of a teacher": (train, ["--mode", "sft", "--arch", "d2l", "--distill", "4", "--label_smoothing", "0.1"], "with --distill there are none"),
+    "smoothing of a teacher": (train, ["--mode", "sft", "--arch", "d2l", "--distill", "4", "--label_smoothing", "0.1"], "--distill learns what the base model says"),
     "pieces of a description": (generate, ["--desc", DESC, "--chunk_len", "8"], "--chunk_len is for --doc"),
     "tasks of every step": (train, ["--mode", "lora", "--tasks_per_batch", "8"], "--tasks_per_batch goes with --multi_task"),
     "one adapter of its own": (train, ["--mode", "lora", "--multi_task", "--own_init"], "--own_init is for one adapter a task"),
@@ -1735,7 +1735,7 @@ BAD = {
     "unknown base for training": (train, ["--mode", "sft", "--base_model", "./nowhere"], "no such folder"),
     "unknown base offline": (train, ["--mode", "sft", "--base_model", "nobody/nothing", "--out_dir", "{tmp}/o"], "nobody/nothing is not on this machine"),
     "unknown encoder": (train, ["--mode", "sft", "--encoder", "./nowhere", "--out_dir", "{tmp}/o"], "text encoder ./nowhere: there is no such folder"),
-    "unknown split for training": (train, ["--mode", "sft", "--split", "exam", "--out_dir", "{tmp}/o"], "no split exam"),
+    "unknown split for training": (train, ["--mode", "sft", "--split", "test", "--out_dir", "{tmp}/o"], "--split is for --mode lora"),
     "too many tasks": (train, ["--mode", "sft", "--n_tasks", "500", "--out_dir", "{tmp}/o"], "has 1 to 479 tasks"),
     "no oracles": (train, ["--mode", "recon"], "needs --oracles"),
     "empty oracles": (train, ["--mode", "recon", "--oracles", "{foreign}", "--out_dir", "{tmp}/o"], "no adapters of the train tasks"),
@@ -1800,9 +1800,9 @@ def test_speed_prints_ratios(monkeypatch, capsys):
     assert command(evaluation, "--speed", "--hypernet", Path(model.TINY) / "sft_small") == 0
     shown = capsys.readouterr().out
     ratios = dict(re.findall(r"\| (.+?) \| .+? \| ([\d.]+) \|", shown))
-    assert "tiny, small, on cpu" in shown and (sys.platform != "linux" or float(ratios["peak memory of the latter"]) > 1)
-    measured = ("training step of the hypernetwork on them", "one adapter", "64 adapters in one call, each")
-    assert [ratios[what] for what in measured] == ["2.50", "2.50", "0.50"]
+    assert "tiny, small, on cpu" in shown and (sys.platform != "linux" or float(ratios["peak memory of the second"]) > 1)
+    steps = ("training step of the hypernetwork on them, a description for each row", "the same, a description for 8 rows")
+    assert [ratios[what] for what in (*steps, "one adapter", "64 adapters in one call, each")] == ["2.50", "32.00", "2.50", "0.50"]
     assert command(evaluation, "--speed", "--base_model", "gemma-2-2b", "--size", "small") == 0
     shown = capsys.readouterr().out
     assert "no training step: base model google/gemma-2-2b-it" in shown and "| one adapter |" in shown

@@ -1,7 +1,7 @@
 """Train everything in this project with one loop.
 
     python train.py --mode sft                                         # one process
-    torchrun --nproc_per_node=2 train.py --mode sft                    # two processes, the same run
+    torchrun --nproc_per_node=2 train.py --mode sft                    # two processes, the same batches
     torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HOST train.py --mode sft --base_model mistral-7b
 
 --mode says what is trained, and by which loss:
@@ -44,7 +44,7 @@ from lora import Adapter, UserError
 # Settings
 # ---------------------------------------------------------------------------------------------------------
 
-# After the paper's hyper-parameters (its appendix), for the paper's models and for any other.
+# The paper's hyper-parameters (its appendix) from memory, for its models and for any other.
 PAPER = {
     "lora": dict(max_steps=2500, lr=8e-5, tasks_per_batch=8, examples_per_task=1),
     "recon": dict(max_steps=100_000, lr=1e-3, tasks_per_batch=8, examples_per_task=1),
@@ -52,7 +52,7 @@ PAPER = {
 }
 PAPER_COMMON = dict(latent_size=128, warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=0.0, head_scale=1.0, tell_apart=0)
 D2L = dict(tasks="facts", n_latents=8, chunk_batch=128, max_pieces=1, distill=0)
-PAPER_D2L = dict(latent_size=512, n_blocks=9, n_heads=16, chunk_len=512, l2=0.0)  # Doc-to-LoRA, where it differs
+PAPER_D2L = dict(latent_size=512, n_blocks=9, n_heads=16, chunk_len=512, l2=0.0)  # Doc-to-LoRA's network; the rest is that of sft
 # The tiny world learns the same things in minutes.
 TINY = {
     "pretrain": dict(max_steps=8000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
@@ -68,13 +68,13 @@ TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, 
 PRETRAIN, LORA, RECON, SFT, DOC = "--mode pretrain", "--mode lora", "--mode recon", "--mode sft", "--arch d2l"
 SERVES = {
     ("n_blocks", "n_latents", "n_heads", "chunk_len", "chunk_batch", "max_pieces", "early_exit", "distill"): (DOC,),
-    ("multi_task", "own_init"): (LORA,),
+    ("multi_task", "own_init", "split"): (LORA,),
     ("delta_w", "mixup", "oracles"): (RECON,),
     ("start_from",): (SFT, DOC),
     ("size", "head_in_size", "head_scale", "tell_apart", "encoder"): (RECON, SFT),
     ("latent_size",): (RECON, SFT, DOC),
     ("rank", "alpha", "target_modules", "max_tokens", "row_groups", "compile", "gradient_checkpointing", "neftune_alpha", "l1", "l2"): (LORA, SFT, DOC),
-    ("split", "n_tasks", "dropout"): (LORA, RECON, SFT, DOC),
+    ("n_tasks", "dropout"): (LORA, RECON, SFT, DOC),
     ("prompt_with_definition",): (LORA, RECON, SFT),
     ("examples_per_task", "label_smoothing"): (PRETRAIN, LORA, SFT, DOC),
 }
@@ -89,7 +89,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--base_model", default="tiny", help=f"One of {', '.join(model.PRESETS)}, a Hugging Face id or a folder.")
     g.add_argument("--encoder", help="Text encoder: hash, base, a Hugging Face id or a folder. Default: the base model's preset.")
     g.add_argument("--size", default="large", choices=hypernet.SIZES, help="Size of the hypernetwork.")
-    g.add_argument("--latent_size", type=lora.positive, help="Width of the hypernetwork's trunk; the paper's is 128.")
+    g.add_argument("--latent_size", type=lora.positive, help="Width of the hypernetwork's trunk; the paper's is 128, for d2l 512.")
     g.add_argument("--head_in_size", type=lora.positive, default=512, help="Width of what enters the hypernetwork's heads.")
     g.add_argument("--tell_apart", type=int, choices=[0, 1], help="1 starts the hypernetwork's task encoder with what tells the training tasks' descriptions apart (linear discriminants), 0 at random as published.")
     g.add_argument("--head_scale", type=lora.amount, help="Factor on what enters the heads. Published 1; 1/sqrt(head_in_size) stands higher learning rates.")
@@ -109,7 +109,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--mixup", action="store_true", help="recon: learn what lies between two descriptions, too, as what lies between their oracles.")
     g = p.add_argument_group("on what")
     g.add_argument("--tasks", help="tiny, lots-of-loras (the paper's, downloaded), for d2l facts or needle, or a folder of task files. Default: tiny, for d2l facts.")
-    g.add_argument("--split", default="train", help="Which tasks: train, or val or test for oracles of those.")
+    g.add_argument("--split", default="train", choices=["train", "val", "test"], help="lora: tasks of which split; hypernetworks are trained on train.")
     g.add_argument("--n_tasks", type=lora.positive, help="Use that many of the tasks.")
     g.add_argument("--max_tokens", type=lora.positive, help="Leave out examples that are longer, with their prompt and answer; tasks of none but such, too.")
     g.add_argument("--prompt_with_definition", type=lora.share, nargs="?", const=1.0, default=0.0, metavar="SHARE", help="Put the task's definition before each input, as the paper does, or before that share of them.")
@@ -131,9 +131,9 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--max_grad_norm", type=lora.amount, default=1.0)
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", type=lora.device, help="Default: a GPU where there is one.")
-    g.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
+    g.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the computation; trained weights stay float32. Default: float32 on CPU, bfloat16 on GPU.")
     g.add_argument("--row_groups", type=lora.positive, default=1, help="Compute a batch in that many parts, with rows of like length together: less padding, the same loss.")
-    g.add_argument("--compile", action="store_true", help="Compile the layers of the base model: the first step takes a minute, the others two thirds of their time.")
+    g.add_argument("--compile", action="store_true", help="Compile the layers of the base model: the first step takes half a minute, the others two thirds of their time.")
     g.add_argument("--gradient_checkpointing", action="store_true", help="Compute the base model's layers again in the backward pass, to save memory.")
     g = p.add_argument_group("where to")
     g.add_argument("--out_dir", help="Default: out/MODE.")
@@ -155,7 +155,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse
     if (args.dropout or 0) > 0.99:
         raise UserError(f"--dropout {args.dropout}: 0.99 is the most")
     if args.distill and args.label_smoothing:
-        raise UserError("--label_smoothing is for learning the answers; with --distill there are none")
+        raise UserError("--label_smoothing is for learning the answers, --distill learns what the base model says")
     if args.gradient_checkpointing and args.row_groups > 1:  # the layers would be computed again with the last group's adapters
         raise UserError("--gradient_checkpointing goes with --row_groups 1")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
@@ -224,7 +224,7 @@ def answer_loss(base: nn.Module, input_ids: Tensor, labels: Tensor, smoothing: f
 
 def distill_loss(logits: Tensor, teacher: Tensor, rows: Tensor, k: int) -> Tensor:
     """KL divergence from a teacher, over the k tokens that it finds likeliest. logits, teacher [answer tokens, vocabulary]."""
-    likely, tokens = teacher.log_softmax(-1).topk(k)  # [answer tokens, k]
+    likely, tokens = teacher.log_softmax(-1).topk(min(k, teacher.shape[-1]))  # [answer tokens, k]
     return row_mean((likely.exp() * (likely - logits.log_softmax(-1).gather(-1, tokens))).sum(-1), rows)
 
 
@@ -472,9 +472,9 @@ class Lora(Finetune):
             lora.save_adapter(one, self.net(i), self.config)
 
 
-def new_hypernet(args, config: lora.LoRAConfig, embed, tasks: list[data.Task]) -> hypernet.TextToLoRA:
+def new_hypernet(args, config: lora.LoRAConfig, encoder, tasks: list[data.Task]) -> hypernet.TextToLoRA:
     """A hypernetwork with the sizes of `args`, for adapters as in `config`, to be trained on the descriptions of `tasks`."""
-    own = dict(encoder=args.encoder, task_emb_size=len(embed("any")), size=args.size, latent_size=args.latent_size)
+    own = dict(encoder=args.encoder, task_emb_size=encoder(["any"]).shape[1], size=args.size, latent_size=args.latent_size)
     own |= dict(head_in_size=args.head_in_size, head_scale=args.head_scale, dropout=args.dropout)
     own |= dict(prompt_with_definition=args.prompt_with_definition > 0)
     z_score = args.mode == "recon" and not args.delta_w
@@ -484,7 +484,7 @@ def new_hypernet(args, config: lora.LoRAConfig, embed, tasks: list[data.Task]) -
             raise UserError("--tell_apart 1 is how a new hypernetwork starts; that of --start_from has its weights")
     net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=z_score))
     if args.tell_apart:
-        net.tell_apart([torch.stack(list(map(embed, task.descriptions[:32]))).cpu() for task in tasks])
+        net.tell_apart([encoder(task.descriptions[:32]).cpu() for task in tasks])
     return net
 
 
@@ -498,8 +498,9 @@ class Sft(Finetune):
 
     def __init__(self, args, device):
         super().__init__(args, device)
-        self.embed = remember(model.load_encoder(args.encoder, device, self.frozen), device)
-        self.net = new_hypernet(args, self.config, self.embed, self.tasks).to(device)
+        encoder = model.load_encoder(args.encoder, device, self.frozen)
+        self.embed = remember(encoder, device)
+        self.net = new_hypernet(args, self.config, encoder, self.tasks).to(device)
         if not self.net.config.z_score:
             self.net.start_as_lora()
 
@@ -559,8 +560,9 @@ class Recon(nn.Module):
         if len(self.tasks) < 2 and not args.delta_w:
             raise UserError(f"z-scores take two oracles or more; there is one in --oracles {args.oracles}")
         base = model.load_base(args.base_model, device, getattr(torch, args.dtype)) if args.encoder == "base" else None
-        self.embed = remember(model.load_encoder(args.encoder, device, base), device)
-        self.net = new_hypernet(args, config, self.embed, self.tasks).to(device)
+        encoder = model.load_encoder(args.encoder, device, base)
+        self.embed = remember(encoder, device)
+        self.net = new_hypernet(args, config, encoder, self.tasks).to(device)
         if args.delta_w:
             for scale in self.net.scale.values():
                 scale.fill_(0.01)  # times itself is the 1/10000 of the loss
@@ -675,7 +677,7 @@ def main() -> None:
     args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     open_run(args)
     settings = dict(vars(args))
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**64)
     if local_rank > 0:
         dist.barrier()  # the first process of each machine goes ahead, and downloads what has to be downloaded
     objective = OBJECTIVES[args.mode, args.arch](args, device)
