@@ -99,7 +99,7 @@ def parse_args() -> argparse.Namespace:
     flags = dict(mt_lora="--mt_lora DIR", oracle="--oracles DIR", recon="--recon DIR")
     for method in METHODS:
         if method in args.methods and not given.get(method, True):
-            raise UserError(f"the method {method} needs {flags.get(method, '--tasks tiny')}")
+            raise UserError(f"the method {method} needs {flags.get(method, '--tasks tiny, without --descriptions')}")
         if method in flags and given[method] and method not in args.methods:
             raise UserError(f"{flags[method]} is for the method {method}, which is not among --methods")
     if args.plot:
@@ -123,7 +123,7 @@ def score(judge, tasks: list[data.Task], method: str, net=None, write=None) -> d
         words = {"t2l_reworded": task.reworded, "t2l_shuffled": other.descriptions, "t2l_random": noise(args.seed + t)}.get(method, task.descriptions)
         for i, example in enumerate(task.test[: args.n_examples]):
             own = task.descriptions[i % len(task.descriptions)]
-            stated = own if method == "prompt" else (task.definition or own) if args.prompt_with_definition else ""
+            stated = own if method == "prompt" else task.definition or own if args.prompt_with_definition else ""
             rows.append((task, words[i % len(words)], stated, *example))
     rows.sort(key=lambda row: len(row[2]) + len(row[3]))  # rows of like length share a batch, so little is padding
 
@@ -135,7 +135,6 @@ def score(judge, tasks: list[data.Task], method: str, net=None, write=None) -> d
             examples = [(q, a[0]) for q, a in task.train if q != question][:3] if method == "icl" else []
             messages = model.prompt(tokenizer, question, stated, examples)
             prompts.append(model.render(tokenizer, messages))
-        lora.set_adapter(base, None)  # the base model may be the text encoder, too
         adapter, scaling = adapters_of(args, method, chunk, net, write)
         lora.set_adapter(base, adapter, scaling)
         room = args.max_new_tokens
@@ -207,18 +206,18 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     if args.prompt_with_definition is None:
         args.prompt_with_definition = any(getattr(config, "prompt_with_definition", False) for config in configs)
     configs += [load_adapter(args.mt_lora, args.device)[1]] if "mt_lora" in args.methods else []
-    configs += [load_adapter(Path(args.oracles) / task.name, args.device)[1] for task in tasks] if "oracle" in args.methods else []
+    configs += [lora.load_adapter(Path(args.oracles) / task.name)[1] for task in tasks] if "oracle" in args.methods else []
     base, tokenizer = generate.load_for(configs, args)
-    model.check_known(tokenizer, [question for task in tasks for question, _ in task.test])
+    documents = [task.descriptions[0] for task in tasks] if any(isinstance(net, hypernet.DocToLoRA) for net in loaded.values()) else []
+    model.check_known(tokenizer, documents + [question for task in tasks for question, _ in task.test])
     results = {}
     for row in dict.fromkeys([*args.methods, *folders]):
         net = nets.get(row)
         results[row] = score((args, base, tokenizer), tasks, row, net, net and generate.writer(net, base, tokenizer, args))
         print(f"{row:24} {statistics.fmean(results[row].values()):.3f}", flush=True)
     if args.plot and isinstance(nets.get("t2l"), hypernet.TextToLoRA):
-        lora.set_adapter(base, None)  # the base model may be the text encoder, too
         everything = [task for split in data.load_tasks(args.tasks).values() for task in split]
-        encode = generate.shared_encoder(args.encoder or nets["t2l"].config.encoder, args.device, (base, tokenizer), nets["t2l"].config.full_stop)
+        encode = generate.encoder_of(nets["t2l"], base, tokenizer, args)
         if len(everything) > 1:
             plot_adapters(str(Path(args.plot).with_suffix("")) + "_adapters.png", everything, generate.writer(nets["t2l"], base, tokenizer, args), encode)
     records = {row: Path(folder) / "train_args.json" for row, folder in folders.items() if row.split("/")[0] == "t2l"}
@@ -234,23 +233,37 @@ def interval(scores: list[float], n: int = 2000) -> tuple[float, float]:
     return means[n // 40], means[-1 - n // 40]
 
 
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table in markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" if cells else "|" + "---|" * len(head) for cells in (head, [], *lines))
+
+
 def table(results: dict[str, dict[str, float]], split: str, far: list[str]) -> str:
-    """The scores as a markdown table; tasks named in `far` are averaged apart from the others."""
-    n = len(next(iter(results.values())))
-    lines = [f"| method | right answers on {n} {split} tasks | 95% interval | " + "near | far | " * bool(far) + "worst task | tasks at 0.9 or more |"]
-    lines += ["|---|---|---|" + "---|---|" * bool(far) + "---|---|"]
+    """The scores, a line a method; tasks named in `far` are averaged apart from the others."""
+    n, lines = len(next(iter(results.values()))), []
     for row, scores in results.items():
         low, high = interval(list(scores.values()))
         parts = [statistics.fmean(s for name, s in scores.items() if (name in far) == apart) for apart in (False, True)] if far else []
         cells = [f"{statistics.fmean(scores.values()):.3f}", f"{low:.2f} to {high:.2f}", *(f"{part:.3f}" for part in parts)]
-        lines.append(f"| {row} | {' | '.join(cells)} | {min(scores.values()):.2f} | {sum(s >= 0.9 for s in scores.values())} |")
-    return "\n".join(lines)
+        lines.append([row, *cells, f"{min(scores.values()):.2f}", str(sum(s >= 0.9 for s in scores.values()))])
+    apart = ["near", "far"] if far else []
+    return markdown(["method", f"right answers on {n} {split} tasks", "95% interval", *apart, "worst task", "tasks at 0.9 or more"], lines)
 
 
 def task_table(results: dict[str, dict[str, float]]) -> str:
     """All scores, a line a task."""
-    lines = ["| task | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{scores[name]:.2f}" for scores in results.values()) + " |" for name in next(iter(results.values()))])
+    return markdown(["task", *results], [[name, *(f"{scores[name]:.2f}" for scores in results.values())] for name in next(iter(results.values()))])
+
+
+def document_table(results: dict[str, dict[str, float]]) -> str:
+    """The scores over the lengths of the documents."""
+    lengths = list(results["d2l"])
+    return markdown(["tokens of the document", *lengths], [[row, *(f"{scores[n]:.2f}" if n in scores else "" for n in lengths)] for row, scores in results.items()])
+
+
+def cost_table(measured: dict[str, tuple[str, float]]) -> str:
+    """What was measured."""
+    return markdown(["what", "measured", "ratio"], [[what, value, f"{ratio:.2f}"] for what, (value, ratio) in measured.items()])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -277,14 +290,15 @@ def evaluate_documents(args) -> tuple[dict[str, dict[str, float]], dict[str, tup
     results, fitting = {row: {} for row in READERS}, None
     for n_lines in args.lengths:
         tasks = data.documents(args.tasks, n_lines, n_lines, args.n_examples)
+        model.check_known(tokenizer, [text for task in tasks for text in (task.descriptions[0], task.test[0][0])])
         n_tokens = max(len(model.tokenize(tokenizer, task.descriptions[0])) for task in tasks)
-        fits = n_tokens + 64 <= window  # the question and the answer, too
+        length, fits = f"{n_tokens:,}", n_tokens + 64 <= window  # the question and the answer have to fit, too
         fitting = tasks[0] if fits else fitting
         for row, method in READERS.items():
             if fits or row != "in_context":
                 scores = score((args, base, tokenizer), tasks, method, *((net, write) if "t2l" in method else ()))
-                results[row][f"{n_tokens:,}"] = statistics.fmean(scores.values())
-        print(f"{n_lines} lines, {n_tokens:,} tokens:", *(f"{row} {list(s.values())[-1]:.2f}" for row, s in results.items() if f"{n_tokens:,}" in s), flush=True)
+                results[row][length] = statistics.fmean(scores.values())
+        print(f"{n_lines} lines, {length} tokens:", *(f"{row} {s[length]:.2f}" for row, s in results.items() if length in s), flush=True)
     return results, document_costs(args, base, tokenizer, net, write, fitting) if fitting else {}
 
 
@@ -312,52 +326,6 @@ def document_costs(args, base, tokenizer, net, write, task: data.Task) -> dict[s
     }
 
 
-@torch.no_grad()
-def plot_adapters(path: str, tasks: list[data.Task], write, encode) -> None:
-    """A look inside: the adapters of all tasks in their two main directions, and how alike two adapters are against how
-    alike their descriptions are. Families are the tiny world's layouts, or what stands before _ in the tasks' names."""
-    plt = pyplot()
-    flat = torch.cat([torch.cat([x.flatten(1) for pair in write([task.descriptions[0]]).values() for x in pair], 1) for task in tasks])  # [tasks, numbers]
-    flat = flat - flat.mean(0)
-    where = flat @ torch.pca_lowrank(flat, q=2, niter=4)[2]  # [tasks, 2]
-    families = [task.name.split("-")[-1] if "-" in task.name else task.name.split("_")[0] for task in tasks]
-    common = sorted(set(families), key=lambda family: (-families.count(family), family))[:8]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-    for k, family in enumerate([*common, "others"]):
-        own = [i for i, f in enumerate(families) if f == family or (family == "others" and f not in common)]
-        if own:
-            left.scatter(*where[own].T, s=14, color="#c9c9c9" if family == "others" else plt.cm.tab10(k), label=f"{family} ({len(own)})")
-    left.set(xlabel="first principal component", ylabel="second", title="adapters of all tasks")
-    left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    i, j = torch.triu_indices(len(tasks), len(tasks), 1)
-    chosen = torch.randperm(len(i), generator=torch.Generator().manual_seed(0))[:5000]
-    alike = []
-    for x in (encode([task.descriptions[0] for task in tasks]), flat):
-        x = torch.nn.functional.normalize(x, dim=-1)
-        alike.append((x @ x.T)[i, j][chosen])
-    right.scatter(*alike, s=3, alpha=0.3, color="#2f6db5", linewidths=0)
-    right.set(xlabel="cosine of two descriptions", ylabel="cosine of their adapters, less the mean adapter")
-    right.set_title(f"{len(chosen):,} pairs of tasks, correlation {torch.corrcoef(torch.stack(alike))[0, 1]:.2f}")
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-    save_figure(fig, path)
-
-
-def plot_documents(path: str, results: dict[str, dict[str, float]]) -> None:
-    """Accuracy over the length of the document."""
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    colors = {"base": "#c9c9c9", "in_context": "#d08a3c", "d2l": "#2f6db5", "d2l_shuffled": "#9db7d5"}
-    for row, scores in results.items():
-        ax.plot([int(n.replace(",", "")) for n in scores], list(scores.values()), "o-", color=colors[row], label=row.replace("_", " "))
-    ax.set(xscale="log", xlabel="tokens of the document", ylabel="right answers", ylim=(-0.03, 1.12))
-    ax.set_xticks([int(n.replace(",", "")) for n in results["d2l"]], list(results["d2l"]))
-    ax.minorticks_off()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
-    save_figure(fig, path)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------
@@ -377,6 +345,8 @@ def pyplot():
 
 def save_figure(fig, path: str) -> None:
     """Write a picture, its folder included."""
+    for ax in fig.axes:
+        ax.spines[["top", "right"]].set_visible(False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
 
@@ -387,10 +357,10 @@ def plot(path: str, results: dict[str, dict[str, float]], trained_on: dict[str, 
     means = {row: statistics.fmean(scores.values()) for row, scores in results.items()}
     curve = sorted((n, means[row]) for row, n in trained_on.items())
     curved = len(curve) > 1
-    bars = {row: mean for row, mean in means.items() if row not in trained_on or row == "t2l"}
+    bars = {row: mean for row, mean in reversed(means.items()) if row not in trained_on or row == "t2l"}  # from below
     fig, axes = plt.subplots(1, 1 + curved, figsize=(6 + 5 * curved, 0.8 + 0.34 * len(bars)), squeeze=False, layout="constrained")
     ax = axes[0][0]
-    drawn = ax.barh(list(bars)[::-1], list(bars.values())[::-1], color=["#b8c4d6" if row != "t2l" else "#2f6db5" for row in list(bars)[::-1]])
+    drawn = ax.barh(list(bars), list(bars.values()), color=["#b8c4d6" if row != "t2l" else "#2f6db5" for row in bars])
     ax.bar_label(drawn, fmt="%.2f", padding=3)
     ax.set(xlim=(0, 1.12), xlabel=f"right answers, {len(next(iter(results.values())))} {split} tasks")
     if curved:
@@ -401,8 +371,49 @@ def plot(path: str, results: dict[str, dict[str, float]], trained_on: dict[str, 
         ax.set(xscale="log", xlabel="training tasks of the hypernetwork", ylabel=f"right answers, {split} tasks", ylim=(-0.03, 1.1))
         ax.set_xticks([n for n, _ in curve], [str(n) for n, _ in curve])
         ax.minorticks_off()
-    for ax in axes[0]:
-        ax.spines[["top", "right"]].set_visible(False)
+    save_figure(fig, path)
+
+
+@torch.no_grad()
+def plot_adapters(path: str, tasks: list[data.Task], write, encode) -> None:
+    """A look inside: the adapters of all tasks in their two main directions, and how alike two adapters are against how
+    alike their descriptions are. Families are the tiny world's layouts, or what stands before _ in the tasks' names."""
+    plt = pyplot()
+    flat = torch.cat([torch.cat([x.flatten(1).cpu() for pair in write([task.descriptions[0]]).values() for x in pair], 1) for task in tasks])  # [tasks, numbers]
+    flat = flat - flat.mean(0)
+    where = flat @ torch.pca_lowrank(flat, q=2, niter=4)[2]  # [tasks, 2]
+    families = [task.name.split("-")[-1] if "-" in task.name else task.name.split("_")[0] for task in tasks]
+    common = sorted(set(families), key=lambda family: (-families.count(family), family))[:8]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    for k, family in enumerate([*common, "others"]):
+        own = [i for i, f in enumerate(families) if f == family or (family == "others" and f not in common)]
+        if own:
+            left.scatter(*where[own].T, s=14, color="#c9c9c9" if family == "others" else plt.cm.tab10(k), label=f"{family} ({len(own)})")
+    left.set(xlabel="first principal component", ylabel="second", title="adapters of all tasks")
+    left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    i, j = torch.triu_indices(len(tasks), len(tasks), 1)
+    chosen = torch.randperm(len(i), generator=torch.Generator().manual_seed(0))[:5000]
+    alike = []
+    for x in (encode([task.descriptions[0] for task in tasks]).cpu(), flat):
+        x = torch.nn.functional.normalize(x, dim=-1)
+        alike.append((x @ x.T)[i, j][chosen])
+    right.scatter(*alike, s=3, alpha=0.3, color="#2f6db5", linewidths=0)
+    right.set(xlabel="cosine of two descriptions", ylabel="cosine of their adapters, less the mean adapter")
+    right.set_title(f"{len(chosen):,} pairs of tasks, correlation {torch.corrcoef(torch.stack(alike))[0, 1]:.2f}")
+    save_figure(fig, path)
+
+
+def plot_documents(path: str, results: dict[str, dict[str, float]]) -> None:
+    """Accuracy over the length of the document."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    colors = {"base": "#c9c9c9", "in_context": "#d08a3c", "d2l": "#2f6db5", "d2l_shuffled": "#9db7d5"}
+    for row, scores in results.items():
+        ax.plot([int(n.replace(",", "")) for n in scores], list(scores.values()), "o-", color=colors[row], label=row.replace("_", " "))
+    ax.set(xscale="log", xlabel="tokens of the document", ylabel="right answers", ylim=(-0.03, 1.12))
+    ax.set_xticks([int(n.replace(",", "")) for n in results["d2l"]], list(results["d2l"]))
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=8)
     save_figure(fig, path)
 
 
@@ -418,8 +429,8 @@ def timed(*actions, repeat: int = 15) -> list[float]:
         for action, taken in zip(actions, seconds):
             started = time.perf_counter()
             action()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            for gpu in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(gpu)
             taken.append(time.perf_counter() - started)
     return [statistics.median(taken[2:]) for taken in seconds]
 
@@ -491,7 +502,7 @@ def generation_speed(net: hypernet.TextToLoRA, device: str) -> dict[str, tuple[s
 
 
 def speed(args) -> None:
-    """Print both, for the hypernetwork of --hypernet, or a fresh one of the paper's width and of --size for --base_model.
+    """Print the speed of training and of generation, for the hypernetwork of --hypernet, or a fresh one of the paper's width and of --size for --base_model.
 
     Of the paper's base models the shapes are enough to measure generation, where the model itself cannot be had.
     """
@@ -502,7 +513,7 @@ def speed(args) -> None:
     short = model.preset_name(name)
     try:
         base, _ = model.load_base(name, args.device, args.dtype and getattr(torch, args.dtype))
-        config = lora.describe(base, ["q_proj", "v_proj"], name)
+        config = None if net else lora.describe(base, ["q_proj", "v_proj"], name)
         fresh = lambda: hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), size=args.size)).to(args.device)
     except UserError as e:
         if short not in hypernet.PAPER_SHAPES:
@@ -513,12 +524,7 @@ def speed(args) -> None:
     if base is not None:
         measured |= training_speed(base, make_net, *((128, 14, 5) if short == "tiny" else (8, 128, 16)), args.device)
     measured |= generation_speed(make_net().eval(), args.device)
-    print(f"{name}, {make_net().config.size}, on {args.device} with {torch.get_num_threads()} threads\n\n{cost_table(measured)}")
-
-
-def cost_table(measured: dict[str, tuple[str, float]]) -> str:
-    """What was measured, as a markdown table."""
-    return "\n".join(["| what | measured | ratio |", "|---|---|---|", *(f"| {what} | {value} | {ratio:.2f} |" for what, (value, ratio) in measured.items())])
+    print(f"{name}, {net.config.size if net else args.size}, on {args.device} with {torch.get_num_threads()} threads\n\n{cost_table(measured)}")
 
 
 def main() -> None:
@@ -527,9 +533,7 @@ def main() -> None:
         return speed(args)
     if args.doc:
         results, costs = evaluate_documents(args)
-        lengths = list(results["d2l"])
-        lines = [f"| {row} | " + " | ".join(f"{scores[n]:.2f}" if n in scores else "" for n in lengths) + " |" for row, scores in results.items()]
-        print("\n" + "\n".join([f"| tokens of the document | {' | '.join(lengths)} |", "|---|" + "---|" * len(lengths), *lines]), cost_table(costs), sep="\n\n")
+        print("\n" + document_table(results), cost_table(costs), sep="\n\n")
     else:
         results, trained_on = evaluate(args)
         print("\n" + table(results, args.split, args.far) + ("\n\n" + task_table(results) if args.per_task else ""))

@@ -85,7 +85,10 @@ def is_ours(folder: Path) -> bool:
 def load_hypernet(name: str, args) -> hypernet.TextToLoRA | hypernet.DocToLoRA:
     """The hypernetwork of a folder, or of a folder on the Hugging Face hub."""
     folder = model.local_folder(name, hypernet.FILES)
-    return hypernet.load_hypernet(folder, args.module_order and args.module_order.split(",")).to(args.device)
+    net = hypernet.load_hypernet(folder, args.module_order and args.module_order.split(",")).to(args.device)
+    if isinstance(net, hypernet.DocToLoRA):
+        net.config.chunk_len = args.chunk_len or net.config.chunk_len
+    return net
 
 
 def load_for(configs: list[lora.LoRAConfig], args):
@@ -99,15 +102,19 @@ def load_for(configs: list[lora.LoRAConfig], args):
     return lora.inject(base, sorted(targets)), tokenizer
 
 
-shared_encoder = cache(model.load_encoder)
+load_encoder = cache(model.load_encoder)
+
+
+def encoder_of(net: hypernet.TextToLoRA, base, tokenizer, args):
+    """The text encoder that a hypernetwork was trained with."""
+    return load_encoder(args.encoder or net.config.encoder, args.device, (base, tokenizer), net.config.full_stop)
 
 
 def writer(net, base, tokenizer, args):
     """The hypernetwork as a function: n descriptions (or documents, for Doc-to-LoRA) -> a batch of n adapters."""
     if isinstance(net, hypernet.DocToLoRA):
-        net.config.chunk_len = args.chunk_len or net.config.chunk_len
         return lambda texts: hypernet.read_documents(net, base, tokenizer, [[text] for text in texts], args.chunk_batch)
-    encoder = shared_encoder(args.encoder or net.config.encoder, args.device, (base, tokenizer), net.config.full_stop)
+    encoder = encoder_of(net, base, tokenizer, args)
     return lambda texts: net(encoder(texts).to(args.device))
 
 
@@ -121,12 +128,11 @@ def document_adapter(net: hypernet.DocToLoRA, base, tokenizer, args) -> lora.Ada
     lora.inject(base, [name for name in old if name not in net.names])
     lora.lora_layers(base, old)
     net.config.paths |= config.paths
-    # An adapter of this hypernetwork ends in its bias, which has to be there once.
-    biased = all(name in old and torch.equal(old[name][0][:, -net.config.r :], net.bias[f"{name}_A"]) for name in net.names)
-    new = hypernet.read_documents(net, base, tokenizer, [args.texts], args.chunk_batch, bias_scaler=0.0 if biased else 1.0)
+    new, r = hypernet.read_documents(net, base, tokenizer, [args.texts], args.chunk_batch), net.config.r
+    if all(name in old and torch.equal(old[name][0][:, -r:], net.bias[f"{name}_A"]) for name in net.names):
+        old |= {name: (old[name][0][:, :-r], old[name][1][..., :-r]) for name in net.names}  # its bias, once more at the end of `new`
     old = {name: (A, B * (config.scaling / net.config.scaling)) for name, (A, B) in old.items()}
-    parts = [lora.select(new, 0), old]
-    return lora.stack([lora.concat_rank(parts if biased else parts[::-1])])  # the bias comes last
+    return lora.stack([lora.concat_rank([old, lora.select(new, 0)])])
 
 
 def read_text(file: str) -> str:
@@ -144,16 +150,17 @@ def read_text(file: str) -> str:
 
 def show(base, tokenizer, ways: dict[str, tuple], inputs: list[str], args) -> None:
     """Print the answers to some inputs. `ways` is {way to answer: (adapter or None, scaling, text before the input)}."""
-    answers = {}
+    answers, took = {}, []
     for way, (adapter, scaling, before) in ways.items():
         prompts = [model.render(tokenizer, model.prompt(tokenizer, text, before)) for text in inputs]
         lora.set_adapter(base, adapter, scaling)
         started = time.perf_counter()
-        given = model.answer(base, tokenizer, prompts, args.max_new_tokens)
-        took = f"  ({(time.perf_counter() - started) * 1000:.0f} ms)" if args.doc else ""
-        answers[way] = [a + took for a in given]
+        answers[way] = model.answer(base, tokenizer, prompts, args.max_new_tokens)
+        took.append(f"{way} {(time.perf_counter() - started) * 1000:.0f} ms")
     for i, text in enumerate(inputs):
         print(f"\n  {'input':12}  {text}", *(f"  {way:12}  {given[i]}" for way, given in answers.items()), sep="\n")
+    if args.doc:
+        print(f"\n  time of all answers: {', '.join(took)}")
 
 
 def main() -> None:
@@ -167,17 +174,15 @@ def main() -> None:
     trained_so = getattr(config, "prompt_with_definition", False)
     state = trained_so if args.prompt_with_definition is None else args.prompt_with_definition
     model.check_known(tokenizer, inputs + (args.desc if args.doc or state else []))
-    write = writer(net, base, tokenizer, args)
-    if args.doc:
-        write = lambda _: document_adapter(net, base, tokenizer, args)
+    write = (lambda _: document_adapter(net, base, tokenizer, args)) if args.doc else writer(net, base, tokenizer, args)
 
     with torch.no_grad():
         started = time.perf_counter()
         adapters = write(args.desc)  # A [n, L, r, in], B [n, L, out, r]
         if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(args.device)
         seconds = time.perf_counter() - started
-    lora.set_adapter(base, adapters, config.scaling)  # refuses what does not fit, before anything is written
+    lora.lora_layers(base, adapters)  # refuses what does not fit, before anything is written
     print(f"{len(args.desc)} adapter{'s' * (len(args.desc) > 1)} written in {seconds * 1000:.1f} ms")
 
     for i, description in enumerate(args.desc):
@@ -194,7 +199,7 @@ def main() -> None:
         if stated:
             print("  prompt:  the description, then the input")
         ways = {"base model": (None, config.scaling, stated)}
-        if args.doc and n_tokens < base.config.get_text_config().max_position_embeddings:
+        if args.doc and n_tokens + args.max_new_tokens < base.config.get_text_config().max_position_embeddings:
             ways["in context"] = (None, config.scaling, description)
         ways["with adapter"] = (adapter, config.scaling, stated)
         if inputs:

@@ -137,17 +137,14 @@ class TextToLoRA(nn.Module):
         adapter = {}
         for m, name in enumerate(self.names):
             n_in, n_out = c.in_features[name], c.out_features[name]
-            out = self.heads[name](x[:, :, m])
+            out = self.heads[name](x[:, :, m])  # [n, L, width]; medium [n, L, 2, width]; small [n, L, 2, r, width]
             if c.size == "large":
                 A, B = out.split([c.r * n_in, c.r * n_out], -1)
             else:
                 A, B = out.reshape(n, L, 2, -1).unbind(2)
             A = A.reshape(n, L, c.r, -1)[..., :n_in]  # [n, L, r, in]
             B = B.reshape(n, L, c.r, -1)[..., :n_out].mT  # [n, L, out, r]
-            adapter[name] = (
-                torch.addcmul(self.shift[f"{name}_A"], self.scale[f"{name}_A"], A),
-                torch.addcmul(self.shift[f"{name}_B"], self.scale[f"{name}_B"], B),
-            )
+            adapter[name] = tuple(torch.addcmul(self.shift[f"{name}_{key}"], self.scale[f"{name}_{key}"], x) for key, x in (("A", A), ("B", B)))
         return adapter
 
     @torch.no_grad()
@@ -161,7 +158,7 @@ class TextToLoRA(nn.Module):
         for name in self.names:
             nn.init.zeros_(self.heads[name].weight)
             nn.init.zeros_(self.heads[name].bias)
-            nn.init.uniform_(self.shift[f"{name}_A"], -self.config.in_features[name] ** -0.5, self.config.in_features[name] ** -0.5)
+            lora.fresh(self.shift[f"{name}_A"])
 
     @torch.no_grad()
     def tell_apart(self, tasks: list[Tensor]) -> None:
@@ -268,7 +265,7 @@ class Perceiver(nn.Module):
         for layer in self.encoder:
             latents = layer(latents, context, mask)
         queries = self.queries.expand(len(features), -1, -1)
-        return self.decoder_norm(self.decoder(queries, self.encoder_norm(latents), None))
+        return self.decoder_norm(self.decoder(queries, self.encoder_norm(latents), None))  # [rows, n_out, d]
 
 
 class DocToLoRA(nn.Module):
@@ -295,7 +292,7 @@ class DocToLoRA(nn.Module):
             n_in, n_out = c.in_features[name], c.out_features[name]
             self.scale[f"{name}_A"] = nn.Parameter(torch.ones(L, c.r, 1))
             self.scale[f"{name}_B"] = nn.Parameter(torch.zeros(L, 1, c.r))
-            self.bias[f"{name}_A"] = nn.Parameter(torch.empty(L, c.r, n_in).uniform_(-(n_in**-0.5), n_in**-0.5))
+            self.bias[f"{name}_A"] = nn.Parameter(lora.fresh(torch.empty(L, c.r, n_in)))
             self.bias[f"{name}_B"] = nn.Parameter(torch.zeros(L, n_out, c.r))
 
     def forward(self, features: Tensor, mask: Tensor) -> Adapter:
@@ -328,20 +325,20 @@ class DocToLoRA(nn.Module):
         return lora.stack([lora.concat_rank([*islice(rest, count), bias]) for count in counts])
 
 
-def cut(ids: list[int], longest: int, at_least: int = 1) -> list[list[int]]:
-    """A text in pieces of `longest` tokens, or of fewer where that gives less than `at_least` pieces."""
-    size = min(longest, math.ceil(len(ids) / at_least))
+def cut(ids: list[int], longest: int, pieces: int = 1) -> list[list[int]]:
+    """A text in about that many pieces, or in more where they would be longer than `longest` tokens."""
+    size = min(longest, math.ceil(len(ids) / pieces))
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 
 def read_documents(
-    net: DocToLoRA, base: nn.Module, tokenizer, documents: list[list[str]], chunk_batch: int = 8, at_least: int = 1, bias_scaler: float = 1.0
+    net: DocToLoRA, base: nn.Module, tokenizer, documents: list[list[str]], chunk_batch: int = 8, n_pieces: int = 1
 ) -> Adapter:
     """n documents of any length -> a batch of n adapters. Each document is one text or several.
 
     Each text is read in pieces (see `cut`); the base model reads `chunk_batch` of them at a time, which bounds the memory.
     """
-    pieces = [[piece for text in texts for piece in cut(model.tokenize(tokenizer, text), net.config.chunk_len, at_least)] for texts in documents]
+    pieces = [[piece for text in texts for piece in cut(model.tokenize(tokenizer, text), net.config.chunk_len, n_pieces)] for texts in documents]
     pieces, counts = [piece for own in pieces for piece in own], [len(own) for own in pieces]
     lora.set_adapter(base, None)  # it reads as it is
     read = []
@@ -351,7 +348,7 @@ def read_documents(
         mask = model.pad([[1] * len(piece) for piece in part], 0).to(net.head.device)
         read.append(net(model.context_features(base, ids, mask, net.config.per_layer).float(), mask))
     chunks = {name: tuple(torch.cat([adapter[name][k] for adapter in read]) for k in (0, 1)) for name in net.names}
-    return net.join(chunks, counts, bias_scaler=bias_scaler)
+    return net.join(chunks, counts)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -100,6 +100,11 @@ def describe(model: nn.Module, target_modules: list[str], base_model: str, **set
     )
 
 
+def fresh(A: Tensor) -> Tensor:
+    """Fill A [..., r, in] as a new LoRA has it: uniform up to 1 / sqrt(in). Its B is zero, so it changes nothing yet."""
+    return A.uniform_(-(A.shape[-1] ** -0.5), A.shape[-1] ** -0.5)
+
+
 class Dropout(nn.Dropout):
     """nn.Dropout, on a CPU in less than half of its time: a random byte for each element, so p is rounded to 256ths."""
 
@@ -228,10 +233,9 @@ def stack(adapters: list[Adapter]) -> Adapter:
     """A batch out of single adapters; those of lower rank get ranks of zeros. A [n, L, r, in], B [n, L, out, r]."""
     batch = {}
     for name in adapters[0]:
-        missing = lambda a: max(other[name][0].shape[-2] for other in adapters) - a[name][0].shape[-2]
-        As = [F.pad(a[name][0], (0, 0, 0, missing(a))) for a in adapters]
-        Bs = [F.pad(a[name][1], (0, missing(a))) for a in adapters]
-        batch[name] = (torch.stack(As), torch.stack(Bs))
+        As, Bs = zip(*(adapter[name] for adapter in adapters))
+        r = max(A.shape[-2] for A in As)
+        batch[name] = (torch.stack([F.pad(A, (0, 0, 0, r - A.shape[-2])) for A in As]), torch.stack([F.pad(B, (0, r - B.shape[-1])) for B in Bs]))
     return batch
 
 
@@ -406,7 +410,7 @@ def device(text: str) -> str:
 
 
 def refuse_idle(args, parser, run: str, serves: dict[tuple[str, ...], tuple[str, ...]]) -> None:
-    """Raise UserError for a flag that would have no effect: `serves` is {flags: kinds of run in which they have one}."""
+    """Raise UserError for a flag that is empty or would have no effect: `serves` is {flags: kinds of run in which they have one}."""
     for flag, value in vars(args).items():
         if value == "":  # as of a shell variable that is not set
             raise UserError(f"--{flag} is empty")

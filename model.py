@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GteConf
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from lora import UserError, read_json
+from lora import UserError, read_json, set_adapter
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -235,7 +235,7 @@ def answer(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int 
 @torch.no_grad()
 def context_features(model: nn.Module, input_ids: Tensor, mask: Tensor, per_layer: bool = True) -> Tensor:
     """What Doc-to-LoRA reads of a text: the base model's own states, up to its last layer but one, or from a quarter of its
-    layers (early exit). input_ids, mask [n, T] -> [n, L, T, d], or [n, T, d]."""
+    layers (early exit); the last one after the final norm. input_ids, mask [n, T] -> [n, L, T, d], or [n, T, d]."""
     decoder = model.get_decoder()
     layers = decoder.layers
     decoder.layers = layers[: len(layers) - 1 if per_layer else len(layers) // 4]
@@ -335,6 +335,7 @@ class BaseEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
+        set_adapter(self.model, None)
         rows = [self.tokenizer(t)["input_ids"] for t in texts]
         ids = pad(rows, self.tokenizer.pad_token_id).to(self.model.device)
         h = self.model.base_model(input_ids=ids).last_hidden_state.float()  # [n, T, E]

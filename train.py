@@ -254,7 +254,7 @@ def mixup(task_emb: Tensor, target: Adapter, delta_w: bool) -> tuple[Tensor, Ada
     What lies between is a mixture of A and of B; or of the products BA, of twice the rank, where these are compared.
     """
     task_emb, other = F.normalize(task_emb, dim=-1), torch.randperm(len(task_emb))
-    way = torch.rand(len(task_emb), 1, 1, 1, device=task_emb.device)
+    way = torch.rand(len(task_emb), 1, 1, 1, device=task_emb.device)  # [n, 1, 1, 1]
     if delta_w:
         target = {name: (torch.cat([A, A[other]], 2), torch.cat([(1 - way) * B, way * B[other]], 3)) for name, (A, B) in target.items()}
     else:
@@ -315,10 +315,10 @@ class Pretrain(nn.Module):
 
     def forward(self, batch: list) -> Tensor:
         input_ids, labels = [], []
-        for document in batch:
+        for text in batch:
             input_ids.append([])
             labels.append([])
-            for question, (answer,) in document:
+            for question, (answer,) in text:
                 prompt = [self.ids[w] for w in [*question.split(), "->"]]
                 target = [self.ids[w] for w in [*answer.split(), "<eos>"]]
                 input_ids[-1] += prompt + target
@@ -357,10 +357,9 @@ class Bank(nn.Module):
         super().__init__()
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name in config.paths:
-            n_in, n_out = config.in_features[name], config.out_features[name]
-            A = torch.empty(n if own_init else 1, config.n_layers, config.r, n_in).uniform_(-(n_in**-0.5), n_in**-0.5)
+            A = lora.fresh(torch.empty(n if own_init else 1, config.n_layers, config.r, config.in_features[name]))
             self.A[name] = nn.Parameter(A.repeat(n // len(A), 1, 1, 1))
-            self.B[name] = nn.Parameter(torch.zeros(n, config.n_layers, n_out, config.r))
+            self.B[name] = nn.Parameter(torch.zeros(n, config.n_layers, config.out_features[name], config.r))
 
     def forward(self, index: Tensor | int) -> Adapter:
         return {name: (self.A[name][index], self.B[name][index]) for name in self.A}
@@ -378,7 +377,7 @@ class Finetune(nn.Module):
         model.check_known(tokenizer, [text for task in self.tasks for question, answers in task.train for text in (question, answers[0])])
         targets = args.target_modules.split(",")
         self.config = lora.describe(base, targets, model.full_name(args.base_model), r=args.rank, alpha=args.alpha)
-        lora.inject(base, targets, args.dropout).train()
+        lora.inject(base, targets, args.dropout)
         if args.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         if args.compile:
@@ -391,7 +390,7 @@ class Finetune(nn.Module):
         self.encode = lru_cache(2**16)(lambda *example: model.encode(tokenizer, *example))
         if args.max_tokens:
             for task in self.tasks:
-                before = self.definition(task, max(task.descriptions, key=len)) if args.prompt_with_definition else ""
+                before = task.definition or max(task.descriptions, key=len) if args.prompt_with_definition else ""
                 task.train = [x for x in task.train if self.length(x[0], x[1][0], before) <= args.max_tokens]
             self.tasks = [task for task in self.tasks if task.train]
             if not self.tasks:
@@ -408,7 +407,7 @@ class Finetune(nn.Module):
 
     def forward(self, batch: list) -> Tensor:
         base, _ = self.frozen
-        lora.set_adapter(base.eval(), None)  # the base model may be the text encoder, too
+        base.eval()  # it may be the text encoder, too, or read documents
         adapter = self.adapters(batch)  # A [tasks, L, r, in], B [tasks, L, out, r]
         base.train()
         loss = sum(weight * size(adapter) for weight, size in ((self.args.l2, square_loss), (self.args.l1, absolute_loss)) if weight)
@@ -416,20 +415,16 @@ class Finetune(nn.Module):
         for k, (i, description, examples) in enumerate(batch):
             for question, answers in examples:
                 stated = torch.rand(()) < self.args.prompt_with_definition
-                rows.append((k, question, answers[0], self.definition(self.tasks[i], description) if stated else ""))
+                rows.append((k, question, answers[0], self.tasks[i].definition or description if stated else ""))
         adapter = {name: (A.to(base.dtype), B.to(base.dtype)) for name, (A, B) in adapter.items()}  # at once, not layer by layer
-        parts, size = [adapter], math.ceil(len(rows) / self.args.row_groups)
-        if size < len(rows):  # rows of like length together
+        parts, each = [adapter], math.ceil(len(rows) / self.args.row_groups)
+        if each < len(rows):  # rows of like length together
             rows.sort(key=lambda row: self.length(*row[1:]))
-            parts = lora.split(lora.select(adapter, [row[0] for row in rows]), size)
+            parts = lora.split(lora.select(adapter, [row[0] for row in rows]), each)
         for i, own in enumerate(parts):
-            part = rows[i * size : (i + 1) * size]
+            part = rows[i * each : (i + 1) * each]
             loss = loss + self.part_loss(part, batch, own) * (len(part) / len(rows))
         return loss
-
-    def definition(self, task: data.Task, description: str) -> str:
-        """What --prompt_with_definition puts before the input."""
-        return task.definition or description
 
     def length(self, question: str, answer: str, before: str) -> int:
         """Tokens of an example, with its prompt."""
@@ -526,8 +521,8 @@ class Documents(Finetune):
 
     def adapters(self, batch: list) -> Adapter:
         """Written from the documents, as the frozen base model reads them."""
-        at_least = 2 ** int(torch.randint(self.args.max_pieces.bit_length(), ()))
-        return hypernet.read_documents(self.net, *self.frozen, [[document] for _, document, _ in batch], self.args.chunk_batch, at_least)
+        n_pieces = 2 ** int(torch.randint(self.args.max_pieces.bit_length(), ()))
+        return hypernet.read_documents(self.net, *self.frozen, [[document] for _, document, _ in batch], self.args.chunk_batch, n_pieces)
 
     def part_loss(self, rows: list, batch: list, adapter: Adapter) -> Tensor:
         """With --distill the base model itself, with the document in its prompt, is the teacher."""
@@ -539,8 +534,8 @@ class Documents(Finetune):
             told = [(question, answer, batch[k][1]) for k, question, answer, _ in rows]
             teacher, _, _ = answer_logits(base.eval(), *self.padded(told))
         lora.set_adapter(base.train(), adapter, self.config.scaling)
-        logits, at, _ = answer_logits(base, *self.padded([row[1:] for row in rows]), self.args.neftune_alpha)
-        return distill_loss(logits, teacher, at, self.args.distill)
+        logits, of, _ = answer_logits(base, *self.padded([row[1:] for row in rows]), self.args.neftune_alpha)
+        return distill_loss(logits, teacher, of, self.args.distill)
 
 
 class Recon(nn.Module):
