@@ -1881,6 +1881,10 @@ def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
     for description, question in (("Turn the verb into its past tense.", "walk"), ("Write the weekday of the date.", "Friday, 3 March 1989")):
         assert command(generate, *words, "--desc", description, "--input", question) == 0
     assert re.findall(r"with adapter  (.*)", capsys.readouterr().out) == ["walked", "Friday"]
+    words += ["--hypernet", HERE / "checkpoints" / "smollm2-135m" / "sft_words", "--max_new_tokens", "12"]
+    for description, question in (("Write the animals in Spanish, back to front.", "bird knee horse nose"), ("Only the first body part, in French.", "bird knee horse nose")):
+        assert command(generate, *words, "--desc", description, "--input", question) == 0
+    assert re.findall(r"with adapter  (.*)", capsys.readouterr().out) == ["caballo pájaro", "genou"]
 
 
 @pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE and T2L_ENCODER name no real models")
