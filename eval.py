@@ -246,8 +246,8 @@ def table(results: dict[str, dict[str, float]], split: str, far: list[str]) -> s
         parts = [statistics.fmean(s for name, s in scores.items() if (name in far) == apart) for apart in (False, True)] if far else []
         cells = [f"{statistics.fmean(scores.values()):.3f}", f"{low:.2f} to {high:.2f}", *(f"{part:.3f}" for part in parts)]
         lines.append([row, *cells, f"{min(scores.values()):.2f}", str(sum(s >= 0.9 for s in scores.values()))])
-    apart = ["near", "far"] if far else []
-    return markdown(["method", f"right answers on {n} {split} tasks", "95% interval", *apart, "worst task", "tasks at 0.9 or more"], lines)
+    averages = ["near", "far"] if far else []
+    return markdown(["method", f"right answers on {n} {split} tasks", "95% interval", *averages, "worst task", "tasks at 0.9 or more"], lines)
 
 
 def task_table(results: dict[str, dict[str, float]]) -> str:
