@@ -1410,6 +1410,15 @@ def test_interactive_answers_line_by_line(tmp_path, reader, capsys, monkeypatch)
     assert re.findall(r"input  +(\w+)", shown) == ["cat", "dog"] and "no token for unicorn" in shown
 
 
+def test_any_whole_number_is_a_seed(tmp_path):
+    losses = []
+    for seed in (0, -1, 2**64):
+        words = ["--mode", "sft", "--size", "small", "--tasks_per_batch", "2", "--max_steps", "1", "--seed", seed, "--out_dir", tmp_path / str(seed)]
+        assert command(train, *words) == 0
+        losses += losses_of(tmp_path / str(seed))
+    assert len(set(losses)) == 3  # each draws other examples
+
+
 def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
     words = ["--mode", "sft", "--arch", "d2l", "--tasks", "facts", "--latent_size", "32", "--n_blocks", "1", "--distill", "5", "--dropout", "0", "--l2", "0", "--out_dir", "unused"]
     sys.argv = ["train.py", *words]
@@ -1431,6 +1440,8 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
         expected = (teacher.exp() * (teacher - student)).gather(-1, likely).sum(-1).mean()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
     assert expected > 0.1
+    whole = train.distill_loss(student, teacher, torch.zeros(len(target), dtype=torch.long), 10**6)  # more tokens than there are: all
+    torch.testing.assert_close(whole, F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean())
     with torch.no_grad():
         objective.args.distill, objective.args.l1 = 0, 0.5
         adapter = objective.adapters([(0, document, [])])
