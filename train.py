@@ -50,20 +50,24 @@ PAPER = {
     "recon": dict(max_steps=100_000, lr=1e-3, tasks_per_batch=8, examples_per_task=1),
     "sft": dict(max_steps=20_000, lr=2.5e-5, tasks_per_batch=8, examples_per_task=1, l2=1e-3),
 }
-PAPER_COMMON = dict(latent_size=128, warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=0.0, head_scale=1.0, tell_apart=0)
+PAPER_COMMON = dict(
+    latent_size=128, head_in_size=512, head_scale=1.0, warmup=0.1, dropout=0.05, neftune_alpha=5.0, label_smoothing=0.1, l2=0.0, tell_apart=0
+)  # fmt: skip
 D2L = dict(tasks="facts", n_latents=8, chunk_batch=128, max_pieces=1, distill=0)
 PAPER_D2L = dict(latent_size=512, n_blocks=9, n_heads=16, chunk_len=512, l2=0.0)  # Doc-to-LoRA's network; the rest is that of sft
 # The tiny world learns the same things in minutes.
 TINY = {
     "pretrain": dict(max_steps=8000, lr=3e-3, tasks_per_batch=16, examples_per_task=8),
     "lora": dict(max_steps=240, lr=3e-3, tasks_per_batch=32, examples_per_task=4),
-    "recon": dict(max_steps=1500, lr=4e-3, tasks_per_batch=64, examples_per_task=1),
-    "sft": dict(max_steps=2000, lr=1e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
+    "recon": dict(max_steps=3000, lr=4e-3, tasks_per_batch=64, examples_per_task=1),
+    "sft": dict(max_steps=1000, lr=3e-3, tasks_per_batch=128, examples_per_task=1, dropout=0.1, l2=1e-3),
 }
 TINY_D2L = dict(  # every line of a document is a piece of its own
     max_steps=2600, lr=2e-3, warmup=0.04, tasks_per_batch=32, examples_per_task=4, dropout=0.0, latent_size=128, n_blocks=1, n_heads=4, chunk_len=4
 )  # fmt: skip
-TINY_COMMON = dict(latent_size=256, warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, head_scale=512**-0.5, tell_apart=0)
+TINY_COMMON = dict(
+    latent_size=128, head_in_size=256, head_scale=256**-0.5, warmup=0.1, dropout=0.0, neftune_alpha=0.0, label_smoothing=0.0, l2=0.0, tell_apart=1
+)  # fmt: skip
 # Where flags have an effect, if not everywhere.
 PRETRAIN, LORA, RECON, SFT, DOC = "--mode pretrain", "--mode lora", "--mode recon", "--mode sft", "--arch d2l"
 SERVES = {
@@ -90,8 +94,8 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--encoder", help="Text encoder: hash, base, a Hugging Face id or a folder. Default: the base model's preset.")
     g.add_argument("--size", default="large", choices=hypernet.SIZES, help="Size of the hypernetwork.")
     g.add_argument("--latent_size", type=lora.positive, help="Width of the hypernetwork's trunk; the paper's is 128, for d2l 512.")
-    g.add_argument("--head_in_size", type=lora.positive, default=512, help="Width of what enters the hypernetwork's heads.")
-    g.add_argument("--tell_apart", type=int, choices=[0, 1], help="1 starts the hypernetwork's task encoder with what tells the training tasks' descriptions apart (linear discriminants), 0 at random as published.")
+    g.add_argument("--head_in_size", type=lora.positive, help="Width of what enters the hypernetwork's heads; the paper's is 512.")
+    g.add_argument("--tell_apart", type=int, choices=[0, 1], help="1 starts the hypernetwork's task encoder with what tells the training tasks' descriptions apart (linear discriminants), 0 at random as published. Default: 1 in the tiny world, else 0.")
     g.add_argument("--head_scale", type=lora.amount, help="Factor on what enters the heads. Published 1; 1/sqrt(head_in_size) stands higher learning rates.")
     g.add_argument("--target_modules", help="Linear layers that get an adapter. Default: q_proj,v_proj, for d2l down_proj.")
     g.add_argument("--rank", type=lora.positive, default=8, help="Rank of the adapters; for d2l of each piece of a document.")
@@ -170,6 +174,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if args.arch == "d2l":
         settings |= D2L | (TINY_D2L if tiny else PAPER_D2L)
     settings.setdefault("tasks", "tiny")
+    if args.start_from and (Path(args.start_from) / "config.json").exists():
+        settings["tell_apart"] = 0  # its task encoder is trained already
     for key, value in settings.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
