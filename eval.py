@@ -239,15 +239,20 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def table(results: dict[str, dict[str, float]], split: str, far: list[str]) -> str:
-    """The scores, a line a method; tasks named in `far` are averaged apart from the others."""
-    n, lines = len(next(iter(results.values()))), []
+    """The scores, a line a method; tasks named in `far` are averaged apart from the others.
+
+    Tasks differ more than methods do, so how far T2L is ahead of another method is drawn from the tasks' differences.
+    """
+    n, lines, ours = len(next(iter(results.values()))), [], results.get("t2l") if len(results) > 1 else None
     for row, scores in results.items():
-        low, high = interval(list(scores.values()))
         parts = [statistics.fmean(s for name, s in scores.items() if (name in far) == apart) for apart in (False, True)] if far else []
-        cells = [f"{statistics.fmean(scores.values()):.3f}", f"{low:.2f} to {high:.2f}", *(f"{part:.3f}" for part in parts)]
+        cells = [f"{statistics.fmean(scores.values()):.3f}", "{:.2f} to {:.2f}".format(*interval(list(scores.values()))), *(f"{part:.3f}" for part in parts)]
+        if ours:
+            ahead = "{:+.2f} to {:+.2f}".format(*interval([ours[name] - s for name, s in scores.items()]))
+            cells.append("" if row == "t2l" else ahead)
         lines.append([row, *cells, f"{min(scores.values()):.2f}", str(sum(s >= 0.9 for s in scores.values()))])
-    averages = ["near", "far"] if far else []
-    return markdown(["method", f"right answers on {n} {split} tasks", "95% interval", *averages, "worst task", "tasks at 0.9 or more"], lines)
+    more = (["near", "far"] if far else []) + (["T2L is ahead by (95%)"] if ours else [])
+    return markdown(["method", f"right answers on {n} {split} tasks", "95% interval", *more, "worst task", "tasks at 0.9 or more"], lines)
 
 
 def task_table(results: dict[str, dict[str, float]]) -> str:

@@ -1859,6 +1859,10 @@ def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
     near, far = (sum(scores[name] for name in part) / len(part) for part in (names[2:], names[:2]))
     low, high = evaluation.interval(list(scores.values()))
     assert f"| t2l | {sum(scores.values()) / 8:.3f} | {low:.2f} to {high:.2f} | {near:.3f} | {far:.3f} |" in shown and low < sum(scores.values()) / 8 < high
+    other = content["results"]["t2l_shuffled"]["per_task"]
+    low, high = evaluation.interval([scores[name] - other[name] for name in scores])
+    (line,) = [line for line in shown.splitlines() if line.startswith("| t2l_shuffled |")]
+    assert f"| {low:+.2f} to {high:+.2f} |" in line and low > 0
     assert f"| {names[3]} | 0.00 | {scores[names[3]]:.2f} |" in shown
     if picture:
         assert all((tmp_path / name).stat().st_size > 5000 for name in ("scores.png", "scores_adapters.png"))

@@ -167,6 +167,12 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse
     return args
 
 
+def start_config(args: argparse.Namespace) -> dict:
+    """The settings of the hypernetwork in --start_from; none where that is an adapter, or not given."""
+    file = Path(args.start_from or "") / "config.json"
+    return lora.read_json(file) if args.start_from and file.exists() else {}
+
+
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """What is not given takes the value of the tiny world, or of the paper for any other base model."""
     tiny = model.preset_name(args.base_model) == "tiny"
@@ -174,8 +180,10 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if args.arch == "d2l":
         settings |= D2L | (TINY_D2L if tiny else PAPER_D2L)
     settings.setdefault("tasks", "tiny")
-    if args.start_from and (Path(args.start_from) / "config.json").exists():
-        settings["tell_apart"] = 0  # its task encoder is trained already
+    if start_config(args):
+        if args.tell_apart:
+            raise UserError("--tell_apart 1 is how a new hypernetwork starts; that of --start_from has its weights")
+        settings["tell_apart"] = 0
     for key, value in settings.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -478,11 +486,7 @@ def new_hypernet(args, config: lora.LoRAConfig, encoder, tasks: list[data.Task])
     own = dict(encoder=args.encoder, task_emb_size=encoder(["any"]).shape[1], size=args.size, latent_size=args.latent_size)
     own |= dict(head_in_size=args.head_in_size, head_scale=args.head_scale, dropout=args.dropout)
     own |= dict(prompt_with_definition=args.prompt_with_definition > 0)
-    z_score = args.mode == "recon" and not args.delta_w
-    if args.start_from and (start := Path(args.start_from) / "config.json").exists():
-        z_score = lora.read_json(start).get("z_score", False)  # SFT goes on from a reconstruction as that is
-        if args.tell_apart:
-            raise UserError("--tell_apart 1 is how a new hypernetwork starts; that of --start_from has its weights")
+    z_score = start_config(args).get("z_score", args.mode == "recon" and not args.delta_w)  # SFT goes on from a reconstruction as that is
     net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=z_score))
     if args.tell_apart:
         net.tell_apart([encoder(task.descriptions[:32]).cpu() for task in tasks])
