@@ -413,8 +413,8 @@ def plot_documents(path: str, results: dict[str, dict[str, float]]) -> None:
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
     colors = {"base": "#c9c9c9", "in_context": "#d08a3c", "d2l": "#2f6db5", "d2l_shuffled": "#9db7d5"}
-    for row, scores in results.items():
-        ax.plot([int(n.replace(",", "")) for n in scores], list(scores.values()), "o-", color=colors[row], label=row.replace("_", " "))
+    for row, scores in results.items():  # the base model's line is a wide one, to be seen where another lies on it
+        ax.plot([int(n.replace(",", "")) for n in scores], list(scores.values()), "o-", color=colors[row], label=row.replace("_", " "), lw=5 if row == "base" else 1.5)
     ax.set(xscale="log", xlabel="tokens of the document", ylabel="right answers", ylim=(-0.03, 1.12))
     ax.set_xticks([int(n.replace(",", "")) for n in results["d2l"]], list(results["d2l"]))
     ax.minorticks_off()
