@@ -243,7 +243,8 @@ def table(results: dict[str, dict[str, float]], split: str, far: list[str]) -> s
 
     Tasks differ more than methods do, so how far T2L is ahead of another method is drawn from the tasks' differences.
     """
-    n, lines, ours = len(next(iter(results.values()))), [], results.get("t2l") if len(results) > 1 else None
+    n, lines = len(next(iter(results.values()))), []
+    ours = results.get("t2l") if len(results) > 1 else None
     for row, scores in results.items():
         parts = [statistics.fmean(s for name, s in scores.items() if (name in far) == apart) for apart in (False, True)] if far else []
         cells = [f"{statistics.fmean(scores.values()):.3f}", "{:.2f} to {:.2f}".format(*interval(list(scores.values()))), *(f"{part:.3f}" for part in parts)]
