@@ -44,7 +44,7 @@ def load_tasks(source: str) -> dict[str, list[Task]]:
 def pick(tasks: dict[str, list[Task]], split: str, n_tasks: int | None = None) -> list[Task]:
     """The first n tasks of a split in one fixed shuffled order, so that fewer tasks are a subset of more."""
     if not tasks.get(split):
-        raise UserError(f"these tasks have no split {split}; they have {', '.join(k for k, v in tasks.items() if v)}")
+        raise UserError(f"these tasks have no split {split}; they have {', '.join(k for k, v in tasks.items() if v)} (see --split)")
     chosen = list(tasks[split])
     random.Random(0).shuffle(chosen)
     if n_tasks is not None and not 1 <= n_tasks <= len(chosen):

@@ -103,6 +103,8 @@ def parse_args() -> argparse.Namespace:
         if method in flags and given[method] and method not in args.methods:
             raise UserError(f"{flags[method]} is for the method {method}, which is not among --methods")
     if args.plot:
+        if Path(args.plot).suffix != ".png" or Path(args.plot).is_dir():
+            raise UserError(f"--plot {args.plot}: it takes the name of a .png file")
         pyplot()  # is there matplotlib?
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a folder; it takes the name of a file")
@@ -238,7 +240,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" if cells else "|" + "---|" * len(head) for cells in (head, [], *lines))
 
 
-def table(results: dict[str, dict[str, float]], split: str, far: list[str]) -> str:
+def table(results: dict[str, dict[str, float]], tasks: str, far: list[str]) -> str:
     """The scores, a line a method; tasks named in `far` are averaged apart from the others.
 
     Tasks differ more than methods do, so how far T2L is ahead of another method is drawn from the tasks' differences.
@@ -253,7 +255,7 @@ def table(results: dict[str, dict[str, float]], split: str, far: list[str]) -> s
             cells.append("" if row == "t2l" else ahead)
         lines.append([row, *cells, f"{min(scores.values()):.2f}", str(sum(s >= 0.9 for s in scores.values()))])
     more = (["near", "far"] if far else []) + (["T2L is ahead by (95%)"] if ours else [])
-    return markdown(["method", f"right answers on {n} {split} tasks", "95% interval", *more, "worst task", "tasks at 0.9 or more"], lines)
+    return markdown(["method", f"right answers on {n} {tasks}", "95% interval", *more, "worst task", "tasks at 0.9 or more"], lines)
 
 
 def task_table(results: dict[str, dict[str, float]]) -> str:
@@ -478,7 +480,7 @@ def training_speed(base, make_net, n: int, length: int, target: int, device: str
         with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
             adapter = net(embeddings[:descriptions])
             lora.set_adapter(base, {name: (A.to(base.dtype), B.to(base.dtype)) for name, (A, B) in adapter.items()}, net.config.scaling)
-            loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.square_loss(adapter)
+            loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.weight_loss(adapter, 2)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -519,7 +521,7 @@ def speed(args) -> None:
     short = model.preset_name(name)
     try:
         base, _ = model.load_base(name, args.device, args.dtype and getattr(torch, args.dtype))
-        config = None if net else lora.describe(base, ["q_proj", "v_proj"], name)
+        config = None if net else lora.config_for(base, ["q_proj", "v_proj"], name)
         fresh = lambda: hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), size=args.size)).to(args.device)
     except UserError as e:
         if short not in hypernet.PAPER_SHAPES:
@@ -542,7 +544,7 @@ def main() -> None:
         print("\n" + document_table(results), cost_table(costs), sep="\n\n")
     else:
         results, trained_on = evaluate(args)
-        print("\n" + table(results, args.split, args.far) + ("\n\n" + task_table(results) if args.per_task else ""))
+        print("\n" + table(results, f"{args.split} tasks of {args.tasks}", args.far) + ("\n\n" + task_table(results) if args.per_task else ""))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {row: {"mean": statistics.fmean(s.values()), "per_task": s} for row, s in results.items()}

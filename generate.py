@@ -65,6 +65,8 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"--desc has {len(description):,} characters; {MAX_DESCRIPTION:,} are the most")
     if any(not text.strip() for text in args.input or []):
         raise UserError("--input is empty")
+    if any("\udc80" <= letter <= "\udcff" for text in (args.input or []) + args.desc for letter in text):  # so Python reads other bytes
+        raise UserError("--desc and --input take text in UTF-8")
     if (args.merge or args.interactive) and len(args.desc) > 1:
         raise UserError("--merge and --interactive take a single --desc: one model holds one adapter")
     if args.merge and Path(args.merge).resolve() == Path(args.out).resolve():
@@ -158,7 +160,7 @@ def show(base, tokenizer, ways: dict[str, tuple], inputs: list[str], args) -> No
         answers[way] = model.answer(base, tokenizer, prompts, args.max_new_tokens)
         took.append(f"{way} {(time.perf_counter() - started) * 1000:.0f} ms")
     for i, text in enumerate(inputs):
-        print(f"\n  {'input':12}  {text}", *(f"  {way:12}  {given[i]}" for way, given in answers.items()), sep="\n")
+        print(f"\n  {'input':12}  {text}", *(f"  {way:12}  {given[i].rstrip()}" for way, given in answers.items()), sep="\n")
     if args.doc:
         print(f"\n  time of all answers: {', '.join(took)}")
 
@@ -206,6 +208,7 @@ def main() -> None:
             show(base, tokenizer, ways, inputs, args)
     if args.interactive:
         print("\nInputs, one a line; an empty one ends.", flush=True)
+        sys.stdin.reconfigure(errors="replace")
         for text in iter(lambda: sys.stdin.readline().strip(), ""):
             try:
                 model.check_known(tokenizer, [text])

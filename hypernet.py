@@ -96,7 +96,7 @@ class TextToLoRA(nn.Module):
         if c.size == "small" and not c.rotary:
             self.rank_emb = nn.Sequential(nn.Embedding(c.r, d), nn.LayerNorm(d))
 
-        # one head a module
+        # one head a module; in medium and small it makes A and B, as wide as the wider of them, and forward cuts off the rest
         self.heads = nn.ModuleDict()
         for name in self.names:
             n_in, n_out = c.in_features[name], c.out_features[name]
@@ -127,6 +127,7 @@ class TextToLoRA(nn.Module):
             x = self.mlp2(x)
         else:
             x = self.mlp2(x[..., None, :] + self.AB_norm(self.AB_emb))  # [n, L, M, 2, d]
+        # small goes through mlp2 once more, as published: rotated rows do, or the rank embeddings alone, before they are added
         if c.size == "small" and c.rotary:
             x = self.mlp2(rotate(x, c.r))  # [n, L, M, 2, r, d]
         elif c.size == "small":
@@ -144,7 +145,9 @@ class TextToLoRA(nn.Module):
                 A, B = out.reshape(n, L, 2, -1).unbind(2)
             A = A.reshape(n, L, c.r, -1)[..., :n_in]  # [n, L, r, in]
             B = B.reshape(n, L, c.r, -1)[..., :n_out].mT  # [n, L, out, r]
-            adapter[name] = tuple(torch.addcmul(self.shift[f"{name}_{key}"], self.scale[f"{name}_{key}"], x) for key, x in (("A", A), ("B", B)))
+            A = torch.addcmul(self.shift[f"{name}_A"], self.scale[f"{name}_A"], A)  # shift + scale * A
+            B = torch.addcmul(self.shift[f"{name}_B"], self.scale[f"{name}_B"], B)
+            adapter[name] = (A, B)
         return adapter
 
     @torch.no_grad()

@@ -86,7 +86,7 @@ def template(path: str) -> str:
     return re.sub(r"\.\d+\.", ".{}.", path, count=1)
 
 
-def describe(model: nn.Module, target_modules: list[str], base_model: str, **settings) -> LoRAConfig:
+def config_for(model: nn.Module, target_modules: list[str], base_model: str, **settings) -> LoRAConfig:
     """The LoRAConfig of adapters for these modules of `model`."""
     targets = find_targets(model, target_modules)
     first = {name: layers[0] for name, layers in targets.items()}
@@ -158,7 +158,8 @@ def inject(model: nn.Module, target_modules: list[str], dropout: float = 0.0) ->
 def lora_layers(model: nn.Module, adapter: Adapter) -> list[LoRALinear]:
     """The injected layers of `model`, after a check that `adapter` fits them."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    have = {m.name: (m.layer + 1, m.in_features, m.out_features) for m in sorted(layers, key=lambda m: m.layer)}  # the last one counts
+    n_layers = max((m.layer + 1 for m in layers), default=0)  # each module is in every layer
+    have = {m.name: (n_layers, m.in_features, m.out_features) for m in layers}
     for name, (A, B) in adapter.items():
         shape = (A.shape[-3], A.shape[-1], B.shape[-2])
         if have.get(name) != shape:
@@ -180,7 +181,8 @@ def set_adapter(model: nn.Module, adapter: Adapter | None, scaling: float = SCAL
     for m in lora_layers(model, adapter):
         m.A = m.B = None
         if m.name in layers:
-            m.A, m.B = (x[m.layer].view(-1, *x[m.layer].shape[-2:]) for x in layers[m.name])  # [n, r, in], [n, out, r]
+            A, B = (of_layer[m.layer] for of_layer in layers[m.name])  # [r, in] or [n, r, in]; B likewise
+            m.A, m.B = A.view(-1, *A.shape[-2:]), B.view(-1, *B.shape[-2:])  # [n, r, in], [n, out, r]
         m.scaling = scaling
 
 
@@ -320,7 +322,7 @@ def load_adapter(folder: str | Path, device="cpu") -> tuple[Adapter, LoRAConfig]
     """
     folder = Path(folder)
     peft = read_json(folder / "adapter_config.json")
-    own_ways = ("use_dora", "modules_to_save", "alora_invocation_tokens")  # of PEFT, which are more than A and B
+    own_ways = ("use_dora", "modules_to_save", "alora_invocation_tokens", "layer_replication")  # of PEFT, which are more than A and B
     changes_base = str(peft.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq"))  # when PEFT loads it
     if peft.get("peft_type") != "LORA" or peft.get("bias", "none") != "none" or changes_base or any(map(peft.get, own_ways)):
         raise UserError(f"{folder} is not a plain LoRA adapter")

@@ -137,7 +137,7 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None) -> tupl
 
 # For a base model that knows no chat: "input -> answer<eos>", one after another.
 PLAIN_TEMPLATE = (
-    "{% for m in messages if m.content %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}\n"
+    "{% for m in messages if m.content or m.role != 'system' %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}\n"
     "{% else %}{{ m.content }} ->{% endif %}{% endfor %}"
 )
 
@@ -182,7 +182,7 @@ def tokenize(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode(tokenizer, question: str, answer: str, description: str = "") -> tuple[list[int], list[int]]:
+def tokenize_example(tokenizer, question: str, answer: str, description: str = "") -> tuple[list[int], list[int]]:
     """One training example: the ids of its prompt, and those of its answer with the end mark."""
     messages = prompt(tokenizer, question, description)
     return tokenize(tokenizer, render(tokenizer, messages)), tokenize(tokenizer, render(tokenizer, messages, answer))
@@ -223,13 +223,19 @@ def check_known(tokenizer, texts: list[str]) -> None:
 
 @torch.no_grad()
 def answer(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
-    """Greedy answers to rendered prompts, in one batch, under whatever adapters are set."""
+    """Greedy answers to rendered prompts, in one batch, under whatever adapters are set.
+
+    White space at the end is left out, but not of an answer that was cut off: that is not all that the model would have said.
+    """
     rows = [tokenize(tokenizer, p) for p in prompts]
     ids, mask = pad(rows, tokenizer.pad_token_id, left=True), pad([[1] * len(row) for row in rows], 0, left=True)
     out = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=False
     )
-    return [text.strip() for text in tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
+    new = out[:, ids.shape[1] :]  # [n, up to max_new_tokens]
+    ended = torch.isin(new, torch.tensor(model.generation_config.eos_token_id, device=new.device)).any(1)
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip() if whole else text.lstrip() for text, whole in zip(texts, ended)]
 
 
 @torch.no_grad()
@@ -335,6 +341,7 @@ class BaseEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
+        check_known(self.tokenizer, texts)
         set_adapter(self.model, None)
         rows = [self.tokenizer(t)["input_ids"] for t in texts]
         ids = pad(rows, self.tokenizer.pad_token_id).to(self.model.device)

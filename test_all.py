@@ -97,7 +97,7 @@ def test_injected_layer_is_the_equation_and_so_are_its_gradients():
 
 def test_one_adapter_a_row_equals_a_loop_over_rows():
     base = tiny_llama()
-    config = lora.describe(base, NAMES, "x")
+    config = lora.config_for(base, NAMES, "x")
     before = {k: v.clone() for k, v in base.state_dict().items()}
     lora.inject(base, NAMES)
     assert list(base.state_dict()) == list(before)
@@ -138,7 +138,7 @@ def test_dropout_drops_its_share_keeps_the_mean_and_blocks_gradients_where_it_dr
 
 def test_merge_is_the_adapter_and_unmerge_is_exact():
     base = tiny_llama()
-    config = lora.describe(base, NAMES, "x")
+    config = lora.config_for(base, NAMES, "x")
     original = {k: v.clone() for k, v in base.state_dict().items()}
     lora.inject(base, NAMES)
     adapter, ids = random_adapter(config), torch.randint(160, (2, 9))
@@ -155,7 +155,7 @@ def test_merge_is_the_adapter_and_unmerge_is_exact():
 
 def test_rank_concatenation_adds_the_updates():
     base = tiny_llama()
-    config = lora.describe(base, NAMES, "x")
+    config = lora.config_for(base, NAMES, "x")
     lora.inject(base, NAMES)
     one, two = random_adapter(config, r=3), random_adapter(config, r=5)
     both = lora.concat_rank([one, two])
@@ -172,7 +172,7 @@ def test_peft_reads_our_adapter(tmp_path, rslora, joined):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     base = tiny_llama()
     names = ["q_proj", "v_proj", "down_proj"]
-    config = lora.describe(base, names, "x", r=4, alpha=8, rslora=rslora)
+    config = lora.config_for(base, names, "x", r=4, alpha=8, rslora=rslora)
     adapter = random_adapter(config, r=4)
     if joined:  # with a second adapter along the rank: uniformly, or for one module only
         second = random_adapter(config, r=2)
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     odd = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(4, n)}) for n in (4, 6)])})
     with pytest.raises(lora.UserError, match="changes its shape"):
         lora.inject(odd, ["q_proj"])
-    adapter = random_adapter(lora.describe(tiny_llama(hidden_size=32), NAMES, "x"))
+    adapter = random_adapter(lora.config_for(tiny_llama(hidden_size=32), NAMES, "x"))
     with pytest.raises(lora.UserError, match="for another base model"):
         lora.set_adapter(lora.inject(base, NAMES), adapter)
     with pytest.raises(lora.UserError, match="is missing"):
@@ -222,16 +222,16 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     moving = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({place: nn.ModuleDict({"q_proj": nn.Linear(4, 4)})}) for place in ("a", "b")])})
     with pytest.raises(lora.UserError, match="changes its place"):
         lora.inject(moving, ["q_proj"])
-    for more in {"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}, {"alora_invocation_tokens": [3]}:
+    for more in {"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}, {"alora_invocation_tokens": [3]}, {"layer_replication": [[0, 2], [1, 3]]}:
         lora.write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA"} | more)
         with pytest.raises(lora.UserError, match="not a plain LoRA"):
             lora.load_adapter(tmp_path)
     lora.write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 8})
     with pytest.raises(lora.UserError, match="lacks r and lora_alpha"):
         lora.load_adapter(tmp_path)
-    config = lora.describe(tiny_llama(), NAMES, "x")
+    config = lora.config_for(tiny_llama(), NAMES, "x")
     lora.save_adapter(tmp_path / "a", random_adapter(config), config)
-    for name, other in ("b", dataclasses.replace(config, alpha=64.0)), ("c", lora.describe(tiny_llama(), NAMES[:1], "x")):
+    for name, other in ("b", dataclasses.replace(config, alpha=64.0)), ("c", lora.config_for(tiny_llama(), NAMES[:1], "x")):
         lora.save_adapter(tmp_path / name, random_adapter(other), other)
         with pytest.raises(lora.UserError, match="they were not trained together"):
             lora.load_adapters([tmp_path / "a", tmp_path / name])
@@ -409,7 +409,7 @@ def test_golden_sft_losses_and_gradients(tmp_path, size):
     for smoothing in (0.0, 0.1):
         loss = train.answer_loss(base, ids, labels, smoothing)
         torch.testing.assert_close(loss, tensors[f"sft/ls{smoothing}_sample/sft_loss"][0], rtol=0, atol=5e-5)
-    l2 = 1e-3 * train.square_loss(adapter)
+    l2 = 1e-3 * train.weight_loss(adapter, 2)
     torch.testing.assert_close(l2, tensors["sft/generated_w_l2_loss"][0], rtol=0, atol=1e-8)
     if "sft/grad_norm" in tensors:
         (loss + l2).backward()
@@ -738,11 +738,21 @@ def test_base_encoder_reads_the_last_token():
     torch.testing.assert_close(alone, F.normalize(hidden[0, -1], dim=0))
 
 
+def test_an_answer_that_was_cut_off_is_not_a_whole_one_with_white_space_after_it():
+    tokenizer = lambda text, **_: {"input_ids": [1]}
+    tokenizer.pad_token_id, letters = 0, "$?ab\n"  # $ ends an answer
+    tokenizer.batch_decode = lambda rows, **_: ["".join(letters[i] for i in row if i) for row in rows]
+    said = torch.tensor([[1, 2, 3, 4, 4], [1, 2, 3, 4, 0], [1, 4, 2, 3, 0]])
+    base = types.SimpleNamespace(device="cpu", generate=lambda **_: said, generation_config=types.SimpleNamespace(eos_token_id=[0]))
+    assert model.answer(base, tokenizer, ["?"] * 3) == ["ab\n\n", "ab", "ab"]
+
+
 def test_a_batch_of_answers_is_that_of_each_prompt_alone():
     base, tokenizer = model.load_base("tiny")
     examples = [("cat red", "cat"), ("dog blue", "dog")]
     prompts = [model.render(tokenizer, model.prompt(tokenizer, "wolf silver", "", examples[:n])) for n in (0, 1, 2)]
     assert prompts[1] == "cat red -> cat<eos>\nwolf silver ->"
+    assert model.render(tokenizer, model.prompt(tokenizer, "")) == " ->" and model.render(tokenizer, model.prompt(tokenizer, "cat"), "") == " <eos>"
     assert model.answer(base, tokenizer, prompts, 5) == [model.answer(base, tokenizer, [p], 5)[0] for p in prompts]
 
 
@@ -941,7 +951,7 @@ def test_an_adapter_on_every_architecture(tmp_path, make):
     base, _ = model.load_base(str(tmp_path / "base"))
     model.check_head(base)
     names = ["q_proj", "v_proj", "o_proj", "down_proj"]
-    config = lora.describe(base, names, "x")
+    config = lora.config_for(base, names, "x")
     adapter, ids = random_adapter(config), torch.randint(1, 50, (2, 9))
     lora.save_adapter(tmp_path / "adapter", adapter, config)
     lora.inject(base, names)
@@ -989,7 +999,7 @@ def test_answer_loss_equals_the_naive_one(make):
         naive.append(sum(losses) / len(losses))
     torch.testing.assert_close(train.answer_loss(base, ids, labels, smoothing), sum(naive) / 3, rtol=1e-5, atol=1e-5)
     lora.inject(base, NAMES)  # grouped heads, head_dim other than hidden / heads, Gemma's soft caps
-    config = lora.describe(base, NAMES, "x")
+    config = lora.config_for(base, NAMES, "x")
     lora.set_adapter(base, random_adapter(config, 3))
     assert (train.answer_loss(base, ids, labels, smoothing) - sum(naive) / 3).abs() > 1e-4
 
@@ -1016,7 +1026,7 @@ def test_pretraining_documents_are_what_the_chat_template_writes():
     for document in batch:
         ids, labels = [], []
         for question, (answer,) in document:
-            prompt, target = model.encode(tokenizer, question, answer)
+            prompt, target = model.tokenize_example(tokenizer, question, answer)
             ids, labels = ids + prompt + target, labels + [-100] * len(prompt) + target
         losses.append(train.answer_loss(objective.net, torch.tensor([ids]), torch.tensor([labels])))
         text = model.render(tokenizer, model.prompt(tokenizer, document[-1][0], "", [(q, a[0]) for q, a in document[:-1]]))
@@ -1035,7 +1045,7 @@ def test_learning_rate_rises_and_falls():
 def test_oracles_train_apart_from_each_other():
     """The gradient of one adapter of the batch does not depend on the other tasks."""
     base = tiny_llama()
-    config = lora.describe(base, NAMES, "x")
+    config = lora.config_for(base, NAMES, "x")
     lora.inject(base, NAMES)
     torch.manual_seed(0)
     bank = train.Bank(config, 3, own_init=False)
@@ -1076,7 +1086,11 @@ def test_resume_after_kill_is_exact(tmp_path, mode):
     assert not (cut / "config.json").exists() and (cut / "state.safetensors").exists(), "the run had ended before it was killed"
     with metrics.open("a") as f:
         f.write('{"step": 99, "lo')  # a kill may leave half a line
+    before = {file.name: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
     assert command(train, *words, "--out_dir", cut, "--lr", "0.5", "--resume") == 2  # other settings are another run
+    assert command(train, *words, "--out_dir", cut, "--max_steps", "14", "--resume") == 2  # it is past that
+    assert command(train, *words, "--out_dir", cut) == command(train, *words, "--out_dir", whole) == 2  # a new run does not take the place of another
+    assert before == {file.name: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
     short = shutil.copytree(cut, tmp_path / "short")
     assert command(train, *words, "--max_steps", "30", "--out_dir", short, "--resume") == 0  # but it may end sooner
     assert len(losses_of(short)) == 30 and losses_of(short)[:14] == losses_of(whole)[:14] and (short / "train_args.json").exists()
@@ -1172,6 +1186,19 @@ def test_rows_in_groups_of_like_length_give_the_same_loss_and_gradient():
         found[args.row_groups] = (loss.detach(), objective.net.A["v_proj"].grad.clone())
     for groups in (4, 18):
         torch.testing.assert_close(found[groups], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_that_fill_up_a_batch_do_not_count_in_the_size_of_the_weights(reader):
+    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
+    texts = ["cat -> red", "dog -> blue horse chair bird hat lemon apple sun hat -> sun moon tree"]
+    for power in (1, 2):
+        sizes = []
+        for documents in (texts[:1], texts[1:], texts):
+            adapter = hypernet.read_documents(net, base, tokenizer, [[text] for text in documents])
+            sizes.append(train.weight_loss(adapter, power))
+        A, B = hypernet.read_documents(net, base, tokenizer, [texts[:1]])["down_proj"]
+        torch.testing.assert_close(sizes[0], A.abs().pow(power).mean() + B.abs().pow(power).mean())
+        torch.testing.assert_close(sizes[2], (sizes[0] + sizes[1]) / 2)
 
 
 def test_longer_examples_are_left_out(tmp_path, monkeypatch):
@@ -1342,7 +1369,7 @@ def reader(tmp_path_factory) -> Path:
     """A random Doc-to-LoRA hypernetwork for the tiny base, in its folder."""
     torch.manual_seed(0)
     base, _ = model.load_base("tiny")
-    config = lora.describe(base, ["down_proj"], "tiny", alpha=2 * 8**2)
+    config = lora.config_for(base, ["down_proj"], "tiny", alpha=2 * 8**2)
     net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(config), feature_size=128, latent_size=32, n_blocks=1, n_heads=4, chunk_len=6))
     for p in [*net.scale.values(), *net.bias.values()]:
         nn.init.normal_(p, std=0.2)
@@ -1404,10 +1431,10 @@ def test_documents_are_added_to_an_adapter(tmp_path, reader, capsys):
 
 def test_interactive_answers_line_by_line(tmp_path, reader, capsys, monkeypatch):
     (tmp_path / "doc.txt").write_text("cat -> red")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("cat\nunicorn\ndog\n\nbird\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"cat\nunicorn\n\xff\ndog\n\nbird\n"), encoding="utf-8"))
     assert command(generate, "--doc", tmp_path / "doc.txt", "--hypernet", reader, "--interactive", "--out", tmp_path / "adapter") == 0
     shown = capsys.readouterr().out
-    assert re.findall(r"input  +(\w+)", shown) == ["cat", "dog"] and "no token for unicorn" in shown
+    assert re.findall(r"input  +(\w+)", shown) == ["cat", "dog"] and "no token for unicorn" in shown and "no token for \ufffd" in shown
 
 
 def test_any_whole_number_is_a_seed(tmp_path):
@@ -1433,7 +1460,7 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
         logprobs = []
         for stated, adapter in ((document, None), ("", objective.adapters([(0, document, [])]))):
             lora.set_adapter(base, adapter, objective.config.scaling)
-            prompt, target = model.encode(tokenizer, question, answer, stated)
+            prompt, target = model.tokenize_example(tokenizer, question, answer, stated)
             logprobs.append(base(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1].log_softmax(-1))
         teacher, student = logprobs
         likely = teacher.topk(5).indices
@@ -1685,11 +1712,12 @@ BAD = {
     "unknown base": (generate, ["--desc", DESC, "--hypernet", "{hypernet}", "--base_model", "./nowhere"], "does not go with"),
     "unknown word": (generate, ["--desc", DESC, "--input", "cat unicorn", "--out", "{tmp}/o"], "no token for unicorn"),
     "unknown method": (evaluation, ["--methods", "t2l,magic"], "unknown method magic"),
+    "a picture of no known kind": (evaluation, ["--plot", "{tmp}/x.foo"], "it takes the name of a .png file"),
     "missing folder": (evaluation, ["--methods", "oracle"], "needs --oracles"),
     "adapter of another base by name": (evaluation, ["--methods", "mt_lora", "--mt_lora", "{adapter}", "--base_model", "tiny"], "trained for base does not go with tiny"),
     "adapter of another base by shape": (evaluation, ["--methods", "mt_lora", "--mt_lora", "{adapter}", "--base_model", "{base}"], "is for another base model"),
     "no such hypernetwork on the hub": (generate, ["--desc", DESC, "--hypernet", "nobody/nothing/sub"], "nobody/nothing/sub is neither a folder nor on this machine"),
-    "another text encoder": (generate, ["--desc", DESC, "--hypernet", "{hypernet}", "--encoder", "base"], "the text encoder gives 128 numbers"),
+    "another text encoder": (generate, ["--desc", "cat dog", "--hypernet", "{hypernet}", "--encoder", "base"], "the text encoder gives 128 numbers"),
     "module order of our own": (generate, ["--desc", DESC, "--hypernet", "{hypernet}", "--module_order", "v_proj,q_proj"], "is for published checkpoints"),
     "no document": (generate, ["--doc", "{tmp}/none.txt"], "cannot be read as text"),
     "empty document": (generate, ["--doc", "{empty}"], "is empty"),
@@ -1723,6 +1751,9 @@ BAD = {
     "no checkpoint to name a base": (evaluation, ["--methods", "base", "--hypernet", "{tmp}/none"], "holds no hypernetwork"),
     "no such device": (generate, ["--desc", DESC, "--device", "nowhere"], "argument --device: nowhere"),
     "empty input": (generate, ["--desc", DESC, "--input", " "], "--input is empty"),
+    "bytes that are no text": (generate, ["--desc", DESC, "--input", "cat \udcff", "--out", "{tmp}/o"], "take text in UTF-8"),
+    "adapters that do nothing": (train, ["--mode", "lora", "--alpha", "0", "--out_dir", "{tmp}/o"], "--alpha 0: the adapters would do nothing"),
+    "a text encoder that knows none of the words": (train, ["--mode", "sft", "--encoder", "base", "--out_dir", "{tmp}/o"], "has no token for"),
     "negative amount": (train, ["--mode", "sft", "--max_grad_norm", "-1"], "argument --max_grad_norm: it takes a number, 0 or more"),
     "no number": (train, ["--mode", "sft", "--lr", "nan"], "argument --lr: it takes a number, 0 or more"),
     "more than all": (train, ["--mode", "sft", "--prompt_with_definition", "2"], "argument --prompt_with_definition: it takes a share"),
@@ -1776,7 +1807,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, case):
         (tmp_path / "mute").mkdir()
         lora.write_json(tmp_path / "mute" / "note.json", {"document": "cat -> red", "questions": []})
     if "base" in case:
-        config = lora.describe(tiny_llama(hidden_size=32), NAMES, "base")
+        config = lora.config_for(tiny_llama(hidden_size=32), NAMES, "base")
         for folder in ("adapter", f"oracles/{data.load_tasks('tiny')['train'][0].name}"):
             lora.save_adapter(tmp_path / folder, random_adapter(config), config)
     places = dict(tmp=tmp_path, foreign=foreign(tmp_path / "foreign"), base=base, other=other, adapter=tmp_path / "adapter", reader=tmp_path / "reader", empty=tmp_path / "empty.txt", long=tmp_path / "long.txt", note=tmp_path / "note.txt", hypernet=Path(model.TINY) / "sft_large")

@@ -140,7 +140,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--compile", action="store_true", help="Compile the layers of the base model: the first step takes half a minute, the others two thirds of their time.")
     g.add_argument("--gradient_checkpointing", action="store_true", help="Compute the base model's layers again in the backward pass, to save memory.")
     g = p.add_argument_group("where to")
-    g.add_argument("--out_dir", help="Default: out/MODE.")
+    g.add_argument("--out_dir", help="A new folder, or with --resume that of the run. Default: out/MODE.")
     g.add_argument("--save_every", type=lora.positive, default=100, help="Steps between two saves of the resumable state.")
     g.add_argument("--resume", action="store_true", help="Go on with the run in --out_dir.")
     g.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
@@ -160,6 +160,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse
         raise UserError(f"--dropout {args.dropout}: 0.99 is the most")
     if args.distill and args.label_smoothing:
         raise UserError("--label_smoothing is for learning the answers, --distill learns what the base model says")
+    if args.alpha == 0:
+        raise UserError("--alpha 0: the adapters would do nothing")
     if args.gradient_checkpointing and args.row_groups > 1:  # the layers would be computed again with the last group's adapters
         raise UserError("--gradient_checkpointing goes with --row_groups 1")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
@@ -242,14 +244,17 @@ def distill_loss(logits: Tensor, teacher: Tensor, rows: Tensor, k: int) -> Tenso
     return row_mean((likely.exp() * (likely - logits.log_softmax(-1).gather(-1, tokens))).sum(-1), rows)
 
 
-def square_loss(adapter: Adapter) -> Tensor:
-    """L2 on the generated weights: the mean squares of A and of B, summed over the modules."""
-    return sum(A.square().mean() + B.square().mean() for A, B in adapter.values())
+def weight_loss(adapter: Adapter, power: int) -> Tensor:
+    """L1 or L2 on the generated weights: the mean of |A|^power and that of |B|^power, summed over the modules.
 
-
-def absolute_loss(adapter: Adapter) -> Tensor:
-    """L1 on the generated weights: the mean magnitudes of A and of B, summed over the modules."""
-    return sum(A.abs().mean() + B.abs().mean() for A, B in adapter.values())
+    Each adapter weighs the same, whatever its rank: where short documents were filled up with ranks of zeros, these do not count.
+    """
+    loss = 0.0
+    for A, B in adapter.values():
+        ranks = (A.detach() != 0).any(-1).sum(-1)  # [n, L]
+        for x, width in ((A, A.shape[-1]), (B, B.shape[-2])):
+            loss = loss + (x.abs().pow(power).sum((-2, -1)) / (ranks * width)).mean()
+    return loss
 
 
 def z_score_loss(adapter: Adapter, target: Adapter, scale: dict[str, Tensor]) -> Tensor:
@@ -292,78 +297,6 @@ def sample(rng: random.Random, population, k: int) -> list:
     return rng.sample(population, k) if k <= len(population) else rng.choices(population, k=k)
 
 
-class Pretrain(nn.Module):
-    """The tiny base model: Llama, 0.84M parameters, in turn on 8 examples of one training task and on a document of facts with
-    8 questions about it."""
-
-    def __init__(self, args, device):
-        super().__init__()
-        self.args, self.device = args, device
-        self.tasks = data.tiny_splits()["train"]  # validation and test tasks stay unseen here, too
-        self.weights = [2 if "reversed" in parts else 1 for parts in self.tasks]  # the hardest layout to learn
-        self.ids = {word: i for i, word in enumerate(data.VOCABULARY)}
-        config = LlamaConfig(
-            vocab_size=len(self.ids), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
-            num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # texts are short
-            bos_token_id=None, eos_token_id=self.ids["<eos>"], pad_token_id=self.ids["<pad>"],
-        )  # fmt: skip
-        self.net = LlamaForCausalLM(config).to(device)
-
-    def draw(self, rng: random.Random, step: int) -> list:
-        """[texts][examples]. Long texts come late: without this curriculum the model learns next to nothing."""
-        n_texts, n_examples = self.args.tasks_per_batch, self.args.examples_per_task
-        if step % 2:
-            n_lines, texts = 2 ** rng.randint(0, min(6, int(12 * step / self.args.max_steps))), []
-            for _ in range(n_texts):
-                document = data.fact_document(rng, n_lines)
-                (first, answers), *others = rng.choices(document.train, k=n_examples)
-                texts.append([(f"{document.descriptions[0]} {first}", answers), *others])  # the document comes with the first question
-            return texts
-        done = step / self.args.max_steps
-        shortest, longest = (1, 2) if done < 0.12 else (2, 3) if done < 0.25 else (2, 4) if done < 0.4 else (3, 4)
-        return [
-            [data.tiny_example(parts, rng, rng.randint(shortest, longest)) for _ in range(n_examples)]
-            for parts in rng.choices(self.tasks, self.weights, k=n_texts)
-        ]
-
-    def forward(self, batch: list) -> Tensor:
-        input_ids, labels = [], []
-        for text in batch:
-            input_ids.append([])
-            labels.append([])
-            for question, (answer,) in text:
-                prompt = [self.ids[w] for w in [*question.split(), "->"]]
-                target = [self.ids[w] for w in [*answer.split(), "<eos>"]]
-                input_ids[-1] += prompt + target
-                labels[-1] += [-100] * len(prompt) + target
-        pad = lambda rows, value: model.pad(rows, value).to(self.device)
-        return answer_loss(self.net, pad(input_ids, self.ids["<pad>"]), pad(labels, -100), self.args.label_smoothing)
-
-    def save(self, folder: Path) -> None:
-        """Write model and tokenizer as an ordinary Hugging Face folder."""
-        special = [word for word in data.VOCABULARY if word.startswith("<")]
-        lora.write_json(folder / "config.json", self.net.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-        lora.write_safetensors(folder / "model.safetensors", {k: t for k, t in self.net.state_dict().items() if k != "lm_head.weight"})
-        lora.write_json(
-            folder / "tokenizer.json",
-            {
-                "version": "1.0",
-                "added_tokens": [
-                    dict(id=self.ids[w], content=w, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-                    for w in special
-                ],
-                "pre_tokenizer": {"type": "WhitespaceSplit"},
-                "model": {"type": "WordLevel", "vocab": self.ids, "unk_token": "<unk>"},
-            },
-        )
-        lora.write_json(
-            folder / "tokenizer_config.json",
-            {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            | {f"{w[1:-1]}_token": w for w in special},
-        )
-
-
 class Bank(nn.Module):
     """Ordinary LoRAs, one a task, as one batch of adapters. Task indices [n] -> n adapters."""
 
@@ -390,7 +323,7 @@ class Finetune(nn.Module):
         model.check_head(base)
         model.check_known(tokenizer, [text for task in self.tasks for question, answers in task.train for text in (question, answers[0])])
         targets = args.target_modules.split(",")
-        self.config = lora.describe(base, targets, model.full_name(args.base_model), r=args.rank, alpha=args.alpha)
+        self.config = lora.config_for(base, targets, model.full_name(args.base_model), r=args.rank, alpha=args.alpha)
         lora.inject(base, targets, args.dropout)
         if args.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -401,7 +334,7 @@ class Finetune(nn.Module):
             for layer in base.get_decoder().layers:
                 layer.compile(dynamic=True, options={"fallback_random": on_cpu})
         self.frozen = (base, tokenizer)  # in a tuple, so that it is no part of this module's parameters
-        self.encode = lru_cache(2**16)(lambda *example: model.encode(tokenizer, *example))
+        self.tokenize = lru_cache(2**16)(lambda *example: model.tokenize_example(tokenizer, *example))
         if args.max_tokens:
             for task in self.tasks:
                 before = task.definition or max(task.descriptions, key=len) if args.prompt_with_definition else ""
@@ -424,29 +357,29 @@ class Finetune(nn.Module):
         base.eval()  # it may be the text encoder, too, or read documents
         adapter = self.adapters(batch)  # A [tasks, L, r, in], B [tasks, L, out, r]
         base.train()
-        loss = sum(weight * size(adapter) for weight, size in ((self.args.l2, square_loss), (self.args.l1, absolute_loss)) if weight)
+        loss = sum(weight * weight_loss(adapter, power) for weight, power in ((self.args.l1, 1), (self.args.l2, 2)) if weight)
         rows = []  # (index in the batch, question, answer, what stands before the question)
         for k, (i, description, examples) in enumerate(batch):
             for question, answers in examples:
                 stated = torch.rand(()) < self.args.prompt_with_definition
                 rows.append((k, question, answers[0], self.tasks[i].definition or description if stated else ""))
         adapter = {name: (A.to(base.dtype), B.to(base.dtype)) for name, (A, B) in adapter.items()}  # at once, not layer by layer
-        parts, each = [adapter], math.ceil(len(rows) / self.args.row_groups)
-        if each < len(rows):  # rows of like length together
-            rows.sort(key=lambda row: self.length(*row[1:]))
-            parts = lora.split(lora.select(adapter, [row[0] for row in rows]), each)
-        for i, own in enumerate(parts):
-            part = rows[i * each : (i + 1) * each]
+        if self.args.row_groups == 1:  # neighbouring rows share the adapter of their task
+            return loss + self.part_loss(rows, batch, adapter)
+        rows.sort(key=lambda row: self.length(*row[1:]))  # rows of like length together, each with its adapter
+        size = math.ceil(len(rows) / self.args.row_groups)
+        for i, own in enumerate(lora.split(lora.select(adapter, [row[0] for row in rows]), size)):
+            part = rows[i * size : (i + 1) * size]
             loss = loss + self.part_loss(part, batch, own) * (len(part) / len(rows))
         return loss
 
     def length(self, question: str, answer: str, before: str) -> int:
         """Tokens of an example, with its prompt."""
-        return sum(map(len, self.encode(question, answer, before)))
+        return sum(map(len, self.tokenize(question, answer, before)))
 
     def padded(self, examples: list[tuple[str, str, str]]) -> tuple[Tensor, Tensor]:
         """input_ids and labels of (question, answer, what stands before the question). [rows, T]"""
-        prompts, answers = zip(*(self.encode(*example) for example in examples))
+        prompts, answers = zip(*(self.tokenize(*example) for example in examples))
         input_ids = model.pad([p + a for p, a in zip(prompts, answers)], self.frozen[1].pad_token_id)
         labels = model.pad([[-100] * len(p) + a for p, a in zip(prompts, answers)], -100)
         return input_ids.to(self.device), labels.to(self.device)
@@ -483,7 +416,7 @@ class Lora(Finetune):
 
 def new_hypernet(args, config: lora.LoRAConfig, encoder, tasks: list[data.Task]) -> hypernet.TextToLoRA:
     """A hypernetwork with the sizes of `args`, for adapters as in `config`, to be trained on the descriptions of `tasks`."""
-    own = dict(encoder=args.encoder, task_emb_size=encoder(["any"]).shape[1], size=args.size, latent_size=args.latent_size)
+    own = dict(encoder=args.encoder, task_emb_size=encoder(tasks[0].descriptions[:1]).shape[1], size=args.size, latent_size=args.latent_size)
     own |= dict(head_in_size=args.head_in_size, head_scale=args.head_scale, dropout=args.dropout)
     own |= dict(prompt_with_definition=args.prompt_with_definition > 0)
     z_score = start_config(args).get("z_score", args.mode == "recon" and not args.delta_w)  # SFT goes on from a reconstruction as that is
@@ -590,6 +523,78 @@ class Recon(nn.Module):
     save = Finetune.save
 
 
+class Pretrain(nn.Module):
+    """The tiny base model: Llama, 0.84M parameters, in turn on 8 examples of one training task and on a document of facts with
+    8 questions about it."""
+
+    def __init__(self, args, device):
+        super().__init__()
+        self.args, self.device = args, device
+        self.tasks = data.tiny_splits()["train"]  # validation and test tasks stay unseen here, too
+        self.weights = [2 if "reversed" in parts else 1 for parts in self.tasks]  # the hardest layout to learn
+        self.ids = {word: i for i, word in enumerate(data.VOCABULARY)}
+        config = LlamaConfig(
+            vocab_size=len(self.ids), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
+            num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # texts are short
+            bos_token_id=None, eos_token_id=self.ids["<eos>"], pad_token_id=self.ids["<pad>"],
+        )  # fmt: skip
+        self.net = LlamaForCausalLM(config).to(device)
+
+    def draw(self, rng: random.Random, step: int) -> list:
+        """[texts][examples]. Long texts come late: without this curriculum the model learns next to nothing."""
+        n_texts, n_examples = self.args.tasks_per_batch, self.args.examples_per_task
+        if step % 2:
+            n_lines, texts = 2 ** rng.randint(0, min(6, int(12 * step / self.args.max_steps))), []
+            for _ in range(n_texts):
+                document = data.fact_document(rng, n_lines)
+                (first, answers), *others = rng.choices(document.train, k=n_examples)
+                texts.append([(f"{document.descriptions[0]} {first}", answers), *others])  # the document comes with the first question
+            return texts
+        done = step / self.args.max_steps
+        shortest, longest = (1, 2) if done < 0.12 else (2, 3) if done < 0.25 else (2, 4) if done < 0.4 else (3, 4)
+        return [
+            [data.tiny_example(parts, rng, rng.randint(shortest, longest)) for _ in range(n_examples)]
+            for parts in rng.choices(self.tasks, self.weights, k=n_texts)
+        ]
+
+    def forward(self, batch: list) -> Tensor:
+        input_ids, labels = [], []
+        for text in batch:
+            input_ids.append([])
+            labels.append([])
+            for question, (answer,) in text:
+                prompt = [self.ids[w] for w in [*question.split(), "->"]]
+                target = [self.ids[w] for w in [*answer.split(), "<eos>"]]
+                input_ids[-1] += prompt + target
+                labels[-1] += [-100] * len(prompt) + target
+        pad = lambda rows, value: model.pad(rows, value).to(self.device)
+        return answer_loss(self.net, pad(input_ids, self.ids["<pad>"]), pad(labels, -100), self.args.label_smoothing)
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer as an ordinary Hugging Face folder."""
+        special = [word for word in data.VOCABULARY if word.startswith("<")]
+        lora.write_json(folder / "config.json", self.net.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+        lora.write_safetensors(folder / "model.safetensors", {k: t for k, t in self.net.state_dict().items() if k != "lm_head.weight"})
+        lora.write_json(
+            folder / "tokenizer.json",
+            {
+                "version": "1.0",
+                "added_tokens": [
+                    dict(id=self.ids[w], content=w, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+                    for w in special
+                ],
+                "pre_tokenizer": {"type": "WhitespaceSplit"},
+                "model": {"type": "WordLevel", "vocab": self.ids, "unk_token": "<unk>"},
+            },
+        )
+        lora.write_json(
+            folder / "tokenizer_config.json",
+            {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            | {f"{w[1:-1]}_token": w for w in special},
+        )
+
+
 OBJECTIVES = {("pretrain", "t2l"): Pretrain, ("lora", "t2l"): Lora, ("recon", "t2l"): Recon, ("sft", "t2l"): Sft, ("sft", "d2l"): Documents}
 
 # ---------------------------------------------------------------------------------------------------------
@@ -606,6 +611,9 @@ def open_run(args) -> None:
     record = folder / "train_args.json"
     if folder.exists() and not record.exists() and any(folder.iterdir()):
         raise UserError(f"--out_dir {folder} holds something that train.py did not write; choose another")
+    done = folder.rglob("*.safetensors") if record.exists() else []
+    if any(done) and not args.resume:
+        raise UserError(f"--out_dir {folder} holds a run already; go on with that by --resume, delete it, or choose another folder")
     if args.resume:
         if not record.exists():
             raise UserError(f"--resume: there is no run in {folder}")
@@ -613,7 +621,7 @@ def open_run(args) -> None:
         changed = [f"--{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in FREE_ON_RESUME and then.get(k) != v]
         metrics = folder / "metrics.jsonl"
         if not (folder / "state.safetensors").exists() and metrics.exists() and len(metrics.read_text().splitlines()) >= then["max_steps"]:
-            raise UserError(f"--resume: the run in {folder} is finished")
+            raise UserError(f"--resume: the run in {folder} is finished; a hypernetwork is trained further by another run, with --start_from {folder}")
         if changed:
             raise UserError(f"--resume goes on with the settings of the run in {folder}: {'; '.join(changed)}")
 
@@ -684,7 +692,10 @@ def main() -> None:
     settings = dict(vars(args))
     torch.manual_seed(args.seed % 2**64)
     if local_rank > 0:
-        dist.barrier()  # the first process of each machine goes ahead, and downloads what has to be downloaded
+        try:
+            dist.barrier()  # the first process of each machine goes ahead, and downloads what has to be downloaded
+        except RuntimeError:  # it has ended, and said why
+            raise SystemExit(2) from None
     objective = OBJECTIVES[args.mode, args.arch](args, device)
     if local_rank == 0 and world > 1:
         dist.barrier()
@@ -700,12 +711,12 @@ def main() -> None:
     folder = Path(args.out_dir)
     state, metrics = folder / "state.safetensors", folder / "metrics.jsonl"
     step = load_state(state, objective.net, optimizer) if args.resume and state.exists() else 0
+    if step >= args.max_steps:
+        raise UserError(f"--resume: the run in {folder} has done {step} steps; it cannot end after {args.max_steps}")
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         kept = metrics.read_text().splitlines(keepends=True)[:step] if args.resume and metrics.exists() else []
         metrics.write_text("".join(kept))
-        if not args.resume:
-            state.unlink(missing_ok=True)
         lora.write_json(folder / "train_args.json", settings | {"trained_tasks": len(objective.tasks)})
         log = metrics.open("a")
         print(f"{args.mode}: {sum(p.numel() for p in parameters):,} parameters, {args.max_steps} steps, into {folder}/", flush=True)
