@@ -480,7 +480,7 @@ def training_speed(base, make_net, n: int, length: int, target: int, device: str
         with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
             adapter = net(embeddings[:descriptions])
             lora.set_adapter(base, {name: (A.to(base.dtype), B.to(base.dtype)) for name, (A, B) in adapter.items()}, net.config.scaling)
-            loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.weight_loss(adapter, 2)
+            loss = train.answer_loss(base, input_ids, labels) + 1e-3 * train.weight_loss(adapter, torch.square)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

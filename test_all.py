@@ -409,7 +409,7 @@ def test_golden_sft_losses_and_gradients(tmp_path, size):
     for smoothing in (0.0, 0.1):
         loss = train.answer_loss(base, ids, labels, smoothing)
         torch.testing.assert_close(loss, tensors[f"sft/ls{smoothing}_sample/sft_loss"][0], rtol=0, atol=5e-5)
-    l2 = 1e-3 * train.weight_loss(adapter, 2)
+    l2 = 1e-3 * train.weight_loss(adapter, torch.square)
     torch.testing.assert_close(l2, tensors["sft/generated_w_l2_loss"][0], rtol=0, atol=1e-8)
     if "sft/grad_norm" in tensors:
         (loss + l2).backward()
@@ -1191,13 +1191,13 @@ def test_rows_in_groups_of_like_length_give_the_same_loss_and_gradient():
 def test_ranks_that_fill_up_a_batch_do_not_count_in_the_size_of_the_weights(reader):
     net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
     texts = ["cat -> red", "dog -> blue horse chair bird hat lemon apple sun hat -> sun moon tree"]
-    for power in (1, 2):
+    for size in (torch.abs, torch.square):
         sizes = []
         for documents in (texts[:1], texts[1:], texts):
             adapter = hypernet.read_documents(net, base, tokenizer, [[text] for text in documents])
-            sizes.append(train.weight_loss(adapter, power))
+            sizes.append(train.weight_loss(adapter, size))
         A, B = hypernet.read_documents(net, base, tokenizer, [texts[:1]])["down_proj"]
-        torch.testing.assert_close(sizes[0], A.abs().pow(power).mean() + B.abs().pow(power).mean())
+        torch.testing.assert_close(sizes[0], size(A).mean() + size(B).mean())
         torch.testing.assert_close(sizes[2], (sizes[0] + sizes[1]) / 2)
 
 

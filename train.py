@@ -244,16 +244,16 @@ def distill_loss(logits: Tensor, teacher: Tensor, rows: Tensor, k: int) -> Tenso
     return row_mean((likely.exp() * (likely - logits.log_softmax(-1).gather(-1, tokens))).sum(-1), rows)
 
 
-def weight_loss(adapter: Adapter, power: int) -> Tensor:
-    """L1 or L2 on the generated weights: the mean of |A|^power and that of |B|^power, summed over the modules.
+def weight_loss(adapter: Adapter, size) -> Tensor:
+    """L1 or L2 on the generated weights: the mean sizes (torch.abs or torch.square) of A and of B, summed over the modules.
 
     Each adapter weighs the same, whatever its rank: where short documents were filled up with ranks of zeros, these do not count.
     """
     loss = 0.0
     for A, B in adapter.values():
-        ranks = (A.detach() != 0).any(-1).sum(-1)  # [n, L]
-        for x, width in ((A, A.shape[-1]), (B, B.shape[-2])):
-            loss = loss + (x.abs().pow(power).sum((-2, -1)) / (ranks * width)).mean()
+        of_A, of_B = size(A).mean(-1), size(B).mean(-2)  # [n, L, r]
+        ranks = (of_A.detach() > 0).sum(-1)  # [n, L]
+        loss = loss + ((of_A + of_B).sum(-1) / ranks).mean()
     return loss
 
 
@@ -357,7 +357,7 @@ class Finetune(nn.Module):
         base.eval()  # it may be the text encoder, too, or read documents
         adapter = self.adapters(batch)  # A [tasks, L, r, in], B [tasks, L, out, r]
         base.train()
-        loss = sum(weight * weight_loss(adapter, power) for weight, power in ((self.args.l1, 1), (self.args.l2, 2)) if weight)
+        loss = sum(weight * weight_loss(adapter, size) for weight, size in ((self.args.l1, torch.abs), (self.args.l2, torch.square)) if weight)
         rows = []  # (index in the batch, question, answer, what stands before the question)
         for k, (i, description, examples) in enumerate(batch):
             for question, answers in examples:
