@@ -1128,8 +1128,9 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
     monkeypatch.setattr(model, "prompt", lambda *a: seen.append(real(*a)[-1]["content"]) or real(*a))
     for words, expected in ([], "cat dog"), (["--prompt_with_definition"], "red hat\n\ncat dog"):
         seen.clear()
-        training = ["--mode", "sft", "--tasks_per_batch", "2", "--max_steps", "1", "--out_dir", tmp_path / "net"]
-        assert command(train, *training, "--tasks", tmp_path / "tasks", *words) == 0
+        training = ["--mode", "sft", "--tasks_per_batch", "2", "--max_steps", "1", "--tasks", tmp_path / "tasks"]
+        net = tmp_path / f"net{len(words)}"
+        assert command(train, *training, "--out_dir", net, *words) == 0
         assert seen and set(seen) == {expected}
         seen.clear()
         assert command(evaluation, "--split", "train", "--methods", "base,t2l", "--tasks", tmp_path / "tasks", *words) == 0
@@ -1143,7 +1144,7 @@ def test_the_definition_is_in_the_prompt_where_a_flag_says_so(tmp_path, monkeypa
     for run in (generate, "--desc", "red hat", "--input", "cat dog", "--out", tmp_path / "out"), (evaluation, "--split", "train", "--tasks", tmp_path / "tasks"):
         for words, content in ([], expected), (["--no-prompt_with_definition"], "cat dog"):
             seen.clear()
-            assert command(*run, "--hypernet", tmp_path / "net", *(["--methods", "base,t2l"] if run[0] is evaluation else []), *words) == 0
+            assert command(*run, "--hypernet", net, *(["--methods", "base,t2l"] if run[0] is evaluation else []), *words) == 0
             assert seen and set(seen) == {content}
     # or before a share of the examples
     seen.clear()
