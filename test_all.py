@@ -1086,11 +1086,11 @@ def test_resume_after_kill_is_exact(tmp_path, mode):
     assert not (cut / "config.json").exists() and (cut / "state.safetensors").exists(), "the run had ended before it was killed"
     with metrics.open("a") as f:
         f.write('{"step": 99, "lo')  # a kill may leave half a line
-    before = {file.name: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
+    before = {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
     assert command(train, *words, "--out_dir", cut, "--lr", "0.5", "--resume") == 2  # other settings are another run
     assert command(train, *words, "--out_dir", cut, "--max_steps", "14", "--resume") == 2  # it is past that
     assert command(train, *words, "--out_dir", cut) == command(train, *words, "--out_dir", whole) == 2  # a new run does not take the place of another
-    assert before == {file.name: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
+    assert before == {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
     short = shutil.copytree(cut, tmp_path / "short")
     assert command(train, *words, "--max_steps", "30", "--out_dir", short, "--resume") == 0  # but it may end sooner
     assert len(losses_of(short)) == 30 and losses_of(short)[:14] == losses_of(whole)[:14] and (short / "train_args.json").exists()

@@ -611,9 +611,8 @@ def open_run(args) -> None:
     record = folder / "train_args.json"
     if folder.exists() and not record.exists() and any(folder.iterdir()):
         raise UserError(f"--out_dir {folder} holds something that train.py did not write; choose another")
-    done = folder.rglob("*.safetensors") if record.exists() else []
-    if any(done) and not args.resume:
-        raise UserError(f"--out_dir {folder} holds a run already; go on with that by --resume, delete it, or choose another folder")
+    if not args.resume and record.exists() and any(folder.rglob("*.safetensors")):
+        raise UserError(f"--out_dir {folder} holds a run already; choose another folder or delete it, or add --resume if the run was cut off")
     if args.resume:
         if not record.exists():
             raise UserError(f"--resume: there is no run in {folder}")
