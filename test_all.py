@@ -1043,12 +1043,12 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_oracles_train_apart_from_each_other():
-    """The gradient of one adapter of the batch does not depend on the other tasks."""
+    """The gradient of one adapter of the batch does not depend on the other tasks; that of the one A of all is the sum of theirs."""
     base = tiny_llama()
     config = lora.config_for(base, NAMES, "x")
     lora.inject(base, NAMES)
     torch.manual_seed(0)
-    bank = train.Bank(config, 3, own_init=False)
+    bank, one = train.Bank(config, 3), train.Bank(config, 3, one_A=True)
     assert torch.equal(bank.A["q_proj"][0], bank.A["q_proj"][2])
     assert not torch.equal(*train.Bank(config, 2, own_init=True).A["q_proj"])
     for B in bank.B.values():
@@ -1060,8 +1060,13 @@ def test_oracles_train_apart_from_each_other():
         lora.set_adapter(base, bank(torch.tensor(tasks)))
         rows = torch.cat([ids[2 * i : 2 * i + 2] for i in tasks])
         (train.answer_loss(base, rows, rows) * len(tasks)).backward()
-        grads[len(tasks)] = bank.A["v_proj"].grad[1].clone()
-    torch.testing.assert_close(grads[3], grads[1], rtol=1e-4, atol=1e-6)
+        grads[len(tasks)] = bank.A["v_proj"].grad.clone(), bank.B["v_proj"].grad.clone()
+    torch.testing.assert_close(grads[3][0][1], grads[1][0][1], rtol=1e-4, atol=1e-6)
+    one.load_state_dict({key: x[:1] if key.startswith("A") else x for key, x in bank.state_dict().items()})
+    lora.set_adapter(base, one(torch.arange(3)))
+    (train.answer_loss(base, ids, ids) * 3).backward()
+    torch.testing.assert_close(one.A["v_proj"].grad[0], grads[3][0].sum(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(one.B["v_proj"].grad, grads[3][1], rtol=1e-4, atol=1e-6)
 
 
 SHORT = ["--mode", "sft", "--n_tasks", "8", "--tasks_per_batch", "4", "--examples_per_task", "2", "--size", "small", "--latent_size", "32"]
@@ -1172,7 +1177,7 @@ def test_without_a_definition_the_description_in_use_is_in_the_prompt(tmp_path, 
 
 def test_rows_in_groups_of_like_length_give_the_same_loss_and_gradient():
     args = train.argparse.Namespace(base_model="tiny", tasks="tiny", split="train", n_tasks=6, dtype="float32", target_modules="q_proj,v_proj", rank=8, alpha=16)
-    vars(args).update(dropout=0.0, compile=False, gradient_checkpointing=False, multi_task=False, tasks_per_batch=6, examples_per_task=3, own_init=False)
+    vars(args).update(dropout=0.0, compile=False, gradient_checkpointing=False, multi_task=False, tasks_per_batch=6, examples_per_task=3, own_init=False, one_A=False)
     vars(args).update(prompt_with_definition=False, label_smoothing=0.1, neftune_alpha=0.0, l2=0.1, l1=0.1, row_groups=1, max_tokens=None)
     torch.manual_seed(0)
     objective = train.Lora(args, "cpu")
@@ -1300,6 +1305,9 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     names = [task.name for task in data.pick(data.load_tasks("tiny"), "train", 4)]
     loaded = [lora.load_adapter(oracles / name) for name in names]
     assert all(B.abs().max() > 0 for adapter, _ in loaded for _, B in adapter.values())
+    assert command(train, "--mode", "lora", "--one_A", "--n_tasks", "2", "--max_steps", "3", "--out_dir", tmp_path / "one_A") == 0
+    (A, B), (other_A, other_B) = (lora.load_adapter(tmp_path / "one_A" / name)[0]["q_proj"] for name in names[:2])
+    assert torch.equal(A, other_A) and not torch.equal(B, other_B)
     assert command(train, "--mode", "lora", "--multi_task", "--n_tasks", "4", "--max_steps", "3", "--out_dir", tmp_path / "mt") == 0
     one, _ = lora.load_adapter(tmp_path / "mt")
     assert one["q_proj"][0].shape == (4, 8, 128) and one["q_proj"][1].abs().max() > 0
@@ -1743,7 +1751,7 @@ BAD = {
     "smoothing of a teacher": (train, ["--mode", "sft", "--arch", "d2l", "--distill", "4", "--label_smoothing", "0.1"], "--distill learns what the base model says"),
     "pieces of a description": (generate, ["--desc", DESC, "--chunk_len", "8"], "--chunk_len is for --doc"),
     "tasks of every step": (train, ["--mode", "lora", "--tasks_per_batch", "8"], "--tasks_per_batch goes with --multi_task"),
-    "one adapter of its own": (train, ["--mode", "lora", "--multi_task", "--own_init"], "--own_init is for one adapter a task"),
+    "one adapter of its own": (train, ["--mode", "lora", "--multi_task", "--own_init"], "--own_init, --one_A and --multi_task exclude one another"),
     "no rows": (evaluation, ["--batch_size", "0"], "argument --batch_size: it takes 1 or more"),
     "no length": (evaluation, ["--doc", "--lengths", "4,"], "argument --lengths: invalid"),
     "one document": (evaluation, ["--doc", "--n_examples", "1"], "--n_examples 2 or more"),

@@ -72,7 +72,7 @@ TINY_COMMON = dict(
 PRETRAIN, LORA, RECON, SFT, DOC = "--mode pretrain", "--mode lora", "--mode recon", "--mode sft", "--arch d2l"
 SERVES = {
     ("n_blocks", "n_latents", "n_heads", "chunk_len", "chunk_batch", "max_pieces", "early_exit", "distill"): (DOC,),
-    ("multi_task", "own_init", "split"): (LORA,),
+    ("multi_task", "own_init", "one_A", "split"): (LORA,),
     ("delta_w", "mixup", "oracles"): (RECON,),
     ("start_from",): (SFT, DOC),
     ("size", "head_in_size", "head_scale", "tell_apart", "encoder"): (RECON, SFT),
@@ -108,7 +108,8 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--max_pieces", type=lora.positive, help="d2l: cut the documents of a step into 1, 2, 4 ... pieces, at most that many, at random; into more where --chunk_len says so.")
     g.add_argument("--early_exit", action="store_true", help="d2l: read the states of one early layer in place of every layer's.")
     g.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks in place of one for each.")
-    g.add_argument("--own_init", action="store_true", help="lora: a random A for every adapter in place of a common one.")
+    g.add_argument("--own_init", action="store_true", help="lora: start each adapter from a random A of its own, in place of a common one.")
+    g.add_argument("--one_A", action="store_true", help="lora: one A for all adapters, trained by all tasks together; each has its own B.")
     g.add_argument("--delta_w", action="store_true", help="recon: compare the products BA in place of z-scored A and B.")
     g.add_argument("--mixup", action="store_true", help="recon: learn what lies between two descriptions, too, as what lies between their oracles.")
     g = p.add_argument_group("on what")
@@ -152,8 +153,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse
     lora.refuse_idle(args, parser, DOC if args.arch == "d2l" else f"--mode {args.mode}", SERVES)
     if args.mode == "lora" and args.tasks_per_batch and not args.multi_task:
         raise UserError("--tasks_per_batch goes with --multi_task: otherwise every task takes part in every step")
-    if args.own_init and args.multi_task:
-        raise UserError("--own_init is for one adapter a task, not for --multi_task")
+    if args.own_init + args.one_A + args.multi_task > 1:
+        raise UserError("--own_init, --one_A and --multi_task exclude one another: each says what the tasks have in common")
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb needs wandb: pip install wandb")
     if (args.dropout or 0) > 0.99:
@@ -298,18 +299,21 @@ def sample(rng: random.Random, population, k: int) -> list:
 
 
 class Bank(nn.Module):
-    """Ordinary LoRAs, one a task, as one batch of adapters. Task indices [n] -> n adapters."""
+    """Ordinary LoRAs, one a task, as one batch of adapters. Task indices [n] -> n adapters.
 
-    def __init__(self, config: lora.LoRAConfig, n: int, own_init: bool):
+    They start from a common random A, or each from its own (own_init); or there is but one A, which all train (one_A).
+    """
+
+    def __init__(self, config: lora.LoRAConfig, n: int, own_init: bool = False, one_A: bool = False):
         super().__init__()
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name in config.paths:
             A = lora.fresh(torch.empty(n if own_init else 1, config.n_layers, config.r, config.in_features[name]))
-            self.A[name] = nn.Parameter(A.repeat(n // len(A), 1, 1, 1))
+            self.A[name] = nn.Parameter(A if own_init or one_A else A.repeat(n, 1, 1, 1))  # [n or 1, L, r, in]
             self.B[name] = nn.Parameter(torch.zeros(n, config.n_layers, config.out_features[name], config.r))
 
     def forward(self, index: Tensor | int) -> Adapter:
-        return {name: (self.A[name][index], self.B[name][index]) for name in self.A}
+        return {name: (A.expand(len(self.B[name]), -1, -1, -1)[index], self.B[name][index]) for name, A in self.A.items()}
 
 
 class Finetune(nn.Module):
@@ -401,7 +405,7 @@ class Lora(Finetune):
         super().__init__(args, device)
         if not args.multi_task:  # every adapter takes part in every step
             args.tasks_per_batch = len(self.tasks)
-        self.net = Bank(self.config, 1 if args.multi_task else len(self.tasks), args.own_init).to(device)
+        self.net = Bank(self.config, 1 if args.multi_task else len(self.tasks), args.own_init, args.one_A).to(device)
 
     def adapters(self, batch: list) -> Adapter:
         """Those of the bank."""
