@@ -1449,8 +1449,7 @@ def test_interactive_answers_line_by_line(tmp_path, reader, capsys, monkeypatch)
 def test_any_whole_number_is_a_seed(tmp_path):
     losses = []
     for seed in (0, -1, 2**64):
-        words = ["--mode", "sft", "--size", "small", "--tasks_per_batch", "2", "--max_steps", "1", "--seed", seed, "--out_dir", tmp_path / str(seed)]
-        assert command(train, *words) == 0
+        assert command(train, *SHORT, "--max_steps", "1", "--seed", seed, "--out_dir", tmp_path / str(seed)) == 0
         losses += losses_of(tmp_path / str(seed))
     assert len(set(losses)) == 3  # each draws other examples
 
