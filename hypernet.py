@@ -188,7 +188,7 @@ class TextToLoRA(nn.Module):
         """For reconstruction of z-scores: take mean and deviation of each element from a batch of adapters."""
         for name, pair in adapters.items():
             for key, target in zip("AB", pair):
-                self.shift[f"{name}_{key}"].copy_(target.mean(0))
+                self.shift[f"{name}_{key}"].copy_(target.mean(0, dtype=torch.float64))  # exact where all have the same
                 self.scale[f"{name}_{key}"].copy_(target.std(0) + 1e-10)
 
 

@@ -1331,6 +1331,19 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     assert "no adapters of the train tasks" in capsys.readouterr().err  # the first task is the first, with an oracle or not
 
 
+def test_what_all_oracles_share_is_no_part_of_the_loss():
+    """Not even its rounding, which z-scores would divide by no deviation."""
+    shapes = dict(n_layers=3, paths={"q_proj": "layers.{}.q_proj"}, in_features={"q_proj": 64}, out_features={"q_proj": 32})
+    config = hypernet.HypernetConfig(**shapes, task_emb_size=16, z_score=True)
+    torch.manual_seed(0)
+    net, A, B = hypernet.TextToLoRA(config).eval(), 0.05 * torch.randn(3, 8, 64), torch.randn(7, 3, 32, 8)
+    target = {"q_proj": (A.expand(7, -1, -1, -1).contiguous(), B)}
+    net.normalize(target)
+    made = net(torch.randn(7, 16))
+    loss_of_B = ((made["q_proj"][1] - B) / B.std(0)).abs().mean()
+    torch.testing.assert_close(train.z_score_loss(made, target, net.scale), loss_of_B / 2, rtol=1e-3, atol=0)  # it was 20 times that
+
+
 def test_mixup_moves_descriptions_and_oracles_alike():
     """Adapters that are a linear function of the description still are that function of it; or their products are."""
     torch.manual_seed(0)
