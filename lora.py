@@ -114,8 +114,8 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,))
         drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        kept = drawn.clamp_(dropped - 1, dropped) - (dropped - 1)  # 0 or 1, in bytes; a comparison is slow when compiled
-        return (x * kept).mul_(256 / (256 - dropped))
+        kept = drawn.clamp_(dropped - 1, dropped) - (dropped - 1)  # 0 or 1; a comparison is slow when compiled
+        return (x * kept).mul_(256 / (256 - dropped))  # in this order the backward pass keeps bytes, not floats
 
 
 class LoRALinear(nn.Linear):
