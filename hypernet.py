@@ -166,22 +166,23 @@ class TextToLoRA(nn.Module):
     @torch.no_grad()
     def tell_apart(self, tasks: list[Tensor]) -> None:
         """Start the task encoder with the linear discriminants of the descriptions of many tasks, embedded as [n, E] each:
-        the directions in which tasks differ most, measured by how much the wordings of one task do.
+        the directions in which tasks differ most, measured by how much the wordings of one task do. They are the main
+        components of a ridge regression that says which task a description is of.
 
         Not in the paper, where it starts at random. Embeddings of task descriptions are much alike, and a good part of
         what differs is the wording, not the task.
         """
         linear, E = self.task_encoder[0], self.config.task_emb_size
         tasks = [F.normalize(x, dim=-1) * E**0.5 for x in tasks]  # as in forward
-        means = torch.stack([x.mean(0) for x in tasks])  # [tasks, E]
-        span = torch.linalg.svd(means - means.mean(0), full_matrices=False)[2][: len(tasks) - 1]  # [s, E]: here tasks differ
-        wordings = torch.cat([x - x.mean(0) for x in tasks]) @ span.T  # [descriptions, s]
-        variances, directions = torch.linalg.eigh(wordings.T @ wordings / len(wordings))
-        whiten = span.T @ (directions / (variances + 0.04).sqrt())  # [E, s]; an embedding's elements have a mean square of 1
-        discriminants = torch.linalg.svd((means - means.mean(0)) @ whiten, full_matrices=False)[2]  # [s, s]
-        W = discriminants[: linear.out_features] @ whiten.T  # [up to latent / 2, E]
+        y = torch.block_diag(*(torch.full((len(x), 1), 1 / len(x)) for x in tasks))  # [descriptions, tasks]
+        x = torch.cat(tasks)  # [descriptions, E]
+        center = (y.T @ x).mean(0)
+        x = x - center
+        which = x.T @ torch.linalg.solve(x @ x.T / len(x) + 0.3 * torch.eye(len(x)), y)  # [E, tasks]; an element's mean square is 1
+        _, directions = torch.linalg.eigh(y.T @ x @ which)  # [tasks, tasks], the main one last
+        W = 8 * (which @ directions.flip(1)).T[: linear.out_features] / len(tasks) ** 0.5  # [up to latent / 2, E]; 8: large, for training to move slowly
         linear.weight[: len(W)] = W
-        linear.bias[: len(W)] = -W @ means.mean(0)
+        linear.bias[: len(W)] = -W @ center
 
     @torch.no_grad()
     def normalize(self, adapters: Adapter) -> None:

@@ -426,7 +426,8 @@ def new_hypernet(args, config: lora.LoRAConfig, encoder, tasks: list[data.Task])
     z_score = start_config(args).get("z_score", args.mode == "recon" and not args.delta_w)  # SFT goes on from a reconstruction as that is
     net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=z_score))
     if args.tell_apart:
-        net.tell_apart([encoder(task.descriptions[:32]).cpu() for task in tasks])
+        enough = max(2, 2**13 // len(tasks))  # what it takes grows with the square of their number
+        net.tell_apart([encoder(task.descriptions[:enough]).cpu() for task in tasks])
     return net
 
 
