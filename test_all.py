@@ -1309,7 +1309,7 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     assert command(train, "--mode", "lora", "--multi_task", "--n_tasks", "4", "--max_steps", "3", "--out_dir", tmp_path / "mt") == 0
     one, _ = lora.load_adapter(tmp_path / "mt")
     assert one["q_proj"][0].shape == (4, 8, 128) and one["q_proj"][1].abs().max() > 0
-    words = ["--mode", "recon", "--oracles", oracles, "--n_tasks", "4", "--max_steps", "150", "--lr", "3e-3", "--latent_size", "128", "--out_dir", recon]
+    words = ["--mode", "recon", "--oracles", oracles, "--n_tasks", "4", "--max_steps", "200", "--lr", "3e-3", "--latent_size", "128", "--out_dir", recon]
     assert command(train, *words) == 0
     losses = losses_of(recon)
     assert losses[-1] < 0.35 * losses[0]
