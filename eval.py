@@ -57,10 +57,6 @@ def lengths(text: str) -> list[int]:
 def parse_args() -> argparse.Namespace:
     """The flags, checked as far as that goes without a model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--hypernet", help="As for generate.py. Default: the one that comes with the base model.")
-    p.add_argument("--module_order", help="As for generate.py.")
-    p.add_argument("--base_model", help="Default: the hypernetwork's.")
-    p.add_argument("--encoder", help="Where the hypernetwork's text encoder is, if not under the name that it was trained with.")
     p.add_argument("--tasks", help="As for train.py. Default: tiny, with --doc facts.")
     p.add_argument("--split", default="test", choices=["train", "val", "test"])
     p.add_argument("--n_tasks", type=lora.positive, help="Use that many of the tasks.")
@@ -76,18 +72,14 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--prompt_with_definition", action=argparse.BooleanOptionalAction, help="As for train.py, in all rows of the table. On where a hypernetwork was trained so.")
     p.add_argument("--doc", action="store_true", help="Doc-to-LoRA on documents of --tasks facts or needle, of growing length.")
     p.add_argument("--lengths", type=lengths, default=[4, 8, 16, 32, 64, 128, 256], help="With --doc: lengths of the documents, in lines.")
-    p.add_argument("--chunk_len", type=lora.positive, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
-    p.add_argument("--chunk_batch", type=lora.positive, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
     p.add_argument("--contains", action="store_true", help="Count an answer that has a right one in it, in place of exact match: for base models that answer in sentences.")
     p.add_argument("--batch_size", type=lora.positive, default=256, help="Rows that are answered at once.")
-    p.add_argument("--max_new_tokens", type=lora.positive, default=64, help="Longest answer, in tokens.")
     p.add_argument("--seed", type=int, default=0, help="Of meaningless descriptions.")
     p.add_argument("--out", help="Write settings and scores to this JSON file.")
     p.add_argument("--plot", help="Draw the scores as a picture (needs matplotlib).")
     p.add_argument("--speed", action="store_true", help="Measure training steps and adapter generation; no scores.")
     p.add_argument("--size", default="large", choices=hypernet.SIZES, help="Size of the hypernetwork that --speed measures.")
-    p.add_argument("--device", type=lora.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
+    generate.model_flags(p)
     args = p.parse_args()
     lora.refuse_idle(args, p, (SPEED if args.hypernet else FRESH) if args.speed else DOC if args.doc else TASKS, SERVES)
     args.tasks = args.tasks or ("facts" if args.doc else "tiny")
@@ -116,9 +108,11 @@ def parse_args() -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def score(judge, tasks: list[data.Task], method: str, net=None, write=None) -> dict[str, float]:
-    """The share of right answers of one method, task by task. Rows of different tasks and adapters share a batch."""
+def score(judge, tasks: list[data.Task], method: str, net=None) -> dict[str, float]:
+    """The share of right answers of one method, task by task; where `net` is given, of its adapters. Rows of different tasks and
+    adapters share a batch."""
     args, base, tokenizer = judge
+    write = net and generate.writer(net, base, tokenizer, args)
     rows = []  # (task, description, what stands in the prompt before the question, question, right answers)
     for t, task in enumerate(tasks):
         other = tasks[(t + 1) % len(tasks)]
@@ -214,8 +208,7 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     model.check_known(tokenizer, documents + [question for task in tasks for question, _ in task.test])
     results = {}
     for row in dict.fromkeys([*args.methods, *folders]):
-        net = nets.get(row)
-        results[row] = score((args, base, tokenizer), tasks, row, net, net and generate.writer(net, base, tokenizer, args))
+        results[row] = score((args, base, tokenizer), tasks, row, nets.get(row))
         print(f"{row:24} {statistics.fmean(results[row].values()):.3f}", flush=True)
     if args.plot and isinstance(nets.get("t2l"), hypernet.TextToLoRA):
         everything = [task for split in data.load_tasks(args.tasks).values() for task in split]
@@ -304,7 +297,7 @@ def evaluate_documents(args) -> tuple[dict[str, dict[str, float]], dict[str, tup
         fitting = tasks[0] if fits else fitting
         for row, method in READERS.items():
             if fits or row != "in_context":
-                scores = score((args, base, tokenizer), tasks, method, *((net, write) if "t2l" in method else ()))
+                scores = score((args, base, tokenizer), tasks, method, net if "t2l" in method else None)
                 results[row][length] = statistics.fmean(scores.values())
         print(f"{n_lines} lines, {length} tokens:", *(f"{row} {s[length]:.2f}" for row, s in results.items() if length in s), flush=True)
     return results, document_costs(args, base, tokenizer, net, write, fitting) if fitting else {}
@@ -365,7 +358,7 @@ def plot(path: str, results: dict[str, dict[str, float]], trained_on: dict[str, 
     means = {row: statistics.fmean(scores.values()) for row, scores in results.items()}
     curve = sorted((n, means[row]) for row, n in trained_on.items())
     curved = len(curve) > 1
-    bars = {row: mean for row, mean in reversed(means.items()) if row not in trained_on or row == "t2l"}  # from below
+    bars = {row: mean for row, mean in reversed(means.items()) if not curved or row not in trained_on or row == "t2l"}  # from below
     fig, axes = plt.subplots(1, 1 + curved, figsize=(6 + 5 * curved, 0.8 + 0.34 * len(bars)), squeeze=False, layout="constrained")
     ax = axes[0][0]
     drawn = ax.barh(list(bars), list(bars.values()), color=["#b8c4d6" if row != "t2l" else "#2f6db5" for row in bars])

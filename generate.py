@@ -29,6 +29,19 @@ MAX_DESCRIPTION = 2000  # characters
 MAX_DOCUMENT = 1_000_000  # characters; the adapter's rank grows with the document, by that of the hypernetwork a piece
 
 
+def model_flags(p: argparse.ArgumentParser) -> None:
+    """The flags that say which models answer, and how; eval.py has them, too."""
+    p.add_argument("--base_model", help=f"One of {', '.join(model.PRESETS)}, a Hugging Face id or a folder. Default: the hypernetwork's.")
+    p.add_argument("--hypernet", help="A folder that train.py wrote, or a published checkpoint: a folder, or USER/REPO/FOLDER on the Hugging Face hub. Default: the one that comes with the base model.")
+    p.add_argument("--module_order", help="Target modules of a published checkpoint in the order that it was trained with (see the README). Default: as in its adapter_config.json.")
+    p.add_argument("--encoder", help="Where the hypernetwork's text encoder is, if not under the name that it was trained with.")
+    p.add_argument("--chunk_len", type=lora.positive, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
+    p.add_argument("--chunk_batch", type=lora.positive, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
+    p.add_argument("--max_new_tokens", type=lora.positive, default=64, help="Longest answer, in tokens.")
+    p.add_argument("--device", type=lora.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
+
+
 def parse_args() -> argparse.Namespace:
     """The flags, checked as far as that goes without a model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,18 +50,10 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--add_to", help="Adapter folder whose adapter the documents are added to.")
     p.add_argument("--interactive", action="store_true", help="Keep the adapter and take inputs, one a line, until an empty one.")
     p.add_argument("--input", action="append", help="Something to answer. May be given several times.")
-    p.add_argument("--base_model", help=f"One of {', '.join(model.PRESETS)}, a Hugging Face id or a folder. Default: the hypernetwork's.")
-    p.add_argument("--hypernet", help="A folder that train.py wrote, or a published checkpoint: a folder, or USER/REPO/FOLDER on the Hugging Face hub. Default: the one that comes with the base model.")
-    p.add_argument("--module_order", help="Target modules of a published checkpoint in the order that it was trained with (see the README). Default: as in its adapter_config.json.")
-    p.add_argument("--encoder", help="Where the hypernetwork's text encoder is, if not under the name that it was trained with.")
     p.add_argument("--out", default="out/adapter", help="Folder of the adapter (with several --desc, of folders 0, 1, ...).")
     p.add_argument("--merge", help="Also write the base model with the adapter merged into its weights to this folder.")
     p.add_argument("--prompt_with_definition", action=argparse.BooleanOptionalAction, help="Put the description before the input as well. On for hypernetworks trained so.")
-    p.add_argument("--chunk_len", type=lora.positive, help="Doc-to-LoRA: tokens of a document that are read as one piece. Default: as trained.")
-    p.add_argument("--chunk_batch", type=lora.positive, default=8, help="Doc-to-LoRA: pieces of a document that are read at once.")
-    p.add_argument("--max_new_tokens", type=lora.positive, default=64, help="Longest answer, in tokens.")
-    p.add_argument("--device", type=lora.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the base model. Default: float32 on CPU, bfloat16 on GPU.")
+    model_flags(p)
     args = p.parse_args()
     if args.doc and args.desc:
         raise UserError("an adapter comes from --desc or from --doc")
@@ -172,7 +177,7 @@ def main() -> None:
         raise UserError(f"this hypernetwork reads {'descriptions: use --desc' if args.doc else 'documents: use --doc'}")
     config = net.config
     base, tokenizer = load_for([config], args)
-    inputs = args.input or (data.tiny_inputs(args.desc[0]) if config.base_model == "tiny" and not args.doc else [])
+    inputs = args.input or (data.tiny_inputs(args.desc[0]) if model.preset_name(config.base_model) == "tiny" and not args.doc else [])
     trained_so = getattr(config, "prompt_with_definition", False)
     state = trained_so if args.prompt_with_definition is None else args.prompt_with_definition
     model.check_known(tokenizer, inputs + (args.desc if args.doc or state else []))

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -246,18 +247,28 @@ def stack(adapters: list[Adapter]) -> Adapter:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, value) -> None:
-    """Write JSON to a temporary name and rename, so that a reader never meets half a file."""
+@contextmanager
+def replacing(path: Path):
+    """A temporary name to write to. What is written is renamed to `path` when it is whole, so that a reader never meets half a
+    file; if it never is, it goes."""
     tmp = Path(f"{path}.{os.getpid()}.tmp")
-    tmp.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(tmp, path)
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON, whole or not at all."""
+    with replacing(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors to a temporary name and rename."""
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, tmp, metadata={"format": "pt"})
-    os.replace(tmp, path)
+    """Write tensors, whole or not at all."""
+    with replacing(path) as tmp:
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, tmp, metadata={"format": "pt"})
 
 
 def read_json(path: Path) -> dict:
@@ -429,7 +440,7 @@ def run(main) -> None:
         main()
     except BrokenPipeError:  # nobody reads on, as in `| head`
         sys.exit(1)
-    except (UserError, OSError) as e:
+    except (UserError, OSError, SafetensorError) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)

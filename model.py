@@ -58,8 +58,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def full_name(base_model: str) -> str:
-    """What a config file calls a base model: the preset's Hugging Face id, or the name as it is."""
-    return "tiny" if preset_name(base_model) == "tiny" else PRESETS.get(base_model, (base_model,))[0]
+    """What a config file calls a base model: the preset's Hugging Face id, or the name as it is. The one that comes along is tiny."""
+    source = PRESETS.get(base_model, (base_model,))[0]
+    return "tiny" if Path(source).resolve() == Path(TINY).resolve() else source
 
 
 @cache
@@ -128,7 +129,8 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None) -> tupl
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        starts = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # it begins every text with that token
+        tokenizer.chat_template = "{{ bos_token }}" * starts + PLAIN_TEMPLATE
     model.generation_config = type(model.generation_config)(  # greedy, and none of the model's own sampling settings
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

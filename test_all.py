@@ -27,7 +27,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoModelForCausalLM, CohereConfig, Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config,
@@ -653,6 +655,18 @@ def test_names_of_one_base_model(tmp_path):
     assert model.preset_name("someone/tiny") != "tiny" and model.full_name(model.TINY) == "tiny"
     assert model.preset_name("google/gemma-2-2b") != "gemma-2-2b" and model.preset_name("Qwen/Qwen3-0.6B") == "qwen3-0.6b"
     assert model.preset_name(model.TINY) == "tiny"
+    assert model.full_name("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct" and model.full_name("tiny") == "tiny"
+
+
+def test_a_hypernetwork_remembers_ones_own_tiny_base(tmp_path, monkeypatch, capsys):
+    own = tmp_path / "tiny"
+    tiny_llama(vocab_size=len(data.VOCABULARY)).save_pretrained(own)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(model.TINY) / name, own)
+    assert command(train, *SHORT, "--base_model", own, "--max_steps", "1", "--out_dir", tmp_path / "net") == 0
+    assert command(generate, "--desc", DESC, "--hypernet", tmp_path / "net", "--out", tmp_path / "adapter") == 0
+    assert "in 3 layers" in capsys.readouterr().out  # the shipped base has 4
+    assert lora.load_adapter(tmp_path / "adapter")[1].base_model == str(own)
 
 
 def test_hash_encoder_sees_words_and_spelling():
@@ -773,6 +787,20 @@ def test_chat_templates_with_and_without_a_system_message():
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}AI: {% endif %}"
     with pytest.raises(lora.UserError, match="does not put answers where it asks for them"):
         model.render(tokenizer, model.prompt(tokenizer, "hello"), "bye")
+
+
+def test_a_base_model_without_a_chat_template_starts_its_texts_as_it_is_used_to(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    plain = model.load_base("tiny")[1]
+    plain.chat_template, plain.bos_token = None, "<unk>"
+    plain.save_pretrained(tmp_path)
+    assert model.render(model.load_base(str(tmp_path))[1], model.prompt(plain, "cat")) == "cat ->"  # it knows a first token, and does not use it
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", plain.unk_token_id)])
+    plain.save_pretrained(tmp_path)
+    _, tokenizer = model.load_base(str(tmp_path))
+    question, answer = model.tokenize_example(tokenizer, "cat", "gato")
+    assert question == tokenizer("cat ->")["input_ids"] and question[0] == plain.unk_token_id != question[1]
+    assert answer == plain.convert_tokens_to_ids(["gato", "<eos>"])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1104,6 +1132,29 @@ def test_resume_after_kill_is_exact(tmp_path, mode):
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs) and not (cut / "state.safetensors").exists()
     for more in ([], ["--max_steps", "90"]):
         assert command(train, *words, *more, "--out_dir", cut, "--resume") == 2 and losses_of(cut) == losses_of(whole)  # it is finished
+
+
+def test_a_full_disk_is_one_line_and_the_run_can_be_done_again(tmp_path, monkeypatch, capsys):
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(lora, "save_file", full)
+    words = [*SHORT, "--max_steps", "3", "--out_dir", tmp_path / "run"]
+    assert command(train, *words) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: No space left on device" and not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.undo()
+    before = losses_of(tmp_path / "run")
+    assert command(train, *words, "--resume") == 0 and losses_of(tmp_path / "run") == before and len(before) == 3
+    assert (tmp_path / "run" / "hypernet.safetensors").exists()
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_given(tmp_path):
+    losses = {}
+    for limit in ("1e-9", "0", "1e9"):
+        assert command(train, *SHORT, "--max_steps", "3", "--max_grad_norm", limit, "--out_dir", tmp_path / limit) == 0
+        losses[limit] = losses_of(tmp_path / limit)
+    assert losses["0"] == losses["1e9"] != losses["1e-9"] and losses["0"][0] == losses["1e-9"][0]
 
 
 def torchrun(n: int, folder: Path, *words: str) -> list[float]:
@@ -1809,8 +1860,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, case):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, case):
     module, words, message = BAD[case]
+    monkeypatch.chdir(tmp_path)  # what a default would write is seen, and what a user has in out/ is not in the way
     base, other = tmp_path / "base", tmp_path / "other"
     if "base" in case:
         net = hypernet.TextToLoRA(small_config("small", base_model="base", task_emb_size=8192))

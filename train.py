@@ -2,7 +2,7 @@
 
     python train.py --mode sft                                         # one process
     torchrun --nproc_per_node=2 train.py --mode sft                    # two processes, the same batches
-    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HOST train.py --mode sft --base_model mistral-7b
+    torchrun --nnodes=2 --nproc_per_node=4 --node_rank=0 --master_addr=HOST train.py --mode sft --base_model mistral-7b --tasks lots-of-loras
 
 --mode says what is trained, and by which loss:
 
@@ -133,7 +133,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--l1", type=lora.amount, default=0.0, help="Weight of the mean magnitudes of the generated A and B in the loss.")
     g.add_argument("--distill", type=lora.positive, metavar="K", help="d2l: learn the base model's K likeliest tokens with the document in its prompt, in place of the answers.")
     g.add_argument("--weight_decay", type=lora.amount, default=0.01)
-    g.add_argument("--max_grad_norm", type=lora.amount, default=1.0)
+    g.add_argument("--max_grad_norm", type=lora.amount, default=1.0, help="Longer gradients are clipped to that; 0: none are.")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", type=lora.device, help="Default: a GPU where there is one.")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of the computation; trained weights stay float32. Default: float32 on CPU, bfloat16 on GPU.")
@@ -141,7 +141,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--compile", action="store_true", help="Compile the layers of the base model: the first step takes half a minute, the others two thirds of their time.")
     g.add_argument("--gradient_checkpointing", action="store_true", help="Compute the base model's layers again in the backward pass, to save memory.")
     g = p.add_argument_group("where to")
-    g.add_argument("--out_dir", help="A new folder, or with --resume that of the run. Default: out/MODE.")
+    g.add_argument("--out_dir", help="A new folder, or with --resume that of the run. Default: out/MODE, for pretrain out/tiny.")
     g.add_argument("--save_every", type=lora.positive, default=100, help="Steps between two saves of the resumable state.")
     g.add_argument("--resume", action="store_true", help="Go on with the run in --out_dir.")
     g.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
@@ -191,7 +191,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.encoder = args.encoder or model.PRESETS.get(model.preset_name(args.base_model), (None, "base"))[1]
-    args.out_dir = args.out_dir or f"out/{args.mode}"
+    args.out_dir = args.out_dir or ("out/tiny" if args.mode == "pretrain" else f"out/{args.mode}")  # that name counts as the tiny world's
     args.target_modules = (args.target_modules or ("down_proj" if args.arch == "d2l" else "q_proj,v_proj")).replace(" ", "")
     if args.alpha is None:
         args.alpha = 2 * args.rank**2 if args.arch == "d2l" else 16.0
@@ -420,13 +420,12 @@ class Lora(Finetune):
 
 def new_hypernet(args, config: lora.LoRAConfig, encoder, tasks: list[data.Task]) -> hypernet.TextToLoRA:
     """A hypernetwork with the sizes of `args`, for adapters as in `config`, to be trained on the descriptions of `tasks`."""
-    own = dict(encoder=args.encoder, task_emb_size=encoder(tasks[0].descriptions[:1]).shape[1], size=args.size, latent_size=args.latent_size)
-    own |= dict(head_in_size=args.head_in_size, head_scale=args.head_scale, dropout=args.dropout)
-    own |= dict(prompt_with_definition=args.prompt_with_definition > 0)
+    own = {key: getattr(args, key) for key in ("encoder", "size", "latent_size", "head_in_size", "head_scale", "dropout")}
+    own |= dict(task_emb_size=encoder(tasks[0].descriptions[:1]).shape[1], prompt_with_definition=args.prompt_with_definition > 0)
     z_score = start_config(args).get("z_score", args.mode == "recon" and not args.delta_w)  # SFT goes on from a reconstruction as that is
     net = hypernet.TextToLoRA(hypernet.HypernetConfig(**vars(config), **own, z_score=z_score))
-    if args.tell_apart:
-        enough = max(2, 2**13 // len(tasks))  # what it takes grows with the square of their number
+    if args.tell_apart and not (Path(args.out_dir) / "state.safetensors").exists():  # a run that goes on has its weights in there
+        enough = max(2, 2**13 // len(tasks))  # the time that it takes grows with the cube of their number
         net.tell_apart([encoder(task.descriptions[:enough]).cpu() for task in tasks])
     return net
 
@@ -460,8 +459,8 @@ class Documents(Finetune):
         model.check_known(self.frozen[1], [task.descriptions[0] for task in self.tasks])
         size = self.frozen[0].config.get_text_config().hidden_size
         self.tasks.sort(key=lambda task: len(task.descriptions[0]))
-        own = dict(feature_size=size, latent_size=args.latent_size, n_latents=args.n_latents, n_blocks=args.n_blocks, n_heads=args.n_heads, chunk_len=args.chunk_len, per_layer=not args.early_exit)
-        self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own)).to(device)
+        own = {key: getattr(args, key) for key in ("latent_size", "n_latents", "n_blocks", "n_heads", "chunk_len")}
+        self.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(self.config), **own, feature_size=size, per_layer=not args.early_exit)).to(device)
 
     def reach(self, step: int) -> int:
         """Short documents first, all of them from the middle of the training on: what belongs together is learnt on few facts."""
@@ -606,25 +605,24 @@ OBJECTIVES = {("pretrain", "t2l"): Pretrain, ("lora", "t2l"): Lora, ("recon", "t
 # The run: its folder, its state, its processes
 # ---------------------------------------------------------------------------------------------------------
 
-# Other steps change how the learning rate falls from here on; a setting that is not among these would change the run itself.
+# Other steps change how fast the learning rate falls from here on, and how soon long texts come; a setting that is not among these would change the run itself.
 FREE_ON_RESUME = ("resume", "max_steps", "out_dir", "save_every", "device", "wandb", "gradient_checkpointing")
 
 
 def open_run(args) -> None:
     """Check --out_dir, and with --resume that the settings are those of the run in it."""
     folder = Path(args.out_dir)
-    record = folder / "train_args.json"
+    record, written = folder / "train_args.json", any(folder.rglob("*.safetensors"))
     if folder.exists() and not record.exists() and any(folder.iterdir()):
         raise UserError(f"--out_dir {folder} holds something that train.py did not write; choose another")
-    if not args.resume and record.exists() and any(folder.rglob("*.safetensors")):
+    if not args.resume and record.exists() and written:
         raise UserError(f"--out_dir {folder} holds a run already; choose another folder or delete it, or add --resume if the run was cut off")
     if args.resume:
         if not record.exists():
             raise UserError(f"--resume: there is no run in {folder}")
         then, now = lora.read_json(record), vars(args)
         changed = [f"--{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in FREE_ON_RESUME and then.get(k) != v]
-        metrics = folder / "metrics.jsonl"
-        if not (folder / "state.safetensors").exists() and metrics.exists() and len(metrics.read_text().splitlines()) >= then["max_steps"]:
+        if written and not (folder / "state.safetensors").exists():
             raise UserError(f"--resume: the run in {folder} is finished; a hypernetwork is trained further by another run, with --start_from {folder}")
         if changed:
             raise UserError(f"--resume goes on with the settings of the run in {folder}: {'; '.join(changed)}")
@@ -744,14 +742,14 @@ def main() -> None:
                 loss = parallel(batch)
             optimizer.zero_grad()
             loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
 
         loss = loss.detach()
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
         if not torch.isfinite(loss + grad_norm):
-            saved = f"the state after step {step - step % args.save_every} is in {state}" if state.exists() else "no state was saved yet"
+            saved = f"the last state is in {state}" if state.exists() else "no state was saved yet"
             raise UserError(f"the loss is {loss.item()}, the gradient {grad_norm.item()} in step {step}; {saved}; try a lower --lr")
         optimizer.step()
         step += 1
