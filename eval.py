@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--split", default="test", choices=["train", "val", "test"])
     p.add_argument("--n_tasks", type=lora.positive, help="Use that many of the tasks.")
     p.add_argument("--n_examples", type=lora.positive, default=25, help="Test examples a task, the i-th with its i-th description; with --doc documents of a length.")
-    p.add_argument("--methods", help="Comma-separated. Default: all for which the folders are given.")
+    p.add_argument("--methods", help="Comma-separated. Default: all that have what they need.")
     p.add_argument("--mt_lora", help="Adapter folder of train.py --mode lora --multi_task.")
     p.add_argument("--oracles", help="Folder of adapter folders, one a task, of train.py --mode lora.")
     p.add_argument("--recon", nargs="+", default=[], help="Folders of train.py --mode recon; rows after the first are named by folder.")
@@ -83,17 +83,7 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     lora.refuse_idle(args, p, (SPEED if args.hypernet else FRESH) if args.speed else DOC if args.doc else TASKS, SERVES)
     args.tasks = args.tasks or ("facts" if args.doc else "tiny")
-    given = dict(mt_lora=args.mt_lora, oracle=args.oracles, recon=args.recon, t2l_reworded=args.tasks == "tiny" and not args.descriptions)
     args.far = args.far.split(",") if args.far else []
-    args.methods = args.methods.split(",") if args.methods else [m for m in METHODS if given.get(m, True)]
-    if unknown := set(args.methods) - set(METHODS):
-        raise UserError(f"unknown method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
-    flags = dict(mt_lora="--mt_lora DIR", oracle="--oracles DIR", recon="--recon DIR")
-    for method in METHODS:
-        if method in args.methods and not given.get(method, True):
-            raise UserError(f"the method {method} needs {flags.get(method, '--tasks tiny, without --descriptions')}")
-        if method in flags and given[method] and method not in args.methods:
-            raise UserError(f"{flags[method]} is for the method {method}, which is not among --methods")
     if args.plot:
         if Path(args.plot).suffix != ".png" or Path(args.plot).is_dir():
             raise UserError(f"--plot {args.plot}: it takes the name of a .png file")
@@ -101,6 +91,22 @@ def parse_args() -> argparse.Namespace:
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a folder; it takes the name of a file")
     return args
+
+
+def chosen_methods(args, n_tasks: int) -> list[str]:
+    """Those of --methods, or all that have what they need."""
+    own_words = args.tasks == "tiny" and not args.descriptions
+    given = dict(mt_lora=args.mt_lora, oracle=args.oracles, recon=args.recon, t2l_reworded=own_words, t2l_shuffled=n_tasks > 1)
+    needs = dict(mt_lora="--mt_lora DIR", oracle="--oracles DIR", recon="--recon DIR", t2l_reworded="--tasks tiny, without --descriptions", t2l_shuffled="two tasks or more")
+    methods = args.methods.split(",") if args.methods else [m for m in METHODS if given.get(m, True)]
+    if unknown := set(methods) - set(METHODS):
+        raise UserError(f"unknown method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    for method, need in needs.items():
+        if method in methods and not given[method]:
+            raise UserError(f"the method {method} needs {need}")
+        if need.endswith(" DIR") and given[method] and method not in methods:
+            raise UserError(f"{need} is for the method {method}, which is not among --methods")
+    return methods
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -184,8 +190,7 @@ def evaluate(args) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
         raise UserError(f"--far: no such task here: {', '.join(sorted(unknown))}")
     if len(set(args.far)) == len(tasks):
         raise UserError("--far names all tasks; it is for some of them")
-    if "t2l_shuffled" in args.methods and len(tasks) < 2:
-        raise UserError("the method t2l_shuffled takes two tasks or more; --methods names others")
+    args.methods = chosen_methods(args, len(tasks))
     # which hypernetwork makes the adapters of which row
     folders = {method: args.hypernet or hypernet.shipped(args.base_model or "tiny") for method in args.methods if method.startswith("t2l")}
     folders |= {f"t2l/{Path(folder).name}": folder for folder in args.compare}
