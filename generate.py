@@ -192,13 +192,15 @@ def main() -> None:
     lora.lora_layers(base, adapters)  # refuses what does not fit, before anything is written
     print(f"{len(args.desc)} adapter{'s' * (len(args.desc) > 1)} written in {seconds * 1000:.1f} ms")
 
+    before = Path(args.add_to or "") / "description.txt"
+    known = before.read_text(encoding="utf-8") + "\n" if args.add_to and before.exists() else ""
     for i, description in enumerate(args.desc):
         folder = Path(args.out) / str(i) if len(args.desc) > 1 else Path(args.out)
         adapter = lora.select(adapters, i)
         rank = max(A.shape[-2] for A, _ in adapter.values())
         n_tokens = len(model.tokenize(tokenizer, description))
         lora.save_adapter(folder, adapter, config)
-        (folder / "description.txt").write_text(description + "\n", encoding="utf-8")
+        (folder / "description.txt").write_text(known + description + "\n", encoding="utf-8")
         print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{description}")
         print(f"  adapter: {folder}/ (rank {rank} on {', '.join(adapter)} in {config.n_layers} layers)")
 

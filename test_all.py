@@ -1478,6 +1478,7 @@ def test_documents_are_added_to_an_adapter(tmp_path, reader, capsys):
     delta = lambda name: (lambda A, B: B @ A)(*lora.load_adapter(tmp_path / name)[0]["down_proj"])
     torch.testing.assert_close(delta("second"), delta("both"), rtol=1e-4, atol=1e-5)
     assert lora.load_adapter(tmp_path / "second")[1].r == lora.load_adapter(tmp_path / "both")[1].r  # no rank is spent on a second bias
+    assert (tmp_path / "second" / "description.txt").read_text() == (tmp_path / "both" / "description.txt").read_text() == "cat -> red\n\ndog -> blue horse chair\n"
 
     # to one of the same module that this hypernetwork did not write: the bias is there once, also after the next document
     config = hypernet.load_hypernet(reader).config
