@@ -1358,10 +1358,10 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     assert command(train, "--mode", "lora", "--multi_task", "--n_tasks", "4", "--max_steps", "3", "--out_dir", tmp_path / "mt") == 0
     one, _ = lora.load_adapter(tmp_path / "mt")
     assert one["q_proj"][0].shape == (4, 8, 128) and one["q_proj"][1].abs().max() > 0
-    words = ["--mode", "recon", "--oracles", oracles, "--n_tasks", "4", "--max_steps", "200", "--lr", "3e-3", "--latent_size", "128", "--out_dir", recon]
+    words = ["--mode", "recon", "--oracles", oracles, "--n_tasks", "4", "--tasks_per_batch", "16", "--max_steps", "300", "--lr", "3e-3", "--latent_size", "128", "--out_dir", recon]
     assert command(train, *words) == 0
     losses = losses_of(recon)
-    assert losses[-1] < 0.35 * losses[0]
+    assert losses[-1] < 0.1 * losses[0]
     net, encode = hypernet.load_hypernet(recon), model.load_encoder("tiny")
     assert command(train, *words[:4], "--n_tasks", "1", "--out_dir", tmp_path / "alone") == 2  # has no deviation
     targets = lora.stack([adapter for adapter, _ in loaded])
@@ -1739,7 +1739,7 @@ def test_the_description_says_which_words_to_keep():
 
 
 def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
-    words = ["--doc", "--tasks", "facts", "--lengths", ",".join(README_LENGTHS), "--n_examples", "25", "--out", tmp_path / "d.json"]
+    words = ["--doc", "--tasks", "facts", "--lengths", ",".join(README_LENGTHS), "--n_examples", "25", "--chunk_batch", "128", "--out", tmp_path / "d.json"]
     assert command(evaluation, *words) == 0
     results = json.loads((tmp_path / "d.json").read_text())["results"]
     for lines, expected in README_LENGTHS.items():
