@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoModelForCausalLM, CohereConfig, Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config,
@@ -795,8 +794,10 @@ def test_a_base_model_without_a_chat_template_starts_its_texts_as_it_is_used_to(
     plain.chat_template, plain.bos_token = None, "<unk>"
     plain.save_pretrained(tmp_path)
     assert model.render(model.load_base(str(tmp_path))[1], model.prompt(plain, "cat")) == "cat ->"  # it knows a first token, and does not use it
-    plain.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", plain.unk_token_id)])
-    plain.save_pretrained(tmp_path)
+    first, text = {"SpecialToken": {"id": "<unk>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    known = {"<unk>": {"id": "<unk>", "ids": [plain.unk_token_id], "tokens": ["<unk>"]}}
+    processor = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text], "special_tokens": known}
+    lora.write_json(tmp_path / "tokenizer.json", lora.read_json(tmp_path / "tokenizer.json") | {"post_processor": processor})
     _, tokenizer = model.load_base(str(tmp_path))
     question, answer = model.tokenize_example(tokenizer, "cat", "gato")
     assert question == tokenizer("cat ->")["input_ids"] and question[0] == plain.unk_token_id != question[1]
