@@ -1338,6 +1338,15 @@ def test_documents_get_longer_as_the_training_goes(monkeypatch):
     assert max(lines(0)) <= 4 and max(lines(99)) == 32 and objective.reach(50) == objective.reach(99) == len(objective.tasks)
 
 
+def test_a_new_tiny_base_goes_where_it_counts_as_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for mode, expected in ("pretrain", "tiny"), ("lora", "lora"):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--mode", mode])
+        folder = train.complete(train.parse_args()).out_dir
+        Path(folder).mkdir(parents=True)
+        assert model.preset_name(folder) == expected
+
+
 def test_wandb_gets_what_metrics_jsonl_gets(tmp_path, monkeypatch):
     calls = []
     fake = types.SimpleNamespace(__spec__="there", init=lambda **k: calls.append(k), log=lambda row, step: calls.append((row["loss"], step)))
