@@ -193,7 +193,7 @@ def main() -> None:
     print(f"{len(args.desc)} adapter{'s' * (len(args.desc) > 1)} written in {seconds * 1000:.1f} ms")
 
     before = Path(args.add_to or "") / "description.txt"
-    known = before.read_text(encoding="utf-8") + "\n" if args.add_to and before.exists() else ""
+    known = before.read_text(encoding="utf-8", errors="replace") + "\n" if args.add_to and before.exists() else ""
     for i, description in enumerate(args.desc):
         folder = Path(args.out) / str(i) if len(args.desc) > 1 else Path(args.out)
         adapter = lora.select(adapters, i)

@@ -657,7 +657,7 @@ def test_names_of_one_base_model(tmp_path):
     assert model.full_name("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct" and model.full_name("tiny") == "tiny"
 
 
-def test_a_hypernetwork_remembers_ones_own_tiny_base(tmp_path, monkeypatch, capsys):
+def test_a_hypernetwork_remembers_ones_own_tiny_base(tmp_path, capsys):
     own = tmp_path / "tiny"
     tiny_llama(vocab_size=len(data.VOCABULARY)).save_pretrained(own)
     for name in ("tokenizer.json", "tokenizer_config.json"):

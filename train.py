@@ -84,6 +84,19 @@ SERVES = {
 }
 
 
+def document_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of Doc-to-LoRA."""
+    g = p.add_argument_group("Doc-to-LoRA (--arch d2l)")
+    g.add_argument("--n_blocks", type=lora.positive, help="Cross-attention blocks of the Perceiver.")
+    g.add_argument("--n_heads", type=lora.positive, help="Heads of that attention, of size 128 each.")
+    g.add_argument("--n_latents", type=lora.positive, help="Vectors that a piece of a document is read into.")
+    g.add_argument("--chunk_len", type=lora.positive, help="Tokens of a document that are read at once.")
+    g.add_argument("--chunk_batch", type=lora.positive, help="Pieces of documents that are read at once.")
+    g.add_argument("--max_pieces", type=lora.positive, help="Cut the documents of a step into 1, 2, 4 ... pieces, at most that many, at random; into more where --chunk_len says so.")
+    g.add_argument("--early_exit", action="store_true", help="Read the states of one early layer in place of every layer's.")
+    g.add_argument("--distill", type=lora.positive, metavar="K", help="Learn the base model's K likeliest tokens with the document in its prompt, in place of the answers.")
+
+
 def parse_args() -> argparse.Namespace:
     """The flags."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,13 +113,6 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--target_modules", help="Linear layers that get an adapter. Default: q_proj,v_proj, for d2l down_proj.")
     g.add_argument("--rank", type=lora.positive, default=8, help="Rank of the adapters; for d2l of each piece of a document.")
     g.add_argument("--alpha", type=lora.amount, help="LoRA alpha; the scaling is alpha / sqrt(rank). Default: 16, for d2l 2 rank^2.")
-    g.add_argument("--n_blocks", type=lora.positive, help="d2l: cross-attention blocks of the Perceiver.")
-    g.add_argument("--n_latents", type=lora.positive, help="d2l: vectors that a piece of a document is read into.")
-    g.add_argument("--n_heads", type=lora.positive, help="d2l: heads of that attention, of size 128 each.")
-    g.add_argument("--chunk_len", type=lora.positive, help="d2l: tokens of a document that are read at once.")
-    g.add_argument("--chunk_batch", type=lora.positive, help="d2l: pieces of documents that are read at once.")
-    g.add_argument("--max_pieces", type=lora.positive, help="d2l: cut the documents of a step into 1, 2, 4 ... pieces, at most that many, at random; into more where --chunk_len says so.")
-    g.add_argument("--early_exit", action="store_true", help="d2l: read the states of one early layer in place of every layer's.")
     g.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks in place of one for each.")
     g.add_argument("--own_init", action="store_true", help="lora: start each adapter from a random A of its own, in place of a common one.")
     g.add_argument("--one_A", action="store_true", help="lora: one A for all adapters, trained by all tasks together; each has its own B.")
@@ -131,7 +137,6 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--label_smoothing", type=lora.share)
     g.add_argument("--l2", type=lora.amount, help="Weight of the mean squares of the generated A and B in the loss.")
     g.add_argument("--l1", type=lora.amount, default=0.0, help="Weight of the mean magnitudes of the generated A and B in the loss.")
-    g.add_argument("--distill", type=lora.positive, metavar="K", help="d2l: learn the base model's K likeliest tokens with the document in its prompt, in place of the answers.")
     g.add_argument("--weight_decay", type=lora.amount, default=0.01)
     g.add_argument("--max_grad_norm", type=lora.amount, default=1.0, help="Longer gradients are clipped to that; 0: none are.")
     g.add_argument("--seed", type=int, default=0)
@@ -145,6 +150,7 @@ def parse_args() -> argparse.Namespace:
     g.add_argument("--save_every", type=lora.positive, default=100, help="Steps between two saves of the resumable state.")
     g.add_argument("--resume", action="store_true", help="Go on with the run in --out_dir.")
     g.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
+    document_flags(p)
     return check(p.parse_args(), p)
 
 
@@ -605,7 +611,8 @@ OBJECTIVES = {("pretrain", "t2l"): Pretrain, ("lora", "t2l"): Lora, ("recon", "t
 # The run: its folder, its state, its processes
 # ---------------------------------------------------------------------------------------------------------
 
-# Other steps change how fast the learning rate falls from here on, and how soon long texts come; a setting that is not among these would change the run itself.
+# Other steps change how fast the learning rate falls from here on, and how soon long texts come; a setting that is not among
+# these would change the run itself.
 FREE_ON_RESUME = ("resume", "max_steps", "out_dir", "save_every", "device", "wandb", "gradient_checkpointing")
 
 
