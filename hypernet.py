@@ -1,19 +1,20 @@
-"""Text-to-LoRA: the network that writes an adapter (arXiv 2506.06105, section 3).
+"""The networks that write adapters: Text-to-LoRA from a description, Doc-to-LoRA from a document.
 
-    description --text encoder--> task_emb --+
-                                  layer l ---+--> trunk --> head of module m --> A, B of module m in layer l
-                                  module m --+
+A hypernetwork, for those who add one, is a module with these four things:
 
-All layers, modules and descriptions go through it together, as rows of one tensor [n, L, M, d]. The three sizes
-differ in what one row has to produce: large, all of A and B; medium, A or B; small, one rank of A or B.
+    net.reads            what it is given: "descriptions" or "documents"
+    net(condition)       -> Adapter, A [n, L, r, in] and B [n, L, out, r]. The condition of n descriptions is
+                         the text encoder's output [n, E], that of documents what `document_features` returns
+    net.start_as_lora()  makes it write a fresh LoRA, with B = 0, whatever it is given; called before SFT
+    net.config           a dataclass: HypernetConfig and its own fields, which `--net` sets
 
-After it: Doc-to-LoRA, which reads a document in place of the description; files; the published checkpoints.
+and an entry in ARCHS below, whose name `--arch` then takes. Parameters whose names start with "head" have a
+learning rate of their own (`--head_lr`). Reconstruction also needs `scale` and `normalize`, see TextToLoRA.
 """
 
-import math
 import pickle
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,27 +23,32 @@ from torch import Tensor, nn
 
 import lora
 import model
-from lora import Adapter, Dropout, LoRAConfig, UserError, read_json, read_safetensors, write_json, write_safetensors
-
-SIZES = ("large", "medium", "small")  # 55M, 34M and 5M parameters for Mistral-7B (paper, section 4)
-
+from lora import Adapter, LoRAConfig, UserError
 
 @dataclass
 class HypernetConfig(LoRAConfig):
-    """A hypernetwork's settings: those of the adapters it writes, then its own."""
+    """What belongs to any hypernetwork: the settings of the adapters it writes, and of what it reads."""
 
-    encoder: str = "hash"
-    task_emb_size: int = 1024
+    input_size: int = 1024  # E, the width of the text encoder's output, or f, of the base model's states
+    encoder: str = "hash"  # the text encoder it was trained with
+    full_stop: bool = False  # descriptions that end in a letter get a full stop, as published
+    instruction: bool = False  # in training the task's instruction stood in the prompt as well
+
+# -------------------- Text-to-LoRA (arXiv 2506.06105, section 3) --------------------
+
+SIZES = ("large", "medium", "small")  # 55M, 34M and 5M parameters for Mistral-7B (paper, section 4)
+
+@dataclass
+class TextConfig(HypernetConfig):
+    """Text-to-LoRA's own settings."""
+
     size: str = "large"
     latent_size: int = 128
     head_in_size: int = 512
-    head_scale: float = 1.0  # multiplies what enters the heads; 1 as published
     z_score: bool = False  # the heads predict z-scores over the training adapters, and have no bias
-    rotary: bool = False  # small: rank positions are rotations in place of a learned table
+    rotary: bool = False  # small: rank positions are rotations instead of a learned table
     dropout: float = 0.05
-    full_stop: bool = False  # descriptions that end in a letter get a full stop, as published
-    prompt_with_definition: bool = False  # it was trained with the task's definition before each input
-
+    input_dropout: float = 0.0  # of the description's embedding; not published: +0.04 on new wordings
 
 class Residual(nn.Sequential):
     """x + f(x)."""
@@ -50,113 +56,127 @@ class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
-
 def mlp(n_in: int, n_out: int, dropout: float) -> list[nn.Module]:
     """Two linear layers, four times as wide in between, with SiLU after both, as published."""
-    return [nn.Linear(n_in, 4 * n_in), nn.SiLU(), Dropout(dropout), nn.Linear(4 * n_in, n_out), nn.SiLU()]
-
+    return [nn.Linear(n_in, 4 * n_in), nn.SiLU(), nn.Dropout(dropout), nn.Linear(4 * n_in, n_out), nn.SiLU()]
 
 def rotate(x: Tensor, positions: int) -> Tensor:
-    """A copy of every row for each rank, turned by its position (RoPE, base 10000). [..., d] -> [..., r, d]"""
+    """A copy of every row per rank, rotated by its position (RoPE, base 10000). [..., d] -> [..., r, d]"""
     half = x.shape[-1] // 2
-    angle = torch.arange(positions, device=x.device)[:, None] / 10000 ** (torch.arange(half, device=x.device) / half)  # [r, d/2]
-    cos, sin = angle.cos(), angle.sin()
+    frequency = 10000 ** -(torch.arange(half, device=x.device) / half)
+    angle = torch.arange(positions, device=x.device)[:, None] * frequency  # [r, d/2]
     x1, x2 = x[..., None, :half], x[..., None, half:]  # [..., 1, d/2]
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
-
+    return torch.cat([x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()], -1)
 
 class TextToLoRA(nn.Module):
-    """task_emb [n, E] -> a batch of n adapters."""
+    """Writes adapters from descriptions. There is one row for each (description, layer, module):
 
-    def __init__(self, config: HypernetConfig):
+        description --text encoder--> task_emb --+
+                                      layer l ---+--> trunk --> head of module m --> A, B of layer l, module m
+                                      module m --+
+
+    The sizes differ in what one pass through a head writes: large, A and B; medium, A or B; small, one rank
+    of A or B. Medium and small therefore turn each row into 2 or 2 r rows, told apart by learned embeddings.
+    """
+
+    reads = "descriptions"
+
+    def __init__(self, config: TextConfig):
         super().__init__()
-        if config.size not in SIZES:
-            raise UserError(f"unknown size {config.size}; there are {', '.join(SIZES)}")
         self.config = c = config
         self.names = list(c.paths)
-        quarter = c.latent_size // 4
-        d = c.latent_size // 2 + 2 * quarter
-        drop = c.dropout
+        half, quarter, drop = c.latent_size // 2, c.latent_size // 4, c.dropout
+        d = half + 2 * quarter
 
-        # one row for each (description, layer, module)
-        self.task_encoder = nn.Sequential(nn.Linear(c.task_emb_size, c.latent_size // 2), nn.LayerNorm(c.latent_size // 2))
+        # rows: the embeddings of task, layer and module
+        self.task_encoder = nn.Sequential(nn.Linear(c.input_size, half), nn.LayerNorm(half))
         self.layer_emb = nn.Sequential(nn.Embedding(c.n_layers, quarter), nn.LayerNorm(quarter))
         self.module_emb = nn.Sequential(nn.Embedding(len(self.names), quarter), nn.LayerNorm(quarter))
 
-        # the trunk
-        self.mixer = nn.Sequential(Dropout(drop), *mlp(d, d, drop), Dropout(drop))
-        self.mlp1 = Residual(nn.LayerNorm(d), *mlp(d, d, drop), Dropout(drop))
-        self.mlp2 = Residual(nn.LayerNorm(d), *mlp(d, d, drop), Dropout(drop))
+        # trunk
+        self.mixer = nn.Sequential(nn.Dropout(drop), *mlp(d, d, drop), nn.Dropout(drop))
+        self.mlp1 = Residual(nn.LayerNorm(d), *mlp(d, d, drop), nn.Dropout(drop))
+        self.mlp2 = Residual(nn.LayerNorm(d), *mlp(d, d, drop), nn.Dropout(drop))
         self.mlp3 = nn.Sequential(nn.LayerNorm(d), *mlp(d, c.head_in_size, drop))
-
-        # what a row of medium and small has to be told besides: whether to make A or B, and which rank
-        if c.size != "large":
+        if c.size != "large":  # tells a row to make A or B
             self.AB_emb = nn.Parameter(torch.randn(len(self.names), 2, d))
             self.AB_norm = nn.LayerNorm(d)
-        if c.size == "small" and not c.rotary:
+        if c.size == "small" and not c.rotary:  # and which rank
             self.rank_emb = nn.Sequential(nn.Embedding(c.r, d), nn.LayerNorm(d))
 
-        # one head a module; in medium and small it makes A and B, as wide as the wider of them, and forward cuts off the rest
+        # heads: one per module. In medium and small it writes both A and B, and is as wide as the wider one
         self.heads = nn.ModuleDict()
         for name in self.names:
             n_in, n_out = c.in_features[name], c.out_features[name]
-            width = {"large": c.r * (n_in + n_out), "medium": c.r * max(n_in, n_out), "small": max(n_in, n_out)}[c.size]
+            wider = max(n_in, n_out)
+            width = {"large": c.r * (n_in + n_out), "medium": c.r * wider, "small": wider}[c.size]
             self.heads[name] = nn.Linear(c.head_in_size, width, bias=not c.z_score)
 
-        # A and B are shift + scale * (what the heads say). Both are frozen: `start_as_lora` and `normalize` set them.
+        # A and B are shift + scale * (output of the heads): constants, of a fresh LoRA or of z-scores
         self.shift, self.scale = nn.ParameterDict(), nn.ParameterDict()
         for name in self.names:
             for key, shape in (("A", (c.r, c.in_features[name])), ("B", (c.out_features[name], c.r))):
-                shape = (c.n_layers, *shape)
-                self.shift[f"{name}_{key}"] = nn.Parameter(torch.zeros(shape), requires_grad=False)
-                self.scale[f"{name}_{key}"] = nn.Parameter(torch.ones(shape if c.z_score else ()), requires_grad=False)
+                shift = torch.zeros(c.n_layers, *shape)
+                scale = torch.ones(c.n_layers, *shape) if c.z_score else torch.ones(())
+                self.shift[f"{name}_{key}"] = nn.Parameter(shift, requires_grad=False)
+                self.scale[f"{name}_{key}"] = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, task_emb: Tensor) -> Adapter:
-        """task_emb [n, E], of any norm (it is brought to the published sqrt(E)). A [n, L, r, in], B [n, L, out, r]."""
-        c, L, M = self.config, self.config.n_layers, len(self.names)
-        if task_emb.shape[-1] != c.task_emb_size:
-            raise UserError(f"the text encoder gives {task_emb.shape[-1]} numbers; this hypernetwork was trained on {c.task_emb_size}, with {c.encoder}")
-        task_emb = F.normalize(task_emb, dim=-1) * c.task_emb_size**0.5
-        n = len(task_emb)
+        """task_emb [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
+        x = self.rows(task_emb)  # [n, L, M, d]
+        x = self.trunk(x)  # [n, L, M, ..., head_in]
+        return {name: self.write_module(name, x[:, :, m]) for m, name in enumerate(self.names)}
+
+    def rows(self, task_emb: Tensor) -> Tensor:
+        """The embeddings of task, layer and module, side by side. [n, E] -> [n, L, M, d]"""
+        n, L, M, E = len(task_emb), self.config.n_layers, len(self.names), self.config.input_size
+        if task_emb.shape[-1] != E:
+            message = f"this hypernetwork reads {E} numbers per description, from {self.config.encoder}"
+            raise UserError(f"{message}; the text encoder gives {task_emb.shape[-1]}")
+        task_emb = F.normalize(task_emb, dim=-1) * E**0.5  # norm sqrt(E), as published
+        task_emb = F.dropout(task_emb, self.config.input_dropout, self.training)
         task = self.task_encoder(task_emb)[:, None, None].expand(n, L, M, -1)
         layer = self.layer_emb(torch.arange(L, device=task.device))[None, :, None].expand(n, L, M, -1)
         module = self.module_emb(torch.arange(M, device=task.device))[None, None].expand(n, L, M, -1)
-        x = torch.cat([task, layer, module], -1)  # [n, L, M, d]
+        return torch.cat([task, layer, module], -1)
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """[n, L, M, d] -> [n, L, M, head_in], medium [..., 2, head_in], small [..., 2, r, head_in]"""
+        c = self.config
         x = self.mlp1(self.mixer(x))
         if c.size == "large":
             x = self.mlp2(x)
         else:
             x = self.mlp2(x[..., None, :] + self.AB_norm(self.AB_emb))  # [n, L, M, 2, d]
-        # small goes through mlp2 once more, as published: rotated rows do, or the rank embeddings alone, before they are added
+        # small applies mlp2 again, as published: to the rotated rows if rotary, else to the rank embeddings
         if c.size == "small" and c.rotary:
             x = self.mlp2(rotate(x, c.r))  # [n, L, M, 2, r, d]
         elif c.size == "small":
-            ranks = self.mlp2(self.rank_emb(torch.arange(c.r, device=x.device)))  # [r, d]
-            x = x[..., None, :] + ranks  # [n, L, M, 2, r, d]
-        x = self.mlp3(x) * c.head_scale  # [n, L, M, ..., head_in]
+            ranks = torch.arange(c.r, device=x.device)
+            x = x[..., None, :] + self.mlp2(self.rank_emb(ranks))  # [n, L, M, 2, r, d]
+        return self.mlp3(x)
 
-        adapter = {}
-        for m, name in enumerate(self.names):
-            n_in, n_out = c.in_features[name], c.out_features[name]
-            out = self.heads[name](x[:, :, m])  # [n, L, width]; medium [n, L, 2, width]; small [n, L, 2, r, width]
-            if c.size == "large":
-                A, B = out.split([c.r * n_in, c.r * n_out], -1)
-            else:
-                A, B = out.reshape(n, L, 2, -1).unbind(2)
-            A = A.reshape(n, L, c.r, -1)[..., :n_in]  # [n, L, r, in]
-            B = B.reshape(n, L, c.r, -1)[..., :n_out].mT  # [n, L, out, r]
-            A = torch.addcmul(self.shift[f"{name}_A"], self.scale[f"{name}_A"], A)  # shift + scale * A
-            B = torch.addcmul(self.shift[f"{name}_B"], self.scale[f"{name}_B"], B)
-            adapter[name] = (A, B)
-        return adapter
+    def write_module(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The head of one module. x [n, L, ..., head_in] -> A [n, L, r, in], B [n, L, out, r]."""
+        c, (n, L) = self.config, x.shape[:2]
+        n_in, n_out = c.in_features[name], c.out_features[name]
+        out = self.heads[name](x)  # [n, L, width]; medium [n, L, 2, width]; small [n, L, 2, r, width]
+        if c.size == "large":
+            A, B = out.split([c.r * n_in, c.r * n_out], -1)
+        else:
+            A, B = out[:, :, 0], out[:, :, 1]
+        A = A.reshape(n, L, c.r, -1)[..., :n_in]  # [n, L, r, in]: cut to its width, if the head is wider
+        B = B.reshape(n, L, c.r, -1)[..., :n_out].mT  # [n, L, out, r]
+        A = self.shift[f"{name}_A"] + self.scale[f"{name}_A"] * A
+        B = self.shift[f"{name}_B"] + self.scale[f"{name}_B"] * B
+        return A, B
 
     @torch.no_grad()
     def start_as_lora(self) -> None:
-        """For SFT: whatever the description, start as a fresh LoRA (A random, B zero), so as the base model itself.
+        """For SFT: write a fresh LoRA (A random, B zero) whatever the description, to change nothing.
 
-        The paper's bias-HyperInit puts that LoRA into the heads' biases. In its medium and small size, where one
-        head makes A and B alike, the published code then starts with B = A^T, not zero. Here the LoRA is the
-        shift and the heads start at zero, which is the same for large, and right for all.
+        Published, that LoRA is put into the biases of the heads. In medium and small, where a head writes A
+        and B alike, this starts with B = A^T. Here the LoRA is the shift, and B = 0 in all sizes.
         """
         for name in self.names:
             nn.init.zeros_(self.heads[name].weight)
@@ -164,53 +184,26 @@ class TextToLoRA(nn.Module):
             lora.fresh(self.shift[f"{name}_A"])
 
     @torch.no_grad()
-    def tell_apart(self, tasks: list[Tensor]) -> None:
-        """Start the task encoder with the linear discriminants of the descriptions of many tasks, embedded as [n, E] each:
-        the directions in which tasks differ most, measured by how much the wordings of one task do. They are the main
-        components of a ridge regression that says which task a description is of.
-
-        Not in the paper, where it starts at random. Embeddings of task descriptions are much alike, and a good part of
-        what differs is the wording, not the task.
-        """
-        linear, E = self.task_encoder[0], self.config.task_emb_size
-        tasks = [F.normalize(x, dim=-1) * E**0.5 for x in tasks]  # as in forward
-        y = torch.block_diag(*(torch.full((len(x), 1), 1 / len(x)) for x in tasks))  # [descriptions, tasks]
-        x = torch.cat(tasks)  # [descriptions, E]
-        center = (y.T @ x).mean(0)
-        x = x - center
-        which = x.T @ torch.linalg.solve(x @ x.T / len(x) + 0.3 * torch.eye(len(x)), y)  # [E, tasks]; an element's mean square is 1
-        _, directions = torch.linalg.eigh(y.T @ x @ which)  # [tasks, tasks], the main one last
-        W = 8 * (which @ directions.flip(1)).T[: linear.out_features] / len(tasks) ** 0.5  # [up to latent / 2, E]; 8: large, for training to move slowly
-        linear.weight[: len(W)] = W
-        linear.bias[: len(W)] = -W @ center
-
-    @torch.no_grad()
     def normalize(self, adapters: Adapter) -> None:
-        """For reconstruction of z-scores: take mean and deviation of each element from a batch of adapters."""
+        """For reconstruction of z-scores: shift and scale are mean and deviation over a batch of adapters."""
         for name, pair in adapters.items():
             for key, target in zip("AB", pair):
-                self.shift[f"{name}_{key}"].copy_(target.mean(0, dtype=torch.float64))  # exact where all have the same
+                self.shift[f"{name}_{key}"].copy_(target.double().mean(0))  # exact if all are equal
                 self.scale[f"{name}_{key}"].copy_(target.std(0) + 1e-10)
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Doc-to-LoRA (arXiv 2602.15902): a Perceiver reads a document's features, and writes an adapter
-# ---------------------------------------------------------------------------------------------------------
-
+# -------------------- Doc-to-LoRA (arXiv 2602.15902) --------------------
 
 @dataclass
-class DocConfig(LoRAConfig):
-    """A Doc-to-LoRA hypernetwork's settings: those of the adapters it writes, then its own."""
+class DocConfig(HypernetConfig):
+    """Doc-to-LoRA's own settings."""
 
-    feature_size: int = 0  # the base model's hidden size
-    per_layer: bool = True  # a layer's adapter comes from that layer's activations; else all from one early layer's
+    early_exit: bool = False  # read the states after a quarter of the base model's layers, not those of each
     latent_size: int = 512
     n_latents: int = 8
     n_blocks: int = 9
-    n_heads: int = 16  # of size 128, whatever the latent size, and a quarter as many for keys and values, as published
-    chunk_len: int = 512  # tokens that are read at once; longer documents are read in pieces
+    n_heads: int = 16  # of size 128, and a quarter as many for keys and values, as published
+    chunk_len: int = 512  # tokens that are read at once; longer documents are read in chunks
     alpha: float = 2 * 8**2  # 2 r^2, for the published scaling of 2 r^1.5
-
 
 class SwiGLU(nn.Module):
     """Down(SiLU(Gate x) * Up x)."""
@@ -224,85 +217,103 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-
 class CrossAttention(nn.Module):
-    """Latents look at the context, which has no positions: its order and its padding do not matter."""
+    """Latents attend to the context, which has no positions: its order and its padding do not matter."""
 
     def __init__(self, d: int, heads: int, head_size: int = 128):
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads = heads, heads // 4
-        self.norm_latents, self.norm_context, self.norm_post, self.norm_preff, self.norm_postff = (nn.RMSNorm(d, eps=1e-6) for _ in range(5))
-        self.q_proj = nn.Linear(d, heads * head_size, bias=False)
-        self.k_proj = nn.Linear(d, kv_heads * head_size, bias=False)
-        self.v_proj = nn.Linear(d, kv_heads * head_size, bias=False)
-        self.o_proj = nn.Linear(heads * head_size, d, bias=False)
+        self.heads, self.kv_heads = heads, heads // 4
+        self.norm_latents, self.norm_context = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
+        self.norm_post, self.norm_preff, self.norm_postff = (nn.RMSNorm(d, eps=1e-6) for _ in range(3))
+        self.q_proj = nn.Linear(d, self.heads * head_size, bias=False)
+        self.k_proj = nn.Linear(d, self.kv_heads * head_size, bias=False)
+        self.v_proj = nn.Linear(d, self.kv_heads * head_size, bias=False)
+        self.o_proj = nn.Linear(self.heads * head_size, d, bias=False)
         self.mlp = SwiGLU(d, 4 * d, d)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """latents [rows, n, d], context [rows, T, d], mask [rows, T] (True where there is a token) -> [rows, n, d]"""
-        split = lambda x, heads: x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [rows, heads, n or T, head size]
-        h, context = self.norm_latents(latents), self.norm_context(context)
-        q, k, v = split(self.q_proj(h), self.heads), split(self.k_proj(context), self.kv_heads), split(self.v_proj(context), self.kv_heads)
+        """latents [rows, n, d], context [rows, T, d], mask [rows, T] (1 for a token) -> [rows, n, d]"""
+        split = lambda x, heads: x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [rows, heads, n or T, 128]
+        context = self.norm_context(context)
+        q = split(self.q_proj(self.norm_latents(latents)), self.heads)
+        k, v = split(self.k_proj(context), self.kv_heads), split(self.v_proj(context), self.kv_heads)
         mask = None if mask is None else mask[:, None, None].bool()  # [rows, 1, 1, T]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [rows, heads, n, head size]
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [rows, heads, n, 128]
         latents = latents + self.norm_post(self.o_proj(h.transpose(1, 2).flatten(2)))
         return latents + self.norm_postff(self.mlp(self.norm_preff(latents)))
 
-
 class Perceiver(nn.Module):
-    """Any number of feature vectors -> n_out vectors: latents read the context in blocks, then queries read the latents."""
+    """Any number of vectors -> n_out vectors: latents read the context, then queries read the latents."""
 
-    def __init__(self, n_features: int, d: int, n_latents: int, n_blocks: int, n_heads: int, n_out: int):
+    def __init__(self, c: DocConfig, n_out: int):
         super().__init__()
-        self.project = SwiGLU(n_features, 4 * n_features, d)
-        self.latents = nn.Parameter(torch.randn(n_latents, d))
-        self.encoder = nn.ModuleList([CrossAttention(d, n_heads) for _ in range(n_blocks)])
+        d = c.latent_size
+        self.project = SwiGLU(c.input_size, 4 * c.input_size, d)
+        self.latents = nn.Parameter(torch.randn(c.n_latents, d))
+        self.encoder = nn.ModuleList([CrossAttention(d, c.n_heads) for _ in range(c.n_blocks)])
         self.encoder_norm = nn.RMSNorm(d, eps=1e-6)
         self.queries = nn.Parameter(torch.randn(n_out, d))
-        self.decoder = CrossAttention(d, n_heads)
+        self.decoder = CrossAttention(d, c.n_heads)
         self.decoder_norm = nn.RMSNorm(d, eps=1e-6)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """features [rows, T, f], mask [rows, T] -> [rows, n_out, d]"""
         context = self.project(features)  # [rows, T, d]
         latents = self.latents.expand(len(features), -1, -1)  # [rows, n_latents, d]
-        for layer in self.encoder:
-            latents = layer(latents, context, mask)
+        for block in self.encoder:
+            latents = block(latents, context, mask)
         queries = self.queries.expand(len(features), -1, -1)
         return self.decoder_norm(self.decoder(queries, self.encoder_norm(latents), None))  # [rows, n_out, d]
 
-
 class DocToLoRA(nn.Module):
-    """The features of n chunks of text -> a batch of n adapters; those of one document are joined along the rank."""
+    """Writes adapters from documents: one per chunk of text, joined along the rank for each document."""
+
+    reads = "documents"
 
     def __init__(self, config: DocConfig):
         super().__init__()
         self.config = c = config
         self.names = sorted(c.paths)
         L, M, d = c.n_layers, len(self.names), c.latent_size
-        self.perceiver = Perceiver(c.feature_size, d, c.n_latents, c.n_blocks, c.n_heads, M * c.r * (1 if c.per_layer else L))
+        self.perceiver = Perceiver(c, M * c.r * (L if c.early_exit else 1))
 
-        # every layer of the base model has a block and a head of its own
+        # every layer of the base model has its own block and its own head
         self.block_in, self.block_out = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.W1, self.b1 = nn.Parameter(torch.randn(L, d, 4 * d) * d**-0.5), nn.Parameter(torch.zeros(L, 1, 1, 4 * d))
-        self.W2, self.b2 = nn.Parameter(torch.randn(L, 4 * d, d) * (4 * d) ** -0.5), nn.Parameter(torch.zeros(L, 1, 1, d))
+        self.W1 = nn.Parameter(torch.randn(L, d, 4 * d) * d**-0.5)
+        self.b1 = nn.Parameter(torch.zeros(L, 1, 1, 4 * d))
+        self.W2 = nn.Parameter(torch.randn(L, 4 * d, d) * (4 * d) ** -0.5)
+        self.b2 = nn.Parameter(torch.zeros(L, 1, 1, d))
         width = max(c.in_features[name] + c.out_features[name] for name in self.names)
         self.head = nn.Parameter(torch.randn(L, M, d, width) * d**-0.5)
 
-        # A and B of a chunk are scaled; the bias is one more adapter, added once a document. It starts as a fresh LoRA
-        # and B's scale at zero, so that the whole starts as the base model itself.
+        # A and B of a chunk are scaled; the bias is one more adapter, added once per document
         self.scale, self.bias = nn.ParameterDict(), nn.ParameterDict()
         for name in self.names:
-            n_in, n_out = c.in_features[name], c.out_features[name]
             self.scale[f"{name}_A"] = nn.Parameter(torch.ones(L, c.r, 1))
-            self.scale[f"{name}_B"] = nn.Parameter(torch.zeros(L, 1, c.r))
-            self.bias[f"{name}_A"] = nn.Parameter(lora.fresh(torch.empty(L, c.r, n_in)))
-            self.bias[f"{name}_B"] = nn.Parameter(torch.zeros(L, n_out, c.r))
+            self.scale[f"{name}_B"] = nn.Parameter(torch.ones(L, 1, c.r))
+            self.bias[f"{name}_A"] = nn.Parameter(torch.zeros(L, c.r, c.in_features[name]))
+            self.bias[f"{name}_B"] = nn.Parameter(torch.zeros(L, c.out_features[name], c.r))
 
-    def forward(self, features: Tensor, mask: Tensor) -> Adapter:
-        """features [n, L, T, f], or [n, T, f] of one early layer; mask [n, T]. A [n, L, r, in], B [n, L, out, r]."""
+    @torch.no_grad()
+    def start_as_lora(self) -> None:
+        """Change nothing at first, as published: the bias is a fresh LoRA, B of the chunks is scaled to 0."""
+        for name in self.names:
+            lora.fresh(self.bias[f"{name}_A"])
+            self.bias[f"{name}_B"].zero_()
+            self.scale[f"{name}_B"].zero_()
+
+    def forward(self, condition) -> Adapter:
+        """The condition of n documents (`document_features`) -> A [n, L, R, in], B [n, L, out, R]; R is r for
+        each chunk of the longest document, and r for the bias."""
+        groups, counts = condition
+        written = [self.write_chunks(*group) for group in groups]
+        pick = lambda name, k: torch.cat([group[name][k] for group in written])
+        return self.join({name: (pick(name, 0), pick(name, 1)) for name in self.names}, counts)
+
+    def write_chunks(self, features: Tensor, mask: Tensor) -> Adapter:
+        """Chunks -> their adapters. features [n, L, T, f], with early_exit [n, T, f]; mask [n, T]."""
         c, L, M, n = self.config, self.config.n_layers, len(self.names), len(features)
-        if c.per_layer:
+        if not c.early_exit:  # the adapter of a layer is written from the states of that layer
             features, mask = features.flatten(0, 1), mask.repeat_interleave(L, 0)  # [n * L, T, f]
         x = self.perceiver(features, mask).reshape(n, L, M, c.r, -1)  # [n, L, M, r, d]
         h = F.silu(torch.einsum("nlmrd,lde->nlmre", self.block_in(x), self.W1) + self.b1)
@@ -311,218 +322,154 @@ class DocToLoRA(nn.Module):
         x = torch.einsum("nlmrd,lmdw->nlmrw", x, self.head)  # [n, L, M, r, width]
         adapter = {}
         for m, name in enumerate(self.names):
-            A, B, _ = x[:, :, m].tensor_split([c.in_features[name], c.in_features[name] + c.out_features[name]], -1)
-            adapter[name] = (self.scale[f"{name}_A"] * A, self.scale[f"{name}_B"] * B.mT)
+            n_in, n_out = c.in_features[name], c.out_features[name]
+            A, B = x[:, :, m, :, :n_in], x[:, :, m, :, n_in : n_in + n_out].mT
+            adapter[name] = (self.scale[f"{name}_A"] * A, self.scale[f"{name}_B"] * B)
         return adapter
 
-    def join(self, chunks: Adapter, counts: list[int], scalers: Tensor | None = None, bias_scaler: float = 1.0) -> Adapter:
-        """The adapters of chunks -> those of documents, counts[i] chunks each: joined along the rank, the bias last.
+    def join(self, chunks: Adapter, counts: list[int]) -> Adapter:
+        """The adapters of chunks -> those of documents of counts[i] chunks: along the rank, then the bias,
+        then ranks of zeros up to the longest document. A [documents, L, (most chunks + 1) * r, in]."""
+        bias, zero, first, rows = sum(counts), sum(counts) + 1, 0, []
+        for count in counts:  # indices of a document's parts, in the tensors below
+            rows.append([*range(first, first + count), bias, *[zero] * (max(counts) - count)])
+            first += count
+        rows, joined = torch.tensor(rows, device=self.head.device), {}  # [documents, parts]
+        for name, (A, B) in chunks.items():
+            bias_A, bias_B = self.bias[f"{name}_A"], self.bias[f"{name}_B"]
+            A = torch.cat([A, torch.stack([bias_A, 0 * bias_A])])[rows]  # [documents, parts, L, r, in]
+            B = torch.cat([B, torch.stack([bias_B, 0 * bias_B])])[rows]  # [documents, parts, L, out, r]
+            joined[name] = (A.transpose(1, 2).flatten(2, 3), B.permute(0, 2, 3, 1, 4).flatten(3, 4))
+        return joined
 
-        `scalers` [chunks] weigh each chunk's A; `bias_scaler` weighs both A and B of the bias, as published. Shorter
-        documents get ranks of zeros. A [documents, L, (most chunks + 1) * r, in].
-        """
-        parts = [lora.select(chunk, 0) for chunk in lora.split(chunks, 1)]
-        if scalers is not None:
-            parts = [{name: (scaler * A, B) for name, (A, B) in part.items()} for scaler, part in zip(scalers, parts)]
-        bias = {name: tuple(bias_scaler * self.bias[f"{name}_{key}"] for key in "AB") for name in self.names}
-        rest = iter(parts)
-        return lora.stack([lora.concat_rank([*islice(rest, count), bias]) for count in counts])
+def document_features(config: DocConfig, base: nn.Module, tokenizer, documents: list):
+    """The condition of documents, each a text or a list of texts: (groups of chunks, chunks per document).
 
-
-def cut(ids: list[int], longest: int, pieces: int = 1) -> list[list[int]]:
-    """A text in about that many pieces, or in more where they would be longer than `longest` tokens."""
-    size = min(longest, math.ceil(len(ids) / pieces))
-    return [ids[i : i + size] for i in range(0, len(ids), size)]
-
-
-def read_documents(
-    net: DocToLoRA, base: nn.Module, tokenizer, documents: list[list[str]], chunk_batch: int = 8, n_pieces: int = 1
-) -> Adapter:
-    """n documents of any length -> a batch of n adapters. Each document is one text or several.
-
-    Each text is read in pieces (see `cut`); the base model reads `chunk_batch` of them at a time, which bounds the memory.
+    The frozen base model reads 4,096 tokens at a time, when the network asks for them, to save memory.
+    A group is features [n, L, T, f], with early_exit [n, T, f], and mask [n, T], of n chunks.
     """
-    pieces = [[piece for text in texts for piece in cut(model.tokenize(tokenizer, text), net.config.chunk_len, n_pieces)] for texts in documents]
-    pieces, counts = [piece for own in pieces for piece in own], [len(own) for own in pieces]
-    lora.set_adapter(base, None)  # it reads as it is
-    read = []
-    for i in range(0, len(pieces), chunk_batch):
-        part = pieces[i : i + chunk_batch]
-        ids = model.pad(part, tokenizer.pad_token_id).to(net.head.device)  # [chunk_batch, T]
-        mask = model.pad([[1] * len(piece) for piece in part], 0).to(net.head.device)
-        read.append(net(model.context_features(base, ids, mask, net.config.per_layer).float(), mask))
-    chunks = {name: tuple(torch.cat([adapter[name][k] for adapter in read]) for k in (0, 1)) for name in net.names}
-    return net.join(chunks, counts)
+    chunks, counts, size = [], [], config.chunk_len
+    for document in documents:
+        texts = [document] if isinstance(document, str) else document
+        rows = [model.tokenize(tokenizer, text) for text in texts]
+        parts = [row[i : i + size] for row in rows for i in range(0, len(row), size)]
+        chunks, counts = chunks + parts, counts + [len(parts)]
 
+    def groups():
+        n = max(1, 4096 // size)
+        for i in range(0, len(chunks), n):
+            rows = chunks[i : i + n]
+            ids = model.pad(rows, tokenizer.pad_token_id).to(base.device)  # [n, T]
+            mask = model.pad([[1] * len(row) for row in rows], 0).to(base.device)
+            lora.set_adapter(base, None)  # it reads as it is
+            yield model.context_features(base, ids, mask, config.early_exit).float(), mask
 
-# ---------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------
+    return groups(), counts
 
-ARCHS = {"t2l": (TextToLoRA, HypernetConfig), "d2l": (DocToLoRA, DocConfig)}
+def conditions(net: nn.Module, base: nn.Module, tokenizer, encode=None):
+    """A function: n texts -> the condition that `net` writes n adapters from. `encode`: the text encoder."""
+    if net.reads == "documents":
+        return lambda texts: document_features(net.config, base, tokenizer, texts)
+    device = next(net.parameters()).device
+    embed = lru_cache(2**12)(lambda text: encode([text])[0].to(device))  # [E]
+    return lambda texts: torch.stack([embed(text) for text in texts])  # [n, E]
 
+# -------------------- Files --------------------
 
-FILES = ["hypernet.safetensors", "config.json", "hypermod.pt", "args.yaml", "adapter_config.json"]  # ours, and the published ones
+ARCHS = {"t2l": (TextToLoRA, TextConfig), "d2l": (DocToLoRA, DocConfig)}
+FILES = ["hypernet.safetensors", "config.json", "hypermod.pt", "args.yaml", "adapter_config.json"]
 
-
-def save_hypernet(net: TextToLoRA | DocToLoRA, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write hypernet.safetensors and config.json; bfloat16 halves the file."""
+def save_hypernet(net: nn.Module, folder: str | Path) -> None:
+    """Write hypernet.safetensors, in bfloat16 to halve the file, and config.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "hypernet.safetensors", {k: t.to(dtype) for k, t in net.state_dict().items()})
-    arch = next(arch for arch, (kind, _) in ARCHS.items() if isinstance(net, kind))
-    write_json(folder / "config.json", {"arch": arch, **asdict(net.config)})
+    lora.write(folder / "hypernet.safetensors", {k: t.bfloat16() for k, t in net.state_dict().items()})
+    arch = next(arch for arch, (kind, _) in ARCHS.items() if type(net) is kind)
+    lora.write(folder / "config.json", {"arch": arch, **asdict(net.config)})
 
-
-def shipped(base_model: str, name: str = "sft_large") -> str:
-    """The folder of the hypernetwork that comes with the project for this base model."""
-    folder = Path(__file__).parent / "checkpoints" / model.preset_name(base_model) / name
-    if not folder.exists():
-        raise UserError(f"no hypernetwork for {base_model} comes with the project; train one and name it with --hypernet")
-    return str(folder)
-
-
-def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> TextToLoRA | DocToLoRA:
-    """Read a hypernetwork, in float32 and eval mode: one that train.py wrote, or a published one (`import_text_to_lora`)."""
+def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> nn.Module:
+    """Read a hypernetwork that train.py wrote, or a published one; in float32 and eval mode."""
     folder = Path(folder)
     if (folder / "hypermod.pt").exists():
         return import_text_to_lora(folder, module_order)
     if not (folder / "hypernet.safetensors").exists():
-        raise UserError(f"{folder} holds no hypernetwork (neither hypernet.safetensors, which train.py --mode sft writes, nor a published hypermod.pt)")
-    config = read_json(folder / "config.json")
-    arch = config.pop("arch", None)
-    if arch not in ARCHS:
-        raise UserError(f"{folder}/config.json is not that of a hypernetwork")
-    if module_order:
-        raise UserError(f"--module_order is for published checkpoints; {folder} records the order of its modules")
-    tensors = read_safetensors(folder / "hypernet.safetensors")
+        raise UserError(f"{folder} holds no hypernetwork (hypernet.safetensors or a published hypermod.pt)")
+    config = lora.read(folder / "config.json")
+    weights = lora.read(folder / "hypernet.safetensors")
     try:
-        kind, settings = ARCHS[arch]
+        kind, settings = ARCHS[config.pop("arch")]
         net = kind(settings(**config))
-        net.load_state_dict({k: t.float() for k, t in tensors.items()})
+        net.load_state_dict({k: t.float() for k, t in weights.items()})
     except (TypeError, KeyError, RuntimeError) as e:
-        raise UserError(f"{folder}: config.json and hypernet.safetensors do not belong together: {e}") from None
+        raise UserError(f"{folder}: config.json does not describe hypernet.safetensors: {e}") from None
     return net.eval()
 
-
-# ---------------------------------------------------------------------------------------------------------
-# The published checkpoints (SakanaAI/text-to-lora): hypermod.pt, args.yaml, adapter_config.json
-# ---------------------------------------------------------------------------------------------------------
+# -------------------- The published checkpoints (SakanaAI/text-to-lora) --------------------
 
 PUBLISHED = {  # the names there: here
-    "task_encoder.mlp": "task_encoder", "layer_depth_encoder": "layer_emb", "layer_type_encoder": "module_emb", "mixer": "mixer",
-    "mlp1.mlp": "mlp1", "mlp2.mlp": "mlp2", "mlp3": "mlp3", "heads": "heads", "out_emb_norm": "AB_norm", "pos_emb": "rank_emb",
+    "task_encoder.mlp": "task_encoder", "layer_depth_encoder": "layer_emb",
+    "layer_type_encoder": "module_emb", "out_emb_norm": "AB_norm", "pos_emb": "rank_emb", "heads": "heads",
+    "mixer": "mixer", "mlp1.mlp": "mlp1", "mlp2.mlp": "mlp2", "mlp3": "mlp3",
 }  # fmt: skip
-MLP_MODULES = ("gate_proj", "up_proj", "down_proj")  # the other linear layers belong to the attention
-
 
 def import_text_to_lora(folder: str | Path, module_order: list[str] | None = None) -> TextToLoRA:
-    """Read a published checkpoint: SFT or reconstruction (of z-scores, of A and B, of delta W), in any size.
+    """Read a published checkpoint (hypermod.pt, args.yaml, adapter_config.json), of SFT or reconstruction.
 
-    Shapes are those of the weights; args.yaml says how it was trained, adapter_config.json what it adapts.
-
-    `module_order` names the target modules in the order of the rows of the module embedding. The published code numbers
-    them by going through a Python set, so the order depends on the hash seed of the training process, and no file says
-    it. The best evidence is adapter_config.json, where PEFT writes that set out as a list: if the training process wrote
-    the file, it is in the training order. So that is the default. Raises UserError where files are missing or broken.
+    `module_order` names the target modules in the order of the rows of the module embedding. The published
+    code numbers them by iterating over a Python set, so the order depends on the hash seed of the training
+    process, and no file records it. The default is that of adapter_config.json, where PEFT wrote that set.
     """
     import yaml  # comes with transformers; nothing else needs it
 
     folder = Path(folder)
-    peft = read_json(folder / "adapter_config.json")
+    peft = lora.read(folder / "adapter_config.json")
+    broken = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
     try:
         args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
         weights = torch.load(folder / "hypermod.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise UserError(f"{e.filename} is missing") from None
-    except (OSError, ValueError, yaml.YAMLError, pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise UserError(f"{folder} cannot be read as a published checkpoint: {e}") from None
-    names = list(peft.get("target_modules") or [])
-    if module_order and sorted(module_order) != sorted(names):
-        raise UserError(f"--module_order {','.join(module_order)}: the target modules of {folder} are {', '.join(names)}")
-    try:
-        config = published_config(peft, args, weights, module_order or names)
+        config = published_config(peft, args, weights, module_order or list(peft["target_modules"]))
         net = TextToLoRA(config)
-        delta_w = args["training_task"] == "recon" and not args["factorized"]
-        net.load_state_dict(published_weights(weights, config, args["delta_w_scaling"] if delta_w else None))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"{folder} is not a published Text-to-LoRA checkpoint of a kind known here: {e}") from None
+        net.load_state_dict(published_weights(weights, config, args))
+    except (*broken, yaml.YAMLError) as e:
+        raise UserError(f"{folder} is no published checkpoint, or --module_order is wrong: {e!r}") from None
     return net.eval()
 
+def published_config(peft: dict, args: dict, weights: dict[str, Tensor], names: list[str]) -> TextConfig:
+    """Our config of a published checkpoint, from its two config files and the shapes of its weights."""
+    task, head = weights["task_encoder.mlp.0.weight"], weights[f"heads.{names[0]}.weight"]
+    base_model, encoder = peft["base_model_name_or_path"], args.get("emb_model") or "base"
+    config = TextConfig(base_model, encoder=encoder, full_stop=True, instruction=True)
+    for name in names:
+        block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        config.paths[name] = f"model.layers.{{}}.{block}.{name}"
+        A, B = weights[f"AB_offset.A.{name}"], weights[f"AB_offset.B.{name}"]  # [L, r, in], [L, out, r]
+        config.n_layers, config.r, config.in_features[name] = A.shape
+        config.out_features[name] = B.shape[1]
+    config.alpha, config.rslora = peft["lora_alpha"], peft.get("use_rslora", False)
+    config.input_size, config.latent_size, config.head_in_size = task.shape[1], 2 * len(task), head.shape[1]
+    if "out_emb_norm.weight" in weights:
+        one_rank = max(config.in_features[names[0]], config.out_features[names[0]])
+        config.size = "small" if len(head) == one_rank else "medium"
+    config.z_score = f"heads.{names[0]}.bias" not in weights
+    config.rotary = "pos_emb.0.weight" not in weights
+    return config
 
-def published_config(peft: dict, args: dict, weights: dict[str, Tensor], names: list[str]) -> HypernetConfig:
-    """Our config of a published checkpoint: its adapter_config.json, its args.yaml, and the shapes of its weights."""
-    A = {name: weights[f"AB_offset.A.{name}"] for name in names}  # [L, r, in]
-    B = {name: weights[f"AB_offset.B.{name}"] for name in names}  # [L, out, r]
-    n_layers, r, n_in = A[names[0]].shape
-    head = weights[f"heads.{names[0]}.weight"]
-    one_rank = len(head) == max(n_in, B[names[0]].shape[1])
-    return HypernetConfig(
-        base_model=peft["base_model_name_or_path"],
-        n_layers=n_layers,
-        paths={name: f"model.layers.{{}}.{'mlp' if name in MLP_MODULES else 'self_attn'}.{name}" for name in names},
-        in_features={name: A[name].shape[2] for name in names},
-        out_features={name: B[name].shape[1] for name in names},
-        r=r,
-        alpha=peft["lora_alpha"],
-        rslora=peft.get("use_rslora", False),
-        encoder=args.get("emb_model") or "base",
-        task_emb_size=weights["task_encoder.mlp.0.weight"].shape[1],
-        size="large" if "out_emb_norm.weight" not in weights else "small" if one_rank else "medium",
-        latent_size=2 * len(weights["task_encoder.mlp.0.weight"]),
-        head_in_size=head.shape[1],
-        z_score=f"heads.{names[0]}.bias" not in weights,
-        rotary="pos_emb.0.weight" not in weights,
-        full_stop=True,
-    )
-
-
-def published_weights(weights: dict[str, Tensor], config: HypernetConfig, delta_w_scaling: float | None) -> dict[str, Tensor]:
-    """The weights of a published checkpoint under our names; `delta_w_scaling` is that of a reconstruction of delta W."""
-    ours = {new + k[len(old) :]: t for k, t in weights.items() for old, new in PUBLISHED.items() if k.startswith(f"{old}.")}
+def published_weights(weights: dict[str, Tensor], config: TextConfig, args: dict) -> dict[str, Tensor]:
+    """Published weights under our names. Reconstruction of delta W divides A and B by a root each."""
+    ours, delta_w = {}, args["training_task"] == "recon" and not args["factorized"]
+    for old, new in PUBLISHED.items():
+        ours |= {new + key[len(old) :]: w for key, w in weights.items() if key.startswith(f"{old}.")}
     if config.size != "large":
-        ours["AB_emb"] = torch.stack([torch.stack([weights[f"out_emb.{name}.{k}"] for k in "AB"]) for name in config.paths])
-    for name in config.paths:
-        for k in "AB":
-            shift, scale = weights[f"AB_offset.{k}.{name}"], torch.tensor(1.0)
-            if delta_w_scaling:
-                shift, scale = torch.zeros_like(shift), torch.tensor(delta_w_scaling**-0.5)
-            elif config.z_score:
-                shift, scale = shift + weights[f"mean_recon_target.{k}.{name}"], weights[f"std_recon_target.{k}.{name}"] + 1e-10
-            ours[f"shift.{name}_{k}"], ours[f"scale.{name}_{k}"] = shift, scale.expand(shift.shape if config.z_score else ())
+        pairs = [torch.stack([weights[f"out_emb.{name}.{k}"] for k in "AB"]) for name in config.paths]
+        ours["AB_emb"] = torch.stack(pairs)  # [M, 2, d]
+    for key in (f"{k}.{name}" for name in config.paths for k in "AB"):
+        shift, scale = weights[f"AB_offset.{key}"], torch.tensor(1.0)
+        if delta_w:
+            shift, scale = torch.zeros_like(shift), torch.tensor(args["delta_w_scaling"] ** -0.5)
+        elif config.z_score:
+            shift = shift + weights[f"mean_recon_target.{key}"]
+            scale = weights[f"std_recon_target.{key}"] + 1e-10
+        k, name = key.split(".")
+        ours[f"shift.{name}_{k}"] = shift
+        ours[f"scale.{name}_{k}"] = scale.expand(shift.shape) if config.z_score else scale
     return ours
-
-
-# ---------------------------------------------------------------------------------------------------------
-# python hypernet.py: the paper's sizes
-# ---------------------------------------------------------------------------------------------------------
-
-PAPER_SHAPES = {  # layers, in_features and out_features of q_proj and v_proj
-    "mistral-7b": (32, dict(q_proj=4096, v_proj=4096), dict(q_proj=4096, v_proj=1024)),
-    "llama-3.1-8b": (32, dict(q_proj=4096, v_proj=4096), dict(q_proj=4096, v_proj=1024)),
-    "gemma-2-2b": (26, dict(q_proj=2304, v_proj=2304), dict(q_proj=2048, v_proj=1024)),
-}
-
-
-def paper_net(base_model: str, size: str, **changes) -> TextToLoRA:
-    """The paper's hypernetwork (its Table of hyper-parameters: latent 128, head input 512) for one of its base models."""
-    n_layers, n_in, n_out = PAPER_SHAPES[base_model]
-    paths = {name: f"model.layers.{{}}.self_attn.{name}" for name in n_in}
-    config = HypernetConfig(base_model, n_layers, paths, n_in, n_out, size=size, **changes)
-    return TextToLoRA(config)
-
-
-def main() -> None:
-    """Print the number of trained parameters in each size, for the paper's base models."""
-    print("| base model | one adapter | size | hypernetwork, SFT | reconstruction of z-scores |\n|---|---|---|---|---|")
-    with torch.device("meta"):
-        for base_model in PAPER_SHAPES:
-            for size in SIZES:
-                nets = [paper_net(base_model, size, z_score=z_score) for z_score in (False, True)]
-                sft, recon = (sum(p.numel() for p in net.parameters() if p.requires_grad) for net in nets)
-                adapter = sum(p.numel() for p in nets[0].shift.values())
-                print(f"| {base_model} | {adapter:,} | {size} | {sft:,} | {recon:,} |")
-
-
-if __name__ == "__main__":
-    main()
