@@ -51,7 +51,7 @@ CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 DESC = "Keep only the animals and translate them into French."
 SAY = ["--desc", DESC]
 SHORT = ["--n_tasks", "8", "--tasks_per_batch", "4", "--examples_per_task", "2", "--size", "small", "--net"]
-SHORT += ["latent_size=32", "head_in_size=32"]
+SHORT += ["latent_size=32 head_in_size=32 input_dropout=0"]
 REAL = ["--base_model", os.environ.get("T2L_BASE"), "--encoder", os.environ.get("T2L_ENCODER")]
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden files are not here")
 needs_models = pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE names no real model")
@@ -1023,7 +1023,8 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
         asked = {"question": "horse", "answer": fact}
         lora.write(docs / f"{name}.json", {"document": text, "questions": [asked]})
         (tmp_path / f"{name}.txt").write_text(text)
-    words = "--arch d2l --net latent_size=32 chunk_len=8 --lr 3e-3 --tasks_per_batch 3 --max_steps".split()
+    small = ["--net", "latent_size=32 chunk_len=8"]
+    words = ["--arch", "d2l", *small, "--lr", "3e-3", "--tasks_per_batch", "3", "--max_steps"]
     fit(net, *words, "150", "--tasks", docs)
     capsys.readouterr()
     for name, fact in facts.items():
@@ -1229,7 +1230,7 @@ BAD = {
     "unknown base": (train, ["--base_model", "./nowhere", "--tasks", "tiny"], "./nowhere is no folder"),
     "tasks of unknown words": (train, ["--tasks", "{tmp}/tasks"], "no token for Paris"),
     "documents as tasks": (train, ["--tasks", "facts"], "does not go with --arch t2l"),
-    "unknown field": (train, ["--net", "depth=3"], "--net depth: --arch t2l has"),
+    "unknown field": (train, ["--net", "depth=3"], "--arch t2l has base_model"),
     "no oracles": (train, RECON, "needs --oracles"),
     "empty oracles": (train, [*RECON, "--oracles", "{foreign}"], "holds no adapters of the train tasks"),
     "oracles of another base": (train, [*RECON, "--oracles", "{tmp}/oracles"], "are for base, not tiny"),

@@ -36,13 +36,11 @@ import lora
 import model
 from lora import Adapter, UserError
 
-# -------------------- Settings --------------------
-#
-# kind of run = (value in the tiny world, published value, used for any other base model)
+# -------------------- Settings: kind of run = (value in the tiny world, published value) --------------------
 #
 # Published are the scripts of SakanaAI/text-to-lora and doc-to-lora. SFT takes 5 H100-days there; a shorter
-# recipe is a tenth of it: --max_steps 118000. Kinds are the modes, multi_task, d2l (--arch d2l), needle
-# (--tasks needle) and base models; "any" is all others.
+# recipe is a tenth of it: --max_steps 118000. Kinds are modes, multi_task, archs (also with a base model) and
+# tasks; "any" is all others. Base models other than tiny take the published values.
 
 SETTINGS = {
     # steps; published: 20,000 epochs of 59, 10,000 of 120, up to 100 epochs (2500 is a guess), 80,000
@@ -78,15 +76,14 @@ SETTINGS = {
     "instruction": dict(any=(False, True), d2l=(False, False)),  # the task's definition stands in the prompt
     "tasks": dict(any=("tiny", "lots-of-loras"), d2l=("facts", "needle")),
     "val_every": dict(any=(250, 10_000)),  # steps between two validations, which keep the best weights
-    "net": {  # the network's own fields
-        "any": (
-            dict(latent_size=128, head_in_size=256, input_dropout=0.2),
-            dict(latent_size=128, head_in_size=512),
-        ),
-        "gemma-2-2b": (None, dict(latent_size=512, head_in_size=2048)),
-        "llama-3.1-8b": (None, dict(latent_size=512, head_in_size=2048)),
-        "d2l": (dict(latent_size=128, n_blocks=1, n_heads=4, chunk_len=4), dict(latent_size=512, n_blocks=9)),
-        "needle": (dict(), dict(latent_size=512, n_blocks=8, n_latents=208, early_exit=True)),
+    # the network's own fields
+    "net": {
+        "any": ("", ""),
+        "t2l": ("latent_size=128 head_in_size=256 input_dropout=0.3", "latent_size=128 head_in_size=512"),
+        "t2l gemma-2-2b": ("", "latent_size=512 head_in_size=2048"),
+        "t2l llama-3.1-8b": ("", "latent_size=512 head_in_size=2048"),
+        "d2l": ("latent_size=128 n_blocks=1 n_heads=4 chunk_len=4", "latent_size=512 n_blocks=9"),
+        "needle": ("", "latent_size=512 n_blocks=8 n_latents=208 early_exit=true"),
     },
 }
 
@@ -94,8 +91,8 @@ def settings_of(args: argparse.Namespace) -> dict:
     """The values of SETTINGS for a run of this --base_model, --mode, --arch, --multi_task and --tasks."""
     base = model.preset_name(args.base_model)
     column = 0 if base == "tiny" else 1
-    kinds = [args.arch, "multi_task" if args.multi_task else args.mode, base, "any"]  # the most special first
-    value = lambda of: next(of[kind] for kind in kinds if kind in of)[column]
+    kinds = [f"{args.arch} {base}", args.arch, "multi_task" if args.multi_task else args.mode, "any"]
+    value = lambda of: next(of[kind] for kind in kinds if kind in of)[column]  # the most special kind first
     kinds = [args.tasks or value(SETTINGS["tasks"]), *kinds]
     return {name: value(of) for name, of in SETTINGS.items()}
 
@@ -106,7 +103,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--base_model", default="tiny", help=f"{', '.join(model.PRESETS)}, a hub id or a folder.")
     p.add_argument("--encoder", help="Text encoder: hash, base, a hub id or a folder.")
     p.add_argument("--size", choices=hypernet.SIZES, help="Size of Text-to-LoRA.")
-    p.add_argument("--net", nargs="+", metavar="FIELD=VALUE", help="The network's own fields, in JSON.")
+    p.add_argument("--net", metavar='"FIELD=VALUE ..."', help="The network's own fields; values in JSON.")
     p.add_argument("--target_modules", help="Linear layers that get an adapter.")
     p.add_argument("--rank", type=int, default=8, help="Of the adapters; for d2l of each chunk.")
     p.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks.")
@@ -134,14 +131,6 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--resume", action="store_true", help="Continue the run in --out_dir, with its settings.")
     p.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
 
-def net_field(text: str) -> tuple:
-    """FIELD=VALUE, the value as JSON."""
-    try:
-        name, value = text.split("=")
-        return name, json.loads(value)
-    except ValueError:
-        raise UserError(f"--net {text}: it takes FIELD=VALUE, the value in JSON") from None
-
 def parse_args() -> argparse.Namespace:
     """The settings of the run: SETTINGS, or with --resume those of the run; then the command line's."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=lora.Help)
@@ -155,13 +144,10 @@ def parse_args() -> argparse.Namespace:
         if not (folder / "state.safetensors").exists():
             raise UserError(f"--resume: {folder} holds no interrupted run")
         values |= lora.read(folder / "train_args.json") | {"resume": True}
-    own, known = dict(map(net_field, given.net or [])), hypernet.ARCHS[given.arch][1].__dataclass_fields__
-    if unknown := [name for name in own if name not in known]:
-        raise UserError(f"--net {', '.join(unknown)}: --arch {given.arch} has {', '.join(known)}")
-    fields = {name: value for name, value in (values["net"] | own).items() if name in known}
-    p.set_defaults(**values | {"net": [f"{name}={json.dumps(value)}" for name, value in fields.items()]})
+    values["net"] = " ".join([values["net"], given.net or ""])  # what is said later wins
+    p.set_defaults(**values)
     args = p.parse_args()  # shows the values with --help
-    args.net = fields
+    args.net = values["net"]
     reads = hypernet.ARCHS[args.arch][0].reads
     if reads == "documents" and args.mode != "sft":
         raise UserError(f"--arch {args.arch} is trained with --mode sft")
@@ -283,13 +269,18 @@ def new_hypernet(args, config: lora.LoRAConfig, base, tokenizer, device):
     if kind.reads == "documents":
         encode, input_size = None, base.config.get_text_config().hidden_size
     else:
-        encode = model.load_encoder(args.encoder, device, (base, tokenizer), args.net.get("full_stop", False))
+        encode = model.load_encoder(args.encoder, device, (base, tokenizer))
         input_size = encode(["cat"]).shape[1]
     values = dict(encoder=args.encoder, size=args.size, dropout=args.dropout, instruction=args.instruction)
     values |= dict(input_size=input_size, z_score=args.mode == "recon" and args.recon_loss == "z_score")
-    values |= vars(config) | args.net
-    net = kind(settings(**{name: values[name] for name in settings.__dataclass_fields__ if name in values}))
-    net.to(device)
+    values |= vars(config)
+    known = settings.__dataclass_fields__
+    fields = {name: value for name, value in values.items() if name in known}
+    try:
+        fields |= {text.split("=")[0]: json.loads(text.split("=")[1]) for text in args.net.split()}
+        net = kind(settings(**fields)).to(device)
+    except (IndexError, TypeError, ValueError) as e:
+        raise UserError(f"--net {args.net}: {e}; --arch {args.arch} has {', '.join(known)}") from None
     return net, hypernet.conditions(net, base, tokenizer, encode)
 
 # -------------------- A training step --------------------
