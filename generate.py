@@ -47,9 +47,8 @@ def parse_args() -> argparse.Namespace:
         raise UserError('say what to do (--desc "Translate the animals.") or what to know (--doc FILE)')
     if args.merge and len(args.desc or []) > 1:
         raise UserError("--merge takes a single --desc")
-    for text in (args.desc or []) + (args.input or []):
-        if not text.strip():
-            raise UserError("--desc or --input is empty")
+    if not all(text.strip() for text in (args.desc or []) + (args.input or [])):
+        raise UserError("--desc or --input is empty")
     for folder in filter(None, (args.out, args.merge)):
         ours = any((Path(folder) / sub / "description.txt").exists() for sub in ("", "0"))
         if Path(folder).exists() and not ours and any(Path(folder).iterdir()):
@@ -62,9 +61,8 @@ def load_net(name: str | None, args, reads: str = "descriptions") -> torch.nn.Mo
     shipped = Path(model.TINY).parent / preset / ("d2l" if reads == "documents" else "sft_large")
     if not name and not shipped.exists():
         raise UserError(f"no hypernetwork for {preset} is shipped; train one and pass it with --hypernet")
-    name = name or str(shipped)
     order = args.module_order.split(",") if args.module_order else None
-    return hypernet.load_hypernet(model.fetch(name, hypernet.FILES), order).to(DEVICE)
+    return hypernet.load_hypernet(model.fetch(name or str(shipped), hypernet.FILES), order).to(DEVICE)
 
 def load_for(configs: list[lora.LoRAConfig], args):
     """(base model, tokenizer) that these adapters or hypernetworks belong to, ready to take them."""
@@ -77,9 +75,8 @@ def load_for(configs: list[lora.LoRAConfig], args):
 
 def writer(net: torch.nn.Module, base, tokenizer, args):
     """A function: n descriptions (or documents) -> n adapters."""
-    encode = None
+    name, encode = args.encoder or net.config.encoder, None
     if net.reads == "descriptions":
-        name = args.encoder or net.config.encoder
         encode = model.load_encoder(name, DEVICE, (base, tokenizer), net.config.full_stop)
     conditions = hypernet.conditions(net, base, tokenizer, encode)
     return torch.no_grad()(lambda texts: net(conditions(texts)))
@@ -132,6 +129,7 @@ def main() -> None:
     tiny = model.preset_name(net.config.base_model) == "tiny"
     inputs = args.input or (data.tiny_inputs(args.desc[0]) if tiny and args.desc else [])
     stated = net.config.instruction if args.instruction is None and args.desc else bool(args.instruction)
+    window = base.config.get_text_config().max_position_embeddings
     texts = args.desc or ["\n\n".join(documents)]
     model.check_known(tokenizer, inputs + documents)
 
@@ -154,7 +152,6 @@ def main() -> None:
         print(f"  adapter: {folder}/ (rank {rank} on {', '.join(adapter)} in {net.config.n_layers} layers)")
         before = text + model.SUFFIX if stated else ""
         ways = {"base model": (None, before), "in context": (None, text), "with adapter": (adapter, before)}
-        window = base.config.get_text_config().max_position_embeddings
         if not args.doc or n_tokens + args.max_new_tokens >= window:
             del ways["in context"]
         if inputs:

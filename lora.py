@@ -97,10 +97,8 @@ class LoRALinear(nn.Linear):
         return y + update.view_as(y).to(y.dtype)
 
 def inject(model: nn.Module, target_modules: list[str], dropout: float = 0.0) -> nn.Module:
-    """Replace every linear layer with one of these names by a LoRALinear; returns the model.
-
-    `dropout` acts on the input of A, in training only. Without an adapter the model computes what it did.
-    """
+    """Replace every linear layer with one of these names by a LoRALinear; returns the model. `dropout` acts
+    on the input of A, in training only. Without an adapter the model computes what it did."""
     for name, layers in find_targets(model, target_modules).items():
         for layer, (path, module) in enumerate(layers):
             parent, child = path.rsplit(".", 1)
@@ -119,11 +117,8 @@ def lora_layers(model: nn.Module, adapter: Adapter) -> list[LoRALinear]:
     return layers
 
 def set_adapter(model: nn.Module, adapter: Adapter | None, scaling: float | None = None) -> None:
-    """Run `model` with this adapter, at this scaling, from now on; None clears it.
-
-    An adapter without leading dimension acts on all rows of a batch. With a leading dimension n it is n
-    adapters: of a batch of k * n rows the first k use adapter 0, the next k adapter 1, and so on.
-    """
+    """Run `model` with this adapter, at this scaling, from now on; None clears it. One adapter acts on all
+    rows of a batch. Of n adapters and k * n rows, the first k use adapter 0, the next k adapter 1, and so on."""
     assert adapter is None or scaling is not None, "an adapter needs its scaling (config.scaling)"
     adapter = adapter or {}
     by_layer = {name: (A.unbind(-3), B.unbind(-3)) for name, (A, B) in adapter.items()}

@@ -144,7 +144,7 @@ def parse_args() -> argparse.Namespace:
         if not (folder / "state.safetensors").exists():
             raise UserError(f"--resume: {folder} holds no interrupted run")
         values |= lora.read(folder / "train_args.json") | {"resume": True}
-    values["net"] = " ".join([values["net"], given.net or ""])  # what is said later wins
+    values["net"] = f"{values['net']} {given.net or ''}".strip()  # what is said later wins
     p.set_defaults(**values)
     args = p.parse_args()  # shows the values with --help
     args.net = values["net"]
@@ -360,7 +360,8 @@ def validate(run: Run) -> dict[str, float]:
 
     An answer counts as right if each token of it is the likeliest one: greedy decoding would write the same.
     """
-    run.net.eval(), run.base.eval()
+    run.net.eval()
+    run.base.eval()
     batch = [(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
     rows, loss, right = data.make_rows(run.tokenizer, run.val_tasks, batch, run.args), 0.0, 0
     with autocast(run):
@@ -371,7 +372,8 @@ def validate(run: Run) -> dict[str, float]:
             logits, example, target = answer_logits(run.base, [(row.prompt, row.answer) for row in part])
             loss += answer_loss(logits, example, target).item() * len(part)
             right += len(part) - len(example[logits.argmax(-1) != target].unique())
-    run.net.train(), run.base.train()
+    run.net.train()
+    run.base.train()
     return {"val_loss": loss / len(rows), "val_accuracy": right / len(rows)}
 
 # -------------------- The run --------------------
