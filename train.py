@@ -136,7 +136,8 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=lora.Help)
     add_flags(p)
     given, _ = p.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
-    folder, preset = Path(given.out_dir or f"out/{given.mode}"), model.preset_name(given.base_model)
+    default = f"out/{given.mode if given.arch == 't2l' else given.arch}"
+    folder, preset = Path(given.out_dir or default), model.preset_name(given.base_model)
     values = settings_of(given) | {"out_dir": str(folder)}
     values["encoder"] = model.PRESETS[preset][1] if preset in model.PRESETS else "base"
     values["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -162,10 +163,8 @@ def parse_args() -> argparse.Namespace:
 # -------------------- The losses --------------------
 
 def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):
-    """Run the base model on n examples (token ids of prompt and answer), with the adapters that are set.
-
-    Returns (logits [tokens, vocabulary], example [tokens], right token [tokens]) at all answer tokens.
-    """
+    """Run the base model on n examples (ids of prompt and answer), with the adapters that are set. Returns at
+    all answer tokens (logits [tokens, vocabulary], example [tokens], right token [tokens])."""
     ids = model.pad([p + a for p, a in examples], 0).to(base.device)  # [n, T], padded on the right: no mask
     answers = model.pad([[-1] * len(p) + a for p, a in examples], -1).to(base.device)  # -1 is no answer
     x = base.get_input_embeddings()(ids)  # [n, T, d]
@@ -356,10 +355,8 @@ def recon_step(run: Run, net: nn.Module, batch: data.Batch) -> Tensor:
 
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
-    """Loss and accuracy on up to 8 examples of each validation task, with its first description.
-
-    An answer counts as right if each token of it is the likeliest one: greedy decoding would write the same.
-    """
+    """Loss and accuracy on up to 8 examples of each validation task, with its first description. An answer is
+    right if each token of it is the likeliest one: greedy decoding would write the same."""
     run.net.eval()
     run.base.eval()
     batch = [(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
