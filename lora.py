@@ -118,7 +118,7 @@ def lora_layers(model: nn.Module, adapter: Adapter) -> list[LoRALinear]:
 
 def set_adapter(model: nn.Module, adapter: Adapter | None, scaling: float | None = None) -> None:
     """Run `model` with this adapter, at this scaling, from now on; None clears it. One adapter acts on all
-    rows of a batch. Of n adapters and k * n rows, the first k use adapter 0, the next k adapter 1, and so on."""
+    rows of a batch. Of n adapters and k * n rows, the first k use adapter 0, the next k adapter 1, ..."""
     assert adapter is None or scaling is not None, "an adapter needs its scaling (config.scaling)"
     adapter = adapter or {}
     by_layer = {name: (A.unbind(-3), B.unbind(-3)) for name, (A, B) in adapter.items()}

@@ -1,8 +1,7 @@
 """All tests: python -m pytest -q test_all.py
 
-Golden files of the published implementations are used where ../shared/golden has them; PEFT judges our
-adapter files where it is installed; T2L_BASE and T2L_ENCODER may name folders of real models
-(SmolLM2-135M-Instruct and all-MiniLM-L6-v2) to be tried as well. Tests on CUDA run where there is a GPU.
+Golden files of the published implementations are used where ../shared/golden has them, PEFT where it is
+installed, a GPU where there is one, and real models where T2L_BASE and T2L_ENCODER name their folders.
 """
 
 import http.server
@@ -993,6 +992,12 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
         words = ["--desc", "red hat", "--input", "cat dog", "--hypernet", net, "--out", tmp_path / "out"]
         assert command(generate, *words) == 0 and set(contents()) == {expected}
     assert command(evaluation, *own, "--no-instruction") == 0 and set(contents()) == {"cat dog"}
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_layers_compute_the_same(tmp_path):
+    plain = fit(tmp_path / "plain", *SHORT, "--max_steps", "2", "--dropout", "0")
+    compiled = fit(tmp_path / "compiled", *SHORT, "--max_steps", "2", "--dropout", "0", "--compile")
+    close(torch.tensor(plain), torch.tensor(compiled), 1e-4, 1e-4)
 
 def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     """A hypernetwork that learnt to write four oracles writes them back."""
