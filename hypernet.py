@@ -173,11 +173,9 @@ class TextToLoRA(nn.Module):
 
     @torch.no_grad()
     def start_as_lora(self) -> None:
-        """For SFT: write a fresh LoRA (A random, B zero) whatever the description, to change nothing.
-
-        Published, that LoRA is put into the biases of the heads. In medium and small, where a head writes A
-        and B alike, this starts with B = A^T. Here the LoRA is the shift, and B = 0 in all sizes.
-        """
+        """For SFT: write a fresh LoRA (A random, B zero) whatever the description, to change nothing. As
+        published, that LoRA is in the biases of the heads; in medium and small, where a head writes A and B
+        alike, this starts with B = A^T. Here the LoRA is the shift, and B = 0 in all sizes."""
         for name in self.names:
             nn.init.zeros_(self.heads[name].weight)
             nn.init.zeros_(self.heads[name].bias)
@@ -343,11 +341,8 @@ class DocToLoRA(nn.Module):
         return joined
 
 def document_features(config: DocConfig, base: nn.Module, tokenizer, documents: list):
-    """The condition of documents, each a text or a list of texts: (groups of chunks, chunks per document).
-
-    The frozen base model reads 4,096 tokens at a time, when the network asks for them, to save memory.
-    A group is features [n, L, T, f], with early_exit [n, T, f], and mask [n, T], of n chunks.
-    """
+    """The condition of documents, each a text or a list of texts: (groups of chunks, chunks per document). A
+    group is features [n, L, T, f], with early_exit [n, T, f], and mask [n, T], of n chunks."""
     chunks, counts, size = [], [], config.chunk_len
     for document in documents:
         texts = [document] if isinstance(document, str) else document
@@ -356,6 +351,7 @@ def document_features(config: DocConfig, base: nn.Module, tokenizer, documents: 
         chunks, counts = chunks + parts, counts + [len(parts)]
 
     def groups():
+        """The base model reads 4,096 tokens at a time, when the network asks for them, to save memory."""
         n = max(1, 4096 // size)
         for i in range(0, len(chunks), n):
             rows = chunks[i : i + n]
