@@ -268,7 +268,8 @@ def new_hypernet(args, config: lora.LoRAConfig, base, tokenizer, device):
     if kind.reads == "documents":
         encode, input_size = None, base.config.get_text_config().hidden_size
     else:
-        encode = model.load_encoder(args.encoder, device, (base, tokenizer))
+        full_stop = "full_stop=true" in args.net
+        encode = model.load_encoder(args.encoder, device, (base, tokenizer), full_stop)
         input_size = encode(["cat"]).shape[1]
     values = dict(encoder=args.encoder, size=args.size, dropout=args.dropout, instruction=args.instruction)
     values |= dict(input_size=input_size, z_score=args.mode == "recon" and args.recon_loss == "z_score")
