@@ -9,12 +9,12 @@ A hypernetwork, for those who add one, is a module with these four things:
     net.config           a dataclass: HypernetConfig and its own fields, which `--net` sets
 
 and an entry in ARCHS below, whose name `--arch` then takes. Parameters whose names start with "head" have a
-learning rate of their own (`--head_lr`). Reconstruction also needs `scale` and `normalize`, see TextToLoRA.
+learning rate of their own (SETTINGS in train.py). Reconstruction also needs `scale` and `normalize`, see
+TextToLoRA.
 """
 
 import pickle
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -201,6 +201,8 @@ class DocConfig(HypernetConfig):
     n_blocks: int = 9
     n_heads: int = 16  # of size 128, and a quarter as many for keys and values, as published
     chunk_len: int = 512  # tokens that are read at once; longer documents are read in chunks
+    random_chunks: bool = False  # in training split documents at random as well (published: second stage)
+    chat: bool = True  # the base model reads a chunk as a user turn of its chat template, as published
     alpha: float = 2 * 8**2  # 2 r^2, for the published scaling of 2 r^1.5
 
 class SwiGLU(nn.Module):
@@ -340,19 +342,35 @@ class DocToLoRA(nn.Module):
             joined[name] = (A.transpose(1, 2).flatten(2, 3), B.permute(0, 2, 3, 1, 4).flatten(3, 4))
         return joined
 
-def document_features(config: DocConfig, base: nn.Module, tokenizer, documents: list):
+def split_document(row: list[int], config: DocConfig, training: bool) -> list[list[int]]:
+    """The chunks of a document: as few as possible, or in training with `random_chunks` often more of them,
+    in the published mixture: 1 for half of the documents, 2 for an eighth, 3 to 8 for a sixteenth each."""
+    n = -(-len(row) // config.chunk_len)
+    if training and config.random_chunks:
+        mixture = torch.tensor([1 / 2, 1 / 8] + 6 * [1 / 16])
+        n = max(n, min(len(row) // 25, 1 + int(torch.multinomial(mixture, 1))))  # of at least 25 tokens each
+        ends = [len(row) * i // n for i in range(n + 1)]
+        return [row[start:end] for start, end in zip(ends, ends[1:])]
+    return [row[i : i + config.chunk_len] for i in range(0, len(row), config.chunk_len)]
+
+def document_features(config: DocConfig, base: nn.Module, tokenizer, documents: list, training=False):
     """The condition of documents, each a text or a list of texts: (groups of chunks, chunks per document). A
     group is features [n, L, T, f], with early_exit [n, T, f], and mask [n, T], of n chunks."""
+    before, after = [], []
+    if config.chat:  # what the chat template puts around a text
+        around = model.render(tokenizer, model.prompt(tokenizer, "<<>>")).split("<<>>")
+        before, after = (model.tokenize(tokenizer, text) for text in around)
     chunks, counts, size = [], [], config.chunk_len
     for document in documents:
         texts = [document] if isinstance(document, str) else document
         rows = [model.tokenize(tokenizer, text) for text in texts]
-        parts = [row[i : i + size] for row in rows for i in range(0, len(row), size)]
-        chunks, counts = chunks + parts, counts + [len(parts)]
+        parts = [part for row in rows for part in split_document(row, config, training)]
+        chunks += [before + part + after for part in parts]
+        counts.append(len(parts))
 
     def groups():
         """The base model reads 4,096 tokens at a time, when the network asks for them, to save memory."""
-        n = max(1, 4096 // size)
+        n = max(1, 4096 // (size + len(before) + len(after)))
         for i in range(0, len(chunks), n):
             rows = chunks[i : i + n]
             ids = model.pad(rows, tokenizer.pad_token_id).to(base.device)  # [n, T]
@@ -365,10 +383,9 @@ def document_features(config: DocConfig, base: nn.Module, tokenizer, documents: 
 def conditions(net: nn.Module, base: nn.Module, tokenizer, encode=None):
     """A function: n texts -> the condition that `net` writes n adapters from. `encode`: the text encoder."""
     if net.reads == "documents":
-        return lambda texts: document_features(net.config, base, tokenizer, texts)
+        return lambda texts: document_features(net.config, base, tokenizer, texts, net.training)
     device = next(net.parameters()).device
-    embed = lru_cache(2**12)(lambda text: encode([text])[0].to(device))  # [E]
-    return lambda texts: torch.stack([embed(text) for text in texts])  # [n, E]
+    return lambda texts: encode(texts).to(device)  # [n, E]
 
 # -------------------- Files --------------------
 

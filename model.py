@@ -247,14 +247,18 @@ def base_encoder(model: nn.Module, tokenizer, texts: list[str]) -> Tensor:
     return F.normalize(h[torch.arange(len(rows)), last], dim=-1)
 
 def load_encoder(name: str, device="cpu", base: tuple | None = None, full_stop: bool = False):
-    """The text encoder of a preset, "hash", "base" (with `base` from load_base), a hub id or a folder.
+    """The text encoder of a preset, "hash", "base" (with `base` from load_base), a hub id or a folder; or
+    several, joined by "+", whose outputs stand side by side.
 
     A callable: list of n descriptions -> unit vectors [n, E]. With `full_stop`, descriptions that end in a
     letter get one, as published.
     """
     name = PRESETS[name][1] if name in PRESETS else name
     encode = partial(base_encoder, *base) if name == "base" else hash_encoder
-    if name not in ("hash", "base"):
+    if "+" in name:
+        parts = [load_encoder(part, device, base) for part in name.split("+")]
+        encode = lambda texts: torch.cat([part(texts).to(device) for part in parts], -1)
+    elif name not in ("hash", "base"):
         encode = TransformerEncoder(name, device)
     if not full_stop:
         return encode
