@@ -71,6 +71,7 @@ SETTINGS = {
     "distill": dict(any=(0, 0), d2l=(0, 16), needle=(0, 0)),
     "recon_loss": dict(any=("z_score", "delta_w")),
     "size": dict(any=("large", "large"), recon=("large", "medium")),
+    "rank": dict(any=(8, 8)),  # of the adapters; for d2l of each chunk
     "alpha": dict(any=(16.0, 16.0), d2l=(128.0, 128.0)),  # scaling is alpha / sqrt(rank)
     "target_modules": dict(any=("q_proj,v_proj", "q_proj,v_proj"), d2l=("down_proj", "down_proj")),
     "instruction": dict(any=(False, True), d2l=(False, False)),  # the task's definition stands in the prompt
@@ -82,7 +83,7 @@ SETTINGS = {
         "t2l": ("latent_size=128 head_in_size=256 input_dropout=0.3", "latent_size=128 head_in_size=512"),
         "t2l gemma-2-2b": ("", "latent_size=512 head_in_size=2048"),
         "t2l llama-3.1-8b": ("", "latent_size=512 head_in_size=2048"),
-        "d2l": ("latent_size=128 n_blocks=1 n_heads=4 chunk_len=4", "latent_size=512 n_blocks=9"),
+        "d2l": ("latent_size=128 n_blocks=1 n_heads=4 chunk_len=4 chat=false", "latent_size=512 n_blocks=9"),
         "needle": ("", "latent_size=512 n_blocks=8 n_latents=208 early_exit=true"),
     },
 }
@@ -101,11 +102,11 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--mode", default="sft", choices=["lora", "recon", "sft"], help="See above.")
     p.add_argument("--arch", default="t2l", choices=hypernet.ARCHS, help="Text-to-LoRA or Doc-to-LoRA.")
     p.add_argument("--base_model", default="tiny", help=f"{', '.join(model.PRESETS)}, a hub id or a folder.")
-    p.add_argument("--encoder", help="Text encoder: hash, base, a hub id or a folder.")
+    p.add_argument("--encoder", help="Text encoder: hash, base, a hub id or a folder; or several: A+B.")
     p.add_argument("--size", choices=hypernet.SIZES, help="Size of Text-to-LoRA.")
     p.add_argument("--net", metavar='"FIELD=VALUE ..."', help="The network's own fields; values in JSON.")
     p.add_argument("--target_modules", help="Linear layers that get an adapter.")
-    p.add_argument("--rank", type=int, default=8, help="Of the adapters; for d2l of each chunk.")
+    p.add_argument("--rank", type=int, help="Of the adapters; for d2l of each chunk.")
     p.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks.")
     p.add_argument("--recon_loss", choices=["z_score", "plain", "delta_w"], help="recon: what to compare.")
     p.add_argument("--tasks", help="tiny, lots-of-loras, for d2l facts or needle, or a folder of task files.")
@@ -114,9 +115,9 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--oracles", help="recon: the folder that --mode lora wrote.")
     switch = argparse.BooleanOptionalAction
     p.add_argument("--instruction", action=switch, help="Put the task's definition before each input.")
+    p.add_argument("--like", metavar="DIR", help="Take the settings of the run in that folder.")
     p.add_argument("--max_steps", type=int, help="Training steps.")
     p.add_argument("--lr", type=float, help="Highest learning rate.")
-    p.add_argument("--head_lr", type=float, help="Learning rate of the network's heads, times --lr.")
     p.add_argument("--tasks_per_batch", type=int, help="In each step, over all processes.")
     p.add_argument("--examples_per_task", type=int, help="In each step.")
     p.add_argument("--micro_batch", type=int, help="Rows in the base model at once, on each process.")
@@ -132,20 +133,24 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
 
 def parse_args() -> argparse.Namespace:
-    """The settings of the run: SETTINGS, or with --resume those of the run; then the command line's."""
+    """The settings: SETTINGS, or those of another run (--like, --resume); then the command line's."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=lora.Help)
     add_flags(p)
-    given, _ = p.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
-    default = f"out/{given.mode if given.arch == 't2l' else given.arch}"
-    folder, preset = Path(given.out_dir or default), model.preset_name(given.base_model)
-    values = settings_of(given) | {"out_dir": str(folder)}
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    typed, recorded = p.parse_known_args(words)[0], {}
+    out = lambda of: Path(typed.out_dir or f"out/{of.mode if of.arch == 't2l' else of.arch}")
+    if typed.resume and not (out(typed) / "state.safetensors").exists():
+        raise UserError(f"--resume: {out(typed)} holds no interrupted run")
+    if other := out(typed) if typed.resume else typed.like:
+        recorded = lora.read(Path(other) / "train_args.json") | {"resume": False}
+        p.set_defaults(**recorded)
+    given = p.parse_known_args(words)[0]  # the run's kind: --base_model, --mode, --arch, --tasks
+    folder, preset = out(given), model.preset_name(given.base_model)
+    values = settings_of(given)
     values["encoder"] = model.PRESETS[preset][1] if preset in model.PRESETS else "base"
     values["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
-    if given.resume:
-        if not (folder / "state.safetensors").exists():
-            raise UserError(f"--resume: {folder} holds no interrupted run")
-        values |= lora.read(folder / "train_args.json") | {"resume": True}
-    values["net"] = f"{values['net']} {given.net or ''}".strip()  # what is said later wins
+    values |= recorded | {"out_dir": str(folder)}
+    values["net"] = f"{values['net']} {typed.net or ''}".strip()  # what is said later wins
     p.set_defaults(**values)
     args = p.parse_args()  # shows the values with --help
     args.net = values["net"]
@@ -156,7 +161,7 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--tasks {args.tasks} does not go with --arch {args.arch}")
     if args.mode == "recon" and not args.oracles:
         raise UserError("--mode recon needs --oracles DIR, a folder that --mode lora wrote")
-    if not args.resume and folder.exists() and any(folder.iterdir()):
+    if not args.resume and folder.exists() and {file.name for file in folder.iterdir()} - {"answers.json"}:
         raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
     return args
 
@@ -228,7 +233,7 @@ def prepare(args, device: torch.device) -> Run:
     tasks = data.pick(splits, args.split, args.n_tasks)
     if args.short_first:
         tasks.sort(key=lambda task: len(task.descriptions[0]))
-    if args.mode != "recon" or args.encoder == "base":
+    if args.mode != "recon" or "base" in args.encoder.split("+"):
         base, tokenizer = model.load_base(args.base_model, device, getattr(torch, args.dtype))
     if args.mode == "recon":
         tasks = [task for task in tasks if (Path(args.oracles) / task.name).exists()]
@@ -241,6 +246,9 @@ def prepare(args, device: torch.device) -> Run:
         names = args.target_modules.split(",")
         config = lora.config_for(base, names, model.full_name(args.base_model), r=args.rank, alpha=args.alpha)
         lora.inject(base, names, args.dropout).train()
+        if device.type == "cpu":
+            base.set_attn_implementation("eager")  # its backward pass is the faster one there
+        write_answers(base, tokenizer, tasks + splits["val"], Path(args.out_dir) / "answers.json")
         model.check_known(tokenizer, [text for task in tasks for text in task.texts()])
         if args.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -261,6 +269,25 @@ def prepare(args, device: torch.device) -> Run:
     val_tasks = [task for task in splits["val"] if task.test][:32]
     val_tasks = val_tasks if args.mode == "sft" or args.multi_task else []
     return Run(args, tasks, val_tasks, base, tokenizer, oracles, net, condition)
+
+def write_answers(base: nn.Module, tokenizer, documents: list[data.Task], file: Path) -> None:
+    """Questions that have no answer get the base model's, written with the document in its prompt, as
+    published. They are kept in `file`, for other processes and for a run that starts again."""
+    asked = [(task, example) for task in documents for example in task.train if not example[1]]
+    key = lambda task, example: f"{task.name}: {example[0]}"
+    known = lora.read(file) if file.exists() else {}
+    todo = [pair for pair in asked if key(*pair) not in known]
+    todo.sort(key=lambda pair: len(pair[0].descriptions[0]))
+    for i in tqdm(range(0, len(todo), 32), desc="answers", disable=not todo):
+        part = todo[i : i + 32]
+        chats = [model.prompt(tokenizer, example[0], task.descriptions[0]) for task, example in part]
+        answers = model.answer(base, tokenizer, [model.render(tokenizer, chat) for chat in chats], 64)
+        known |= {key(*pair): text for pair, text in zip(part, answers)}
+        if i % 3200 == 0 or i + 32 >= len(todo):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lora.write(file, known)
+    for task, example in asked:
+        example[1].append(known[key(task, example)])
 
 def new_hypernet(args, config: lora.LoRAConfig, base, tokenizer, device):
     """(the network of --arch for adapters as in `config`, the function texts -> its condition)"""
