@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -120,13 +121,13 @@ def folder_tasks(folder: str | Path) -> dict[str, list[Task]]:
 
 def read_task(path: Path) -> Task:
     """One file: {"name", "descriptions" or "Definition", "Instances": [{"input", "output": [...]}]}, of which
-    the last fifth is the test part; or {"document", "questions": [{"question", "answer"}]}."""
+    the last fifth is the test part; or {"document", "questions": [{"question", "answer" if known}]}."""
     content = read(path)
     as_list = lambda text: [text] if isinstance(text, str) else list(text)
     try:
         if "document" in content:
             descriptions, definition = [content["document"]], ""
-            examples = [(x["question"].strip(), as_list(x["answer"])) for x in content["questions"]]
+            examples = [(x["question"].strip(), as_list(x.get("answer", []))) for x in content["questions"]]
             train = test = examples
         else:
             descriptions = as_list(content.get("descriptions") or content["Definition"])
@@ -137,7 +138,8 @@ def read_task(path: Path) -> Task:
             train, test = examples[:n_train], examples[n_train:]
     except (AttributeError, KeyError, IndexError, TypeError) as e:
         raise UserError(f"{path} is not a task file: {e!r}") from None
-    if not train or not all(d.strip() for d in descriptions) or not all(answers for _, answers in examples):
+    answered = "document" in content or all(answers for _, answers in examples)
+    if not train or not all(d.strip() for d in descriptions) or not answered:
         raise UserError(f"{path} is not a task file: it lacks descriptions (or a document) or answers")
     return Task(content.get("name", path.stem), descriptions, train, test, definition=definition)
 
@@ -173,6 +175,14 @@ def lots_of_loras() -> dict[str, list[Task]]:
         what = f"--tasks lots-of-loras: {len(missing) - i} of {len(names)} task files are not in {folder}"
         write(folder / f"{name}.json", download(f"{NATURAL_INSTRUCTIONS}/{name}.json", what))
     return folder_tasks(folder)
+
+def shown_inputs(base_model: str, description: str) -> list[str]:
+    """Inputs to show an adapter on: of the kind that the description names most, from examples.json in the
+    folder of what is shipped for this base model."""
+    path = Path(model.TINY).parent / model.preset_name(base_model) / "examples.json"
+    kinds = read(path) if path.exists() else [{"words": [], "inputs": []}]
+    named = lambda kind: sum(bool(re.search(rf"\b{word}", description.lower())) for word in kind["words"])
+    return max(kinds, key=named)["inputs"]  # the first kind if it names none
 
 # -------------------- The paper's ten benchmarks --------------------
 
@@ -352,13 +362,6 @@ def tiny_task(parts: Parts) -> Task:
 def tiny_tasks() -> dict[str, list[Task]]:
     """All tasks of the tiny world by split."""
     return {split: [tiny_task(parts) for parts in tasks] for split, tasks in tiny_splits().items()}
-
-def tiny_inputs(description: str, n: int = 3) -> list[str]:
-    """Inputs to show an adapter on, with words of the category that the description names, if any."""
-    names = {category: [category, *WORLD["names"][category]] for category in CATEGORIES}
-    named = [category for category in names if any(name in description.lower() for name in names[category])]
-    rng = random.Random(0)
-    return [tiny_example((named[0] if named else "all", "same", "in_order"), rng)[0] for _ in range(n)]
 
 # -------------------- Documents: what to know in place of what to do --------------------
 

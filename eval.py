@@ -221,6 +221,8 @@ def chosen_tasks(args) -> list[data.Task]:
     for task in tasks:
         if not task.test:
             raise UserError(f"the task {task.name} has no test part: that is the last fifth of its instances")
+        if not all(answers for _, answers in task.test):
+            raise UserError(f"{task.name} cannot be scored: a question of it has no answer")
     return tasks
 
 def evaluate(args) -> Scores:

@@ -126,12 +126,10 @@ def main() -> None:
         raise UserError(f"this hypernetwork reads {net.reads}: use {'--desc' if args.doc else '--doc'}")
     base, tokenizer = load_for([net.config], args)
     write, scaling = writer(net, base, tokenizer, args), net.config.scaling
-    tiny = model.preset_name(net.config.base_model) == "tiny"
-    inputs = args.input or (data.tiny_inputs(args.desc[0]) if tiny and args.desc else [])
     stated = net.config.instruction if args.instruction is None and args.desc else bool(args.instruction)
     window = base.config.get_text_config().max_position_embeddings
     texts = args.desc or ["\n\n".join(documents)]
-    model.check_known(tokenizer, inputs + documents)
+    model.check_known(tokenizer, (args.input or []) + documents)
 
     started = time.perf_counter()
     adapters = write([documents] if documents else texts)  # A [n, L, r, in], B [n, L, out, r]
@@ -154,7 +152,8 @@ def main() -> None:
         ways = {"base model": (None, before), "in context": (None, text), "with adapter": (adapter, before)}
         if not args.doc or n_tokens + args.max_new_tokens >= window:
             del ways["in context"]
-        if inputs:
+        shown = data.shown_inputs(net.config.base_model, text) if args.desc else []
+        if inputs := args.input or shown:
             show(base, tokenizer, ways, scaling, inputs, args)
     if args.merge:
         lora.set_adapter(base, None)
