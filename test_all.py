@@ -88,6 +88,12 @@ def with_peft(base: nn.Module, folder: Path) -> nn.Module:
 def one_layer(linear: nn.Linear, name: str = "q_proj") -> nn.ModuleDict:
     return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({name: linear})])})
 
+def script(name: str):
+    """A script that stands beside the weights it was written for."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, HERE / "checkpoints" / name)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
 def command(module, *words) -> int:
     """Run a command's main() in this process; its exit code."""
     sys.argv = [f"{module.__name__}.py", *map(str, words)]
@@ -627,6 +633,10 @@ def test_gte_loads_without_its_own_code(tmp_path):
     close(ours[1], published([2, 7, 8, 5, 9, 3]), 1e-4)
     close(model.load_encoder(str(tmp_path))(["one two"])[0], published([2, 5, 6, 3]), 1e-4)
 
+def test_text_encoders_side_by_side():
+    one, two = model.load_encoder("hash"), model.load_encoder("hash+hash")
+    assert torch.equal(two([DESC]), one([DESC]).repeat(1, 2))
+
 def test_base_encoder_reads_the_last_token():
     base, tokenizer = model.load_base("tiny")
     encode = model.load_encoder("base", base=(base, tokenizer))
@@ -693,9 +703,8 @@ def test_held_out_tasks_are_nowhere_in_training():
     held_out = {"-".join(parts) for parts in splits["val"] + splits["test"]}
     assert not held_out & {task.name for task in data.load_tasks("tiny")["train"]}
 
-def test_the_tiny_base_model_is_trained_on_what_the_chat_template_writes(monkeypatch):
-    monkeypatch.syspath_prepend(HERE / "checkpoints" / "tiny")
-    pretrain = importlib.import_module("pretrain")
+def test_the_tiny_base_model_is_trained_on_what_the_chat_template_writes():
+    pretrain = script("tiny/pretrain.py")
     held_out = set(data.tiny_splits()["val"] + data.tiny_splits()["test"])
     assert not held_out & set(pretrain.TASKS)
     drawn = {len(q.split()) for step in range(0, 8000, 1000) for text in pretrain.draw(step) for q, _ in text}
@@ -757,6 +766,44 @@ def test_a_folder_of_task_files(tmp_path):
     for wrong in {"Instances": [{"input": 3}]}, {"Instances": []}, {"Definition": " "}:
         lora.write(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances} | wrong)
         refused("not a task file", data.load_tasks, tmp_path)
+
+@pytest.mark.parametrize("chain, question, answer", [
+    ("email-domain any-capitals", "ida.rossi@post.org", "POST.ORG"),
+    ("name-comma", "Ida Rossi", "Rossi, Ida"),
+    ("date-long_us", "2024-03-05", "March 5, 2024"),
+    ("time-ampm", "00:05", "12:05 am"),
+    ("sentence-no_place sentence-did", "Ida sold the old cup at school at noon.", "Did Ida sell the old cup at noon?"),
+    ("record-name name-initials", "age: 30; job: cook; city: Bonn; name: Ida Rossi", "I.R."),
+    ("path-backslash", "a/b/c.txt", "a\\b\\c.txt"),
+    ("words-no_last words-quoted", "cat, dog, cow", '"cat", "dog"'),
+])  # fmt: skip
+def test_a_chore_does_what_its_name_says(chain, question, answer):
+    assert script("smollm2-135m/chores.py").answer(("", *chain.split()), question) == answer
+
+def test_what_the_chores_withhold_is_nowhere_in_training(tmp_path):
+    chores = script("smollm2-135m/chores.py")
+    chores.main(tmp_path)
+    folders = tmp_path, tmp_path / "unseen", tmp_path / "handwritten"
+    tasks, unseen, handwritten = (data.folder_tasks(folder) for folder in folders)
+    train_names = {task.name for task in tasks["train"]}
+    assert len(unseen["test"]) == len(chores.DATA["unseen"]) and len(handwritten["test"]) > 90
+    assert not train_names & {task.name for task in tasks["val"] + tasks["test"] + unseen["test"]}
+    with_unseen = [chain for chain in chores.all_chains() if set(chain[1:]) & set(chores.DATA["unseen"])]
+    assert len(with_unseen) > 100 and not train_names & {chores.name_of(chain) for chain in with_unseen}
+    seen = {text.lower() for task in tasks["train"] for text in task.descriptions}
+    reworded = [text for texts in lora.read(tmp_path / "reworded.json").values() for text in texts]
+    assert len(reworded) > 2000 and not seen & {text.lower() for text in reworded}
+    surnames = next(task.train for task in tasks["train"] if task.name == "name-surname")
+    assert not {answers[0] for _, answers in surnames} & set(chores.pool("last", True))
+
+def test_the_answers_to_a_note_are_in_it():
+    notes = script("smollm2-135m/notes.py")
+    for i, kind in enumerate([*notes.DATA["kinds"].values()] * 5):
+        note = notes.make_note(kind, 3 + i % 10, random.Random(i), i % 2 == 0, i % 3 == 0)
+        answers = [question["answer"] for question in note["questions"]]
+        told = [answer for answer in answers if answer != notes.DATA["missing"]]
+        assert len(told) == 3 and len(answers) == 4
+        assert all(answer.lower() in note["document"].lower() for answer in told)
 
 def test_documents_get_longer_as_the_training_goes():
     run = run_of("--arch", "d2l", "--max_steps", "100")
@@ -1062,6 +1109,30 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     expected = (teacher.exp() * (teacher - student)).gather(-1, teacher.topk(5).indices).sum(-1).mean()
     close(loss, expected, 1e-4)
     assert expected > 0.1
+
+def test_a_run_like_another_has_its_settings(tmp_path, monkeypatch):
+    lora.write(tmp_path / "train_args.json", {"lr": 0.5, "rank": 3, "net": "depth=1", "out_dir": "there"})
+    words = ["--like", str(tmp_path), "--rank", "5", "--net", "width=2", "--out_dir", str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    args = train.parse_args()
+    assert (args.lr, args.rank, args.net, args.out_dir) == (0.5, 5, "depth=1 width=2", str(tmp_path / "new"))
+
+def test_questions_without_an_answer_get_the_base_models(tmp_path):
+    base, tokenizer = model.load_base("tiny")
+    told = model.render(tokenizer, model.prompt(tokenizer, "cat", "cat -> red <eos>"))
+    for asked in base, None:  # the second time they are read, not asked again
+        task = data.Task("d", ["cat -> red <eos>"], [("cat", []), ("dog", ["blue"])], [])
+        train.write_answers(asked, tokenizer, [task], tmp_path / "answers.json")
+        assert task.train == [("cat", model.answer(base, tokenizer, [told])), ("dog", ["blue"])]
+
+def test_documents_are_split_in_the_published_mixture():
+    config, row = hypernet.DocConfig(random_chunks=True), list(range(400))
+    splits = [hypernet.split_document(row, config, True) for _ in range(4000)]
+    assert all(sum(parts, []) == row for parts in splits)
+    share = [sum(len(parts) == n for parts in splits) / 4000 for n in range(1, 9)]
+    close(torch.tensor(share), torch.tensor([0.5, 0.125] + 6 * [0.0625]), 0, 0.03)
+    assert all(len(part) >= 25 for _ in range(50) for part in hypernet.split_document(row[:60], config, True))
+    assert [len(part) for part in hypernet.split_document(3 * row, config, False)] == [512, 512, 176]
 
 @needs_gpu
 def test_a_step_on_cuda_is_that_of_the_cpu():
