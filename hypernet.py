@@ -173,8 +173,8 @@ class TextToLoRA(nn.Module):
 
     @torch.no_grad()
     def start_as_lora(self) -> None:
-        """For SFT: write a fresh LoRA (A random, B zero) whatever the description, to change nothing. As
-        published, that LoRA is in the biases of the heads; in medium and small, where a head writes A and B
+        """For SFT: write a fresh LoRA (A random, B zero) whatever the description, to change nothing.
+        Published, that LoRA is in the biases of the heads; in medium and small, where a head writes A and B
         alike, this starts with B = A^T. Here the LoRA is the shift, and B = 0 in all sizes."""
         for name in self.names:
             nn.init.zeros_(self.heads[name].weight)

@@ -221,7 +221,7 @@ def chores_of(kind: str | None) -> list[str]:
 
 def all_chains() -> list[Chain]:
     """All single chores, and all chains of two: a chore for the kind, then one for any text, or for the kind
-    that the first one's answers are of. Each changes its text; of chains with the same answers one is kept."""
+    that the first one's answers are of. Each changes its text; of chains with equal answers one is kept."""
     chains = []
     for kind, (make, _) in KINDS.items():
         inputs = [make(Draw(f"{kind} {i}")) for i in range(20)]
