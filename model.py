@@ -250,8 +250,8 @@ def load_encoder(name: str, device="cpu", base: tuple | None = None, full_stop: 
     """The text encoder of a preset, "hash", "base" (with `base` from load_base), a hub id or a folder; or
     several, joined by "+", whose outputs stand side by side.
 
-    A callable: list of n descriptions -> [n, E], a unit vector of each encoder. With `full_stop`, descriptions
-    that end in a letter get one, as published.
+    A callable: list of n descriptions -> [n, E], a unit vector of each encoder. With `full_stop`,
+    descriptions that end in a letter get one, as published.
     """
     name = PRESETS[name][1] if name in PRESETS else name
     encode = partial(base_encoder, *base) if name == "base" else hash_encoder

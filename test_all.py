@@ -772,7 +772,7 @@ def test_a_folder_of_task_files(tmp_path):
     ("name-comma", "Ida Rossi", "Rossi, Ida"),
     ("date-long_us", "2024-03-05", "March 5, 2024"),
     ("time-ampm", "00:05", "12:05 am"),
-    ("sentence-no_place sentence-did", "Al hid the red cup at school at noon.", "Did Al hide the red cup at noon?"),
+    ("sentence-no_place sentence-did", "Al hid the red cup at school.", "Did Al hide the red cup?"),
     ("record-name name-initials", "age: 30; job: cook; city: Bonn; name: Ida Rossi", "I.R."),
     ("path-backslash", "a/b/c.txt", "a\\b\\c.txt"),
     ("words-no_last words-quoted", "cat, dog, cow", '"cat", "dog"'),
