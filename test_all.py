@@ -805,6 +805,12 @@ def test_the_answers_to_a_note_are_in_it():
         assert len(told) == 3 and len(answers) == 4
         assert all(answer.lower() in note["document"].lower() for answer in told)
 
+def test_what_is_shown_fits_the_description():
+    shown = lambda text: data.shown_inputs("smollm2-135m", text)[0]
+    assert "@" in shown("Give the domain of the e-mail address.") and "job:" in shown("Write it as JSON.")
+    assert shown("Convert the date to DD.MM.YYYY.").count("-") == 2 and shown("Drop the place.")[-1] == "."
+    assert data.shown_inputs("mistral-7b", DESC) == []
+
 def test_documents_get_longer_as_the_training_goes():
     run = run_of("--arch", "d2l", "--max_steps", "100")
     lines = lambda i: run.tasks[i].descriptions[0].count("\n") + 1
@@ -1446,10 +1452,16 @@ def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
 # -------------------- A real model --------------------
 @needs_models
 def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
-    words = [*REAL, "--max_new_tokens", "12", "--input", "bird knee horse nose", "--out", tmp_path / "a"]
-    for text in ("Write the animals in Spanish, back to front.", "Only the first body part, in French."):
-        assert command(generate, *words, "--desc", text) == 0
-    assert re.findall(r"with adapter  (.*)", capsys.readouterr().out) == ["caballo pájaro", "genou"]
+    words = [*REAL[:3], f"{REAL[3]}+hash", "--out", tmp_path / "a"]
+    asked = {
+        "Convert the date to DD.MM.YYYY.": ("1815-12-10", "10.12.1815"),
+        "Give the domain of the e-mail address.": ("ada.lovelace@engine.org", "engine.org"),
+        "Leave out the place.": ("Tom sold the door at the market at noon.", "Tom sold the door at noon."),
+    }
+    for description, (text, _) in asked.items():
+        assert command(generate, *words, "--desc", description, "--input", text) == 0
+    said = re.findall(r"with adapter  (.*)", capsys.readouterr().out)
+    assert said == [answer for _, answer in asked.values()]
 
 @needs_models
 def test_a_real_model(tmp_path):
