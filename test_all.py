@@ -809,6 +809,7 @@ def test_what_is_shown_fits_the_description():
     shown = lambda text: data.shown_inputs("smollm2-135m", text)[0]
     assert "@" in shown("Give the domain of the e-mail address.") and "job:" in shown("Write it as JSON.")
     assert shown("Convert the date to DD.MM.YYYY.").count("-") == 2 and shown("Drop the place.")[-1] == "."
+    assert "," not in shown("Write the name in capital letters.") and "-" in shown("The month in words.")
     assert data.shown_inputs("mistral-7b", DESC) == []
 
 def test_documents_get_longer_as_the_training_goes():
