@@ -113,9 +113,8 @@ def folder_tasks(folder: str | Path) -> dict[str, list[Task]]:
     files = sorted(p for p in folder.glob("*.json") if p.name != "splits.json")
     if not files:
         raise UserError(f"--tasks {folder}: neither {', '.join(SOURCES)} nor a folder of NAME.json files")
-    splits = {"train": [p.stem for p in files]}
-    if (folder / "splits.json").exists():
-        splits = read(folder / "splits.json")
+    file = folder / "splits.json"
+    splits = read(file) if file.exists() else {"train": [p.stem for p in files]}
     read_tasks = lambda names: [read_task(folder / f"{name}.json") for name in names]
     return {split: read_tasks(splits.get(split, [])) for split in ("train", "val", "test")}
 
@@ -127,8 +126,8 @@ def read_task(path: Path) -> Task:
     try:
         if "document" in content:
             descriptions, definition = [content["document"]], ""
-            examples = [(x["question"].strip(), as_list(x.get("answer", []))) for x in content["questions"]]
-            train = test = examples
+            train = [(x["question"].strip(), as_list(x.get("answer", []))) for x in content["questions"]]
+            test = train
         else:
             descriptions = as_list(content.get("descriptions") or content["Definition"])
             definition = as_list(content.get("Definition") or [""])[0]
@@ -138,7 +137,7 @@ def read_task(path: Path) -> Task:
             train, test = examples[:n_train], examples[n_train:]
     except (AttributeError, KeyError, IndexError, TypeError) as e:
         raise UserError(f"{path} is not a task file: {e!r}") from None
-    answered = "document" in content or all(answers for _, answers in examples)
+    answered = "document" in content or all(answers for _, answers in train + test)
     if not train or not all(d.strip() for d in descriptions) or not answered:
         raise UserError(f"{path} is not a task file: it lacks descriptions (or a document) or answers")
     return Task(content.get("name", path.stem), descriptions, train, test, definition=definition)
@@ -163,10 +162,8 @@ def download(url: str, what: str):
             time.sleep(float(e.headers.get("Retry-After") or wait))
 
 def lots_of_loras() -> dict[str, list[Task]]:
-    """The paper's 479 training tasks and 11 validation tasks, all of them from Natural Instructions.
-
-    Downloads what is not in the cache, so a later call continues an interrupted one.
-    """
+    """The paper's 479 training tasks and 11 validation tasks, from Natural Instructions. Downloads what is
+    not in the cache, so a later call continues an interrupted one."""
     folder, splits = cache_folder("lots-of-loras"), read(ASSETS / "lots_of_loras.json")
     names = [name for split in splits.values() for name in split]
     missing = [name for name in names if not (folder / f"{name}.json").exists()]
