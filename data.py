@@ -71,7 +71,7 @@ def draw(tasks: list[Task], step: int, args) -> Batch:
     rng = random.Random(f"{args.seed} {step}")
     some = lambda of, k: rng.sample(of, k) if k <= len(of) else rng.choices(of, k=k)
     chosen = range(len(tasks))
-    if args.short_first:  # of documents, since what belongs together is learnt on few facts
+    if args.short_first:  # a third at first, all from half-way on
         chosen = chosen[: math.ceil(len(chosen) * min(1, 1 / 3 + 4 / 3 * step / args.max_steps))]
     if args.tasks_per_batch:
         chosen = some(chosen, args.tasks_per_batch)
@@ -84,7 +84,7 @@ class Row(NamedTuple):
     k: int  # its task's index in the batch, and so that of its adapter
     prompt: list[int]
     answer: list[int]  # with the end mark
-    told: list[int]  # the prompt with the document in it, for a teacher
+    teacher_prompt: list[int]  # with the document in it
 
 @lru_cache(2**16)
 def example_ids(tokenizer, question: str, answer: str, before: str) -> tuple[list[int], list[int]]:
@@ -94,14 +94,14 @@ def example_ids(tokenizer, question: str, answer: str, before: str) -> tuple[lis
     return model.tokenize(tokenizer, prompt), model.tokenize(tokenizer, target)
 
 def make_rows(tokenizer, tasks: list[Task], batch: Batch, args) -> list[Row]:
-    """The examples of a batch, the shortest first; those over --max_tokens are left out."""
+    """The examples of a batch, the shortest first; those over max_tokens are left out."""
     rows = []
     for k, (i, description, examples) in enumerate(batch):
         instruction = (tasks[i].definition or description) + model.SUFFIX if args.instruction else ""
         for question, answers in examples:
             prompt, answer = example_ids(tokenizer, question, answers[0], instruction)
-            told = example_ids(tokenizer, question, answers[0], description)[0] if args.distill else []
-            rows.append(Row(k, prompt, answer, told))
+            teacher = example_ids(tokenizer, question, answers[0], description)[0] if args.distill else []
+            rows.append(Row(k, prompt, answer, teacher))
     rows.sort(key=lambda row: len(row.prompt) + len(row.answer))
     return [row for row in rows if len(row.prompt) + len(row.answer) <= args.max_tokens] or rows[:1]
 
@@ -127,7 +127,7 @@ def read_task(path: Path) -> Task:
         if "document" in content:
             descriptions, definition = [content["document"]], ""
             train = [(x["question"].strip(), as_list(x.get("answer", []))) for x in content["questions"]]
-            test = train
+            test = train  # to be scored on the same questions
         else:
             descriptions = as_list(content.get("descriptions") or content["Definition"])
             definition = as_list(content.get("Definition") or [""])[0]
@@ -384,7 +384,7 @@ def needle_document(rng: random.Random, n_lines: int) -> Task:
     return Task(f"{n_lines} lines", ["\n".join(lines)], examples, examples)
 
 DOCUMENTS = {"facts": fact_document, "needle": needle_document}
-LONGEST = 32  # lines of a document to train on
+MOST_LINES = 32  # of a document to train on
 
 def documents(kind: str, shortest: int, longest: int, n: int, split: str = "exam") -> list[Task]:
     """n documents of `shortest`, twice as many, four times as many ... lines, up to `longest`."""
@@ -394,7 +394,7 @@ def documents(kind: str, shortest: int, longest: int, n: int, split: str = "exam
 def document_splits(kind: str) -> dict[str, list[Task]]:
     """20,000 documents to train on, and two times 100."""
     sizes = {"train": 20_000, "val": 100, "test": 100}
-    return {split: documents(kind, 1, LONGEST, n, split) for split, n in sizes.items()}
+    return {split: documents(kind, 1, MOST_LINES, n, split) for split, n in sizes.items()}
 
 SOURCES = {"tiny": tiny_tasks, "lots-of-loras": lots_of_loras}
 SOURCES |= {kind: lambda kind=kind: document_splits(kind) for kind in DOCUMENTS}

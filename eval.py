@@ -81,7 +81,7 @@ def chosen_methods(args, tasks: list[data.Task]) -> list[str]:
 
 # -------------------- Is it right? --------------------
 
-LONGEST = {"first": 8, "truth": 8, "number": 256, "code": 512}  # tokens of an answer, by its kind
+ROOM = {"first": 8, "truth": 8, "number": 256, "code": 512}  # tokens of an answer, by its kind
 
 def is_right(kind: str, answer: str, right: list[str]) -> bool:
     """Score an answer. "first": by its first character; "truth": it says true or yes, or false or no;
@@ -137,7 +137,7 @@ def noise(seed: int) -> list[str]:
     word = lambda: "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9)))
     return [" ".join(word() for _ in range(12)) for _ in range(8)]
 
-def make_rows(tasks: list[data.Task], method: str, args) -> list[dict]:
+def make_questions(tasks: list[data.Task], method: str, args) -> list[dict]:
     """All test examples: the text for the adapter, the parts of the prompt, the right answers."""
     rows = []
     for t, task in enumerate(tasks):
@@ -166,7 +166,7 @@ def make_rows(tasks: list[data.Task], method: str, args) -> list[dict]:
 def score(tasks: list[data.Task], method: str, adapters_of, base, tokenizer, args) -> dict[str, float]:
     """{task: share of right answers}. adapters_of(rows): one adapter per row, or None, and the scaling."""
     hits, batches = {task.name: [] for task in tasks}, []
-    for _, group in groupby(make_rows(tasks, method, args), key=lambda row: row["task"].kind):
+    for _, group in groupby(make_questions(tasks, method, args), key=lambda row: row["task"].kind):
         rows = list(group)
         batches += [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
     for batch in tqdm(batches, desc=method, leave=False):
@@ -177,7 +177,7 @@ def score(tasks: list[data.Task], method: str, adapters_of, base, tokenizer, arg
             start = row["task"].start + (row["right"][1] if kind == "code" else "")
             prompts.append(model.render(tokenizer, chat) + start)
         lora.set_adapter(base, *adapters_of(batch))
-        room = LONGEST.get(kind, args.max_new_tokens)
+        room = ROOM.get(kind, args.max_new_tokens)
         if kind == "equal" and not args.contains:  # longer than the right answers is wrong anyway
             right = [answer for row in batch for answer in row["right"]]
             room = min(room, max(len(model.tokenize(tokenizer, answer)) for answer in right) + 2)
@@ -205,6 +205,10 @@ def read_from(folders: dict[str, Path]):
     index = lambda rows: [names.index(row["task"].name) for row in rows]
     return lambda rows: (lora.select(adapters, index(rows)), config.scaling), config
 
+def no_adapters(rows: list[dict]):
+    """For the base model as it is."""
+    return None, None
+
 def chosen_tasks(args) -> list[data.Task]:
     """The tasks of --tasks and --split, with the descriptions of --descriptions."""
     tasks = data.pick(data.load_tasks(args.tasks), args.split, args.n_tasks)
@@ -230,7 +234,7 @@ def evaluate(args) -> Scores:
     lengths = [int(n) for n in args.lengths.split(",")] if args.lengths else []
     if lengths and args.tasks not in data.DOCUMENTS:
         raise UserError(f"--lengths goes with --tasks {' or '.join(data.DOCUMENTS)}")
-    tasks = data.documents(args.tasks, 1, 1, 2) if lengths else chosen_tasks(args)
+    tasks = data.documents(args.tasks, 1, 1, 2) if lengths else chosen_tasks(args)  # any two
     methods = chosen_methods(args, tasks)
     if lengths and not args.methods:
         methods = ["base", "prompt", "t2l", "t2l_shuffled"]
@@ -259,7 +263,7 @@ def evaluate(args) -> Scores:
 
     results = {row: {} for row in rows}
     for row in rows if not lengths else []:
-        adapters_of = sources.get(row, lambda batch: (None,))
+        adapters_of = sources.get(row, no_adapters)
         model.check_known(tokenizer, [question for task in tasks for question, _ in task.test])
         results[row] = score(tasks, row, adapters_of, base, tokenizer, args)
         print(f"{row:24} {statistics.fmean(results[row].values()):.3f}", flush=True)
@@ -270,7 +274,7 @@ def evaluate(args) -> Scores:
         n_tokens = max(len(model.tokenize(tokenizer, task.descriptions[0])) for task in tasks)
         for row in rows:
             if row != "prompt" or n_tokens + 64 <= window:  # the question and the answer have to fit, too
-                scores = score(tasks, row, sources.get(row, lambda batch: (None,)), base, tokenizer, args)
+                scores = score(tasks, row, sources.get(row, no_adapters), base, tokenizer, args)
                 results[row][f"{n_tokens:,}"] = statistics.fmean(scores.values())
         print(f"{n_lines} lines, {n_tokens} tokens", flush=True)
     return results

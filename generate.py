@@ -25,11 +25,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def model_flags(p: argparse.ArgumentParser) -> None:
     """The flags that say which models answer, and how; eval.py has them, too."""
     switch = argparse.BooleanOptionalAction
-    p.add_argument("--base_model", help=f"{', '.join(model.PRESETS)}, an id or a folder; by default its own.")
+    p.add_argument("--base_model", help=f"{', '.join(model.PRESETS)}, an id or folder; by default the net's.")
     p.add_argument("--hypernet", help="A folder, or USER/REPO/FOLDER of the hub; by default the shipped one.")
     p.add_argument("--module_order", help="Of a published checkpoint's target modules (see the README).")
     p.add_argument("--encoder", help="Where the text encoder is, if not under its name in training.")
-    p.add_argument("--instruction", action=switch, help="Put the description before inputs, too.")
+    p.add_argument("--instruction", action=switch, help="Put the definition (or description) before inputs.")
     p.add_argument("--max_new_tokens", type=int, default=64, help="Longest answer.")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="By default bfloat16 on GPU only.")
 
@@ -38,8 +38,8 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=lora.Help)
     p.add_argument("--desc", action="append", help="What to do, in words; several make several adapters.")
     p.add_argument("--doc", action="append", help="Text file to know; several make one adapter.")
-    p.add_argument("--input", action="append", help="Something to answer; may be given several times.")
-    p.add_argument("--out", default="out/adapter", help="Folder of the adapter, of several 0, 1, ... in it.")
+    p.add_argument("--input", action="append", help="A text to answer; may be given several times.")
+    p.add_argument("--out", default="out/adapter", help="Folder of the adapter; of several: 0, 1, ... in it.")
     p.add_argument("--merge", help="Folder for the base model with the adapter merged into its weights.")
     model_flags(p)
     args = p.parse_args()
@@ -81,16 +81,6 @@ def writer(net: torch.nn.Module, base, tokenizer, args):
     conditions = hypernet.conditions(net, base, tokenizer, encode)
     return torch.no_grad()(lambda texts: net(conditions(texts)))
 
-def read_document(file: str) -> str:
-    """The text of a document."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--doc {file} cannot be read as text: {e}") from None
-    if not text.strip():
-        raise UserError(f"--doc {file} is empty")
-    return text
-
 def show(base, tokenizer, ways: dict[str, tuple], scaling: float, inputs: list[str], args) -> None:
     """Print answers. `ways` is {way to answer: (adapter or None, text before the input)}."""
     answers, times = {}, []
@@ -119,14 +109,19 @@ def save_merged(folder: Path, base, tokenizer, description: str) -> None:
 
 def main() -> None:
     args = parse_args()
-    documents = [read_document(file) for file in args.doc or []]
+    try:
+        documents = [Path(file).read_text(encoding="utf-8-sig") for file in args.doc or []]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--doc cannot be read as text: {e}") from None
+    if not all(text.strip() for text in documents):
+        raise UserError("--doc is empty")
     reads = "documents" if args.doc else "descriptions"
     net = load_net(args.hypernet, args, reads)
     if net.reads != reads:
         raise UserError(f"this hypernetwork reads {net.reads}: use {'--desc' if args.doc else '--doc'}")
     base, tokenizer = load_for([net.config], args)
     write, scaling = writer(net, base, tokenizer, args), net.config.scaling
-    stated = net.config.instruction if args.instruction is None and args.desc else bool(args.instruction)
+    stated = net.config.instruction if args.instruction is None else args.instruction
     window = base.config.get_text_config().max_position_embeddings
     texts = args.desc or ["\n\n".join(documents)]
     model.check_known(tokenizer, (args.input or []) + documents)

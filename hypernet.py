@@ -3,17 +3,18 @@
 A hypernetwork, for those who add one, is a module with these four things:
 
     net.reads            what it is given: "descriptions" or "documents"
-    net(condition)       -> Adapter, A [n, L, r, in] and B [n, L, out, r]. The condition of n descriptions is
-                         the text encoder's output [n, E], that of documents what `document_features` returns
+    net(condition)       -> Adapter, A [n, L, r, in] and B [n, L, out, r], of any rank r. The condition of n
+                         descriptions is the text encoder's output [n, E], that of documents what
+                         `document_features` returns, to be used once
     net.start_as_lora()  makes it write a fresh LoRA, with B = 0, whatever it is given; called before SFT
     net.config           a dataclass: HypernetConfig and its own fields, which `--net` sets
 
-and an entry in ARCHS below, whose name `--arch` then takes. Parameters whose names start with "head" have a
-learning rate of their own (SETTINGS in train.py). Reconstruction also needs `scale` and `normalize`, see
-TextToLoRA.
+and an entry in ARCHS below, whose name `--arch` then takes. Its trained parameters must all take part (DDP).
+Their names decide on weight decay (NO_DECAY in train.py), and on a learning rate of their own, if they start
+with "head". In train.py SETTINGS["net"] may have values for its name. Reconstruction also needs `normalize`
+and `scale`, the deviations that it divides by, see TextToLoRA.
 """
 
-import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -104,7 +105,7 @@ class TextToLoRA(nn.Module):
         if c.size == "small" and not c.rotary:  # and which rank
             self.rank_emb = nn.Sequential(nn.Embedding(c.r, d), nn.LayerNorm(d))
 
-        # heads: one per module. In medium and small it writes both A and B, and is as wide as the wider one
+        # heads: one per module. In medium and small it writes A and B in two passes: as wide as the wider one
         self.heads = nn.ModuleDict()
         for name in self.names:
             n_in, n_out = c.in_features[name], c.out_features[name]
@@ -121,23 +122,27 @@ class TextToLoRA(nn.Module):
                 self.shift[f"{name}_{key}"] = nn.Parameter(shift, requires_grad=False)
                 self.scale[f"{name}_{key}"] = nn.Parameter(scale, requires_grad=False)
 
-    def forward(self, task_emb: Tensor) -> Adapter:
-        """task_emb [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
-        x = self.rows(task_emb)  # [n, L, M, d]
+    def forward(self, text_emb: Tensor) -> Adapter:
+        """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
+        x = self.rows(self.embed_task(text_emb))  # [n, L, M, d]
         x = self.trunk(x)  # [n, L, M, ..., head_in]
         return {name: self.write_module(name, x[:, :, m]) for m, name in enumerate(self.names)}
 
-    def rows(self, task_emb: Tensor) -> Tensor:
-        """The embeddings of task, layer and module, side by side. [n, E] -> [n, L, M, d]"""
-        n, L, M, E = len(task_emb), self.config.n_layers, len(self.names), self.config.input_size
-        if task_emb.shape[-1] != E:
+    def embed_task(self, text_emb: Tensor) -> Tensor:
+        """The embedding of the task, which is trained. [n, E] -> [n, d/2]"""
+        E = self.config.input_size
+        if text_emb.shape[-1] != E:
             message = f"this hypernetwork reads {E} numbers per description, from {self.config.encoder}"
-            raise UserError(f"{message}; the text encoder gives {task_emb.shape[-1]}")
-        task_emb = F.normalize(task_emb, dim=-1) * E**0.5  # norm sqrt(E), as published
-        task_emb = F.dropout(task_emb, self.config.input_dropout, self.training)
-        task = self.task_encoder(task_emb)[:, None, None].expand(n, L, M, -1)
-        layer = self.layer_emb(torch.arange(L, device=task.device))[None, :, None].expand(n, L, M, -1)
-        module = self.module_emb(torch.arange(M, device=task.device))[None, None].expand(n, L, M, -1)
+            raise UserError(f"{message}; the text encoder gives {text_emb.shape[-1]}")
+        text_emb = F.normalize(text_emb, dim=-1) * E**0.5  # norm sqrt(E), as published
+        return self.task_encoder(F.dropout(text_emb, self.config.input_dropout, self.training))
+
+    def rows(self, task_emb: Tensor) -> Tensor:
+        """The embeddings of task, layer and module, side by side. [n, d/2] -> [n, L, M, d]"""
+        n, L, M, device = len(task_emb), self.config.n_layers, len(self.names), task_emb.device
+        task = task_emb[:, None, None].expand(n, L, M, -1)
+        layer = self.layer_emb(torch.arange(L, device=device))[None, :, None].expand(n, L, M, -1)
+        module = self.module_emb(torch.arange(M, device=device))[None, None].expand(n, L, M, -1)
         return torch.cat([task, layer, module], -1)
 
     def trunk(self, x: Tensor) -> Tensor:
@@ -179,7 +184,7 @@ class TextToLoRA(nn.Module):
         for name in self.names:
             nn.init.zeros_(self.heads[name].weight)
             nn.init.zeros_(self.heads[name].bias)
-            lora.fresh(self.shift[f"{name}_A"])
+            lora.fresh_(self.shift[f"{name}_A"])
 
     @torch.no_grad()
     def normalize(self, adapters: Adapter) -> None:
@@ -203,7 +208,6 @@ class DocConfig(HypernetConfig):
     chunk_len: int = 512  # tokens that are read at once; longer documents are read in chunks
     random_chunks: bool = False  # in training split documents at random as well (published: second stage)
     chat: bool = True  # the base model reads a chunk as a user turn of its chat template, as published
-    alpha: float = 2 * 8**2  # 2 r^2, for the published scaling of 2 r^1.5
 
 class SwiGLU(nn.Module):
     """Down(SiLU(Gate x) * Up x)."""
@@ -273,7 +277,7 @@ class DocToLoRA(nn.Module):
     def __init__(self, config: DocConfig):
         super().__init__()
         self.config = c = config
-        self.names = sorted(c.paths)
+        self.names = sorted(c.paths)  # the order of the queries, as published
         L, M, d = c.n_layers, len(self.names), c.latent_size
         self.perceiver = Perceiver(c, M * c.r * (L if c.early_exit else 1))
 
@@ -298,7 +302,7 @@ class DocToLoRA(nn.Module):
     def start_as_lora(self) -> None:
         """Change nothing at first, as published: the bias is a fresh LoRA, B of the chunks is scaled to 0."""
         for name in self.names:
-            lora.fresh(self.bias[f"{name}_A"])
+            lora.fresh_(self.bias[f"{name}_A"])
             self.bias[f"{name}_B"].zero_()
             self.scale[f"{name}_B"].zero_()
 
@@ -329,17 +333,18 @@ class DocToLoRA(nn.Module):
 
     def join(self, chunks: Adapter, counts: list[int]) -> Adapter:
         """The adapters of chunks -> those of documents of counts[i] chunks: along the rank, then the bias,
-        then ranks of zeros up to the longest document. A [documents, L, (most chunks + 1) * r, in]."""
-        bias, zero, first, rows = sum(counts), sum(counts) + 1, 0, []
-        for count in counts:  # indices of a document's parts, in the tensors below
-            rows.append([*range(first, first + count), bias, *[zero] * (max(counts) - count)])
-            first += count
-        rows, joined = torch.tensor(rows, device=self.head.device), {}  # [documents, parts]
+        then ranks of zeros up to the longest document. A [documents, L, R, in], R = (most chunks + 1) * r."""
+        R, joined = (max(counts) + 1) * self.config.r, {}
         for name, (A, B) in chunks.items():
-            bias_A, bias_B = self.bias[f"{name}_A"], self.bias[f"{name}_B"]
-            A = torch.cat([A, torch.stack([bias_A, 0 * bias_A])])[rows]  # [documents, parts, L, r, in]
-            B = torch.cat([B, torch.stack([bias_B, 0 * bias_B])])[rows]  # [documents, parts, L, out, r]
-            joined[name] = (A.transpose(1, 2).flatten(2, 3), B.permute(0, 2, 3, 1, 4).flatten(3, 4))
+            documents = []
+            for own_A, own_B in zip(A.split(counts), B.split(counts)):
+                own_A = own_A.transpose(0, 1).flatten(1, 2)  # [L, count * r, in]
+                own_B = own_B.permute(1, 2, 0, 3).flatten(2)  # [L, out, count * r]
+                own_A = torch.cat([own_A, self.bias[f"{name}_A"]], -2)
+                own_B = torch.cat([own_B, self.bias[f"{name}_B"]], -1)
+                missing = R - own_A.shape[-2]
+                documents.append((F.pad(own_A, (0, 0, 0, missing)), F.pad(own_B, (0, missing))))
+            joined[name] = tuple(torch.stack(parts) for parts in zip(*documents))
         return joined
 
 def split_document(row: list[int], config: DocConfig, training: bool) -> list[list[int]]:
@@ -360,7 +365,7 @@ def document_features(config: DocConfig, base: nn.Module, tokenizer, documents: 
     if config.chat:  # what the chat template puts around a text
         around = model.render(tokenizer, model.prompt(tokenizer, "<<>>")).split("<<>>")
         before, after = (model.tokenize(tokenizer, text) for text in around)
-    chunks, counts, size = [], [], config.chunk_len
+    chunks, counts = [], []
     for document in documents:
         texts = [document] if isinstance(document, str) else document
         rows = [model.tokenize(tokenizer, text) for text in texts]
@@ -370,7 +375,7 @@ def document_features(config: DocConfig, base: nn.Module, tokenizer, documents: 
 
     def groups():
         """The base model reads 4,096 tokens at a time, when the network asks for them, to save memory."""
-        n = max(1, 4096 // (size + len(before) + len(after)))
+        n = max(1, 4096 // (config.chunk_len + len(before) + len(after)))
         for i in range(0, len(chunks), n):
             rows = chunks[i : i + n]
             ids = model.pad(rows, tokenizer.pad_token_id).to(base.device)  # [n, T]
@@ -405,8 +410,6 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
     folder = Path(folder)
     if (folder / "hypermod.pt").exists():
         return import_text_to_lora(folder, module_order)
-    if not (folder / "hypernet.safetensors").exists():
-        raise UserError(f"{folder} holds no hypernetwork (hypernet.safetensors or a published hypermod.pt)")
     config = lora.read(folder / "config.json")
     weights = lora.read(folder / "hypernet.safetensors")
     try:
@@ -436,14 +439,13 @@ def import_text_to_lora(folder: str | Path, module_order: list[str] | None = Non
 
     folder = Path(folder)
     peft = lora.read(folder / "adapter_config.json")
-    broken = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
     try:
         args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
         weights = torch.load(folder / "hypermod.pt", map_location="cpu", weights_only=True)
         config = published_config(peft, args, weights, module_order or list(peft["target_modules"]))
         net = TextToLoRA(config)
         net.load_state_dict(published_weights(weights, config, args))
-    except (*broken, yaml.YAMLError) as e:
+    except Exception as e:  # broken files raise all kinds
         raise UserError(f"{folder} is no published checkpoint, or --module_order is wrong: {e!r}") from None
     return net.eval()
 

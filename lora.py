@@ -73,7 +73,7 @@ def config_for(model: nn.Module, target_modules: list[str], base_model: str, **s
         config.in_features[name], config.out_features[name] = module.in_features, module.out_features
     return config
 
-def fresh(A: Tensor) -> Tensor:
+def fresh_(A: Tensor) -> Tensor:
     """Fill A [..., r, in] as a new LoRA has it: uniform up to 1 / sqrt(in). Its B is zero."""
     return A.uniform_(-(A.shape[-1] ** -0.5), A.shape[-1] ** -0.5)
 
@@ -155,14 +155,14 @@ def select(adapter: Adapter, index) -> Adapter:
     return {name: (A[index], B[index]) for name, (A, B) in adapter.items()}
 
 class LoRABank(nn.Module):
-    """Ordinary LoRAs, to be trained as a batch, from one random A. Task indices [n] -> n adapters."""
+    """Ordinary LoRAs, trained as a batch, all from one random A. Task index [n] -> n adapters, int -> one."""
 
     def __init__(self, config: LoRAConfig, n: int):
         super().__init__()
         self.config, self.A, self.B = config, nn.ParameterDict(), nn.ParameterDict()
         for name in config.paths:
             n_in, n_out = config.in_features[name], config.out_features[name]
-            A = fresh(torch.empty(config.n_layers, config.r, n_in))
+            A = fresh_(torch.empty(config.n_layers, config.r, n_in))
             self.A[name] = nn.Parameter(A.repeat(n, 1, 1, 1))  # [n, L, r, in]
             self.B[name] = nn.Parameter(torch.zeros(n, config.n_layers, n_out, config.r))
 

@@ -87,7 +87,7 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        starts = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # it begins every text so
+        starts = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # it begins every text
         tokenizer.chat_template = "{{ bos_token }}" * starts + PLAIN_TEMPLATE
     eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
@@ -155,7 +155,7 @@ def answer(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, s
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
     new = out[:, ids.shape[1] :]  # [n, up to max_new_tokens]
     ended = torch.isin(new, torch.tensor(model.generation_config.eos_token_id, device=new.device)).any(1)
-    if not strip:  # some tokenizers drop the first space of a text, so cut it off the whole
+    if not strip:  # some tokenizers drop a text's first space, so cut the answer off the whole
         before, whole = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (ids, out))
         return [text[len(start) :] for start, text in zip(before, whole)]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -163,8 +163,9 @@ def answer(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, s
 
 @torch.no_grad()
 def context_features(model: nn.Module, input_ids: Tensor, mask: Tensor, early_exit: bool = False) -> Tensor:
-    """The base model's states at each token, for Doc-to-LoRA. input_ids, mask [n, T] -> [n, L, T, d]: before
-    each of the L layers, the last after the final norm; with early_exit only after L/4 of them, [n, T, d]."""
+    """The base model's states at each token, for Doc-to-LoRA. input_ids, mask [n, T] -> [n, L, T, d]: what
+    each of the L layers reads (the last layer's normed at the end, as published); with early_exit only the
+    states after L/4 layers, [n, T, d]."""
     decoder = model.get_decoder()
     layers = decoder.layers
     decoder.layers = layers[: len(layers) // 4 if early_exit else len(layers) - 1]

@@ -18,7 +18,6 @@ import math
 import os
 import random
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable
@@ -38,17 +37,18 @@ from lora import Adapter, UserError
 
 # -------------------- Settings: kind of run = (value in the tiny world, published value) --------------------
 #
-# Published are the scripts of SakanaAI/text-to-lora and doc-to-lora. SFT takes 5 H100-days there; a shorter
-# recipe is a tenth of it: --max_steps 118000. Kinds are modes, multi_task, archs (also with a base model) and
-# tasks; "any" is all others. Base models other than tiny take the published values.
+# Published are the scripts of SakanaAI/text-to-lora and doc-to-lora, where SFT takes 5 H100-days; to begin
+# with, try a tenth of that: --max_steps 118000. Base models other than tiny take the published values. The
+# first of these kinds that has an entry counts: the tasks, the arch with the base model, the arch,
+# "multi_task" (with --multi_task, in place of the mode) or the mode, "any".
 
 SETTINGS = {
-    # steps; published: 20,000 epochs of 59, 10,000 of 120, up to 100 epochs (2500 is a guess), 80,000
+    # steps; published: any 20,000 epochs of 59, recon 10,000 of 120, lora up to 100 epochs (2500 is a guess)
     "max_steps": dict(any=(1000, 1_180_000), recon=(3000, 1_200_000), lora=(240, 2500), d2l=(2600, 80_000)),
     # highest learning rate, and that of the network's heads as a multiple of it
     "lr": dict(any=(3e-3, 2.5e-5), recon=(4e-3, 1e-3), lora=(3e-3, 8e-5), d2l=(2e-3, 4e-5)),
     "head_lr": dict(any=(1 / 16, 1.0), d2l=(1.0, 1.0)),
-    # share of the steps in which the learning rate rises (d2l: 100 steps); how it falls, to 0 (cosine: 1e-7)
+    # share of the steps in which the learning rate rises (published d2l: 100 of 80,000); how it falls then
     "warmup": dict(any=(0.1, 0.2), recon=(0.1, 0.1), lora=(0.1, 0.1), d2l=(0.04, 0.00125)),
     "schedule": dict(any=("linear", "linear"), d2l=("linear", "cosine")),
     # AdamW (betas 0.9, 0.999; eps 1e-8); longer gradients are clipped
@@ -63,7 +63,7 @@ SETTINGS = {
     "dropout": dict(any=(0.1, 0.05), recon=(0.0, 0.05), lora=(0.0, 0.05), d2l=(0.0, 0.0)),
     "neftune_alpha": dict(any=(0.0, 5.0), needle=(0.0, 0.0)),
     "label_smoothing": dict(any=(0.0, 0.1), d2l=(0.0, 0.0)),
-    # weights in the loss of the mean square and of the mean size of generated A and B
+    # weights in the loss (not of recon) of the mean square and the mean absolute value of A and B
     "l2": dict(any=(1e-3, 1e-3), lora=(0.0, 0.0), multi_task=(0.0, 0.0), d2l=(1e-3, 0.0)),
     "l1": dict(any=(0.0, 0.0), d2l=(0.0, 0.1), needle=(0.0, 1.5)),
     "short_first": dict(any=(False, False), d2l=(True, True)),  # short documents first (published: not said)
@@ -72,7 +72,7 @@ SETTINGS = {
     "recon_loss": dict(any=("z_score", "delta_w")),
     "size": dict(any=("large", "large"), recon=("large", "medium")),
     "rank": dict(any=(8, 8)),  # of the adapters; for d2l of each chunk
-    "alpha": dict(any=(16.0, 16.0), d2l=(128.0, 128.0)),  # scaling is alpha / sqrt(rank)
+    "alpha": dict(any=(16.0, 16.0), d2l=(128.0, 128.0)),  # scaling is alpha / sqrt(rank); d2l: 2 r^2
     "target_modules": dict(any=("q_proj,v_proj", "q_proj,v_proj"), d2l=("down_proj", "down_proj")),
     "instruction": dict(any=(False, True), d2l=(False, False)),  # the task's definition stands in the prompt
     "tasks": dict(any=("tiny", "lots-of-loras"), d2l=("facts", "needle")),
@@ -80,22 +80,29 @@ SETTINGS = {
     # the network's own fields
     "net": {
         "any": ("", ""),
-        "t2l": ("latent_size=128 head_in_size=256 input_dropout=0.3", "latent_size=128 head_in_size=512"),
-        "t2l gemma-2-2b": ("", "latent_size=512 head_in_size=2048"),
-        "t2l llama-3.1-8b": ("", "latent_size=512 head_in_size=2048"),
+        "t2l": ("latent_size=128 head_in_size=256 input_dropout=0.3", "head_in_size=512 full_stop=true"),
+        "t2l gemma-2-2b": ("", "latent_size=512 head_in_size=2048 full_stop=true"),
+        "t2l llama-3.1-8b": ("", "latent_size=512 head_in_size=2048 full_stop=true"),
         "d2l": ("latent_size=128 n_blocks=1 n_heads=4 chunk_len=4 chat=false", "latent_size=512 n_blocks=9"),
         "needle": ("", "latent_size=512 n_blocks=8 n_latents=208 early_exit=true"),
     },
 }
 
 def settings_of(args: argparse.Namespace) -> dict:
-    """The values of SETTINGS for a run of this --base_model, --mode, --arch, --multi_task and --tasks."""
+    """The values of SETTINGS for a run of this --base_model, --mode, --arch, --multi_task and --tasks; and
+    the text encoder and the precision that go with it."""
     base = model.preset_name(args.base_model)
-    column = 0 if base == "tiny" else 1
     kinds = [f"{args.arch} {base}", args.arch, "multi_task" if args.multi_task else args.mode, "any"]
-    value = lambda of: next(of[kind] for kind in kinds if kind in of)[column]  # the most special kind first
-    kinds = [args.tasks or value(SETTINGS["tasks"]), *kinds]
-    return {name: value(of) for name, of in SETTINGS.items()}
+
+    def value(name: str, kinds: list[str]):
+        entries = SETTINGS[name]
+        return next(entries[kind] for kind in kinds if kind in entries)[0 if base == "tiny" else 1]
+
+    tasks = args.tasks or value("tasks", kinds)
+    values = {name: value(name, [tasks, *kinds]) for name in SETTINGS}
+    encoder = model.PRESETS[base][1] if base in model.PRESETS else "base"
+    on_gpu = torch.cuda.is_available() and args.mode != "recon"  # reconstruction is in float32, as published
+    return values | {"encoder": encoder, "dtype": "bfloat16" if on_gpu else "float32"}
 
 def add_flags(p: argparse.ArgumentParser) -> None:
     """The flags; their defaults come from SETTINGS."""
@@ -110,24 +117,23 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks.")
     p.add_argument("--recon_loss", choices=["z_score", "plain", "delta_w"], help="recon: what to compare.")
     p.add_argument("--tasks", help="tiny, lots-of-loras, for d2l facts or needle, or a folder of task files.")
-    p.add_argument("--split", default="train", choices=["train", "val", "test"], help="lora: which tasks.")
+    p.add_argument("--split", default="train", choices=["train", "val", "test"], help="Tasks to train on.")
     p.add_argument("--n_tasks", type=int, help="Use that many of the tasks; by default all.")
     p.add_argument("--oracles", help="recon: the folder that --mode lora wrote.")
     switch = argparse.BooleanOptionalAction
-    p.add_argument("--instruction", action=switch, help="Put the task's definition before each input.")
+    p.add_argument("--instruction", action=switch, help="Put the task's definition before inputs.")
     p.add_argument("--like", metavar="DIR", help="Take the settings of the run in that folder.")
     p.add_argument("--max_steps", type=int, help="Training steps.")
     p.add_argument("--lr", type=float, help="Highest learning rate.")
-    p.add_argument("--tasks_per_batch", type=int, help="In each step, over all processes.")
+    p.add_argument("--tasks_per_batch", type=int, help="In each step, over all processes (lora: all).")
     p.add_argument("--examples_per_task", type=int, help="In each step.")
     p.add_argument("--micro_batch", type=int, help="Rows in the base model at once, on each process.")
     p.add_argument("--dropout", type=float, help="On the input of the adapters, and in Text-to-LoRA.")
     p.add_argument("--neftune_alpha", type=float, help="Noise on the base model's input embeddings.")
     p.add_argument("--seed", type=int, default=0, help="Of all randomness.")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of all but the trained weights.")
-    p.add_argument("--compile", action="store_true", help="Compile the base model's layers.")
     p.add_argument("--gradient_checkpointing", action="store_true", help="Save memory in the base model.")
-    p.add_argument("--out_dir", help="A new folder, or with --resume that of the run.")
+    p.add_argument("--out_dir", default="out/run", help="A new folder, or with --resume that of the run.")
     p.add_argument("--val_every", type=int, help="Steps between two validations, and two saves of the state.")
     p.add_argument("--resume", action="store_true", help="Continue the run in --out_dir, with its settings.")
     p.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
@@ -137,23 +143,22 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=lora.Help)
     add_flags(p)
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    typed, recorded = p.parse_known_args(words)[0], {}
-    out = lambda of: Path(typed.out_dir or f"out/{of.mode if of.arch == 't2l' else of.arch}")
-    if typed.resume and not (out(typed) / "state.safetensors").exists():
-        raise UserError(f"--resume: {out(typed)} holds no interrupted run")
-    if other := out(typed) if typed.resume else typed.like:
-        recorded = lora.read(Path(other) / "train_args.json") | {"resume": False}
-        p.set_defaults(**recorded)
-    given = p.parse_known_args(words)[0]  # the run's kind: --base_model, --mode, --arch, --tasks
-    folder, preset = out(given), model.preset_name(given.base_model)
-    values = settings_of(given)
-    values["encoder"] = model.PRESETS[preset][1] if preset in model.PRESETS else "base"
-    values["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
-    values |= recorded | {"out_dir": str(folder)}
-    values["net"] = f"{values['net']} {typed.net or ''}".strip()  # what is said later wins
-    p.set_defaults(**values)
-    args = p.parse_args()  # shows the values with --help
-    args.net = values["net"]
+    typed = p.parse_known_args(words)[0]  # 1. What was typed tells which run to take settings from.
+    folder, recorded = Path(typed.out_dir), {}
+    if typed.resume and not (folder / "state.safetensors").exists():
+        raise UserError(f"--resume: {folder} holds no interrupted run")
+    if other := folder if typed.resume else typed.like:
+        of_this_call = {"out_dir": typed.out_dir, "resume": False, "wandb": False}
+        recorded = lora.read(Path(other) / "train_args.json") | of_this_call
+    p.set_defaults(**recorded)
+    given = p.parse_known_args(words)[0]  # 2. With those settings it tells the kind of run.
+    values = settings_of(given) | recorded
+    net = f"{values['net']} {typed.net or ''}".strip()  # what is said later wins
+    more = [f"{name} {value}" for name, value in values.items() if name not in vars(typed)]
+    p.epilog = f"in SETTINGS only: {', '.join(more)}"
+    p.set_defaults(**values | {"net": net})
+    args = p.parse_args()  # 3. Now each flag has its default, and --help shows it.
+    args.net = net
     reads = hypernet.ARCHS[args.arch][0].reads
     if reads == "documents" and args.mode != "sft":
         raise UserError(f"--arch {args.arch} is trained with --mode sft")
@@ -161,7 +166,8 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--tasks {args.tasks} does not go with --arch {args.arch}")
     if args.mode == "recon" and not args.oracles:
         raise UserError("--mode recon needs --oracles DIR, a folder that --mode lora wrote")
-    if not args.resume and folder.exists() and {file.name for file in folder.iterdir()} - {"answers.json"}:
+    there = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    if there - {"answers.json"} and not args.resume:  # which is written before training starts
         raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
     return args
 
@@ -170,7 +176,7 @@ def parse_args() -> argparse.Namespace:
 def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):
     """Run the base model on n examples (ids of prompt and answer), with the adapters that are set. Returns at
     all answer tokens (logits [tokens, vocabulary], example [tokens], right token [tokens])."""
-    ids = model.pad([p + a for p, a in examples], 0).to(base.device)  # [n, T], padded on the right: no mask
+    ids = model.pad([p + a for p, a in examples], 0).to(base.device)  # [n, T], padded at the end: no mask
     answers = model.pad([[-1] * len(p) + a for p, a in examples], -1).to(base.device)  # -1 is no answer
     x = base.get_input_embeddings()(ids)  # [n, T, d]
     if neftune_alpha:  # NEFTune (arXiv 2310.05914): uniform noise of a size that does not depend on T and d
@@ -200,16 +206,17 @@ def weight_size(adapter: Adapter, size) -> Tensor:
     return sum(size(A).mean() + size(B).mean() for A, B in adapter.values())
 
 def recon_loss(kind: str, adapter: Adapter, target: Adapter, scale: dict[str, Tensor]) -> Tensor:
-    """L1 between generated adapters and oracles, averaged over the modules: of A and B ("plain"), of their
-    z-scores, so divided by the oracles' deviation `scale`, or of 10,000 BA ("delta_w"), as published."""
+    """L1 between generated adapters and oracles, averaged over the modules: of 10,000 BA ("delta_w", as
+    published), or of A and B over `scale`: 1 ("plain"), or the oracles' deviation ("z_score")."""
     losses = []
     for name, (A, B) in adapter.items():
         target_A, target_B = target[name]
         if kind == "delta_w":
             losses.append(10_000 * (B @ A - target_B @ target_A).abs().mean())
         else:
-            of_A, of_B = (scale[f"{name}_A"], scale[f"{name}_B"]) if kind == "z_score" else (1.0, 1.0)
-            losses.append((((A - target_A) / of_A).abs().mean() + ((B - target_B) / of_B).abs().mean()) / 2)
+            of_A = ((A - target_A) / scale[f"{name}_A"]).abs().mean()
+            of_B = ((B - target_B) / scale[f"{name}_B"]).abs().mean()
+            losses.append((of_A + of_B) / 2)
     return sum(losses) / len(losses)
 
 # -------------------- What is trained --------------------
@@ -248,12 +255,10 @@ def prepare(args, device: torch.device) -> Run:
         lora.inject(base, names, args.dropout).train()
         if device.type == "cpu":
             base.set_attn_implementation("eager")  # its backward pass is the faster one there
-        write_answers(base, tokenizer, tasks + splits["val"], Path(args.out_dir) / "answers.json")
+        write_answers(base, tokenizer, tasks + splits.get("val", []), Path(args.out_dir) / "answers.json")
         model.check_known(tokenizer, [text for task in tasks for text in task.texts()])
         if args.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in base.get_decoder().layers if args.compile else []:
-            layer.compile(dynamic=True)
 
     if args.mode == "lora":
         net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
@@ -266,7 +271,7 @@ def prepare(args, device: torch.device) -> Run:
             net.start_as_lora()
         elif args.recon_loss == "z_score":
             net.normalize(oracles)
-    val_tasks = [task for task in splits["val"] if task.test][:32]
+    val_tasks = [task for task in splits.get("val", []) if task.test][:32]
     val_tasks = val_tasks if args.mode == "sft" or args.multi_task else []
     return Run(args, tasks, val_tasks, base, tokenizer, oracles, net, condition)
 
@@ -292,22 +297,20 @@ def write_answers(base: nn.Module, tokenizer, documents: list[data.Task], file: 
 def new_hypernet(args, config: lora.LoRAConfig, base, tokenizer, device):
     """(the network of --arch for adapters as in `config`, the function texts -> its condition)"""
     kind, settings = hypernet.ARCHS[args.arch]
-    if kind.reads == "documents":
-        encode, input_size = None, base.config.get_text_config().hidden_size
-    else:
-        full_stop = "full_stop=true" in args.net
-        encode = model.load_encoder(args.encoder, device, (base, tokenizer), full_stop)
-        input_size = encode(["cat"]).shape[1]
-    values = dict(encoder=args.encoder, size=args.size, dropout=args.dropout, instruction=args.instruction)
-    values |= dict(input_size=input_size, z_score=args.mode == "recon" and args.recon_loss == "z_score")
-    values |= vars(config)
-    known = settings.__dataclass_fields__
-    fields = {name: value for name, value in values.items() if name in known}
+    known, z_score = settings.__dataclass_fields__, args.mode == "recon" and args.recon_loss == "z_score"
+    values = vars(args) | vars(config) | {"z_score": z_score}
+    values = {name: value for name, value in values.items() if name in known}
     try:
-        fields |= {text.split("=")[0]: json.loads(text.split("=")[1]) for text in args.net.split()}
-        net = kind(settings(**fields)).to(device)
+        values |= {text.split("=")[0]: json.loads(text.split("=")[1]) for text in args.net.split()}
+        c = settings(**values)
     except (IndexError, TypeError, ValueError) as e:
         raise UserError(f"--net {args.net}: {e}; --arch {args.arch} has {', '.join(known)}") from None
+    if kind.reads == "documents":
+        encode, c.input_size = None, base.config.get_text_config().hidden_size
+    else:
+        encode = model.load_encoder(args.encoder, device, (base, tokenizer), c.full_stop)
+        c.input_size = encode(["cat"]).shape[1]
+    net = kind(c).to(device)
     return net, hypernet.conditions(net, base, tokenizer, encode)
 
 # -------------------- A training step --------------------
@@ -329,7 +332,7 @@ def task_loss(run: Run, adapters: Adapter, rows: list[data.Row]) -> Tensor:
     if args.distill:  # the teacher is the base model itself, with the document in its prompt
         lora.set_adapter(base, None)
         with torch.no_grad():
-            teacher, _, _ = answer_logits(base, [(row.told, row.answer) for row in rows])
+            teacher, _, _ = answer_logits(base, [(row.teacher_prompt, row.answer) for row in rows])
     set_row_adapters(run, adapters, rows)
     examples = [(row.prompt, row.answer) for row in rows]
     logits, example, right = answer_logits(base, examples, args.neftune_alpha)
@@ -354,7 +357,7 @@ def sft_step(run: Run, net: nn.Module, batch: data.Batch) -> Tensor:
     leaf = lambda x: x.detach().requires_grad_()
     leaves = {name: (leaf(A), leaf(B)) for name, (A, B) in written.items()}
     loss = args.l1 * weight_size(leaves, torch.abs) + args.l2 * weight_size(leaves, torch.square)
-    loss.backward()
+    loss.backward()  # gives each leaf a gradient, of zeros at least
     loss = loss.detach()
 
     # 3. The rows go through the base model a few of like length at a time. Each backward pass frees the
@@ -396,7 +399,8 @@ def validate(run: Run) -> dict[str, float]:
             set_row_adapters(run, written, part)
             logits, example, target = answer_logits(run.base, [(row.prompt, row.answer) for row in part])
             loss += answer_loss(logits, example, target).item() * len(part)
-            right += len(part) - len(example[logits.argmax(-1) != target].unique())
+            wrong = example[logits.argmax(-1) != target].unique()
+            right += len(part) - len(wrong)
     run.net.train()
     run.base.train()
     return {"val_loss": loss / len(rows), "val_accuracy": right / len(rows)}
@@ -413,20 +417,19 @@ def save(run: Run, folder: Path) -> None:
 
 def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """All that the next step depends on, in one file. A step's randomness follows from its number."""
-    tensors = {f"net.{k}": t for k, t in net.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": t for k, t in state.items()}
-    lora.write(path, tensors | {"step": torch.tensor(step)})
+    tensors = {"step": torch.tensor(step)} | {f"net {k}": t for k, t in net.state_dict().items()}
+    for name, p in net.named_parameters():
+        tensors |= {f"{k} {name}": t for k, t in optimizer.state.get(p, {}).items()}
+    lora.write(path, tensors)
 
 def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put a saved state into net and optimizer; returns the number of steps done."""
-    tensors, state = lora.read(path), optimizer.state_dict()
-    net.load_state_dict({k[4:]: t for k, t in tensors.items() if k.startswith("net.")})
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            state["state"].setdefault(int(i), {})[name] = tensor.clone()
-    optimizer.load_state_dict(state)
+    tensors = lora.read(path)
+    net.load_state_dict({k: tensors[f"net {k}"] for k in net.state_dict()})
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            for k in ("step", "exp_avg", "exp_avg_sq"):
+                optimizer.state[p][k] = tensors[f"{k} {name}"].to(p.device)
     return int(tensors["step"])
 
 def start_processes() -> tuple[int, int, int, torch.device]:
@@ -436,7 +439,7 @@ def start_processes() -> tuple[int, int, int, torch.device]:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return rank, local_rank, world, device
 
@@ -444,13 +447,12 @@ NO_DECAY = ("scale", "bias", "latents", "queries", "b1", "b2")
 
 def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
     """AdamW. Heads have their own learning rate; scales, biases, norms and latents no weight decay."""
-    groups = {}
+    groups = []
     for name, p in net.named_parameters():
         lr_scale = args.head_lr if name.startswith("head") else 1.0
         decays = p.dim() > 1 and not any(word in name for word in NO_DECAY)
         if p.requires_grad:
-            groups.setdefault((lr_scale, args.weight_decay if decays else 0.0), []).append(p)
-    groups = [dict(params=p, lr_scale=k, weight_decay=decay) for (k, decay), p in groups.items()]
+            groups.append(dict(params=[p], lr_scale=lr_scale, weight_decay=args.weight_decay * decays))
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
 def learning_rate(step: int, args) -> float:
@@ -488,7 +490,7 @@ def main() -> None:
         lines = metrics.read_text().splitlines()[:step] if args.resume else []
         metrics.write_text("".join(line + "\n" for line in lines))
         best = min([json.loads(line).get("val_loss", math.inf) for line in lines], default=math.inf)
-        lora.write(folder / "train_args.json", vars(args) | {"trained_tasks": len(run.tasks)})
+        lora.write(folder / "train_args.json", vars(args))
         log = metrics.open("a")
         print(f"{args.mode}: {sum(p.numel() for p in parameters):,} parameters, into {folder}/", flush=True)
         if args.wandb:
@@ -497,7 +499,6 @@ def main() -> None:
 
     bar, measured = tqdm(total=args.max_steps, initial=step, disable=rank > 0, desc=args.mode), {}
     while step < args.max_steps:
-        started = time.perf_counter()
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -519,7 +520,6 @@ def main() -> None:
             continue
 
         row = dict(step=step, loss=loss.item(), lr=lr, grad_norm=grad_norm.item())
-        row["seconds"] = round(time.perf_counter() - started, 4)
         if run.val_tasks and (step % args.val_every == 0 or step == args.max_steps):
             measured = validate(run)
             row |= measured
