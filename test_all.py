@@ -4,6 +4,7 @@ Golden files of the published implementations are used where ../shared/golden ha
 installed, a GPU where there is one, and real models where T2L_BASE and T2L_ENCODER name their folders.
 """
 
+import collections
 import http.server
 import importlib.util
 import itertools
@@ -12,7 +13,6 @@ import math
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -44,7 +44,7 @@ VARIANTS = [f"llama_{size}_{v}" for size in ("L", "M", "S", "Srot") for v in ("s
 GOLDEN_FILES = [*VARIANTS, "llama_L_recon_f"]
 NAMES, SCALING = ["q_proj", "v_proj"], 16 / 8**0.5
 DECODERS = [GemmaConfig, Gemma2Config, Gemma3TextConfig, Gemma3Config, Qwen2Config, Qwen3Config]
-DECODERS += [LlamaConfig, MistralConfig, CohereConfig]
+DECODERS += [LlamaConfig, MistralConfig, CohereConfig, Phi3Config]
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 DESC = "Keep only the animals and translate them into French."
@@ -141,8 +141,6 @@ def test_injected_layer_is_the_equation_and_so_are_its_gradients():
     close(*[torch.autograd.grad((out * weight).sum(), (A, B, x)) for out in (y, expected)])
     lora.set_adapter(holder, None)
     close(layer(x), F.linear(x, W, bias), 0, 0)
-    with pytest.raises(AssertionError, match="needs its scaling"):
-        lora.set_adapter(holder, {"q_proj": (A, B)})
 
 def test_one_adapter_per_row_equals_a_loop_over_rows():
     base, config = injected(tiny_llama())
@@ -165,15 +163,6 @@ def test_dropout_is_on_the_lora_branch_in_training_only():
     lora.set_adapter(holder, {"q_proj": (torch.eye(50)[None], torch.eye(50)[None])}, 1.0)
     assert set((layer(x) - plain).round(decimals=3).unique().tolist()) == {0.0, 2.0}
     close(layer.eval()(x) - plain, torch.ones(1, 50))
-
-def test_merged_weights_compute_what_the_adapter_does():
-    base, config = injected(tiny_llama())
-    adapter, ids = random_adapter(config), torch.randint(160, (2, 9))
-    lora.set_adapter(base, adapter, config.scaling)
-    adapted = base(ids).logits
-    lora.set_adapter(base, None)
-    lora.merge(base, adapter, config.scaling)
-    close(base(ids).logits, adapted, 1e-4)
 
 def test_rank_concatenation_adds_the_updates():
     config = lora.config_for(tiny_llama(), NAMES, "x")
@@ -224,15 +213,6 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     refused("is missing", lora.load_adapter, tmp_path)
     lora.write(tmp_path / "adapter_config.json", {"peft_type": "LORA", "use_dora": True})
     refused("not a plain LoRA", lora.load_adapter, tmp_path)
-
-def test_an_adapter_on_fused_projections():
-    """A base model with fused qkv needs no change: the fused layer is a target module like any other."""
-    base, config = injected(small_decoder(Phi3Config), ["qkv_proj"])
-    ids = torch.randint(1, 50, (2, 9))
-    before = base(ids).logits
-    lora.set_adapter(base, random_adapter(config, 2), config.scaling)
-    assert config.out_features["qkv_proj"] > config.in_features["qkv_proj"]
-    assert (base(ids).logits - before).abs().max() > 0.01
 
 # -------------------- hypernet.py --------------------
 def small_config(size: str, **changes) -> hypernet.TextConfig:
@@ -808,7 +788,6 @@ def test_the_answers_to_a_note_are_in_it():
 def test_what_is_shown_fits_the_description():
     shown = lambda text: data.shown_inputs("smollm2-135m", text)[0]
     assert "@" in shown("Give the domain of the e-mail address.") and "job:" in shown("Write it as JSON.")
-    assert shown("Convert the date to DD.MM.YYYY.").count("-") == 2 and shown("Drop the place.")[-1] == "."
     assert "," not in shown("Write the name in capital letters.") and "-" in shown("The month in words.")
     assert data.shown_inputs("mistral-7b", DESC) == []
 
@@ -836,7 +815,8 @@ def small_decoder(make) -> nn.Module:
 @pytest.mark.parametrize("make", DECODERS)
 def test_an_adapter_on_every_architecture(tmp_path, make):
     """The logits are PEFT's and the merged model's; the gradients are the same with checkpointing."""
-    base, config = injected(small_decoder(make), ["q_proj", "v_proj", "o_proj", "down_proj"])
+    own = ["qkv_proj"] if make is Phi3Config else ["q_proj", "v_proj"]
+    base, config = injected(small_decoder(make), [*own, "o_proj", "down_proj"])
     adapter, ids = random_adapter(config), torch.randint(1, 50, (2, 9))
     lora.save_adapter(tmp_path / "adapter", adapter, config)
     plain = base(ids).logits
@@ -848,7 +828,7 @@ def test_an_adapter_on_every_architecture(tmp_path, make):
     close(logits, ours[:, 2:-1].flatten(0, 1), 1e-4, 1e-4)  # whatever the model does to its logits
     assert right.tolist() == ids[:, 3:].flatten().tolist() and example.tolist() == [0] * 6 + [1] * 6
     leaves, grads, calls = [x.requires_grad_() for pair in adapter.values() for x in pair], [], []
-    base.get_submodule(config.paths["q_proj"].format(0)).register_forward_hook(lambda *_: calls.append(1))
+    base.get_submodule(config.paths[own[0]].format(0)).register_forward_hook(lambda *_: calls.append(1))
     for checkpointing in (False, True):
         if checkpointing:
             base.train().gradient_checkpointing_enable({"use_reentrant": False})
@@ -864,20 +844,15 @@ def test_an_adapter_on_every_architecture(tmp_path, make):
     close(merged(ids).logits, ours, 1e-4, 1e-4)
     close(ours, with_peft(small_decoder(make), tmp_path / "adapter")(ids).logits)
 
-@pytest.mark.parametrize("make", DECODERS)
-def test_answer_loss_equals_the_naive_one(make):
-    base, smoothing, examples, naive = small_decoder(make), 0.2, [], []
+def test_answer_loss_equals_the_naive_one():
+    base, smoothing, examples, naive = small_decoder(LlamaConfig), 0.2, [], []
     for n, k in ((9, 4), (5, 2), (7, 6)):  # tokens, of which prompt
         ids = torch.randint(1, 50, (n,)).tolist()
         logp = base(torch.tensor([ids])).logits[0].log_softmax(-1)
         each = [-(1 - smoothing) * logp[i - 1, ids[i]] - smoothing * logp[i - 1].mean() for i in range(k, n)]
         examples.append((ids[:k], ids[k:]))
         naive.append(sum(each) / len(each))
-    loss = lambda: train.answer_loss(*train.answer_logits(base, examples), smoothing)
-    close(loss(), sum(naive) / 3)
-    base, config = injected(base)
-    lora.set_adapter(base, random_adapter(config, 3), config.scaling)
-    assert (loss() - sum(naive) / 3).abs() > 1e-4
+    close(train.answer_loss(*train.answer_logits(base, examples), smoothing), sum(naive) / 3)
 
 def test_neftune_noise_has_the_published_size():
     base, seen = tiny_llama(), []
@@ -899,9 +874,9 @@ def test_learning_rates():
     assert rates == rates[:10] + sorted(rates[10:])[::-1]
     args.head_lr, args.weight_decay = 0.5, 0.01
     groups = train.make_optimizer(hypernet.TextToLoRA(small_config("large")), args).param_groups
-    scales = {(g["lr_scale"], g["weight_decay"]): len(g["params"]) for g in groups}
-    assert set(scales) == {(0.5, 0.01), (0.5, 0.0), (1.0, 0.01), (1.0, 0.0)}
-    assert scales[0.5, 0.01] == scales[0.5, 0.0] == 2
+    kinds = collections.Counter((group["lr_scale"], group["weight_decay"]) for group in groups)
+    assert set(kinds) == {(0.5, 0.01), (0.5, 0.0), (1.0, 0.01), (1.0, 0.0)}
+    assert kinds[0.5, 0.01] == kinds[0.5, 0.0] == 2
 
 def test_help_shows_the_values_of_the_run(capsys):
     def shown(module, *words):
@@ -917,22 +892,6 @@ def test_help_shows_the_values_of_the_run(capsys):
     for module, most in ((train, 32), (generate, 16), (evaluation, 26)):
         assert len(re.findall(r"^  (?:-h, )?--", shown(module), re.M)) <= most
 
-def test_oracles_train_apart_from_each_other():
-    """The gradient of one adapter of the bank does not depend on the other tasks of the batch."""
-    base, config = injected(tiny_llama())
-    bank = lora.LoRABank(config, 3)
-    assert torch.equal(bank.A["q_proj"][0], bank.A["q_proj"][2])
-    for B in bank.B.values():
-        nn.init.normal_(B, std=0.1)
-    ids, grads = torch.randint(160, (6, 8)).tolist(), []
-    for tasks in ([0, 1, 2], [1]):
-        bank.zero_grad()
-        lora.set_adapter(base, bank(torch.tensor(tasks)), config.scaling)
-        examples = [(row[:2], row[2:]) for i in tasks for row in ids[2 * i : 2 * i + 2]]
-        (train.answer_loss(*train.answer_logits(base, examples)) * len(tasks)).backward()
-        grads.append(bank.A["v_proj"].grad[1].clone())
-    close(grads[0], grads[1], 1e-4, 1e-6)
-
 def gradients(run: train.Run, step: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss and the gradients that a training step leaves in the network."""
     run.net.zero_grad()
@@ -945,6 +904,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(arch):
     """The detached adapters change neither loss nor gradients, with gradient checkpointing as without."""
     documents, oracles = "--arch d2l --tasks_per_batch 3".split(), "--mode lora --n_tasks 3".split()
     run = run_of(*dict(t2l=SHORT, d2l=documents, lora=oracles)[arch], "--dropout", "0")
+    assert arch != "lora" or torch.equal(run.net.A["q_proj"][0], run.net.A["q_proj"][2])  # all begin alike
     run.args.l1 = run.args.l2 = 0.1
     for p in run.net.parameters():  # away from B = 0
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * p.requires_grad
@@ -1016,17 +976,15 @@ def torchrun(n: int, folder: Path, *words) -> list[float]:
     subprocess.run(line, cwd=HERE, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return losses_of(folder)
 
-@pytest.mark.parametrize("more", [[], ["--micro_batch", "3", "--gradient_checkpointing"]])
-def test_two_processes_are_one(tmp_path, more):
-    quiet = ["--dropout", "0", *more]
+def test_two_processes_are_one(tmp_path):
+    quiet = ["--dropout", "0"]
     one, two = torchrun(1, tmp_path / "one", *quiet), torchrun(2, tmp_path / "two", *quiet)
     assert len(one) == 5 and one[0] != one[-1]
     assert max(abs(a - b) for a, b in zip(one, two)) < 1e-5
     ours, theirs = (load_file(tmp_path / n / "hypernet.safetensors") for n in ("one", "two"))
     assert max((ours[k].float() - theirs[k].float()).abs().max() for k in ours) < 2e-3  # bfloat16
-    if not more:
-        noisy = torchrun(2, tmp_path / "noisy", "--dropout", "0.1", "--neftune_alpha", "5")
-        assert max(abs(a - b) for a, b in zip(noisy, two)) > 1e-4
+    noisy = torchrun(2, tmp_path / "noisy", "--dropout", "0.1", "--neftune_alpha", "5")
+    assert max(abs(a - b) for a, b in zip(noisy, two)) > 1e-4
 
 def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatch, capsys):
     instances, tasks = [{"input": "cat dog", "output": ["dog cat"]}] * 5, tmp_path / "tasks"
@@ -1046,12 +1004,6 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
         words = ["--desc", "red hat", "--input", "cat dog", "--hypernet", net, "--out", tmp_path / "out"]
         assert command(generate, *words) == 0 and set(contents()) == {expected}
     assert command(evaluation, *own, "--no-instruction") == 0 and set(contents()) == {"cat dog"}
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_compiled_layers_compute_the_same(tmp_path):
-    plain = fit(tmp_path / "plain", *SHORT, "--max_steps", "2", "--dropout", "0")
-    compiled = fit(tmp_path / "compiled", *SHORT, "--max_steps", "2", "--dropout", "0", "--compile")
-    close(torch.tensor(plain), torch.tensor(compiled), 1e-4, 1e-4)
 
 def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     """A hypernetwork that learnt to write four oracles writes them back."""
@@ -1151,7 +1103,7 @@ def test_a_step_on_cuda_is_that_of_the_cpu():
     close([grad.cpu() for grad in cuda_grads], grads, 1e-3, 1e-5)
 
 @needs_gpu
-def test_train_resume_and_generate_on_cuda(tmp_path):
+def test_train_and_generate_on_cuda(tmp_path):
     fit(tmp_path / "run", *SHORT, "--max_steps", "12", "--val_every", "5", "--dtype", "bfloat16")
     assert command(generate, *SAY, "--hypernet", tmp_path / "run", "--out", tmp_path / "adapter") == 0
     assert len(torchrun(1, tmp_path / "nccl")) == 5
@@ -1196,22 +1148,19 @@ def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, serve
     task = json.dumps(task).encode()
     server.files = {f"/{name}.json": (task, len(task)) for names in splits.values() for name in names}
     first, second = (f"/{name}.json" for name in splits["train"][:2])
-    for length in (len(task), len(task) - 9):  # cut off; shorter than it should be
-        server.files[second] = (task[:-9], length)
-        refused(f"of 490 task files are not in .*{server.url}{second}", data.load_tasks, "lots-of-loras")
+    server.files[second] = (task[:-9], len(task))  # cut off
+    refused(f"of 490 task files are not in .*{server.url}{second}", data.load_tasks, "lots-of-loras")
     server.files[second] = (task, len(task))
     tasks = data.load_tasks("lots-of-loras")
     assert [t.name for t in tasks["train"]] == splits["train"] and tasks["val"][0].definition == "Do it."
-    assert server.asked.count(first) == 1 and server.asked.count(second) == 3
+    assert server.asked.count(first) == 1 and server.asked.count(second) == 2
     assert data.load_tasks("lots-of-loras") == tasks and server.asked.count(first) == 1
 
-@pytest.mark.parametrize("case", ["published", "ours", "cut off", "not there"])
+@pytest.mark.parametrize("case", ["published", "not there"])
 def test_a_hypernetwork_from_the_hub(tmp_path, server, case):
-    sent = TINY / "sft_small"
-    if case == "published":
-        net = hypernet.load_hypernet(sent)
-        weights = in_published_layout(net, "sft")
-        sent = published_folder(tmp_path / "sent", weights, emb_model="hash", order=net.names)
+    net = hypernet.load_hypernet(TINY / "sft_small")
+    weights = in_published_layout(net, "sft")
+    sent = published_folder(tmp_path / "sent", weights, emb_model="hash", order=net.names)
     own = [file for file in sent.iterdir() if file.name in hypernet.FILES]
     files = {f"trained/tiny/{f.name}": f.read_bytes() for f in own} | {"trained/other/big.bin": b"x"}
     tree = [dict(type="file", path=name, size=len(content), oid="b" * 40) for name, content in files.items()]
@@ -1221,15 +1170,14 @@ def test_a_hypernetwork_from_the_hub(tmp_path, server, case):
         encoded = {path: json.dumps(reply).encode() for path, reply in replies.items()}
         server.files = {path: (content, len(content)) for path, content in encoded.items()}
     for name, content in files.items():
-        sent_part = content[:100] if case == "cut off" else content
-        server.files[f"/u/r/resolve/{'a' * 40}/{name}"] = (sent_part, len(content))
+        server.files[f"/u/r/resolve/{'a' * 40}/{name}"] = (content, len(content))
     words = [*SAY, "--hypernet", "u/r/trained/tiny", "--input", "cat red dog shirt", "--no-instruction"]
     words = [sys.executable, "generate.py", *words, "--out", str(tmp_path / "out")]
     env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_HUB_DISABLE_XET": "1"}
     env |= dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), no_proxy="127.0.0.1")
     start = lambda **more: subprocess.run(words, cwd=HERE, env=env | more, capture_output=True, text=True)
     run = start()
-    if case in ("published", "ours"):
+    if case == "published":
         assert run.returncode == 0 and "with adapter" in run.stdout, run.stderr
         assert not any("other" in path for path in server.asked)
         again = start(HF_ENDPOINT="http://127.0.0.1:1")  # now it is on this machine
@@ -1474,11 +1422,5 @@ def test_a_real_model(tmp_path):
     losses = fit(tmp_path / "net", *words)
     assert losses[-1] < 0.6 * losses[0]
     words = ["--desc", "Swap the two words.", "--hypernet", tmp_path / "net", "--input", "red cat"]
-    words += ["--max_new_tokens", "8", "--out", tmp_path / "adapter", "--merge", tmp_path / "merged"]
+    words += ["--max_new_tokens", "8", "--out", tmp_path / "adapter"]
     assert command(generate, *words) == 0
-    base, tokenizer = model.load_base(os.environ["T2L_BASE"])
-    prompt = model.render(tokenizer, model.prompt(tokenizer, "red cat"))
-    ids = torch.tensor([model.tokenize(tokenizer, prompt)])
-    theirs = with_peft(base, tmp_path / "adapter")(ids).logits
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits
-    close(merged, theirs, 1e-3, 1e-3)
