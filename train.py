@@ -439,7 +439,7 @@ def start_processes() -> tuple[int, int, int, torch.device]:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
+    if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return rank, local_rank, world, device
 
@@ -539,7 +539,7 @@ def main() -> None:
         if not run.val_tasks:
             save(run, folder)
         state.unlink(missing_ok=True)
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()  # leave together
         dist.destroy_process_group()
 
