@@ -349,4 +349,4 @@ def main() -> None:
         plot(args.plot, results, args)
 
 if __name__ == "__main__":
-    lora.run(main)
+    lora.command(main)

@@ -157,4 +157,4 @@ def main() -> None:
         print(f"\nmerged model: {args.merge}/")
 
 if __name__ == "__main__":
-    lora.run(main)
+    lora.command(main)

@@ -259,7 +259,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         said = action.default is not None and action.default is not False
         return super()._get_help_string(action) if said else action.help
 
-def run(main) -> None:
+def command(main) -> None:
     """Run a command's main(). A UserError, or a file error, is one line on stderr and exit code 2."""
     try:
         main()

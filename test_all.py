@@ -98,7 +98,7 @@ def command(module, *words) -> int:
     """Run a command's main() in this process; its exit code."""
     sys.argv = [f"{module.__name__}.py", *map(str, words)]
     try:
-        lora.run(module.main)
+        lora.command(module.main)
     except SystemExit as stop:
         return stop.code
     return 0

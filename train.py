@@ -544,4 +544,4 @@ def main() -> None:
         dist.destroy_process_group()
 
 if __name__ == "__main__":
-    lora.run(main)
+    lora.command(main)
