@@ -778,6 +778,7 @@ def test_what_the_chores_withhold_is_nowhere_in_training(tmp_path):
 
 def test_the_answers_to_a_note_are_in_it():
     notes = script("smollm2-135m/notes.py")
+    notes.vocabulary = lambda: ["apple"]
     for i, kind in enumerate([*notes.DATA["kinds"].values()] * 5):
         note = notes.make_note(kind, 3 + i % 10, random.Random(i), i % 2 == 0, i % 3 == 0)
         answers = [question["answer"] for question in note["questions"]]
