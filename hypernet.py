@@ -206,7 +206,6 @@ class DocConfig(HypernetConfig):
     n_blocks: int = 9
     n_heads: int = 16  # of size 128, and a quarter as many for keys and values, as published
     chunk_len: int = 512  # tokens that are read at once; longer documents are read in chunks
-    by_line: bool = False  # every line of a document begins a chunk
     random_chunks: bool = False  # in training split documents at random as well (published: second stage)
     chat: bool = True  # the base model reads a chunk as a user turn of its chat template, as published
 
@@ -369,8 +368,6 @@ def document_features(config: DocConfig, base: nn.Module, tokenizer, documents: 
     chunks, counts = [], []
     for document in documents:
         texts = [document] if isinstance(document, str) else document
-        if config.by_line:
-            texts = [line for text in texts for line in text.splitlines() if line.strip()]
         rows = [model.tokenize(tokenizer, text) for text in texts]
         parts = [part for row in rows for part in split_document(row, config, training)]
         chunks += [before + part + after for part in parts]

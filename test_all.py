@@ -204,8 +204,6 @@ def test_we_read_pefts_adapter(tmp_path, alphas):
 
 def test_what_does_not_fit_is_refused_in_words(tmp_path):
     refused("no linear layers named qkv, but down_proj, gate_proj", lora.inject, tiny_llama(), ["qkv"])
-    fused, names = small_decoder(Phi3Config), "down_proj, gate_up_proj, o_proj, qkv_proj"
-    refused(f"named q_proj, but {names}", lora.inject, fused, ["q_proj"])
     odd = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(4, n)}) for n in (4, 6))})
     refused("not in every layer, in one place and of one shape", lora.inject, odd, ["q_proj"])
     adapter = random_adapter(lora.config_for(tiny_llama(hidden_size=32), NAMES, "x"))
@@ -614,8 +612,7 @@ def test_gte_loads_without_its_own_code(tmp_path):
     close(model.load_encoder(str(tmp_path))(["one two"])[0], published([2, 5, 6, 3]), 1e-4)
 
 def test_text_encoders_side_by_side():
-    one, two = model.load_encoder("hash"), model.load_encoder("hash+hash")
-    assert torch.equal(two([DESC]), one([DESC]).repeat(1, 2))
+    assert torch.equal(model.load_encoder("hash+hash")(["x"]), model.load_encoder("hash")(["x"]).repeat(1, 2))
 
 def test_base_encoder_reads_the_last_token():
     base, tokenizer = model.load_base("tiny")
@@ -775,16 +772,6 @@ def test_what_the_chores_withhold_is_nowhere_in_training(tmp_path):
     assert len(reworded) > 2000 and not seen & {text.lower() for text in reworded}
     surnames = next(task.train for task in tasks["train"] if task.name == "name-surname")
     assert not {answers[0] for _, answers in surnames} & set(chores.pool("last", True))
-
-def test_the_answers_to_a_note_are_in_it():
-    notes = script("smollm2-135m/notes.py")
-    notes.vocabulary = lambda: ["apple"]
-    for i, kind in enumerate([*notes.DATA["kinds"].values()] * 5):
-        note = notes.make_note(kind, 3 + i % 10, random.Random(i), i % 2 == 0, i % 3 == 0)
-        answers = [question["answer"] for question in note["questions"]]
-        told = [answer for answer in answers if answer != notes.DATA["missing"]]
-        assert len(told) == 3 and len(answers) == 4
-        assert all(answer.lower() in note["document"].lower() for answer in told)
 
 def test_what_is_shown_fits_the_description():
     shown = lambda text: data.shown_inputs("smollm2-135m", text)[0]
@@ -1044,6 +1031,10 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
         assert command(generate, *words, "--out", tmp_path / name) == 0
         shown = capsys.readouterr().out
         assert f"with adapter  {fact}\n" in shown and "14 tokens" in shown and "rank 24 on down_proj" in shown
+        assert "in context" in shown and re.search(r"with adapter \d+ ms", shown)
+    both = ["--doc", tmp_path / "cat.txt", "--doc", tmp_path / "dog.txt"]  # one adapter
+    assert command(generate, *both, "--hypernet", net, "--out", tmp_path / "both") == 0
+    assert lora.load_adapter(tmp_path / "both")[0]["down_proj"][0].shape[-2] == 8 * 5  # four chunks, a bias
     words = ["--tasks", docs, "--split", "train", "--hypernet", net, "--methods", "base,t2l,t2l_shuffled"]
     results = evaluate(tmp_path / "e.json", *words)
     assert [results[k]["mean"] for k in ("base", "t2l", "t2l_shuffled")] == [0, 1, 0]
@@ -1157,8 +1148,7 @@ def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, serve
     assert server.asked.count(first) == 1 and server.asked.count(second) == 2
     assert data.load_tasks("lots-of-loras") == tasks and server.asked.count(first) == 1
 
-@pytest.mark.parametrize("case", ["published", "not there"])
-def test_a_hypernetwork_from_the_hub(tmp_path, server, case):
+def test_a_published_hypernetwork_from_the_hub(tmp_path, server):
     net = hypernet.load_hypernet(TINY / "sft_small")
     weights = in_published_layout(net, "sft")
     sent = published_folder(tmp_path / "sent", weights, emb_model="hash", order=net.names)
@@ -1167,9 +1157,8 @@ def test_a_hypernetwork_from_the_hub(tmp_path, server, case):
     tree = [dict(type="file", path=name, size=len(content), oid="b" * 40) for name, content in files.items()]
     repo = {"id": "u/r", "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
     replies = {"/api/models/u/r/revision/main": repo, f"/api/models/u/r/tree/{'a' * 40}": tree}
-    if case != "not there":
-        encoded = {path: json.dumps(reply).encode() for path, reply in replies.items()}
-        server.files = {path: (content, len(content)) for path, content in encoded.items()}
+    encoded = {path: json.dumps(reply).encode() for path, reply in replies.items()}
+    server.files = {path: (content, len(content)) for path, content in encoded.items()}
     for name, content in files.items():
         server.files[f"/u/r/resolve/{'a' * 40}/{name}"] = (content, len(content))
     words = [*SAY, "--hypernet", "u/r/trained/tiny", "--input", "cat red dog shirt", "--no-instruction"]
@@ -1178,15 +1167,10 @@ def test_a_hypernetwork_from_the_hub(tmp_path, server, case):
     env |= dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), no_proxy="127.0.0.1")
     start = lambda **more: subprocess.run(words, cwd=HERE, env=env | more, capture_output=True, text=True)
     run = start()
-    if case == "published":
-        assert run.returncode == 0 and "with adapter" in run.stdout, run.stderr
-        assert not any("other" in path for path in server.asked)
-        again = start(HF_ENDPOINT="http://127.0.0.1:1")  # now it is on this machine
-        assert again.stdout.split("\n", 1)[1] == run.stdout.split("\n", 1)[1], again.stderr
-    else:
-        assert run.returncode == 2 and not (tmp_path / "out").exists()
-        last = run.stderr.splitlines()[-1]
-        assert last.startswith("error: u/r/trained/tiny is not a folder here, and cannot")
+    assert run.returncode == 0 and "with adapter" in run.stdout, run.stderr
+    assert not any("other" in path for path in server.asked)
+    again = start(HF_ENDPOINT="http://127.0.0.1:1")  # now it is on this machine
+    assert again.stdout.split("\n", 1)[1] == run.stdout.split("\n", 1)[1], again.stderr
 
 # -------------------- The commands --------------------
 def test_generate_writes_what_it_shows(tmp_path, capsys):
@@ -1211,15 +1195,6 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     assert model.answer(*model.load_base(str(tmp_path / "merged")), prompts, 64) == answers[:2]
     assert (tmp_path / "merged" / "description.txt").read_text() == DESC + "\n"
 
-def test_several_documents_make_one_adapter(tmp_path, reader, capsys):
-    for name, text in {"one": "cat -> red", "two": "dog -> blue horse chair"}.items():
-        (tmp_path / f"{name}.txt").write_text(text)
-    docs = [word for name in ("one", "two") for word in ("--doc", tmp_path / f"{name}.txt")]
-    assert command(generate, *docs, "--hypernet", reader, "--input", "cat", "--out", tmp_path / "both") == 0
-    shown = capsys.readouterr().out
-    assert "one.txt" in shown and "in context" in shown and re.search(r"with adapter \d+ ms", shown)
-    assert lora.load_adapter(tmp_path / "both")[0]["down_proj"][0].shape[-2] == 8 * 3  # two chunks, a bias
-
 README_SCORES = {"sft_large": 0.99, "sft_medium": 0.97, "sft_small": 0.95, "recon": 0.3}
 
 @pytest.mark.parametrize("name", README_SCORES)
@@ -1236,7 +1211,6 @@ def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
 
 NET, READER = ["--hypernet", "{net}"], ["--hypernet", "{reader}"]
 BASE, RECON = ["--base_model", "{base}"], ["--mode", "recon"]
-NEITHER = "neither tiny, lots-of-loras, facts, needle nor a folder"
 BAD = {
     "no description": (generate, [], "say what to do"),
     "empty description": (generate, ["--desc", "  "], "is empty"),
@@ -1258,7 +1232,7 @@ BAD = {
     "missing folder": (evaluation, ["--methods", "oracle"], "the method oracle lacks what it needs"),
     "lengths of tasks": (evaluation, ["--lengths", "4"], "--lengths goes with --tasks facts or needle"),
     "no test part": (evaluation, ["--tasks", "{tmp}/tasks", "--split", "train"], "has no test part"),
-    "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], NEITHER),
+    "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither tiny, lots-of-loras"),
     "unknown base": (train, ["--base_model", "./nowhere", "--tasks", "tiny"], "./nowhere is no folder"),
     "tasks of unknown words": (train, ["--tasks", "{tmp}/tasks"], "no token for Paris"),
     "documents as tasks": (train, ["--tasks", "facts"], "does not go with --arch t2l"),
@@ -1267,7 +1241,6 @@ BAD = {
     "empty oracles": (train, [*RECON, "--oracles", "{foreign}"], "holds no adapters of the train tasks"),
     "oracles of another base": (train, [*RECON, "--oracles", "{tmp}/oracles"], "are for base, not tiny"),
     "nothing to resume": (train, ["--out_dir", "{tmp}/none", "--resume"], "holds no interrupted run"),
-    "unknown target": (train, ["--target_modules", "qkv"], "no linear layers named qkv"),
 }
 
 @pytest.fixture(scope="module")
