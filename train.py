@@ -485,6 +485,8 @@ def main() -> None:
     folder = Path(args.out_dir)
     state, metrics = folder / "state.safetensors", folder / "metrics.jsonl"
     step = load_state(state, run.net, optimizer) if args.resume else 0
+    if step >= args.max_steps:
+        raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {step} steps")
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         lines = metrics.read_text().splitlines()[:step] if args.resume else []
