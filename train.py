@@ -18,6 +18,7 @@ import math
 import os
 import random
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable
@@ -542,7 +543,7 @@ def main() -> None:
             save(run, folder)
         state.unlink(missing_ok=True)
     if dist.is_initialized():
-        dist.barrier()  # leave together
+        time.sleep(1)  # the last all_reduce's thread needs Python's lock once more: without, this may hang
         dist.destroy_process_group()
 
 if __name__ == "__main__":
