@@ -234,7 +234,7 @@ def evaluate(args) -> Scores:
     lengths = [int(n) for n in args.lengths.split(",")] if args.lengths else []
     if lengths and args.tasks not in data.DOCUMENTS:
         raise UserError(f"--lengths goes with --tasks {' or '.join(data.DOCUMENTS)}")
-    tasks = data.documents(args.tasks, 1, 1, 2) if lengths else chosen_tasks(args)  # any two
+    tasks = data.documents(args.tasks, 1, 1, 2) if lengths else chosen_tasks(args)  # or two, to choose by
     methods = chosen_methods(args, tasks)
     if lengths and not args.methods:
         methods = ["base", "prompt", "t2l", "t2l_shuffled"]

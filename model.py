@@ -164,7 +164,7 @@ def answer(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, s
 @torch.no_grad()
 def context_features(model: nn.Module, input_ids: Tensor, mask: Tensor, early_exit: bool = False) -> Tensor:
     """The base model's states at each token, for Doc-to-LoRA. input_ids, mask [n, T] -> [n, L, T, d]: what
-    each of the L layers reads (the last layer's normed at the end, as published); with early_exit only the
+    each of the L layers reads, for the last one after the final norm, as published; with early_exit only the
     states after L/4 layers, [n, T, d]."""
     decoder = model.get_decoder()
     layers = decoder.layers
