@@ -51,7 +51,7 @@ def load_tasks(source: str) -> dict[str, list[Task]]:
     """{"train": [...], "val": [...], "test": [...]} of a built-in source, or of a folder of task files."""
     names = BENCHMARKS if source == "benchmarks" else str(source).split(",")
     if set(names) <= set(BENCHMARKS):
-        return {"test": [benchmark(name) for name in names]}
+        return {"train": [], "val": [], "test": [benchmark(name) for name in names]}
     return SOURCES[source]() if source in SOURCES else folder_tasks(source)
 
 def pick(tasks: dict[str, list[Task]], split: str, n_tasks: int | None = None) -> list[Task]:

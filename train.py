@@ -256,7 +256,7 @@ def prepare(args, device: torch.device) -> Run:
         lora.inject(base, names, args.dropout).train()
         if device.type == "cpu":
             base.set_attn_implementation("eager")  # its backward pass is the faster one there
-        write_answers(base, tokenizer, tasks + splits.get("val", []), Path(args.out_dir) / "answers.json")
+        write_answers(base, tokenizer, tasks + splits["val"], Path(args.out_dir) / "answers.json")
         model.check_known(tokenizer, [text for task in tasks for text in task.texts()])
         if args.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -272,7 +272,7 @@ def prepare(args, device: torch.device) -> Run:
             net.start_as_lora()
         elif args.recon_loss == "z_score":
             net.normalize(oracles)
-    val_tasks = [task for task in splits.get("val", []) if task.test][:32]
+    val_tasks = [task for task in splits["val"] if task.test][:32]
     val_tasks = val_tasks if args.mode == "sft" or args.multi_task else []
     return Run(args, tasks, val_tasks, base, tokenizer, oracles, net, condition)
 
