@@ -1,7 +1,8 @@
 """All tests: python -m pytest -q test_all.py
 
-Golden files of the published implementations are used where ../shared/golden has them, PEFT where it is
-installed, a GPU where there is one, and real models where T2L_BASE and T2L_ENCODER name their folders.
+assets/golden holds numbers of the published implementations; more of them may lie in ../shared/golden. PEFT is
+used where it is installed, a GPU where there is one, and real models where T2L_BASE and T2L_ENCODER name
+their folders.
 """
 
 import collections
@@ -13,6 +14,7 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -36,12 +38,16 @@ import generate
 import hypernet
 import lora
 import model
+import tasks
 import train
+from checkpoints import published
+from data import Example
+from tasks import benchmarks, chores, facts, lots_of_loras, tiny
 
-HERE, TINY = Path(__file__).parent, Path(model.TINY)
-GOLDEN = HERE.parent / "shared" / "golden" / "t2l"
-VARIANTS = [f"llama_{size}_{v}" for size in ("L", "M", "S", "Srot") for v in ("sft", "recon_z", "recon_dw")]
-GOLDEN_FILES = [*VARIANTS, "llama_L_recon_f"]
+HERE, TINY = Path(__file__).parent, model.CHECKPOINTS / "tiny"
+SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
+RECON_FILES = [f"llama_{size}_recon_{loss}" for size in ("L", "M", "S", "Srot") for loss in ("z", "dw")]
+RECON_FILES.append("llama_L_recon_f")
 NAMES, SCALING = ["q_proj", "v_proj"], 16 / 8**0.5
 DECODERS = [GemmaConfig, Gemma2Config, Gemma3TextConfig, Gemma3Config, Qwen2Config, Qwen3Config]
 DECODERS += [LlamaConfig, MistralConfig, CohereConfig, Phi3Config]
@@ -49,16 +55,23 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 DESC = "Keep only the animals and translate them into French."
 SAY = ["--desc", DESC]
-SHORT = ["--n_tasks", "8", "--tasks_per_batch", "4", "--examples_per_task", "2", "--size", "small", "--net"]
-SHORT += ["latent_size=32 head_in_size=32 input_dropout=0"]
+SHORT = "--n_tasks 8 --tasks_per_batch 4 --examples_per_task 2".split()
+SHORT += "--size small --latent_size 32 --head_in_size 32 --input_dropout 0 --trunk_dropout 0 --dropout 0".split()
+D2L, LORA = ["@config/d2l.args"], ["@config/lora.args"]
 REAL = ["--base_model", os.environ.get("T2L_BASE"), "--encoder", os.environ.get("T2L_ENCODER")]
-needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden files are not here")
 needs_models = pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE names no real model")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+def golden(file: str, folder: str = "t2l") -> Path:
+    """A golden file without its ending: of this repository, or beside it. Skips the test if it is in neither."""
+    for path in (HERE / "assets" / "golden" / file, HERE.parent / "shared" / "golden" / folder / file):
+        if Path(f"{path}.safetensors").exists():
+            return path
+    pytest.skip(f"{file} is not here")
 
 def close(a, b, rtol=1e-5, atol=1e-5):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
@@ -193,7 +206,8 @@ def test_peft_reads_our_adapter(tmp_path, rslora, joined):
 @pytest.mark.parametrize("alphas", [{"v_proj": 3}, {"layers.0.self_attn.q_proj": 64}, {r"layers\.1\..*": 2}])
 def test_we_read_pefts_adapter(tmp_path, alphas):
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    ranks = dict(r=4, lora_alpha=8, use_rslora=True, rank_pattern={"v_proj": 6}, alpha_pattern=alphas)
+    patterns = {"v_proj": 6, "layers.1.self_attn.q_proj": 2}  # by module, and by layer
+    ranks = dict(r=4, lora_alpha=8, use_rslora=True, rank_pattern=patterns, alpha_pattern=alphas)
     settings = peft.LoraConfig(target_modules=NAMES, init_lora_weights=False, **ranks)
     theirs = peft.get_peft_model(tiny_llama(), settings).eval()
     theirs.save_pretrained(tmp_path)
@@ -205,7 +219,7 @@ def test_we_read_pefts_adapter(tmp_path, alphas):
 def test_what_does_not_fit_is_refused_in_words(tmp_path):
     refused("no linear layers named qkv, but down_proj, gate_proj", lora.inject, tiny_llama(), ["qkv"])
     odd = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(4, n)}) for n in (4, 6))})
-    refused("not in every layer, in one place and of one shape", lora.inject, odd, ["q_proj"])
+    refused("must be in every layer, in one place and with one shape", lora.inject, odd, ["q_proj"])
     adapter = random_adapter(lora.config_for(tiny_llama(hidden_size=32), NAMES, "x"))
     refused("for another base model", lora.set_adapter, lora.inject(tiny_llama(), NAMES), adapter, 1.0)
     refused("is missing", lora.load_adapter, tmp_path)
@@ -246,8 +260,8 @@ def naive_adapter(net: hypernet.TextToLoRA, emb: torch.Tensor, layer: int, m: in
             rows = [row(y, i)[:n] for i in range(r)] if c.size == "small" else head(y).view(r, -1)[:, :n]
             made.append(torch.stack(list(rows)))
         A, B = made[0], made[1].T
-    shift, scale = (lambda k: p[f"shift.{name}_{k}"][layer]), (lambda k: p[f"scale.{name}_{k}"])
-    return shift("A") + scale("A") * A, shift("B") + scale("B") * B
+    offset, deviation = (lambda k: p[f"offset.{name}_{k}"][layer]), (lambda k: p[f"deviation.{name}_{k}"])
+    return offset("A") + deviation("A") * A, offset("B") + deviation("B") * B
 
 @pytest.mark.parametrize("size", hypernet.SIZES)
 def test_hypernet_equals_one_row_at_a_time(size):
@@ -294,34 +308,36 @@ def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES
 
 def golden_net(file: str, folder: Path) -> tuple[hypernet.TextToLoRA, dict, dict]:
     """One golden file as (our network, from a folder in the published layout; its tensors; its json)."""
-    tensors, info = load_file(GOLDEN / f"{file}.safetensors"), lora.read(GOLDEN / f"{file}.json")
+    path = golden(file)
+    tensors, info = load_file(f"{path}.safetensors"), lora.read(f"{path}.json")
     args = {k: info["constructor_args"][k] for k in ("training_task", "factorized", "delta_w_scaling")}
     weights = {k[3:]: t for k, t in tensors.items() if k.startswith("sd/")}
-    return hypernet.import_text_to_lora(published_folder(folder, weights, **args)), tensors, info
+    return published.load_text_to_lora(published_folder(folder, weights, **args)), tensors, info
 
 def golden_base() -> nn.Module:
-    info = lora.read(GOLDEN / "llama_base.json")["base_config"]
+    path = golden("llama_base")
+    info = lora.read(f"{path}.json")["base_config"]
     config = LlamaConfig(**{k: v for k, v in info.items() if k in LlamaConfig().to_dict()})
     base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
-    base.load_state_dict({k[5:]: t for k, t in load_file(GOLDEN / "llama_base.safetensors").items()})
+    base.load_state_dict({k[5:]: t for k, t in load_file(f"{path}.safetensors").items()})
     return base
 
-@needs_golden
-@pytest.mark.parametrize("file", GOLDEN_FILES)
+@pytest.mark.parametrize("file", SFT_FILES + RECON_FILES)
 def test_golden_adapters(tmp_path, file):
     net, tensors, info = golden_net(file, tmp_path)
     adapter = net(tensors["in/task_emb"])
-    for i, layer, name in itertools.product(range(3), range(4), NAMES):
+    n = sum(f"out{i}/base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in tensors for i in range(3))
+    assert n > 0
+    for i, layer, name in itertools.product(range(n), range(4), NAMES):
         key = f"out{i}/base_model.model.model.layers.{layer}.self_attn.{name}.lora_"
         close(adapter[name][0][i, layer], tensors[f"{key}A.weight"])
         close(adapter[name][1][i, layer], tensors[f"{key}B.weight"])
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert trainable == info["param_count"]["trainable_requires_grad"]
 
-@needs_golden
-@pytest.mark.parametrize("size", ["L", "M", "S", "Srot"])
-def test_golden_sft_losses_and_gradients(tmp_path, size):
-    net, tensors, _ = golden_net(f"llama_{size}_sft", tmp_path)
+@pytest.mark.parametrize("file", SFT_FILES)
+def test_golden_sft_losses_and_gradients(tmp_path, file):
+    net, tensors, _ = golden_net(file, tmp_path)
     base, examples = lora.inject(golden_base(), NAMES), []
     ids, labels = tensors["sft/in/input_ids"], tensors["sft/in/labels"]
     for row, label in zip(ids.tolist(), labels.tolist()):  # prompt and answer, without padding
@@ -339,36 +355,35 @@ def test_golden_sft_losses_and_gradients(tmp_path, size):
     close(l2, tensors["sft/generated_w_l2_loss"][0], 0, 1e-8)
     (loss + l2).backward()
     ours = dict(net.named_parameters())
-    for old, new in hypernet.PUBLISHED.items():
+    for old, new in published.NAMES.items():
         for key in [key for key in tensors if key.startswith(f"grad/{old}.")]:
             grad = ours[new + key[len(f"grad/{old}") :]].grad
             assert (grad - tensors[key]).abs().max() < 1e-3 * tensors[key].abs().max(), key
 
-@needs_golden
-@pytest.mark.parametrize("file", [file for file in GOLDEN_FILES if "recon" in file])
+@pytest.mark.parametrize("file", RECON_FILES)
 def test_golden_reconstruction_losses(tmp_path, file):
     net, tensors, _ = golden_net(file, tmp_path)
     for name in NAMES:  # the loss is that of real runs, whose offset is zero
         for k in "AB":
-            net.shift[f"{name}_{k}"].data -= 0 if "recon_dw" in file else tensors[f"sd/AB_offset.{k}.{name}"]
+            net.offset[f"{name}_{k}"].data -= 0 if "recon_dw" in file else tensors[f"sd/AB_offset.{k}.{name}"]
     adapter = net(tensors["recon/in/task_embs"].flatten(0, 1))
     pick = lambda k, name: tensors[f"recon/in/target/{k}/{name}"].repeat_interleave(2, 0)
     target = {name: (pick("A", name), pick("B", name)) for name in NAMES}
     kind = {"recon_dw": "delta_w", "recon_z": "z_score", "recon_f": "plain"}[re.search("recon_.*", file)[0]]
-    close(train.recon_loss(kind, adapter, target, net.scale), tensors["recon/loss"][0], 1e-5, 5e-6)
+    close(train.recon_loss(kind, adapter, target, net.deviation), tensors["recon/loss"][0], 1e-5, 5e-6)
 
 def in_published_layout(net: hypernet.TextToLoRA, kind: str) -> dict[str, torch.Tensor]:
     """The weights of one of our networks under the published names."""
     weights = {}
-    for old, new in hypernet.PUBLISHED.items():
+    for old, new in published.NAMES.items():
         ours = {key: tensor for key, tensor in net.state_dict().items() if key.startswith(f"{new}.")}
         weights |= {old + key[len(new) :]: tensor for key, tensor in ours.items()}
     for m, name in enumerate(net.names):
         for i, k in enumerate("AB"):
-            shift = net.shift[f"{name}_{k}"].data
-            offset = torch.full_like(shift, 0.25) if kind == "z_score" else shift
-            weights |= {f"AB_offset.{k}.{name}": offset, f"mean_recon_target.{k}.{name}": shift - offset}
-            weights[f"std_recon_target.{k}.{name}"] = net.scale[f"{name}_{k}"].data.expand_as(shift)
+            mean = net.offset[f"{name}_{k}"].data
+            offset = torch.full_like(mean, 0.25) if kind == "z_score" else mean
+            weights |= {f"AB_offset.{k}.{name}": offset, f"mean_recon_target.{k}.{name}": mean - offset}
+            weights[f"std_recon_target.{k}.{name}"] = net.deviation[f"{name}_{k}"].data.expand_as(mean)
             if net.config.size != "large":
                 weights[f"out_emb.{name}.{k}"] = net.AB_emb[m, i].data
     return weights
@@ -380,9 +395,9 @@ def test_published_layout_round_trip(tmp_path, size, kind):
     net = hypernet.TextToLoRA(small_config("small" if size == "rotary" else size, **changes)).eval()
     for p in net.parameters():
         nn.init.normal_(p, std=0.5)
-    for p in net.scale.values():
+    for p in net.deviation.values():
         p.data.fill_({"delta_w": 0.01, "z_score": 0.7}.get(kind, 1.0))
-    for p in net.shift.values() if kind == "delta_w" else []:
+    for p in net.offset.values() if kind == "delta_w" else []:
         p.data.zero_()
     args = dict(emb_model="some/one", factorized=kind != "delta_w", training_task="recon")
     args |= {"training_task": "sft"} if kind == "sft" else {}
@@ -426,7 +441,7 @@ def test_the_papers_sizes(size):
         sizes = dict(n_layers=L, size=size, r=8, input_size=1024, latent_size=latent, head_in_size=head_in)
         with torch.device("meta"):
             nets = [hypernet.TextToLoRA(small_config(**sizes | widths, z_score=z)) for z in (False, True)]
-        return [sum(p.numel() for p in nets[0].shift.values()), *map(trained, nets)]
+        return [sum(p.numel() for p in nets[0].offset.values()), *map(trained, nets)]
     assert counts(32, 4096, 4096, 1024, 128, 512) == [3_407_872, *mistral]
     assert counts(26, 2304, 2048, 1024, 512, 2048) == [1_597_440, *gemma]
 
@@ -439,14 +454,14 @@ PUBLISHED_D2L = [  # what to replace in the published names, in this order
     ("layers.0.layers.0", "block_in"), ("layers.0.layers.4", "block_out"), ("layers.0.layers.1.weight", "W1"),
     ("layers.0.layers.1.bias", "b1"), ("layers.0.layers.3.weight", "W2"), ("layers.0.layers.3.bias", "b2"),
     ("bias_A.down_proj", "bias.down_proj_A"), ("bias_B.down_proj", "bias.down_proj_B"),
-    ("scaler_A.down_proj", "scale.down_proj_A"), ("scaler_B.down_proj", "scale.down_proj_B"),
+    ("scaler_A.down_proj", "scaler.down_proj_A"), ("scaler_B.down_proj", "scaler.down_proj_B"),
 ]  # fmt: skip
 
 def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
     """One golden Doc-to-LoRA file as (our network with its weights, its tensors)."""
-    folder = GOLDEN.parent / "d2l"
-    tensors, info = load_file(folder / f"{file}.safetensors"), lora.read(folder / f"{file}.json")
-    shared = load_file(folder / "perceiver_shared.safetensors")
+    path = golden(file, "d2l")
+    tensors, info = load_file(f"{path}.safetensors"), lora.read(f"{path}.json")
+    shared = load_file(f"{golden('perceiver_shared', 'd2l')}.safetensors")
     sizes = dict(in_features=info["d_in"], out_features=info["d_out"], input_size=64, latent_size=64)
     sizes |= dict(paths={"down_proj": "model.layers.{}.mlp.down_proj"}, n_layers=4, n_blocks=3, alpha=128)
     net = hypernet.DocToLoRA(hypernet.DocConfig(**sizes, early_exit=file == "down_flat")).eval()
@@ -460,33 +475,32 @@ def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
     close(torch.tensor(net.config.scaling), torch.tensor(info["lora_forward_scaling"]))
     return net, tensors
 
-@needs_golden
 @pytest.mark.parametrize("file", ["down_l2l", "down_flat"])
 @torch.no_grad()
 def test_golden_documents(file):
     net, tensors = golden_doc_net(file)
-    golden = lambda key: (tensors[f"{key}/A/down_proj"], tensors[f"{key}/B/down_proj"].mT)
+    pair = lambda key: (tensors[f"{key}/A/down_proj"], tensors[f"{key}/B/down_proj"].mT)
     chunks = net.write_chunks(tensors["in/features"], tensors["in/attn_mask"])
-    close(chunks["down_proj"], golden("out"))
-    for tag, counts in {"n1": [1], "n2": [2], "n3": [3], "n123": [1, 2, 3]}.items():
-        joined = net.join(lora.select(chunks, slice(sum(counts))), counts)
-        close(joined["down_proj"], golden(f"combine/{tag}"))
+    close(chunks["down_proj"], pair("out"))
+    documents = net.join(chunks, [1, 2, 3])["down_proj"]
+    expected = pair("combine/n123")
+    layers = [2] if expected[0].shape[1] == 1 else range(4)
+    close([x[:, layers] for x in documents], list(expected))
     features, mask = tensors["in/features"], tensors["in/attn_mask"]
     alone = net.write_chunks(features[1:2, ..., :7, :], mask[1:2, :7])["down_proj"]
     close(alone[0][0], chunks["down_proj"][0][1])  # without its padding
-    # one linear layer with two, one and one rows for three documents
+    # one linear layer with two, one and one questions about three documents
     linear = nn.Linear(112, 64)
     linear.load_state_dict({k: tensors[f"lora_forward/down_proj/{k}"] for k in ("weight", "bias")})
     holder = lora.inject(one_layer(linear, "down_proj"), ["down_proj"])
-    A, B = golden("combine/n123")
-    third = {"down_proj": (A[:, 2:3], B[:, 2:3])}  # the fixture's are of layer 2
+    third = {"down_proj": tuple(x[:, 2:3] for x in documents)}  # the fixture's are of layer 2
     lora.set_adapter(holder, lora.select(third, [0, 0, 1, 2]), net.config.scaling)
     y = holder["layers"][0]["down_proj"](tensors["lora_forward/down_proj/x"])
     close(y, tensors["lora_forward/down_proj/y"])
 
     # from token ids to logits
     base, mask = golden_base(), tensors["e2e/ctx_attn_mask"]
-    features = model.context_features(base, tensors["e2e/ctx_ids"], mask, net.config.early_exit)
+    features = model.hidden_states(base, tensors["e2e/ctx_ids"], mask, net.config.early_exit)
     real = mask.bool()
     close(features.movedim(-2, 1)[real], tensors["e2e/features"].movedim(-2, 1)[real], 1e-4, 1e-4)
     documents = net(([(features, mask)], tensors["e2e/n_ctx_chunks"].tolist()))
@@ -514,7 +528,7 @@ def reader(tmp_path_factory) -> Path:
     config = lora.config_for(base, ["down_proj"], "tiny", alpha=2 * 8**2)
     sizes = dict(input_size=128, latent_size=32, n_blocks=1, n_heads=4, chunk_len=6)
     net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(config) | sizes))
-    for p in [*net.scale.values(), *net.bias.values()]:
+    for p in [*net.scaler.values(), *net.bias.values()]:
         nn.init.normal_(p, std=0.2)
     folder = tmp_path_factory.mktemp("reader")
     hypernet.save_hypernet(net, folder)
@@ -525,7 +539,7 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
     texts = ["cat -> red", "dog -> blue horse chair\nbird hat lemon apple sun", "hat -> sun moon tree"]
-    read = hypernet.conditions(net, base, tokenizer)
+    read = lambda documents: hypernet.read_texts(net, documents, base, tokenizer)
     delta = lambda documents: (lambda A, B: B @ A)(*net(read(documents))["down_proj"])
     A, B = net(read(texts))["down_proj"]
     for i, text in enumerate(texts):
@@ -536,7 +550,7 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     close(both, turned, 1e-4)
     bias = net.bias["down_proj_B"] @ net.bias["down_proj_A"]
     close(both, B[0] @ A[0] + B[1] @ A[1] - bias, 1e-4)
-    groups, counts = hypernet.document_features(net.config, base, tokenizer, texts)
+    groups, counts = hypernet.read_documents(net.config, base, tokenizer, texts)
     one_by_one = [(f[i : i + 1], m[i : i + 1]) for f, m in groups for i in range(len(f))]
     close(net((one_by_one, counts))["down_proj"][0], A)
     net.start_as_lora()
@@ -672,29 +686,30 @@ def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
 
 # -------------------- data.py --------------------
 def test_held_out_tasks_are_nowhere_in_training():
-    splits = data.tiny_splits()
+    splits = tiny.splits()
     assert [len(splits[k]) for k in ("train", "val", "test")] == [479, 8, 25]
     assert len({parts for tasks in splits.values() for parts in tasks}) == 512
-    for kind, parts in enumerate((data.FILTERS, data.MAPS, data.LAYOUTS)):
+    for kind, parts in enumerate((tiny.FILTERS, tiny.MAPS, tiny.LAYOUTS)):
         assert {task[kind] for task in splits["train"]} == set(parts)
     held_out = {"-".join(parts) for parts in splits["val"] + splits["test"]}
     assert not held_out & {task.name for task in data.load_tasks("tiny")["train"]}
 
 def test_the_tiny_base_model_is_trained_on_what_the_chat_template_writes():
     pretrain = script("tiny/pretrain.py")
-    held_out = set(data.tiny_splits()["val"] + data.tiny_splits()["test"])
+    held_out = set(tiny.splits()["val"] + tiny.splits()["test"])
     assert not held_out & set(pretrain.TASKS)
-    drawn = {len(q.split()) for step in range(0, 8000, 1000) for text in pretrain.draw(step) for q, _ in text}
-    assert drawn == {1, 2, 3, 4}
+    texts = [text for step in range(0, 8000, 1000) for text in pretrain.draw(step)]
+    assert {len(example.input.split()) for text in texts for example in text} == {1, 2, 3, 4}
     _, tokenizer = model.load_base("tiny")
     for step in (8, 4001):  # of a task, and of facts that are looked up
         for text in pretrain.draw(step)[:3]:
             ids, labels = pretrain.tokenize(text)
-            shots = [(question, answers[0]) for question, answers in text[:-1]]
-            chat = model.prompt(tokenizer, text[-1][0], "", shots)
-            prompt, answer = model.render(tokenizer, chat), model.render(tokenizer, chat, text[-1][1][0])
+            shots = [(example.input, example.answers[0]) for example in text[:-1]]
+            chat = model.prompt(tokenizer, text[-1].input, "", shots)
+            prompt, answer = model.render(tokenizer, chat), model.render(tokenizer, chat, text[-1].answers[0])
             assert ids == model.tokenize(tokenizer, prompt) + model.tokenize(tokenizer, answer)
-            assert sum(label != -100 for label in labels) == sum(len(a.split()) + 1 for _, (a,) in text)
+            n_answer_tokens = sum(len(example.answers[0].split()) + 1 for example in text)
+            assert sum(label != -100 for label in labels) == n_answer_tokens
 
 def test_tiny_answers_are_right_and_tell_tasks_apart():
     rng, words = random.Random(0), "cat red dog shirt".split()
@@ -704,18 +719,18 @@ def test_tiny_answers_are_right_and_tell_tasks_apart():
         ("clothes", "italian", "numbered"): "1. camicia",
         ("animals", "initial", "counted"): "c d (2)",
     }
-    keep = lambda words, chosen: [w for w in words if chosen == "all" or w in data.CATEGORIES[chosen]]
-    write = lambda kept, change, layout: " ".join(data.LAYOUTS[layout]([data.FORMS[w][change] for w in kept]))
+    keep = lambda words, chosen: [w for w in words if chosen == "all" or w in tiny.CATEGORIES[chosen]]
+    write = lambda kept, change, layout: " ".join(tiny.LAYOUTS[layout]([tiny.FORMS[w][change] for w in kept]))
     for (chosen, change, layout), right in rules.items():
         assert write(keep(words, chosen), change, layout) == right
-    for parts in rng.sample(data.tiny_splits()["train"], 60):  # another part gives another answer
+    for parts in rng.sample(tiny.splits()["train"], 60):  # another part gives another answer
         chosen, change, layout = parts
         for _ in range(5):
-            question, (answer,) = data.tiny_example(parts, rng)
+            question, (answer,), _ = tiny.example(parts, rng)
             ours = keep(question.split(), chosen)
             assert answer == write(ours, change, layout) and len(set(question.split())) == 4
-            assert all(other == change or answer != write(ours, other, layout) for other in data.MAPS)
-            for other in data.LAYOUTS if len(ours) > 1 and change != "initial" else ():
+            assert all(other == change or answer != write(ours, other, layout) for other in tiny.MAPS)
+            for other in tiny.LAYOUTS if len(ours) > 1 and change != "initial" else ():
                 assert other == layout or answer != write(ours, change, other)
 
 def test_reworded_descriptions_are_new():
@@ -723,11 +738,11 @@ def test_reworded_descriptions_are_new():
     train_words = {d for task in tasks["train"] for d in task.descriptions}
     for task in tasks["test"]:
         assert len(task.descriptions) == 128 and not train_words & set(task.reworded)
-    for part, styles in data.WORLD["say"].items():
+    for part, styles in tiny.WORLD["say"].items():
         for style in ("instruction", "phrase"):
             seen, withheld = styles[style]["seen"], styles[style]["withheld"]
             assert not set(seen) & set(withheld) and len(seen) + len(withheld) >= 14, part
-    assert data.tiny_task(data.tiny_splits()["test"][0]) in tasks["test"]
+    assert tiny.task(tiny.splits()["test"][0]) in tasks["test"]
 
 def test_a_folder_of_task_files(tmp_path):
     instances = [{"id": str(i), "input": f" in {i}", "output": [f"out {i}", "x"]} for i in range(10)]
@@ -738,7 +753,7 @@ def test_a_folder_of_task_files(tmp_path):
     tasks = data.load_tasks(tmp_path)
     assert [t.name for t in tasks["train"]] == ["b"] and not tasks["val"]
     assert tasks["train"][0].descriptions == ["do b"] and tasks["train"][0].definition == "do b"
-    assert len(tasks["test"][0].train) == 8 and tasks["test"][0].test[0] == ("in 8", ["out 8", "x"])
+    assert len(tasks["test"][0].train) == 8 and tasks["test"][0].test[0] == Example("in 8", ["out 8", "x"])
     refused("no split val", data.pick, tasks, "val")
     for wrong in {"Instances": [{"input": 3}]}, {"Instances": []}, {"Definition": " "}:
         lora.write(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances} | wrong)
@@ -755,34 +770,41 @@ def test_a_folder_of_task_files(tmp_path):
     ("words-no_last words-quoted", "cat, dog, cow", '"cat", "dog"'),
 ])  # fmt: skip
 def test_a_chore_does_what_its_name_says(chain, question, answer):
-    assert script("smollm2-135m/chores.py").answer(("", *chain.split()), question) == answer
+    assert chores.answer(("", *chain.split()), question) == answer
 
-def test_what_the_chores_withhold_is_nowhere_in_training(tmp_path):
-    chores = script("smollm2-135m/chores.py")
-    chores.main(tmp_path)
-    folders = tmp_path, tmp_path / "unseen", tmp_path / "handwritten"
-    tasks, unseen, handwritten = (data.folder_tasks(folder) for folder in folders)
-    train_names = {task.name for task in tasks["train"]}
-    assert len(unseen["test"]) == len(chores.DATA["unseen"]) and len(handwritten["test"]) > 90
-    assert not train_names & {task.name for task in tasks["val"] + tasks["test"] + unseen["test"]}
-    with_unseen = [chain for chain in chores.all_chains() if set(chain[1:]) & set(chores.DATA["unseen"])]
-    assert len(with_unseen) > 100 and not train_names & {chores.name_of(chain) for chain in with_unseen}
-    seen = {text.lower() for task in tasks["train"] for text in task.descriptions}
-    reworded = [text for texts in lora.read(tmp_path / "reworded.json").values() for text in texts]
-    assert len(reworded) > 2000 and not seen & {text.lower() for text in reworded}
-    surnames = next(task.train for task in tasks["train"] if task.name == "name-surname")
-    assert not {answers[0] for _, answers in surnames} & set(chores.pool("last", True))
+def test_what_the_chores_withhold_is_nowhere_in_training():
+    splits, unseen = data.load_tasks("chores"), set(chores.DATA["unseen"])
+    train = {task.name for task in splits["train"]}
+    chains = {chores.name_of(chain): chain for chain in chores.all_chains()}
+    assert len(train) > 1500 and len(splits["test"]) == 100 and len(splits["unseen"]) == len(unseen) == 13
+    assert not train & {task.name for split in ("test", "unseen") for task in splits[split]}
+    assert not train & {task.name for task in splits["val"] if len(chains[task.name]) == 3}
+    assert not any(unseen & set(chains[name]) for name in train) and not unseen & set(chores.WRITTEN["train"])
+    surnames = next(task.train for task in splits["train"] if task.name == "name-surname")
+    assert not {example.answers[0] for example in surnames[:500]} & set(chores.pool("last", True))
+    assert all(task.reworded for task in splits["test"] + splits["single"] + splits["unseen"])
+    train, test = [{text for texts in chores.WRITTEN[part].values() for text in texts} for part in ("train", "test")]
+    assert len(train) > 8000 and len(test & train) < 0.02 * len(test)
+
+def test_a_drawn_sequence_is_the_same_every_time():
+    splits = [data.load_tasks("chores")["train"][:40] for _ in range(2)]
+    first, second = [[(task.train[:3], task.descriptions[:9], task.train[7]) for task in tasks] for tasks in splits]
+    assert first == second and len({texts for _, texts, _ in map(lambda x: (0, tuple(x[1]), 0), first)}) == 40
+    rng, task = random.Random(0), splits[0][0]
+    assert len({example.input for example in data.sample(rng, task.train, 50)}) > 40
+    with pytest.raises(IndexError):
+        task.train[len(task.train)]
 
 def test_what_is_shown_fits_the_description():
-    shown = lambda text: data.shown_inputs("smollm2-135m", text)[0]
+    shown = lambda text: generate.example_inputs("smollm2-135m", text)[0]
     assert "@" in shown("Give the domain of the e-mail address.") and "job:" in shown("Write it as JSON.")
     assert "," not in shown("Write the name in capital letters.") and "-" in shown("The month in words.")
-    assert data.shown_inputs("mistral-7b", DESC) == []
+    assert generate.example_inputs("mistral-7b", DESC) == []
 
 def test_documents_get_longer_as_the_training_goes():
-    run = run_of("--arch", "d2l", "--max_steps", "100")
+    run = run_of(*D2L, "--max_steps", "100")
     lines = lambda i: run.tasks[i].descriptions[0].count("\n") + 1
-    longest = lambda step: max(lines(i) for i, _, _ in data.draw(run.tasks, step, run.args))
+    longest = lambda step: max(lines(item.index) for item in data.draw(run.tasks, step, run.args))
     assert longest(0) <= 4 and longest(99) == 32
 
 # -------------------- train.py --------------------
@@ -860,25 +882,41 @@ def test_learning_rates():
     rates = [train.learning_rate(step, args) for step in range(101)]
     assert abs(rates[55] - 1.0) < 1e-6 and rates[100] == pytest.approx(1e-7)
     assert rates == rates[:10] + sorted(rates[10:])[::-1]
+    args.schedule, args.warmup = "late", 0.3
+    rates = [train.learning_rate(step, args) for step in range(100)]
+    assert rates[30:67] == [2.0] * 37 and abs(rates[83] - 1.0) < 0.05 and rates[99] < 0.1
     args.head_lr, args.weight_decay = 0.5, 0.01
     groups = train.make_optimizer(hypernet.TextToLoRA(small_config("large")), args).param_groups
-    kinds = collections.Counter((group["lr_scale"], group["weight_decay"]) for group in groups)
+    kinds = collections.Counter((group["lr_factor"], group["weight_decay"]) for group in groups)
     assert set(kinds) == {(0.5, 0.01), (0.5, 0.0), (1.0, 0.01), (1.0, 0.0)}
     assert kinds[0.5, 0.01] == kinds[0.5, 0.0] == 2
 
 def test_help_shows_the_values_of_the_run(capsys):
-    def shown(module, *words):
-        assert command(module, *words, "--help") == 0
-        return capsys.readouterr().out
-    text = " ".join(shown(train, "--base_model", "gemma-2-2b").split())
-    assert "steps. (default: 1180000)" in text and "rate. (default: 2.5e-05)" in text
-    assert "latent_size=512" in text and "head_in_size=2048" in text
-    text = " ".join(shown(train, "--mode", "recon", "--base_model", "mistral-7b").split())
-    assert "(default: delta_w)" in text and "Text-to-LoRA. (default: medium)" in text
-    text = " ".join(shown(train, "--arch", "d2l", "--seed", "5").split())
-    assert "n_blocks=1" in text and "(default: down_proj)" in text and "(default: 0)" in text
-    for module, most in ((train, 32), (generate, 16), (evaluation, 26)):
-        assert len(re.findall(r"^  (?:-h, )?--", shown(module), re.M)) <= most
+    def shown(*words):
+        assert command(train, *words, "--help") == 0
+        text = capsys.readouterr().out
+        return dict(re.findall(r"^  --(\w+) +(\S+)  ", text, re.M))
+    text = shown("@config/gemma-2-2b.args", "--lr", "1e-3")
+    assert (text["max_steps"], text["lr"], text["latent_size"]) == ("1180000", "0.001", "512")
+    assert text["encoder"] == "Alibaba-NLP/gte-large-en-v1.5" and text["full_stop"] == "True"
+    text = shown("@config/mistral-7b-recon.args")
+    assert text["recon_loss"] == "delta_w" and text["size"] == "medium" and text["dtype"] == "float32"
+    text = shown("--seed", "5", *D2L)
+    assert (text["n_blocks"], text["target_modules"], text["seed"]) == ("1", "down_proj", "5")
+    for module in (generate, evaluation):
+        assert command(module, "--help") == 0 and "default: 64" in capsys.readouterr().out
+
+@pytest.mark.parametrize("file", [*HERE.glob("config/*.args"), *HERE.glob("checkpoints/*/*/train.args")])
+def test_every_file_of_flags_is_a_run(file, monkeypatch, tmp_path):
+    """Each setting is known, and what a run records is what it was given."""
+    monkeypatch.chdir(HERE)
+    words = ["--out_dir", str(tmp_path / "new"), "--oracles", "x"]
+    monkeypatch.setattr(sys, "argv", ["train.py", f"@{file}", *words])
+    args = train.parse_args()
+    settings = train.SETTINGS + hypernet.net_settings(args.arch)
+    (tmp_path / "train.args").write_text(train.flags.as_flags(settings, args))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "7", f"@{tmp_path / 'train.args'}"])
+    assert vars(train.parse_args()) == vars(args) and args.lr < 1
 
 def gradients(run: train.Run, step: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss and the gradients that a training step leaves in the network."""
@@ -887,12 +925,12 @@ def gradients(run: train.Run, step: int = 0) -> tuple[torch.Tensor, list[torch.T
     loss = train.sft_step(run, run.net, data.draw(run.tasks, step, run.args))
     return loss, [p.grad.clone() for p in run.net.parameters() if p.requires_grad]
 
-@pytest.mark.parametrize("arch", ["t2l", "d2l", "lora"])
-def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(arch):
+@pytest.mark.parametrize("words", [SHORT, [*D2L, "--tasks_per_batch", "3"], [*LORA, "--n_tasks", "3"]])
+def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
     """The detached adapters change neither loss nor gradients, with gradient checkpointing as without."""
-    documents, oracles = "--arch d2l --tasks_per_batch 3".split(), "--mode lora --n_tasks 3".split()
-    run = run_of(*dict(t2l=SHORT, d2l=documents, lora=oracles)[arch], "--dropout", "0")
-    assert arch != "lora" or torch.equal(run.net.A["q_proj"][0], run.net.A["q_proj"][2])  # all begin alike
+    run = run_of(*words, "--dropout", "0")
+    if run.args.mode == "lora":
+        assert torch.equal(run.net.A["q_proj"][0], run.net.A["q_proj"][2])  # all begin alike
     run.args.l1 = run.args.l2 = 0.1
     for p in run.net.parameters():  # away from B = 0
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * p.requires_grad
@@ -900,7 +938,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(arch):
     rows = data.make_rows(run.tokenizer, run.tasks, batch, run.args)
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     assert lengths == sorted(lengths)
-    written = run.net(run.condition(batch))
+    written = run.net(train.read_batch(run, batch))
     sizes = [train.weight_size(written, measure) for measure in (torch.abs, torch.square)]
     whole = train.task_loss(run, written, rows) + 0.1 * sum(sizes)
     expected = torch.autograd.grad(whole, [p for p in run.net.parameters() if p.requires_grad])
@@ -911,17 +949,31 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(arch):
         close(loss, whole.detach(), 1e-4)
         close(grads, expected, 1e-3, 1e-5)
 
+def test_the_size_of_weights_does_not_depend_on_padding():
+    """A short document's penalty is the same beside a long one as alone."""
+    A, B = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 4)
+    A[0, :, 2:], B[0, ..., 2:] = 0, 0
+    together = train.weight_size({"x": (A, B)}, torch.abs)
+    means = [A[0, :, :2].abs().mean() + B[0, ..., :2].abs().mean(), A[1].abs().mean() + B[1].abs().mean()]
+    close(together, sum(means) / 2)
+
+def start_training(*words) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "train.py", *map(str, words)], cwd=HERE, stderr=subprocess.PIPE, text=True)
+
+def wait_for_steps(run: subprocess.Popen, folder: Path, n: int) -> None:
+    metrics = folder / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= n):
+        time.sleep(0.01)
+
 def test_resume_after_kill_is_exact(tmp_path, capsys):
     words = [*SHORT, "--dropout", "0.1", "--neftune_alpha", "5", "--max_steps", "60", "--val_every", "7"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     fit(whole, *words)
-    start = [sys.executable, "train.py", *words, "--out_dir", cut]
-    run = subprocess.Popen(start, cwd=HERE, stderr=subprocess.DEVNULL)
-    metrics = cut / "metrics.jsonl"
-    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 17):
-        time.sleep(0.01)
+    run = start_training(*words, "--out_dir", cut)
+    wait_for_steps(run, cut, 17)
     run.kill()
-    run.wait()
+    run.communicate()
+    metrics = cut / "metrics.jsonl"
     assert (cut / "state.safetensors").exists(), "the run had ended before it was killed"
     metrics.write_text(metrics.read_text() + '{"step": 99, "lo')  # a kill may leave half a line
     before = {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
@@ -934,6 +986,34 @@ def test_resume_after_kill_is_exact(tmp_path, capsys):
     assert losses_of(cut) == losses_of(whole) and losses_of(cut, "val_loss") == losses_of(whole, "val_loss")
     ours, theirs = (load_file(folder / "hypernet.safetensors") for folder in (cut, whole))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs) and not (cut / "state.safetensors").exists()
+
+def test_a_run_that_dies_in_its_first_step_can_be_resumed(tmp_path, monkeypatch):
+    words = [*SHORT, "--max_steps", "3"]
+    whole = fit(tmp_path / "whole", *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "sft_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            command(train, *words, "--out_dir", tmp_path / "cut")
+    assert fit(tmp_path / "cut", "--resume") == whole
+
+@pytest.mark.parametrize("launcher", [[], ["torchrun"]])
+def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, launcher):
+    words = [*SHORT, "--max_steps", "2000", "--out_dir", tmp_path / "run"]
+    if launcher:
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        run = subprocess.Popen([*start, *map(str, words)], cwd=HERE, stderr=subprocess.PIPE, text=True, env=env)
+    else:
+        run = start_training(*words)
+    wait_for_steps(run, tmp_path / "run", 5)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate()
+    lines = [line for line in said.splitlines() if "interrupted after" in line]
+    assert len(lines) == 1 and f"train.py --resume --out_dir {tmp_path / 'run'}" in lines[0]
+    assert launcher or (run.returncode == 130 and "Traceback" not in said)
+    steps = int(load_file(tmp_path / "run" / "state.safetensors")["step"])
+    assert steps == len(losses_of(tmp_path / "run")) >= 5 and f"interrupted after {steps} steps" in lines[0]
+    assert len(fit(tmp_path / "run", "--resume", "--max_steps", steps + 2)) == steps + 2
 
 def test_the_best_weights_are_kept(tmp_path, monkeypatch):
     seen, save, losses = [], train.save, iter([0.5, 0.2, 0.9])
@@ -948,62 +1028,67 @@ def test_the_best_weights_are_kept(tmp_path, monkeypatch):
 def test_validation_measures_what_greedy_answers_give():
     run = run_of()
     run.net = hypernet.load_hypernet(TINY / "sft_small")
-    read = hypernet.conditions(run.net, run.base, run.tokenizer, model.load_encoder("tiny"))
-    run.condition = lambda batch: read([description for _, description, _ in batch])
     run.val_tasks = run.val_tasks[:3]
-    measured, right = train.validate(run), []
+    measured, hits = train.validate(run), []
     for task in run.val_tasks:
-        lora.set_adapter(run.base.eval(), run.net.eval()(read(task.descriptions[:1])), run.net.config.scaling)
-        questions = [model.render(run.tokenizer, model.prompt(run.tokenizer, q)) for q, _ in task.test[:8]]
-        answers = model.answer(run.base, run.tokenizer, questions)
-        right += [answer in answers_ for answer, (_, answers_) in zip(answers, task.test)]
-    assert measured["val_accuracy"] == sum(right) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
+        adapter = run.net.eval()(run.encode(task.descriptions[:1]))
+        lora.set_adapter(run.base.eval(), adapter, run.net.config.scaling)
+        chats = [model.prompt(run.tokenizer, example.input) for example in task.test[:8]]
+        answers = model.answer(run.base, run.tokenizer, [model.render(run.tokenizer, chat) for chat in chats])
+        hits += [task.is_right(example, answer) for example, answer in zip(task.test, answers)]
+    assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
 
 def torchrun(n: int, folder: Path, *words) -> list[float]:
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone"]
-    line = [*start, "train.py", *SHORT, "--max_steps", "5", *map(str, words), "--out_dir", str(folder)]
+    line = [*start, "train.py", *map(str, words), "--max_steps", "5", "--out_dir", str(folder)]
     subprocess.run(line, cwd=HERE, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return losses_of(folder)
 
-def test_two_processes_are_one(tmp_path):
-    quiet = ["--dropout", "0"]
-    one, two = torchrun(1, tmp_path / "one", *quiet), torchrun(2, tmp_path / "two", *quiet)
+DOCS = [*D2L, "--tasks_per_batch", "4", "--latent_size", "32", "--l1", "0.1", "--l2", "0.1"]
+
+@pytest.mark.parametrize("words", [SHORT, DOCS])
+def test_two_processes_are_one(tmp_path, words):
+    one, two = torchrun(1, tmp_path / "one", *words), torchrun(2, tmp_path / "two", *words)
     assert len(one) == 5 and one[0] != one[-1]
-    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-5
+    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-5 * max(1, max(one))
     ours, theirs = (load_file(tmp_path / n / "hypernet.safetensors") for n in ("one", "two"))
     assert max((ours[k].float() - theirs[k].float()).abs().max() for k in ours) < 2e-3  # bfloat16
-    noisy = torchrun(2, tmp_path / "noisy", "--dropout", "0.1", "--neftune_alpha", "5")
-    assert max(abs(a - b) for a, b in zip(noisy, two)) > 1e-4
+    if words is SHORT:
+        noisy = torchrun(2, tmp_path / "noisy", *words, "--dropout", "0.1", "--neftune_alpha", "5")
+        assert max(abs(a - b) for a, b in zip(noisy, two)) > 1e-4
 
 def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatch, capsys):
-    instances, tasks = [{"input": "cat dog", "output": ["dog cat"]}] * 5, tmp_path / "tasks"
-    tasks.mkdir()
+    instances, folder = [{"input": "cat dog", "output": ["dog cat"]}] * 5, tmp_path / "tasks"
+    folder.mkdir()
     task = {"Definition": "red hat", "descriptions": ["Swap them."], "Instances": instances}
-    lora.write(tasks / "swap.json", task)
-    seen, real = [], model.prompt
-    monkeypatch.setattr(model, "prompt", lambda *a: seen.append(real(*a)[-1]["content"]) or real(*a))
-    contents = lambda: [seen.copy(), seen.clear()][0]
-    for words, expected in ([], "cat dog"), (["--instruction"], f"red hat{model.SUFFIX}\n\ncat dog"):
-        net = tmp_path / f"net{len(words)}"
-        data.example_ids.cache_clear()
-        fit(net, *SHORT, "--max_steps", "1", "--tasks", tasks, *words)
-        assert set(contents()) == {expected}
-        own = ["--hypernet", net, "--split", "train", "--methods", "base,t2l", "--tasks", tasks]
-        assert command(evaluation, *own) == 0 and set(contents()) == {expected}  # as in training
+    lora.write(folder / "swap.json", task)
+    seen, real = set(), model.prompt
+    monkeypatch.setattr(model, "prompt", lambda *a: seen.add(real(*a)[-1]["content"]) or real(*a))
+    def prompts_of(module, *words) -> set[str]:
+        seen.clear()
+        assert command(module, *words) == 0
+        return set(seen)
+    for flags, expected in ([], "cat dog"), (["--instruction"], f"red hat{model.SUFFIX}\n\ncat dog"):
+        net = tmp_path / f"net{len(flags)}"
+        data.cached_ids.cache_clear()
+        words = [*SHORT, "--max_steps", "1", "--tasks", folder, "--out_dir", net, *flags]
+        assert prompts_of(train, *words) == {expected}
+        own = ["--hypernet", net, "--split", "train", "--methods", "base,t2l", "--tasks", folder]
+        assert prompts_of(evaluation, *own) == {expected}  # as in training
         words = ["--desc", "red hat", "--input", "cat dog", "--hypernet", net, "--out", tmp_path / "out"]
-        assert command(generate, *words) == 0 and set(contents()) == {expected}
-    assert command(evaluation, *own, "--no-instruction") == 0 and set(contents()) == {"cat dog"}
+        assert prompts_of(generate, *words) == {expected}
+    assert prompts_of(evaluation, *own, "--no-instruction") == {"cat dog"}
 
 def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     """A hypernetwork that learnt to write four oracles writes them back."""
     oracles, tasks = tmp_path / "oracles", data.pick(data.load_tasks("tiny"), "train", 4)
-    fit(oracles, "--mode", "lora", "--n_tasks", "4", "--max_steps", "10")
+    fit(oracles, *LORA, "--n_tasks", "4", "--max_steps", "10")
     targets, _ = lora.load_adapters([oracles / task.name for task in tasks])
     assert all(B.abs().amax((1, 2, 3)).min() > 0 for _, B in targets.values())
-    fit(tmp_path / "mt", *"--mode lora --multi_task --n_tasks 4 --tasks_per_batch 4 --max_steps 3".split())
+    fit(tmp_path / "mt", "@config/mt_lora.args", *"--n_tasks 4 --tasks_per_batch 4 --max_steps 3".split())
     A, B = lora.load_adapter(tmp_path / "mt")[0]["q_proj"]
     assert A.shape == (4, 8, 128) and B.abs().max() > 0
-    words = ["--mode", "recon", "--oracles", oracles, "--tasks_per_batch", "16", "--max_steps", "300"]
+    words = ["@config/recon.args", "--oracles", oracles, "--tasks_per_batch", "16", "--max_steps", "300"]
     losses = fit(tmp_path / "recon", *words, "--n_tasks", "4")
     assert losses[-1] < 0.1 * losses[0]
     net, encode = hypernet.load_hypernet(tmp_path / "recon"), model.load_encoder("tiny")
@@ -1013,6 +1098,14 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     for kind in ("plain", "delta_w"):
         losses = fit(tmp_path / kind, *words, "--recon_loss", kind, "--max_steps", "30")
         assert losses[-1] < losses[0]
+    losses = fit(tmp_path / "single", *words, "--n_tasks", "1", "--max_steps", "2")  # one oracle has no deviation
+    assert all(map(math.isfinite, losses))
+    lengths = ["--methods", "mt_lora,oracle", "--mt_lora", tmp_path / "mt", "--oracles", oracles, "--n_tasks", "4"]
+    reads, real = [], lora.load_adapter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "load_adapter", lambda folder: reads.append(folder) or real(folder))
+        results = evaluate(tmp_path / "e.json", *lengths, "--split", "train", "--n_examples", "2")
+    assert set(results) == {"mt_lora", "oracle"} and len(reads) == 1 + 4  # each adapter is read once
 
 def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys):
     """Trained on documents with one fact each, the hypernetwork writes adapters that know them."""
@@ -1023,8 +1116,7 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
         asked = {"question": "horse", "answer": fact}
         lora.write(docs / f"{name}.json", {"document": text, "questions": [asked]})
         (tmp_path / f"{name}.txt").write_text(text)
-    small = ["--net", "latent_size=32 chunk_len=8"]
-    words = ["--arch", "d2l", *small, "--lr", "3e-3", "--tasks_per_batch", "3", "--max_steps"]
+    words = [*D2L, *"--latent_size 32 --chunk_len 8 --lr 3e-3 --tasks_per_batch 3 --max_steps".split()]
     fit(net, *words, "150", "--tasks", docs)
     capsys.readouterr()
     for name, fact in facts.items():
@@ -1039,22 +1131,30 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
     words = ["--tasks", docs, "--split", "train", "--hypernet", net, "--methods", "base,t2l,t2l_shuffled"]
     results = evaluate(tmp_path / "e.json", *words)
     assert [results[k]["mean"] for k in ("base", "t2l", "t2l_shuffled")] == [0, 1, 0]
+    words = ["--tasks", docs, "--split", "train", "--methods", "t2l", "--hypernet", TINY / "sft_large"]
+    assert command(evaluation, *words) == 2 and "reads descriptions, not documents" in capsys.readouterr().err
     base, tokenizer = model.load_base("tiny")
     prompt = [model.render(tokenizer, model.prompt(tokenizer, "horse"))]
     assert model.answer(with_peft(base, tmp_path / "cow"), tokenizer, prompt, 8) == ["mucca"]
 
 def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
-    run = run_of("--arch", "d2l")
+    run = run_of(*D2L)
     run.args.distill, run.args.l2 = 5, 0.0
     run.net = hypernet.load_hypernet(reader)
-    read = hypernet.conditions(run.net, run.base, run.tokenizer)
-    run.condition = lambda batch: read([text for _, text, _ in batch])
-    document, (question, (answer,)) = run.tasks[0].descriptions[0], run.tasks[0].train[0]
-    loss = train.sft_step(run, run.net, [(0, document, [(question, [answer])])])
+    document, example = run.tasks[0].descriptions[0], run.tasks[0].train[0]
+    modes, real = [], train.answer_logits
+    def note(base, *args):
+        modes.append(base.training)
+        return real(base, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "answer_logits", note)
+        loss = train.sft_step(run, run.net, [data.Item(0, document, [example])])
+    assert modes == [False, True]  # the teacher has no dropout of its config
+    written = run.net(hypernet.read_texts(run.net, [document], run.base, run.tokenizer))
     logprobs = []
-    for stated, adapter in ((document, None), ("", run.net(read([document])))):
+    for instruction, adapter in ((document, None), ("", written)):
         lora.set_adapter(run.base, adapter, run.net.config.scaling)
-        prompt, target = data.example_ids(run.tokenizer, question, answer, stated)
+        prompt, target = data.example_ids(run.tokenizer, example.input, example.answers[0], instruction)
         logits = run.base(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
         logprobs.append(logits.log_softmax(-1))
     teacher, student = logprobs
@@ -1062,20 +1162,32 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     close(loss, expected, 1e-4)
     assert expected > 0.1
 
-def test_a_run_like_another_has_its_settings(tmp_path, monkeypatch):
-    lora.write(tmp_path / "train_args.json", {"lr": 0.5, "rank": 3, "net": "depth=1", "out_dir": "there"})
-    words = ["--like", str(tmp_path), "--rank", "5", "--net", "width=2", "--out_dir", str(tmp_path / "new")]
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
-    args = train.parse_args()
-    assert (args.lr, args.rank, args.net, args.out_dir) == (0.5, 5, "depth=1 width=2", str(tmp_path / "new"))
+def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
+    run = run_of(*D2L)
+    run.args.distill, run.args.max_tokens = 5, 12
+    data.cached_ids.cache_clear()
+    batch = [data.Item(0, "cat -> red <eos>", [Example("cat", ["red"])])]
+    batch.append(data.Item(1, "cat dog cow pig\n" * 9, [Example("cat", ["red"])]))
+    rows = data.make_rows(run.tokenizer, run.tasks, batch, run.args)
+    assert [row.k for row in rows] == [0] and len(rows[0].teacher_prompt) > len(rows[0].prompt)
+    assert data.cached_ids.cache_info().currsize == 1  # the question without the document
 
 def test_questions_without_an_answer_get_the_base_models(tmp_path):
     base, tokenizer = model.load_base("tiny")
     told = model.render(tokenizer, model.prompt(tokenizer, "cat", "cat -> red <eos>"))
     for asked in base, None:  # the second time they are read, not asked again
-        task = data.Task("d", ["cat -> red <eos>"], [("cat", []), ("dog", ["blue"])], [])
-        train.write_answers(asked, tokenizer, [task], tmp_path / "answers.json")
-        assert task.train == [("cat", model.answer(base, tokenizer, [told])), ("dog", ["blue"])]
+        examples = [Example("cat", []), Example("dog", ["blue"])]
+        task = data.Task("d", ["cat -> red <eos>"], examples, [], is_document=True)
+        tasks.write_answers(asked, tokenizer, [task], tmp_path / "answers.json")
+        assert task.train[0].answers == model.answer(base, tokenizer, [told]) and task.train[1].answers == ["blue"]
+
+def test_missing_answers_are_written_without_dropout(tmp_path, monkeypatch):
+    lora.write(tmp_path / "d.json", {"document": "cat -> red <eos>", "questions": [{"question": "cat"}]})
+    modes, real = [], model.answer
+    monkeypatch.setattr(model, "answer", lambda base, *a: modes.append(base.training) or real(base, *a))
+    monkeypatch.chdir(tmp_path)
+    run = run_of(f"@{HERE}/config/d2l.args", "--tasks", tmp_path)
+    assert modes == [False] and run.base.training and run.tasks[0].train[0].answers
 
 def test_documents_are_split_in_the_published_mixture():
     config, row = hypernet.DocConfig(random_chunks=True), list(range(400))
@@ -1133,10 +1245,10 @@ def server():
     server.shutdown()
 
 def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, server):
-    splits = lora.read(HERE / "assets" / "lots_of_loras.json")
+    splits = lora.read(lots_of_loras.NAMES)
     assert [len(splits[k]) for k in ("train", "val")] == [479, 11]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(data, "NATURAL_INSTRUCTIONS", server.url)
+    monkeypatch.setattr(lots_of_loras, "URL", server.url)
     task = {"Definition": ["Do it."], "Instances": [{"id": "1", "input": "a", "output": ["b"]}] * 5}
     task = json.dumps(task).encode()
     server.files = {f"/{name}.json": (task, len(task)) for names in splits.values() for name in names}
@@ -1193,6 +1305,9 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     for description in ("Reverse the fruits.", DESC):  # written anew, the folder keeps what is not ours
         assert command(generate, "--desc", description, *words, *merge) == 0
         (tmp_path / "merged" / "notes.txt").write_text("mine")
+        (tmp_path / "merged" / "model-00001-of-00002.safetensors").write_text("of an earlier merge")
+    assert command(generate, "--desc", DESC, *words, *merge) == 0
+    assert [file.name for file in (tmp_path / "merged").glob("*.safetensors")] == ["model.safetensors"]
     assert model.answer(*model.load_base(str(tmp_path / "merged")), prompts, 64) == answers[:2]
     assert (tmp_path / "merged" / "description.txt").read_text() == DESC + "\n"
 
@@ -1219,8 +1334,9 @@ BAD = {
     "foreign output": (generate, [*SAY, "--out", "{foreign}"], "did not write"),
     "no checkpoint": (generate, [*SAY, "--hypernet", "{tmp}/none"], "is no folder"),
     "nothing shipped": (generate, [*SAY, "--base_model", "mistral-7b"], "no hypernetwork for mistral-7b"),
-    "other base by name": (generate, [*SAY, *NET, *BASE], "does not go"),
-    "other base by shape": (generate, [*SAY, "--hypernet", "{other}", *BASE], "another base"),
+    "other base": (generate, [*SAY, *NET, *BASE], "does not go with"),
+    "other base of the same name": (generate, [*SAY, *NET, "--base_model", "{tmp}/tiny"], "does not go with"),
+    "other widths": (generate, [*SAY, "--hypernet", "{other}", *BASE], "another base"),
     "unknown word": (generate, [*SAY, "--input", "cat unicorn", "--out", "{tmp}/o"], "no token for unicorn"),
     "not on the hub": (generate, [*SAY, "--hypernet", "nobody/nothing/sub"], "cannot be downloaded"),
     "another text encoder": (generate, ["--desc", "cat", *NET, "--encoder", "base"], "gives 128"),
@@ -1233,21 +1349,31 @@ BAD = {
     "missing folder": (evaluation, ["--methods", "oracle"], "the method oracle lacks what it needs"),
     "lengths of tasks": (evaluation, ["--lengths", "4"], "--lengths goes with --tasks facts or needle"),
     "no test part": (evaluation, ["--tasks", "{tmp}/tasks", "--split", "train"], "has no test part"),
-    "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither tiny, lots-of-loras"),
+    "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither benchmarks, chores"),
+    "unknown split": (evaluation, ["--split", "middle"], "no split middle, but train, val, test"),
+    "no examples": (evaluation, ["--n_examples", "0"], "--n_examples must be at least 1"),
+    "fewer than no examples": (evaluation, ["--n_examples", "-3"], "--n_examples must be at least 1"),
     "unknown base": (train, ["--base_model", "./nowhere", "--tasks", "tiny"], "./nowhere is no folder"),
+    "unknown flag": (train, ["--depth", "3"], "unrecognized arguments: --depth"),
+    "not a number": (train, ["--lr", "fast"], "invalid float value"),
+    "no file of flags": (train, ["@config/none.args"], "config/none.args"),
     "tasks of unknown words": (train, ["--tasks", "{tmp}/tasks"], "no token for Paris"),
     "documents as tasks": (train, ["--tasks", "facts"], "does not go with --arch t2l"),
-    "unknown field": (train, ["--net", "depth=3"], "--arch t2l has base_model"),
+    "tasks as documents": (train, ["--arch", "d2l"], "reads documents (see config/d2l.args)"),
+    "a setting of the other network": (train, ["--n_latents", "3"], "--n_latents is not a setting of --arch t2l"),
     "no oracles": (train, RECON, "needs --oracles"),
     "empty oracles": (train, [*RECON, "--oracles", "{foreign}"], "holds no adapters of the train tasks"),
-    "oracles of another base": (train, [*RECON, "--oracles", "{tmp}/oracles"], "are for base, not tiny"),
+    "oracles of another base": (train, [*RECON, "--oracles", "{tmp}/oracles"], "another base model"),
+    "several tasks by sft": (train, ["--multi_task"], "--multi_task goes with --mode lora"),
+    "several tasks by recon": (train, [*RECON, "--oracles", "x", "--multi_task"], "goes with --mode lora"),
 }
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, reader):
     tmp = tmp_path_factory.mktemp("mistakes")
-    tiny_llama(vocab_size=len(data.VOCABULARY)).save_pretrained(tmp / "base")
-    model.load_base("tiny")[1].save_pretrained(tmp / "base")
+    for name in ("base", "tiny"):
+        tiny_llama(vocab_size=len(tiny.VOCABULARY)).save_pretrained(tmp / name)
+        model.load_base("tiny")[1].save_pretrained(tmp / name)
     net = hypernet.TextToLoRA(small_config("small", base_model="base", input_size=8192))
     hypernet.save_hypernet(net, tmp / "other")
     task = {"Definition": ["Swap."], "Instances": [{"input": "Paris Rome", "output": ["Rome Paris"]}]}
@@ -1287,11 +1413,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
 def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
     out, picture = tmp_path / "scores.json", tmp_path / "scores.png"
     words = ["--hypernet", TINY / "recon", "--split", "val", "--n_examples", "4", "--out", out]
-    words += ["--methods", "base,t2l,t2l_shuffled", "--compare", TINY / "sft_small"]
+    same_name = tmp_path / "sft_small"  # as the folder of another one
+    same_name.symlink_to(TINY / "sft_medium")
+    words += ["--methods", "base,t2l,t2l_shuffled", "--compare", TINY / "sft_small", same_name]
     draws = ["--plot", picture] if importlib.util.find_spec("matplotlib") else []
     assert command(evaluation, *words, *draws) == 0
     content, shown = lora.read(out), capsys.readouterr().out
-    assert list(content["results"]) == ["base", "t2l", "t2l_shuffled", "t2l/sft_small"]
+    rows = ["base", "t2l", "t2l_shuffled", str(TINY / "sft_small"), str(same_name)]
+    assert list(content["results"]) == rows
     assert content["settings"]["split"] == "val"
     for row, scores in content["results"].items():
         values = list(scores["per_task"].values())
@@ -1317,33 +1446,34 @@ ROWS = {  # a row of each kind of benchmark, an answer that is right and one tha
 @pytest.mark.parametrize("name", ROWS)
 def test_a_benchmarks_row_as_prompt_and_score(name):
     row, right, wrong = ROWS[name]
-    kind, (asked, rights, shown) = data.BENCHMARKS[name][4], data.benchmark_example(name, row)
-    texts = {value for value in row.values() if isinstance(value, str) and value in asked}
-    assert texts and evaluation.is_right(kind, right, rights) and not evaluation.is_right(kind, wrong, rights)
-    assert kind == "code" or evaluation.is_right(kind, shown, rights)
+    example, shown = benchmarks.BENCHMARKS[name].to_example(row)
+    is_right = benchmarks.BENCHMARKS[name].is_right
+    texts = {value for value in row.values() if isinstance(value, str) and value in example.input}
+    assert texts and is_right(example, right) and not is_right(example, wrong)
+    assert is_right is benchmarks.passes_tests or is_right(example, shown)
 
 def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(data, "ROWS_SERVICE", server.url + "/rows")
-    monkeypatch.setitem(data.BENCHMARKS, "piqa", (*data.BENCHMARKS["piqa"][:3], 150, "first", ""))
+    monkeypatch.setattr(benchmarks, "ROWS_SERVICE", server.url + "/rows")
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "piqa", benchmarks.BENCHMARKS["piqa"]._replace(n_rows=150))
     waits, entry = [], {"row": ROWS["piqa"][0]}
     page = lambda n, total=150: {"num_rows_total": total, "rows": [entry] * n}
-    monkeypatch.setattr(data.time, "sleep", waits.append)
+    monkeypatch.setattr(tasks.time, "sleep", waits.append)
     send = lambda content, status=200: server.replies.append((json.dumps(content).encode(), status))
     cut, wrong, short = (json.dumps(page(100)).encode()[:-9], 200), page(100, 151), page(99)
     server.replies = [cut]
     send(wrong), send(short)
     for _ in range(3):  # cut off, of another length, too short
         with pytest.raises(lora.UserError, match=f"rows 0 to 100 of 150 are not in {tmp_path}"):
-            data.load_tasks("piqa")
+            benchmarks.load(["piqa"])
     send({}, 429), send(page(100)), send({}, 500)
     with pytest.raises(lora.UserError, match="rows 100 to 150 of 150"):
-        data.load_tasks("piqa")
+        benchmarks.load(["piqa"])
     send(page(50))
-    (task,) = data.load_tasks("piqa")["test"]
+    (task,) = benchmarks.load(["piqa"])["test"]
     assert waits == [7] and not server.replies and len(task.test) == 150 and len(task.descriptions) == 3
     assert [re.search(r"offset=(\d+)", path)[1] for path in server.asked] == ["0"] * 5 + ["100"] * 2
-    assert data.load_tasks("piqa")["test"] == [task] and len(server.asked) == 7
+    assert benchmarks.load(["piqa"])["test"] == [task] and len(server.asked) == 7
 
 HOSTILE = ["while True: pass", "import sys; sys.exit(0)", "import os; os._exit(0)", "input()", "1 / 0"]
 HOSTILE += ["while True: print('x' * 999)", "import os\nwhile True: os.fork()", "x = 'a' * 10**10"]
@@ -1351,24 +1481,27 @@ HOSTILE += ["open('x', 'w').write('a' * 10**8)", "import os; os.environ['PATH']"
 
 @pytest.mark.parametrize("program", HOSTILE)
 def test_generated_code_cannot_pass_or_hurt(program, monkeypatch):
-    assert evaluation.passes("from __future__ import annotations\nassert 1 + 1 == 2")
+    assert benchmarks.run_program("from __future__ import annotations\nassert 1 + 1 == 2")
     started = time.perf_counter()
-    assert not evaluation.passes(program, seconds=1) and time.perf_counter() - started < 5
+    assert not benchmarks.run_program(program, seconds=1) and time.perf_counter() - started < 5
 
 def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
     """A base model's own answers are right; code is left out without --run_code."""
-    tasks = [data.Task("piqa", ["d"] * 3, [], [("cat", ["x"])], kind="first")]
-    tasks += [data.Task("mbpp", ["d"] * 3, [], [("cat", ["assert False", ""])], kind="code")]
-    monkeypatch.setattr(data, "load_tasks", lambda source: {"test": tasks})
     base, tokenizer = model.load_base("tiny")
     (said,) = model.answer(base, tokenizer, ["cat ->"])
-    tasks[0].test[0] = ("cat", [said])
+    made = dict(descriptions=["d"] * 3, train=[], is_benchmark=True)
+    piqa = data.Task("piqa", test=[Example("cat", [said])], is_right=benchmarks.first_character, **made)
+    mbpp = data.Task("mbpp", test=[Example("cat", ["assert False"])], is_right=benchmarks.passes_tests, **made)
+    monkeypatch.setattr(benchmarks, "load", lambda names=("piqa", "mbpp"): {"test": [piqa, mbpp][: len(names)]})
     for flags, columns in ([], "piqa | average"), (["--run_code"], "mbpp | piqa | average"):
         words = ["--tasks", "benchmarks", "--methods", "base,t2l", *flags, "--out", tmp_path / "b.json"]
         assert command(evaluation, *words) == 0
         shown = capsys.readouterr().out
         assert f"| method | {columns} |" in shown and ("without --run_code" in shown) == (not flags)
         assert lora.read(tmp_path / "b.json")["results"]["base"]["per_task"]["piqa"] == 1.0
+    monkeypatch.setattr(benchmarks, "load", lambda names: {"test": [mbpp]})
+    assert command(evaluation, "--tasks", "humaneval") == 2
+    assert "error: humaneval is scored by running code" in capsys.readouterr().err
     args = types.SimpleNamespace(lengths=None, base_model="mistral-7b")
     assert "| t2l (published) | 0.82 |  |" in evaluation.table({"base": {"piqa": 0.5}}, args)
 
@@ -1391,7 +1524,7 @@ def test_a_real_model(tmp_path):
     pairs = itertools.product(("red", "blue", "green"), ("cat", "dog", "cow"))
     instances = [{"input": f"{a} {b}", "output": [f"{b} {a}"]} for a, b in pairs]
     lora.write(tmp_path / "swap.json", {"descriptions": ["Swap the two words."], "Instances": instances})
-    words = "--size small --no-instruction --dropout 0 --neftune_alpha 0 --lr 1e-4 --max_steps 12".split()
+    words = "--size small --dropout 0 --lr 3e-3 --max_steps 12".split()
     words += [*REAL, "--tasks", tmp_path, "--examples_per_task", "4", "--tasks_per_batch", "1"]
     losses = fit(tmp_path / "net", *words)
     assert losses[-1] < 0.6 * losses[0]

@@ -1,27 +1,30 @@
 """Train adapters, or a hypernetwork that writes them.
 
-    python train.py --mode sft                                     # in the tiny world, on one process
-    torchrun --nproc_per_node=2 train.py --mode sft                # the same batches on two processes
-    python train.py --base_model mistral-7b --help                 # the settings of that run
+    python train.py                                                     # SFT in the tiny world, one process
+    torchrun --nproc_per_node=2 train.py                                # the same batches on two processes
+    python train.py @config/mistral-7b.args --max_steps 118000 --help   # another kind of run: its settings
 
 --mode says what is trained, and by which loss:
 
     lora       ordinary LoRAs by the task loss: one per task (the oracles), or one for all (--multi_task)
     recon      a hypernetwork, to write the same adapters as the oracles (paper, section 3.1)
     sft        a hypernetwork, by the task loss through the frozen base model (paper, section 3.2)
+
+@FILE reads flags from a file, see config/. Of a flag that occurs twice the later one counts.
 """
 
 import argparse
-import dataclasses
+import gc
 import json
 import math
 import os
 import random
+import signal
 import sys
-import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,407 +37,496 @@ import data
 import hypernet
 import lora
 import model
+from config import flags
 from lora import Adapter, UserError
+from tasks import write_answers
 
-# -------------------- Settings: kind of run = (value in the tiny world, published value) --------------------
-#
-# Published are the scripts of SakanaAI/text-to-lora and doc-to-lora, where SFT takes 5 H100-days; to begin
-# with, try a tenth of that: --max_steps 118000. Base models other than tiny take the published values. The
-# first of these kinds that has an entry counts: the tasks, the arch with the base model, the arch,
-# "multi_task" (with --multi_task, in place of the mode) or the mode, "any".
+# -------------------- Settings --------------------
 
-SETTINGS = {
-    # steps; published: any 20,000 epochs of 59, recon 10,000 of 120, lora up to 100 epochs (2500 is a guess)
-    "max_steps": dict(any=(1000, 1_180_000), recon=(3000, 1_200_000), lora=(240, 2500), d2l=(2600, 80_000)),
-    # highest learning rate, and that of the network's heads as a multiple of it
-    "lr": dict(any=(3e-3, 2.5e-5), recon=(4e-3, 1e-3), lora=(3e-3, 8e-5), d2l=(2e-3, 4e-5)),
-    "head_lr": dict(any=(1 / 16, 1.0), d2l=(1.0, 1.0)),
-    # share of the steps in which the learning rate rises (published d2l: 100 of 80,000); how it falls then
-    "warmup": dict(any=(0.1, 0.2), recon=(0.1, 0.1), lora=(0.1, 0.1), d2l=(0.04, 0.00125)),
-    "schedule": dict(any=("linear", "linear"), d2l=("linear", "cosine")),
-    # AdamW (betas 0.9, 0.999; eps 1e-8); longer gradients are clipped
-    "weight_decay": dict(any=(1e-2, 1e-2), recon=(1e-2, 1e-3), lora=(1e-2, 1e-3), multi_task=(1e-2, 1e-3)),
-    "max_grad_norm": dict(any=(1.0, 1.0)),
-    # the batch of a step; lora: all tasks, each with its own LoRA; d2l: documents, and questions of each
-    "tasks_per_batch": dict(any=(128, 8), recon=(64, 4), lora=(None, None), d2l=(32, 8)),
-    "examples_per_task": dict(any=(1, 1), lora=(4, 8), d2l=(4, 1)),
-    "micro_batch": dict(any=(64, 8)),  # rows that go through the base model at once
-    "max_tokens": dict(any=(512, 512)),  # longer examples are left out
-    # dropout of LoRAs and in Text-to-LoRA; noise on the input embeddings; smoothing of the labels
-    "dropout": dict(any=(0.1, 0.05), recon=(0.0, 0.05), lora=(0.0, 0.05), d2l=(0.0, 0.0)),
-    "neftune_alpha": dict(any=(0.0, 5.0), needle=(0.0, 0.0)),
-    "label_smoothing": dict(any=(0.0, 0.1), d2l=(0.0, 0.0)),
-    # weights in the loss (not of recon) of the mean square and the mean absolute value of A and B
-    "l2": dict(any=(1e-3, 1e-3), lora=(0.0, 0.0), multi_task=(0.0, 0.0), d2l=(1e-3, 0.0)),
-    "l1": dict(any=(0.0, 0.0), d2l=(0.0, 0.1), needle=(0.0, 1.5)),
-    "short_first": dict(any=(False, False), d2l=(True, True)),  # short documents first (published: not said)
-    # d2l: match the teacher's likeliest k tokens in place of the answers (0: learn the answers)
-    "distill": dict(any=(0, 0), d2l=(0, 16), needle=(0, 0)),
-    "recon_loss": dict(any=("z_score", "delta_w")),
-    "size": dict(any=("large", "large"), recon=("large", "medium")),
-    "rank": dict(any=(8, 8)),  # of the adapters; for d2l of each chunk
-    "alpha": dict(any=(16.0, 16.0), d2l=(128.0, 128.0)),  # scaling is alpha / sqrt(rank); d2l: 2 r^2
-    "target_modules": dict(any=("q_proj,v_proj", "q_proj,v_proj"), d2l=("down_proj", "down_proj")),
-    "instruction": dict(any=(False, True), d2l=(False, False)),  # the task's definition stands in the prompt
-    "tasks": dict(any=("tiny", "lots-of-loras"), d2l=("facts", "needle")),
-    "val_every": dict(any=(250, 10_000)),  # steps between two validations, which keep the best weights
-    # the network's own fields
-    "net": {
-        "any": ("", ""),
-        "t2l": ("latent_size=128 head_in_size=256 input_dropout=0.3", "head_in_size=512 full_stop=true"),
-        "t2l gemma-2-2b": ("", "latent_size=512 head_in_size=2048 full_stop=true"),
-        "t2l llama-3.1-8b": ("", "latent_size=512 head_in_size=2048 full_stop=true"),
-        "d2l": ("latent_size=128 n_blocks=1 n_heads=4 chunk_len=4 chat=false", "latent_size=512 n_blocks=9"),
-        "needle": ("", "latent_size=512 n_blocks=8 n_latents=208 early_exit=true"),
-    },
+SETTINGS = [  # name, value in the tiny world, what it is
+    # what is trained
+    ("mode", "sft", "lora, recon or sft, see above"),
+    ("arch", "t2l", "hypernetwork: t2l is Text-to-LoRA, d2l Doc-to-LoRA (start from @config/d2l.args)"),
+    ("base_model", "tiny", f"{', '.join(model.PRESETS)}, a hub id or a folder"),
+    ("encoder", "preset", "text encoder: the preset's, hash, base, a hub id or a folder; A+B joins two"),
+    ("multi_task", False, "lora: one adapter for all tasks"),
+    ("oracles", "", "recon: the folder that --mode lora wrote"),
+    # tasks
+    ("tasks", "tiny", f"{', '.join(data.SOURCES)}, or a folder of task files"),
+    ("split", "train", "tasks to train on: train, val or test"),
+    ("n_tasks", 0, "use only so many of these tasks (0: all)"),
+    ("instruction", False, "put the task's definition before each input, as published"),
+    # adapters
+    ("target_modules", "q_proj,v_proj", "linear layers that get an adapter"),
+    ("rank", 8, "rank of an adapter; d2l: of each chunk"),
+    ("alpha", 16.0, "scaling is alpha / sqrt(rank)"),
+    ("dropout", 0.1, "dropout on the input of the adapters"),
+    # steps
+    ("max_steps", 1000, "training steps"),
+    ("tasks_per_batch", 128, "tasks of a step, over all processes (0: all)"),
+    ("examples_per_task", 1, "examples of each of these tasks"),
+    ("micro_batch", 64, "examples that go through the base model at once, on each process"),
+    ("max_tokens", 512, "longer examples are left out"),
+    ("short_first", False, "d2l: short documents first, all of them from half-way on"),
+    # optimizer: AdamW (betas 0.9, 0.999; eps 1e-8)
+    ("lr", 3e-3, "highest learning rate"),
+    ("head_lr", 1 / 16, "that of the network's heads, as a multiple of it"),
+    ("warmup", 0.1, "share of the steps in which the learning rate rises"),
+    ("schedule", "linear", "how it falls: linear; late: linear in the last third; cosine: to 1e-7"),
+    ("weight_decay", 1e-2, "weight decay, not on scales, biases, norms and latents"),
+    ("max_grad_norm", 1.0, "longer gradients are clipped to this length"),
+    # loss
+    ("label_smoothing", 0.0, "label smoothing"),
+    ("neftune_alpha", 0.0, "noise on the base model's input embeddings (NEFTune)"),
+    ("l1", 0.0, "weight of the mean absolute value of the written A and B"),
+    ("l2", 1e-3, "weight of the mean square of the written A and B"),
+    ("distill", 0, "d2l: match the teacher's likeliest k tokens, not the answers (0: learn the answers)"),
+    ("recon_loss", "z_score", "recon: what is compared: z_score, plain or delta_w"),
+    # the run
+    ("seed", 0, "seed of all randomness"),
+    ("dtype", "auto", "computation in float32 or bfloat16; auto: bfloat16 on a GPU, except for recon"),
+    ("gradient_checkpointing", False, "save memory in the base model"),
+    ("val_every", 250, "steps between two validations, and between two saves of the state"),
+    ("out_dir", "out/run", "a new folder"),
+    ("wandb", False, "log to Weights & Biases as well"),
+]
+CHOICES = {
+    "mode": ["lora", "recon", "sft"],
+    "arch": list(hypernet.ARCHS),
+    "size": list(hypernet.SIZES),
+    "split": ["train", "val", "test"],
+    "schedule": ["linear", "late", "cosine"],
+    "recon_loss": ["z_score", "plain", "delta_w"],
+    "dtype": ["auto", "float32", "bfloat16"],
 }
 
-def settings_of(args: argparse.Namespace) -> dict:
-    """The values of SETTINGS for a run of this --base_model, --mode, --arch, --multi_task and --tasks; and
-    the text encoder and the precision that go with it."""
-    base = model.preset_name(args.base_model)
-    kinds = [f"{args.arch} {base}", args.arch, "multi_task" if args.multi_task else args.mode, "any"]
-
-    def value(name: str, kinds: list[str]):
-        entries = SETTINGS[name]
-        return next(entries[kind] for kind in kinds if kind in entries)[0 if base == "tiny" else 1]
-
-    tasks = args.tasks or value("tasks", kinds)
-    values = {name: value(name, [tasks, *kinds]) for name in SETTINGS}
-    encoder = model.PRESETS[base][1] if base in model.PRESETS else "base"
-    on_gpu = torch.cuda.is_available() and args.mode != "recon"  # reconstruction is in float32, as published
-    return values | {"encoder": encoder, "dtype": "bfloat16" if on_gpu else "float32"}
-
-def add_flags(p: argparse.ArgumentParser) -> None:
-    """The flags; their defaults come from SETTINGS."""
-    p.add_argument("--mode", default="sft", choices=["lora", "recon", "sft"], help="See above.")
-    p.add_argument("--arch", default="t2l", choices=hypernet.ARCHS, help="Text-to-LoRA or Doc-to-LoRA.")
-    p.add_argument("--base_model", default="tiny", help=f"{', '.join(model.PRESETS)}, a hub id or a folder.")
-    p.add_argument("--encoder", help="Text encoder: hash, base, a hub id or a folder; or several: A+B.")
-    p.add_argument("--size", choices=hypernet.SIZES, help="Size of Text-to-LoRA.")
-    p.add_argument("--net", metavar='"FIELD=VALUE ..."', help="The network's own fields; values in JSON.")
-    p.add_argument("--target_modules", help="Linear layers that get an adapter.")
-    p.add_argument("--rank", type=int, help="Of the adapters; for d2l of each chunk.")
-    p.add_argument("--multi_task", action="store_true", help="lora: one adapter for all tasks.")
-    p.add_argument("--recon_loss", choices=["z_score", "plain", "delta_w"], help="recon: what to compare.")
-    p.add_argument("--tasks", help="tiny, lots-of-loras, for d2l facts or needle, or a folder of task files.")
-    p.add_argument("--split", default="train", choices=["train", "val", "test"], help="Tasks to train on.")
-    p.add_argument("--n_tasks", type=int, help="Use that many of the tasks; by default all.")
-    p.add_argument("--oracles", help="recon: the folder that --mode lora wrote.")
-    switch = argparse.BooleanOptionalAction
-    p.add_argument("--instruction", action=switch, help="Put the task's definition before inputs.")
-    p.add_argument("--like", metavar="DIR", help="Take the settings of the run in that folder.")
-    p.add_argument("--max_steps", type=int, help="Training steps.")
-    p.add_argument("--lr", type=float, help="Highest learning rate.")
-    p.add_argument("--tasks_per_batch", type=int, help="In each step, over all processes (lora: all).")
-    p.add_argument("--examples_per_task", type=int, help="In each step.")
-    p.add_argument("--micro_batch", type=int, help="Rows in the base model at once, on each process.")
-    p.add_argument("--dropout", type=float, help="On the input of the adapters, and in Text-to-LoRA.")
-    p.add_argument("--neftune_alpha", type=float, help="Noise on the base model's input embeddings.")
-    p.add_argument("--seed", type=int, default=0, help="Of all randomness.")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="Of all but the trained weights.")
-    p.add_argument("--gradient_checkpointing", action="store_true", help="Save memory in the base model.")
-    p.add_argument("--out_dir", default="out/run", help="A new folder, or with --resume that of the run.")
-    p.add_argument("--val_every", type=int, help="Steps between two validations, and two saves of the state.")
-    p.add_argument("--resume", action="store_true", help="Continue the run in --out_dir, with its settings.")
-    p.add_argument("--wandb", action="store_true", help="Log to Weights & Biases as well.")
 
 def parse_args() -> argparse.Namespace:
-    """The settings: SETTINGS, or those of another run (--like, --resume); then the command line's."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=lora.Help)
-    add_flags(p)
-    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    typed = p.parse_known_args(words)[0]  # 1. What was typed tells which run to take settings from.
-    folder, recorded = Path(typed.out_dir), {}
-    if typed.resume and not (folder / "state.safetensors").exists():
-        raise UserError(f"--resume: {folder} holds no interrupted run")
-    if other := folder if typed.resume else typed.like:
-        of_this_call = {"out_dir": typed.out_dir, "resume": False, "wandb": False}
-        recorded = lora.read(Path(other) / "train_args.json") | of_this_call
-    p.set_defaults(**recorded)
-    given = p.parse_known_args(words)[0]  # 2. With those settings it tells the kind of run.
-    values = settings_of(given) | recorded
-    net = f"{values['net']} {typed.net or ''}".strip()  # what is said later wins
-    more = [f"{name} {value}" for name, value in values.items() if name not in vars(typed)]
-    p.epilog = f"in SETTINGS only: {', '.join(more)}"
-    p.set_defaults(**values | {"net": net})
-    args = p.parse_args()  # 3. Now each flag has its default, and --help shows it.
-    args.net = net
-    reads = hypernet.ARCHS[args.arch][0].reads
-    if reads == "documents" and args.mode != "sft":
-        raise UserError(f"--arch {args.arch} is trained with --mode sft")
-    if args.tasks in data.SOURCES and (reads == "documents") != (args.tasks in data.DOCUMENTS):
-        raise UserError(f"--tasks {args.tasks} does not go with --arch {args.arch}")
+    """The settings of the run, complete and checked as far as that goes without loading anything."""
+    parser = flags.Parser(__doc__, add_help=False)
+    parser.add_settings(SETTINGS, CHOICES)
+    for arch in hypernet.ARCHS:  # the networks' own settings have no value until --arch is known
+        parser.add_settings(hypernet.net_settings(arch), CHOICES, with_default=False)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    args = parser.parse_args()
+    folder = Path(args.out_dir)
+    if args.resume:
+        if not (folder / "state.safetensors").exists():
+            raise UserError(f"--resume: {folder} holds no interrupted run")
+        args = parser.parse_args([f"@{folder / 'train.args'}", *sys.argv[1:]])
+
+    # what depends on other settings
+    if args.encoder == "preset":
+        preset = model.preset_of(args.base_model)
+        args.encoder = model.PRESETS[preset][1] if preset else "base"
+    if args.dtype == "auto":
+        on_gpu = torch.cuda.is_available() and args.mode != "recon"  # reconstruction: float32, as published
+        args.dtype = "bfloat16" if on_gpu else "float32"
+    net_settings = hypernet.net_settings(args.arch)
+    for name, default, _ in net_settings:
+        if not hasattr(args, name):
+            setattr(args, name, default)
+    if args.help:
+        print(__doc__)
+        print("--resume continues the interrupted run in --out_dir. The settings of this run:\n")
+        flags.print_settings(SETTINGS, args)
+        print(f"\nThose of its network (--arch {args.arch}):\n")
+        flags.print_settings(net_settings, args)
+        sys.exit(0)
+
+    known = {name for name, _, _ in SETTINGS + net_settings}
+    for name in vars(args):
+        if name not in known and name not in ("resume", "help"):
+            raise UserError(f"--{name} is not a setting of --arch {args.arch}")
+    if args.arch == "d2l" and args.mode != "sft":
+        raise UserError("--arch d2l is trained with --mode sft")
+    if args.multi_task and args.mode != "lora":
+        raise UserError("--multi_task goes with --mode lora")
     if args.mode == "recon" and not args.oracles:
         raise UserError("--mode recon needs --oracles DIR, a folder that --mode lora wrote")
-    there = {file.name for file in folder.iterdir()} if folder.exists() else set()
-    if there - {"answers.json"} and not args.resume:  # which is written before training starts
+    files = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    if files - {"answers.json"} and not args.resume:  # answers are written before training starts
         raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
     return args
 
+
 # -------------------- The losses --------------------
 
+
 def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):
-    """Run the base model on n examples (ids of prompt and answer), with the adapters that are set. Returns at
-    all answer tokens (logits [tokens, vocabulary], example [tokens], right token [tokens])."""
-    ids = model.pad([p + a for p, a in examples], 0).to(base.device)  # [n, T], padded at the end: no mask
-    answers = model.pad([[-1] * len(p) + a for p, a in examples], -1).to(base.device)  # -1 is no answer
+    """Run the base model, with the adapters that are set, on n examples (ids of prompt and answer).
+
+    Returns, for all answer tokens: logits [tokens, vocabulary], index of the example [tokens], and the right
+    token [tokens].
+    """
+    sequences = [prompt + answer for prompt, answer in examples]
+    labels = [[-1] * len(prompt) + answer for prompt, answer in examples]  # -1 is not part of the answer
+    ids = model.pad(sequences, 0).to(base.device)  # [n, T], padded at the end: a causal model needs no mask
+    labels = model.pad(labels, -1).to(base.device)  # [n, T]
     x = base.get_input_embeddings()(ids)  # [n, T, d]
     if neftune_alpha:  # NEFTune (arXiv 2310.05914): uniform noise of a size that does not depend on T and d
         x = x + torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
-    example, at = (answers[:, 1:] >= 0).nonzero(as_tuple=True)  # the position before each answer token
-    columns = torch.arange(at.min(), at.max() + 1, device=at.device)  # no logits for the prompts
+    example, position = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # the position before each answer token
+    columns = torch.arange(position.min(), position.max() + 1, device=ids.device)  # none for the prompts
     logits = base(inputs_embeds=x, logits_to_keep=columns, use_cache=False).logits  # [n, columns, vocabulary]
-    return logits[example, at - at.min()].float(), example, answers[example, at + 1]
+    return logits[example, position - position.min()].float(), example, labels[example, position + 1]
+
 
 def example_mean(losses: Tensor, example: Tensor) -> Tensor:
-    """Losses of tokens, averaged over each example's, then over the examples: these weigh the same."""
+    """Losses of tokens, averaged over each example, then over the examples: every example counts equally."""
     length = torch.bincount(example)
     return (losses / length[example]).sum() / len(length)
+
 
 def answer_loss(logits: Tensor, example: Tensor, right: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of the answers, from `answer_logits`."""
     return example_mean(F.cross_entropy(logits, right, reduction="none", label_smoothing=smoothing), example)
 
+
 def distill_loss(logits: Tensor, example: Tensor, teacher: Tensor, k: int) -> Tensor:
     """KL divergence from a teacher, over its k likeliest tokens. logits, teacher [tokens, vocabulary]."""
-    likely, tokens = teacher.log_softmax(-1).topk(k)  # [tokens, k]
-    ours = logits.log_softmax(-1).gather(-1, tokens)
-    return example_mean((likely.exp() * (likely - ours)).sum(-1), example)
+    log_p, tokens = teacher.log_softmax(-1).topk(k)  # [tokens, k]
+    log_q = logits.log_softmax(-1).gather(-1, tokens)
+    return example_mean((log_p.exp() * (log_p - log_q)).sum(-1), example)
+
 
 def weight_size(adapter: Adapter, size) -> Tensor:
-    """Mean of size(A) and of size(B), torch.abs or torch.square, summed over the modules."""
-    return sum(size(A).mean() + size(B).mean() for A, B in adapter.values())
+    """Mean of size(A) and of size(B), torch.abs or torch.square, summed over the modules.
 
-def recon_loss(kind: str, adapter: Adapter, target: Adapter, scale: dict[str, Tensor]) -> Tensor:
-    """L1 between generated adapters and oracles, averaged over the modules: of 10,000 BA ("delta_w", as
-    published), or of A and B over `scale`: 1 ("plain"), or the oracles' deviation ("z_score")."""
+    Each adapter of the batch counts equally. Ranks that are zero in A are padding and do not count.
+    """
+    total = 0.0
+    for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
+        n_ranks = (A != 0).any(-1).sum((1, 2))  # [n], over all layers
+        mean_A = size(A).sum((1, 2, 3)) / (n_ranks * A.shape[-1])  # [n]
+        mean_B = size(B).sum((1, 2, 3)) / (n_ranks * B.shape[-2])
+        total = total + mean_A.mean() + mean_B.mean()
+    return total
+
+
+def recon_loss(loss: str, adapter: Adapter, oracle: Adapter, deviation: dict[str, Tensor]) -> Tensor:
+    """L1 between written adapters and oracles, averaged over the modules.
+
+    "delta_w" compares 10,000 BA, as published; "plain" and "z_score" compare A and B over `deviation`, which
+    is 1 or the oracles' deviation.
+    """
     losses = []
     for name, (A, B) in adapter.items():
-        target_A, target_B = target[name]
-        if kind == "delta_w":
-            losses.append(10_000 * (B @ A - target_B @ target_A).abs().mean())
+        oracle_A, oracle_B = oracle[name]
+        if loss == "delta_w":
+            losses.append(10_000 * (B @ A - oracle_B @ oracle_A).abs().mean())
         else:
-            of_A = ((A - target_A) / scale[f"{name}_A"]).abs().mean()
-            of_B = ((B - target_B) / scale[f"{name}_B"]).abs().mean()
-            losses.append((of_A + of_B) / 2)
+            loss_A = ((A - oracle_A) / deviation[f"{name}_A"]).abs().mean()
+            loss_B = ((B - oracle_B) / deviation[f"{name}_B"]).abs().mean()
+            losses.append((loss_A + loss_B) / 2)
     return sum(losses) / len(losses)
+
 
 # -------------------- What is trained --------------------
 
-@dataclasses.dataclass
+
+@dataclass
 class Run:
-    """What the steps of a run work with."""
+    """Everything a step needs."""
 
     args: argparse.Namespace
     tasks: list[data.Task]
     val_tasks: list[data.Task]
-    base: nn.Module | None  # the frozen model (for recon only if it is the text encoder, too)
-    tokenizer: Any
-    oracles: Adapter | None  # the adapters to imitate (recon only), one per task
-    net: nn.Module  # what is trained: it writes adapters
-    condition: Callable  # what the net is given for a batch
+    base: nn.Module  # the frozen model; for recon without weights, unless it is the text encoder
+    tokenizer: Any = None
+    encode: Any = None  # the text encoder
+    oracles: Adapter | None = None  # recon: the adapters to imitate, one per task
+    net: nn.Module | None = None  # what is trained: it writes adapters
+
 
 def prepare(args, device: torch.device) -> Run:
     """Load the tasks and the frozen models, and make what is trained."""
-    splits, base, tokenizer, oracles = data.load_tasks(args.tasks), None, None, None
+    tasks, val_tasks = choose_tasks(args)
+    base_is_encoder = "base" in args.encoder.split("+")
+    if args.mode == "recon" and not base_is_encoder:
+        run = Run(args, tasks, val_tasks, model.load_skeleton(args.base_model))
+    else:
+        base, tokenizer = model.load_base(args.base_model, device, getattr(torch, args.dtype))
+        run = Run(args, tasks, val_tasks, base, tokenizer)
+    if args.mode == "recon":
+        config = load_oracles(run, device)
+    else:
+        config = adapt_base(run)
+    if args.mode == "lora":
+        run.net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
+    else:
+        make_hypernet(run, config, device)
+    return run
+
+
+def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
+    """(tasks to train on, tasks to validate on)."""
+    splits = data.load_tasks(args.tasks)
     tasks = data.pick(splits, args.split, args.n_tasks)
+    reads_documents = hypernet.ARCHS[args.arch].reads == "documents"
+    if args.mode != "lora" and tasks[0].is_document != reads_documents:
+        reads = "documents (see config/d2l.args)" if reads_documents else "descriptions"
+        raise UserError(f"--tasks {args.tasks} does not go with --arch {args.arch}, which reads {reads}")
     if args.short_first:
         tasks.sort(key=lambda task: len(task.descriptions[0]))
-    if args.mode != "recon" or "base" in args.encoder.split("+"):
-        base, tokenizer = model.load_base(args.base_model, device, getattr(torch, args.dtype))
     if args.mode == "recon":
         tasks = [task for task in tasks if (Path(args.oracles) / task.name).exists()]
         if not tasks:
             raise UserError(f"{args.oracles} holds no adapters of the {args.split} tasks of {args.tasks}")
-        oracles, config = lora.load_adapters([Path(args.oracles) / task.name for task in tasks], device)
-        if model.preset_name(config.base_model) != model.preset_name(args.base_model):
-            raise UserError(f"--oracles {args.oracles} are for {config.base_model}, not {args.base_model}")
-    else:
-        names = args.target_modules.split(",")
-        config = lora.config_for(base, names, model.full_name(args.base_model), r=args.rank, alpha=args.alpha)
-        lora.inject(base, names, args.dropout).train()
-        if device.type == "cpu":
-            base.set_attn_implementation("eager")  # its backward pass is the faster one there
-        write_answers(base, tokenizer, tasks + splits["val"], Path(args.out_dir) / "answers.json")
-        model.check_known(tokenizer, [text for task in tasks for text in task.texts()])
-        if args.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+    val_tasks = []
+    if args.mode == "sft" or args.multi_task:
+        val_tasks = [task for task in splits.get("val", []) if task.test]
+    return tasks, val_tasks
 
-    if args.mode == "lora":
-        net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
-        indices = lambda batch: [0 if args.multi_task else i for i, _, _ in batch]
-        condition = lambda batch: torch.tensor(indices(batch), device=device)
-    else:
-        net, conditions = new_hypernet(args, config, base, tokenizer, device)
-        condition = lambda batch: conditions([description for _, description, _ in batch])
-        if args.mode == "sft":
-            net.start_as_lora()
-        elif args.recon_loss == "z_score":
-            net.normalize(oracles)
-    val_tasks = [task for task in splits["val"] if task.test][:32]
-    val_tasks = val_tasks if args.mode == "sft" or args.multi_task else []
-    return Run(args, tasks, val_tasks, base, tokenizer, oracles, net, condition)
 
-def write_answers(base: nn.Module, tokenizer, documents: list[data.Task], file: Path) -> None:
-    """Questions that have no answer get the base model's, written with the document in its prompt, as
-    published. They are kept in `file`, for other processes and for a run that starts again."""
-    asked = [(task, example) for task in documents for example in task.train if not example[1]]
-    key = lambda task, example: f"{task.name}: {example[0]}"
-    known = lora.read(file) if file.exists() else {}
-    todo = [pair for pair in asked if key(*pair) not in known]
-    todo.sort(key=lambda pair: len(pair[0].descriptions[0]))
-    for i in tqdm(range(0, len(todo), 32), desc="answers", disable=not todo):
-        part = todo[i : i + 32]
-        chats = [model.prompt(tokenizer, example[0], task.descriptions[0]) for task, example in part]
-        answers = model.answer(base, tokenizer, [model.render(tokenizer, chat) for chat in chats], 64)
-        known |= {key(*pair): text for pair, text in zip(part, answers)}
-        if i % 3200 == 0 or i + 32 >= len(todo):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lora.write(file, known)
-    for task, example in asked:
-        example[1].append(known[key(task, example)])
+def load_oracles(run: Run, device: torch.device) -> lora.LoRAConfig:
+    """Load the adapters to imitate; returns their config."""
+    args = run.args
+    folders = [Path(args.oracles) / task.name for task in run.tasks]
+    run.oracles, config = lora.load_adapters(folders, device)
+    shape = lora.base_shape(run.base.config)
+    model.check_base(config, args.base_model, shape)
+    lora.inject(run.base, list(config.paths))
+    lora.lora_layers(run.base, run.oracles)  # raises UserError if they do not fit
+    config.base_model, config.base_shape = model.full_name(args.base_model), shape
+    return config
 
-def new_hypernet(args, config: lora.LoRAConfig, base, tokenizer, device):
-    """(the network of --arch for adapters as in `config`, the function texts -> its condition)"""
-    kind, settings = hypernet.ARCHS[args.arch]
-    known, z_score = settings.__dataclass_fields__, args.mode == "recon" and args.recon_loss == "z_score"
-    values = vars(args) | vars(config) | {"z_score": z_score}
-    values = {name: value for name, value in values.items() if name in known}
-    try:
-        values |= {text.split("=")[0]: json.loads(text.split("=")[1]) for text in args.net.split()}
-        c = settings(**values)
-    except (IndexError, TypeError, ValueError) as e:
-        raise UserError(f"--net {args.net}: {e}; --arch {args.arch} has {', '.join(known)}") from None
-    if kind.reads == "documents":
-        encode, c.input_size = None, base.config.get_text_config().hidden_size
+
+def adapt_base(run: Run) -> lora.LoRAConfig:
+    """Get the base model ready to be trained through; returns the config of its adapters."""
+    args, base = run.args, run.base
+    answers_file = Path(args.out_dir) / "answers.json"
+    write_answers(base, run.tokenizer, run.tasks + run.val_tasks, answers_file)
+    for task in run.tasks:
+        for example in task.train[:100]:
+            model.check_known(run.tokenizer, [example.input, example.answers[0]])
+    names = args.target_modules.split(",")
+    base_model = model.full_name(args.base_model)
+    config = lora.config_for(base, names, base_model, r=args.rank, alpha=args.alpha)
+    lora.inject(base, names, args.dropout).train()
+    if args.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if base.device.type == "cpu":
+        base.set_attn_implementation("eager")  # its backward pass is faster there
+    return config
+
+
+def make_hypernet(run: Run, lora_config: lora.LoRAConfig, device: torch.device) -> None:
+    """Make the network of --arch, for adapters of this config, and load the text encoder that it needs."""
+    args, net_class = run.args, hypernet.ARCHS[run.args.arch]
+    config = net_class.config_class(**vars(lora_config), instruction=args.instruction)
+    for name, _, _ in hypernet.net_settings(args.arch):
+        setattr(config, name, getattr(args, name))
+    if net_class.reads == "documents":
+        config.input_size = run.base.config.get_text_config().hidden_size
     else:
-        encode = model.load_encoder(args.encoder, device, (base, tokenizer), c.full_stop)
-        c.input_size = encode(["cat"]).shape[1]
-    net = kind(c).to(device)
-    return net, hypernet.conditions(net, base, tokenizer, encode)
+        run.encode = model.load_encoder(args.encoder, device, (run.base, run.tokenizer), config.full_stop)
+        config.encoder, config.input_size = args.encoder, run.encode(["cat"]).shape[1]
+        config.z_score = args.mode == "recon" and args.recon_loss == "z_score"
+    run.net = net_class(config).to(device)
+    if args.mode == "sft":
+        run.net.start_as_lora()
+    elif config.z_score:
+        run.net.normalize(run.oracles)
+
 
 # -------------------- A training step --------------------
+
+
+def read_batch(run: Run, batch: list[data.Item]):
+    """What `run.net` is given to write the adapters of a batch: indices of LoRAs, or what it reads."""
+    if run.args.mode == "lora":
+        indices = [0 if run.args.multi_task else item.index for item in batch]
+        return torch.tensor(indices, device=run.base.device)
+    texts = [item.description for item in batch]
+    return hypernet.read_texts(run.net, texts, run.base, run.tokenizer, run.encode)
+
 
 def autocast(run: Run):
     """bfloat16 computation with float32 weights, if --dtype says so."""
     device = next(run.net.parameters()).device.type
     return torch.autocast(device, torch.bfloat16, enabled=run.args.dtype == "bfloat16")
 
+
 def set_row_adapters(run: Run, adapters: Adapter, rows: list[data.Row]) -> None:
-    """Give each row of the base model's next batch its own adapter."""
-    own = lora.select(adapters, [row.k for row in rows])  # A [rows, L, r, in]
-    own = {name: (A.to(run.base.dtype), B.to(run.base.dtype)) for name, (A, B) in own.items()}
-    lora.set_adapter(run.base, own, run.net.config.scaling)
+    """Give each row of the base model's next batch the adapter of its task."""
+    row_adapters = {}
+    for name, (A, B) in lora.select(adapters, [row.k for row in rows]).items():  # A [rows, L, r, in]
+        row_adapters[name] = (A.to(run.base.dtype), B.to(run.base.dtype))
+    lora.set_adapter(run.base, row_adapters, run.net.config.scaling)
+
+
+@torch.no_grad()
+def teacher_logits(run: Run, rows: list[data.Row]) -> Tensor:
+    """The logits of the base model itself, with the document in its prompt. [tokens, vocabulary]"""
+    lora.set_adapter(run.base, None)
+    run.base.eval()
+    logits, _, _ = answer_logits(run.base, [(row.teacher_prompt, row.answer) for row in rows])
+    run.base.train()
+    return logits
+
 
 def task_loss(run: Run, adapters: Adapter, rows: list[data.Row]) -> Tensor:
     """The loss of rows that go through the base model together, each with its own adapter."""
-    args, base = run.args, run.base
-    if args.distill:  # the teacher is the base model itself, with the document in its prompt
-        lora.set_adapter(base, None)
-        with torch.no_grad():
-            teacher, _, _ = answer_logits(base, [(row.teacher_prompt, row.answer) for row in rows])
+    args = run.args
+    teacher = teacher_logits(run, rows) if args.distill else None
     set_row_adapters(run, adapters, rows)
     examples = [(row.prompt, row.answer) for row in rows]
-    logits, example, right = answer_logits(base, examples, args.neftune_alpha)
+    logits, example, right = answer_logits(run.base, examples, args.neftune_alpha)
     if args.distill:
         return distill_loss(logits, example, teacher, args.distill)
     return answer_loss(logits, example, right, args.label_smoothing)
 
-def sft_step(run: Run, net: nn.Module, batch: data.Batch) -> Tensor:
+
+def sft_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
     """One training step through the frozen base model, of a hypernetwork or of ordinary LoRAs (`LoRABank`).
 
     The adapters are the interface between the two networks: the step goes forward through the hypernetwork,
     forward and backward through the base model, then backward through the hypernetwork. It leaves gradients
     in `net` and returns the loss. `net` is run.net, wrapped by DDP if there are several processes.
     """
-    args, rows = run.args, data.make_rows(run.tokenizer, run.tasks, batch, run.args)
+    args = run.args
+    rows = data.make_rows(run.tokenizer, run.tasks, batch, args)
 
     # 1. One forward pass of the hypernetwork writes all adapters of the step.
+    condition = read_batch(run, batch)
     with autocast(run):
-        written = net(run.condition(batch))  # A [tasks, L, r, in], B [tasks, L, out, r]
+        written = net(condition)  # A [tasks, L, r, in], B [tasks, L, out, r]
 
-    # 2. Detached, they are leaves: they collect the gradients of all that is computed with them.
-    leaf = lambda x: x.detach().requires_grad_()
-    leaves = {name: (leaf(A), leaf(B)) for name, (A, B) in written.items()}
+    # 2. Detached, they are leaves: they collect the gradients of everything that is computed with them.
+    leaves = {}
+    for name, (A, B) in written.items():
+        leaves[name] = (A.detach().requires_grad_(), B.detach().requires_grad_())
     loss = args.l1 * weight_size(leaves, torch.abs) + args.l2 * weight_size(leaves, torch.square)
-    loss.backward()  # gives each leaf a gradient, of zeros at least
+    loss.backward()  # gives each leaf a gradient, if only of zeros
     loss = loss.detach()
 
     # 3. The rows go through the base model a few of like length at a time. Each backward pass frees the
     #    activations, so the memory of a step is that of one micro-batch.
     for i in range(0, len(rows), args.micro_batch):
-        part = rows[i : i + args.micro_batch]
+        micro_batch = rows[i : i + args.micro_batch]
         with autocast(run):
-            part_loss = task_loss(run, leaves, part) * (len(part) / len(rows))
-        part_loss.backward()
-        loss += part_loss.detach()
+            micro_loss = task_loss(run, leaves, micro_batch) * (len(micro_batch) / len(rows))
+        micro_loss.backward()
+        loss += micro_loss.detach()
 
     # 4. One backward pass through the hypernetwork, from the gradients of A and B. Here DDP averages.
-    outputs = [x for pair in written.values() for x in pair]
-    grads = [x.grad for pair in leaves.values() for x in pair]
-    torch.autograd.backward(outputs, grads)
+    outputs, gradients = [], []
+    for name in written:
+        outputs += written[name]
+        gradients += [leaf.grad for leaf in leaves[name]]
+    torch.autograd.backward(outputs, gradients)
     return loss
 
-def recon_step(run: Run, net: nn.Module, batch: data.Batch) -> Tensor:
-    """One step of reconstruction, without a base model. Leaves the gradients in `net`, returns the loss."""
+
+def recon_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
+    """One step of reconstruction, without a base model. Leaves gradients in `net`, returns the loss."""
     with autocast(run):
-        written = net(run.condition(batch))
-    target = lora.select(run.oracles, [i for i, _, _ in batch])
-    loss = recon_loss(run.args.recon_loss, written, target, run.net.scale)
+        written = net(read_batch(run, batch))
+    oracles = lora.select(run.oracles, [item.index for item in batch])
+    loss = recon_loss(run.args.recon_loss, written, oracles, run.net.deviation)
     loss.backward()
     return loss.detach()
 
+
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
-    """Loss and accuracy on up to 8 examples of each validation task, with its first description. An answer is
-    right if each token of it is the likeliest one: greedy decoding would write the same."""
+    """Loss and accuracy on up to 8 examples of each validation task, with its first description.
+
+    An answer is right if each token of it is the likeliest one: greedy decoding would write the same.
+    """
     run.net.eval()
     run.base.eval()
-    batch = [(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
-    rows, loss, right = data.make_rows(run.tokenizer, run.val_tasks, batch, run.args), 0.0, 0
+    batch = [data.Item(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
+    rows = data.make_rows(run.tokenizer, run.val_tasks, batch, run.args)
+    loss, n_right = 0.0, 0
     with autocast(run):
-        written = run.net(run.condition(batch))
+        written = run.net(read_batch(run, batch))
         for i in range(0, len(rows), run.args.micro_batch):
-            part = rows[i : i + run.args.micro_batch]
-            set_row_adapters(run, written, part)
-            logits, example, target = answer_logits(run.base, [(row.prompt, row.answer) for row in part])
-            loss += answer_loss(logits, example, target).item() * len(part)
-            wrong = example[logits.argmax(-1) != target].unique()
-            right += len(part) - len(wrong)
+            micro_batch = rows[i : i + run.args.micro_batch]
+            set_row_adapters(run, written, micro_batch)
+            examples = [(row.prompt, row.answer) for row in micro_batch]
+            logits, example, right = answer_logits(run.base, examples)
+            loss += answer_loss(logits, example, right).item() * len(micro_batch)
+            n_wrong = len(example[logits.argmax(-1) != right].unique())
+            n_right += len(micro_batch) - n_wrong
     run.net.train()
     run.base.train()
-    return {"val_loss": loss / len(rows), "val_accuracy": right / len(rows)}
+    return {"val_loss": loss / len(rows), "val_accuracy": n_right / len(rows)}
 
-# -------------------- The run --------------------
+
+# -------------------- Optimizer, state, processes --------------------
+
+NO_DECAY = ("scaler", "bias", "latents", "queries", "b1", "b2")
+
+
+def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
+    """AdamW. Heads have a learning rate of their own; scales, biases, norms and latents no weight decay."""
+    groups = []
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            continue
+        decays = p.dim() > 1 and not any(word in name for word in NO_DECAY)
+        groups.append(
+            {
+                "params": [p],
+                "lr_factor": args.head_lr if name.startswith("head") else 1.0,
+                "weight_decay": args.weight_decay if decays else 0.0,
+            }
+        )
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up, then a fall to 0: linear, linear in the last third, or a cosine to 1e-7."""
+    warmup = max(1, round(args.warmup * args.max_steps))
+    left = (args.max_steps - step) / max(1, args.max_steps - warmup)  # from 1 to 0
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    if args.schedule == "cosine":
+        return 1e-7 + (args.lr - 1e-7) * (1 - math.cos(math.pi * left)) / 2
+    if args.schedule == "late":
+        return args.lr * min(1.0, 3 * (args.max_steps - step) / args.max_steps)
+    return args.lr * left
+
 
 def save(run: Run, folder: Path) -> None:
     """Write what was trained: a hypernetwork, one adapter folder per task, or the multi-task adapter."""
     if run.args.mode != "lora":
-        return hypernet.save_hypernet(run.net, folder)
-    names = [""] if run.args.multi_task else [task.name for task in run.tasks]
-    for i, name in enumerate(names):
-        lora.save_adapter(folder / name, run.net(i), run.net.config)
+        hypernet.save_hypernet(run.net, folder)
+    elif run.args.multi_task:
+        lora.save_adapter(folder, run.net(0), run.net.config)
+    else:
+        for i, task in enumerate(run.tasks):
+            lora.save_adapter(folder / task.name, run.net(i), run.net.config)
+
 
 def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """All that the next step depends on, in one file. A step's randomness follows from its number."""
-    tensors = {"step": torch.tensor(step)} | {f"net {k}": t for k, t in net.state_dict().items()}
+    """Everything the next step depends on, in one file. A step's randomness follows from its number."""
+    tensors = {"step": torch.tensor(step)}
+    for name, tensor in net.state_dict().items():
+        tensors[f"net {name}"] = tensor
     for name, p in net.named_parameters():
-        tensors |= {f"{k} {name}": t for k, t in optimizer.state.get(p, {}).items()}
+        for key, tensor in optimizer.state.get(p, {}).items():
+            tensors[f"{key} {name}"] = tensor
     lora.write(path, tensors)
+
 
 def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put a saved state into net and optimizer; returns the number of steps done."""
     tensors = lora.read(path)
-    net.load_state_dict({k: tensors[f"net {k}"] for k in net.state_dict()})
+    step = int(tensors["step"])
+    net.load_state_dict({name: tensors[f"net {name}"] for name in net.state_dict()})
     for name, p in net.named_parameters():
-        if p.requires_grad:
-            for k in ("step", "exp_avg", "exp_avg_sq"):
-                optimizer.state[p][k] = tensors[f"{k} {name}"].to(p.device)
-    return int(tensors["step"])
+        if p.requires_grad and step > 0:
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                optimizer.state[p][key] = tensors[f"{key} {name}"].to(p.device)
+    return step
+
 
 def start_processes() -> tuple[int, int, int, torch.device]:
-    """(rank, rank on this machine, world size, device). torchrun sets the environment; else it is one."""
+    """(rank, rank on this machine, number of processes, device). Without torchrun a single process."""
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -444,27 +536,17 @@ def start_processes() -> tuple[int, int, int, torch.device]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return rank, local_rank, world, device
 
-NO_DECAY = ("scale", "bias", "latents", "queries", "b1", "b2")
 
-def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
-    """AdamW. Heads have their own learning rate; scales, biases, norms and latents no weight decay."""
-    groups = []
-    for name, p in net.named_parameters():
-        lr_scale = args.head_lr if name.startswith("head") else 1.0
-        decays = p.dim() > 1 and not any(word in name for word in NO_DECAY)
-        if p.requires_grad:
-            groups.append(dict(params=[p], lr_scale=lr_scale, weight_decay=args.weight_decay * decays))
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+def on_ctrl_c() -> list:
+    """Catch Ctrl-C from now on. Returns a list that it fills, so that the loop can end after a step."""
+    interrupts = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupts.append(True))
+    return interrupts
 
-def learning_rate(step: int, args) -> float:
-    """Linear warm-up, then linear decay to 0, or a cosine to 1e-7."""
-    warmup = max(1, round(args.warmup * args.max_steps))
-    left = (args.max_steps - step) / max(1, args.max_steps - warmup)  # from 1 to 0
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    if args.schedule == "cosine":
-        return 1e-7 + (args.lr - 1e-7) * (1 - math.cos(math.pi * left)) / 2
-    return args.lr * left
+
+# -------------------- The run --------------------
+
 
 def main() -> None:
     args = parse_args()
@@ -475,8 +557,8 @@ def main() -> None:
     run = prepare(args, device)
     if local_rank == 0 and world > 1:
         dist.barrier()
-    share, rest = divmod(args.tasks_per_batch or len(run.tasks), world)  # tasks per step and process
-    if rest:
+    per_process, remainder = divmod(args.tasks_per_batch or len(run.tasks), world)
+    if remainder:
         raise UserError(f"the tasks of a step cannot be shared out evenly among {world} processes")
     net = DistributedDataParallel(run.net) if world > 1 else run.net
     take_step = recon_step if args.mode == "recon" else sft_step
@@ -488,63 +570,84 @@ def main() -> None:
     step = load_state(state, run.net, optimizer) if args.resume else 0
     if step >= args.max_steps:
         raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {step} steps")
+    interrupts = on_ctrl_c()
+    best = math.inf  # lowest validation loss
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        lines = metrics.read_text().splitlines()[:step] if args.resume else []
-        metrics.write_text("".join(line + "\n" for line in lines))
-        best = min([json.loads(line).get("val_loss", math.inf) for line in lines], default=math.inf)
-        lora.write(folder / "train_args.json", vars(args))
+        lora.write(folder / "train.args", flags.as_flags(SETTINGS + hypernet.net_settings(args.arch), args))
+        if not args.resume:
+            save_state(state, step, run.net, optimizer)  # from now on the run can be resumed
+        lines = metrics.read_text().splitlines()[:step] if metrics.exists() else []
+        for line in lines:
+            best = min(best, json.loads(line).get("val_loss", math.inf))
+        metrics.write_text("".join(f"{line}\n" for line in lines))
         log = metrics.open("a")
         print(f"{args.mode}: {sum(p.numel() for p in parameters):,} parameters, into {folder}/", flush=True)
         if args.wandb:
             import wandb
+
             wandb.init(project="text-to-lora", name=folder.name, config=vars(args))
 
-    bar, measured = tqdm(total=args.max_steps, initial=step, disable=rank > 0, desc=args.mode), {}
+    bar = tqdm(total=args.max_steps, initial=step, disable=rank > 0, desc=args.mode)
+    measured = {}
     while step < args.max_steps:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = lr * group["lr_factor"]
 
         # All processes draw the same batch and take their shares of it; noise (dropout, NEFTune) differs.
-        batch = data.draw(run.tasks, step, args)[rank * share : (rank + 1) * share]
+        batch = data.draw(run.tasks, step, args)[rank * per_process : (rank + 1) * per_process]
         torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
         optimizer.zero_grad()
         loss = take_step(run, net, batch)
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        interrupted = torch.tensor(float(len(interrupts)), device=device)
         if world > 1:
             dist.all_reduce(loss)
+            dist.all_reduce(interrupted)  # all processes stop after the same step
             loss /= world
         if not torch.isfinite(loss + grad_norm):
             raise UserError(f"the loss is {loss.item()} in step {step}; try a lower --lr")
         optimizer.step()
         step += 1
-        if rank > 0:
-            continue
 
-        row = dict(step=step, loss=loss.item(), lr=lr, grad_norm=grad_norm.item())
-        if run.val_tasks and (step % args.val_every == 0 or step == args.max_steps):
-            measured = validate(run)
-            row |= measured
-            if measured["val_loss"] <= best:  # keep the best weights
-                best = measured["val_loss"]
-                save(run, folder)
-        log.write(json.dumps(row) + "\n")
-        log.flush()
-        bar.set_postfix({"loss": row["loss"]} | measured, refresh=False)
-        bar.update()
-        if args.wandb:
-            wandb.log(row, step=step)
-        if step % args.val_every == 0 and step < args.max_steps:
-            save_state(state, step, run.net, optimizer)
+        if rank == 0:
+            row = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
+            if run.val_tasks and (step % args.val_every == 0 or step == args.max_steps):
+                measured = validate(run)
+                row |= measured
+                if measured["val_loss"] <= best:  # keep the best weights
+                    best = measured["val_loss"]
+                    save(run, folder)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.set_postfix({"loss": row["loss"]} | measured, refresh=False)
+            bar.update()
+            if args.wandb:
+                wandb.log(row, step=step)
+            if step % args.val_every == 0 or interrupted:
+                save_state(state, step, run.net, optimizer)
+        if interrupted and step < args.max_steps:
+            break
     bar.close()
-    if rank == 0:
+
+    finished = step == args.max_steps
+    if rank == 0 and finished:
         if not run.val_tasks:
             save(run, folder)
-        state.unlink(missing_ok=True)
+        state.unlink()
     if dist.is_initialized():
-        time.sleep(1)  # the last all_reduce's thread needs Python's lock once more: without, this may hang
+        # The Python objects go first. If DDP's reducer were the last to hold the group, it would free it
+        # while holding Python's lock, for which gloo's threads may be waiting.
+        del net
+        gc.collect()
         dist.destroy_process_group()
+    if not finished:
+        if rank == 0:
+            again = f"python train.py --resume --out_dir {folder}"
+            print(f"interrupted after {step} steps; to continue: {again}", file=sys.stderr)
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     lora.command(main)

@@ -1,9 +1,9 @@
 """Train the tiny base model from scratch: python checkpoints/tiny/pretrain.py OUT_DIR [STEPS]
 
-A Llama of 0.84M parameters. In turn it learns 8 examples of one training task in a row, so that it can do a
-task from examples in its prompt, and a document of facts with 8 questions, so that it can look facts up. It
-never sees a description, and no validation or test task. Give OUT_DIR the name `tiny`: then train.py
-takes it for a base model of the tiny world. 8,000 steps (the default) take 11 minutes on two cores.
+A Llama of 0.84M parameters. It learns from two kinds of text in turn: 8 examples of one training task, so that
+it can do a task from examples in its prompt, and a document of facts with 8 questions, so that it can look
+facts up. It never sees a description, nor a validation or test task. 8,000 steps (the default) take 11
+minutes on two cores.
 """
 
 import random
@@ -17,42 +17,57 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import data
 import lora
 import model
+from data import Example
+from tasks import facts, tiny
 
 STEPS, TEXTS, EXAMPLES, LR, WARMUP = 8000, 16, 8, 3e-3, 0.1
-IDS = {word: i for i, word in enumerate(data.VOCABULARY)}
-TASKS = data.tiny_splits()["train"]
+IDS = {word: i for i, word in enumerate(tiny.VOCABULARY)}
+TASKS = tiny.splits()["train"]
 WEIGHTS = [2 if "reversed" in parts else 1 for parts in TASKS]  # the hardest layout to learn
 
-def draw(step: int) -> list[list[data.Example]]:
-    """The texts of a step, each a list of examples. Long ones come late: else it learns next to nothing."""
+def draw(step: int) -> list[list[Example]]:
+    """The texts of a step, each a list of examples. Long ones come late; otherwise it learns next to nothing."""
     rng, done = random.Random(f"0 {step}"), step / STEPS
     if step % 2:
-        n_lines, texts = 2 ** rng.randint(0, min(6, int(12 * done))), []
-        for _ in range(TEXTS):
-            document = data.fact_document(rng, n_lines)
-            (first, answers), *others = rng.choices(document.train, k=EXAMPLES)
-            texts.append([(f"{document.descriptions[0]} {first}", answers), *others])
-        return texts
-    shortest, longest = (1, 2) if done < 0.12 else (2, 3) if done < 0.25 else (2, 4) if done < 0.4 else (3, 4)
-    example = lambda parts: data.tiny_example(parts, rng, rng.randint(shortest, longest))
-    return [[example(parts) for _ in range(EXAMPLES)] for parts in rng.choices(TASKS, WEIGHTS, k=TEXTS)]
+        return facts_texts(rng, done)
+    if done < 0.12:
+        shortest, longest = 1, 2
+    elif done < 0.25:
+        shortest, longest = 2, 3
+    elif done < 0.4:
+        shortest, longest = 2, 4
+    else:
+        shortest, longest = 3, 4
+    texts = []
+    for parts in rng.choices(TASKS, WEIGHTS, k=TEXTS):
+        texts.append([tiny.example(parts, rng, rng.randint(shortest, longest)) for _ in range(EXAMPLES)])
+    return texts
 
-def tokenize(text: list[data.Example]) -> tuple[list[int], list[int]]:
+def facts_texts(rng: random.Random, done: float) -> list[list[Example]]:
+    """Documents, each before the first of its questions."""
+    n_lines = 2 ** rng.randint(0, min(6, int(12 * done)))
+    texts = []
+    for _ in range(TEXTS):
+        document = facts.document(rng, n_lines)
+        first, *others = rng.choices(document.train, k=EXAMPLES)
+        texts.append([Example(f"{document.descriptions[0]} {first.input}", first.answers), *others])
+    return texts
+
+def tokenize(text: list[Example]) -> tuple[list[int], list[int]]:
     """Token ids and labels of "question -> answer<eos>", one after another."""
     ids, labels = [], []
-    for question, (answer,) in text:
-        prompt = [IDS[word] for word in [*question.split(), "->"]]
-        target = [IDS[word] for word in [*answer.split(), "<eos>"]]
+    for example in text:
+        prompt = [IDS[word] for word in [*example.input.split(), "->"]]
+        target = [IDS[word] for word in [*example.answers[0].split(), "<eos>"]]
         ids, labels = ids + prompt + target, labels + [-100] * len(prompt) + target
     return ids, labels
 
 def save(net: LlamaForCausalLM, folder: Path) -> None:
     """Write model and tokenizer as an ordinary Hugging Face folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    special = [word for word in data.VOCABULARY if word.startswith("<")]
+    special = [word for word in tiny.VOCABULARY if word.startswith("<")]
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     tokenizer = {
         "version": "1.0",

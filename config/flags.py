@@ -1,0 +1,63 @@
+"""How flags are read: from the command line, and from files of flags such as those in this folder.
+
+A file of flags has one flag and its value on a line, as in `--lr 3e-3  # a comment`. `@FILE` among the words of a
+command stands for the flags in it, and a file may name further ones. Of a flag that occurs twice the later one
+counts.
+
+Settings are a list of (name, default, meaning). Each becomes a flag of the type of its default.
+"""
+
+import argparse
+import shlex
+
+from lora import UserError
+
+Settings = list[tuple[str, object, str]]
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the defaults, and the description as it is written."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads flags, also from files, with errors of one line."""
+
+    def __init__(self, description: str, **settings):
+        settings |= {"formatter_class": Formatter, "fromfile_prefix_chars": "@", "allow_abbrev": False}
+        super().__init__(description=description, **settings)
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+    def add_settings(self, settings: Settings, choices: dict[str, list[str]], with_default=True) -> None:
+        """A flag for each setting that has none yet. Without a default it has no value unless it is given."""
+        for name, value, _ in settings:
+            if f"--{name}" in self._option_string_actions:
+                continue
+            default = value if with_default else argparse.SUPPRESS
+            if isinstance(value, bool):
+                self.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
+            else:
+                allowed = choices.get(name)
+                self.add_argument(f"--{name}", type=type(value), choices=allowed, default=default)
+
+
+def print_settings(settings: Settings, args: argparse.Namespace) -> None:
+    """Print each setting with its value and its meaning."""
+    for name, _, meaning in settings:
+        print(f"  --{name:24} {getattr(args, name)!s:20}  {meaning}")
+
+
+def as_flags(settings: Settings, args: argparse.Namespace) -> str:
+    """The settings as the text of a file of flags."""
+    lines = []
+    for name, _, _ in settings:
+        value = getattr(args, name)
+        if isinstance(value, bool):
+            lines.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            lines.append(f"--{name} {shlex.quote(str(value))}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,252 @@
+"""The paper's ten benchmarks: their rows, prompts and scores.
+
+    python eval.py --tasks benchmarks --base_model gemma-2-2b --hypernet DIR [--run_code]
+    python eval.py --tasks arc_easy,gsm8k ...                                       some of them
+
+Rows come from the hub's rows service. Each benchmark has three descriptions that training never used, and
+published scores to compare with, in benchmarks.json.
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlencode
+
+from tqdm import tqdm
+
+from data import Example, Splits, Task
+from lora import UserError, read, write
+from tasks import cache_folder, download
+
+ROWS_SERVICE = "https://datasets-server.huggingface.co/rows"
+TEXTS = Path(__file__).parent / "benchmarks.json"
+
+# -------------------- Rows: one as (Example, the answer to show as a shot) --------------------
+
+
+def multiple_choice(question: str, choices: list[tuple], what: str, right) -> tuple[Example, str]:
+    """A question with labelled choices, to be answered with the label only."""
+    lines = "\n".join(f"{label}. {text}" for label, text in choices)
+    text = f"{question}\n\n{lines}\n\nAnswer with the {what} of the right choice only."
+    return Example(text, [str(right)]), str(right)
+
+
+def arc(row: dict) -> tuple[Example, str]:
+    """ARC and OpenBookQA."""
+    question = row.get("question") or row["question_stem"]
+    choices = list(zip(row["choices"]["label"], row["choices"]["text"]))
+    return multiple_choice(question, choices, "letter", row["answerKey"])
+
+
+def hellaswag(row: dict) -> tuple[Example, str]:
+    return multiple_choice(row["ctx"], list(enumerate(row["endings"])), "number", row["label"])
+
+
+def piqa(row: dict) -> tuple[Example, str]:
+    choices = [(0, row["sol1"]), (1, row["sol2"])]
+    return multiple_choice(row["goal"], choices, "number", row["label"])
+
+
+def winogrande(row: dict) -> tuple[Example, str]:
+    choices = [(1, row["option1"]), (2, row["option2"])]
+    return multiple_choice(row["sentence"], choices, "number", row["answer"])
+
+
+def boolq(row: dict) -> tuple[Example, str]:
+    text = f"{row['passage']}\n\n{row['question']}?\n\nAnswer with true or false only."
+    right = str(row["answer"]).lower()
+    return Example(text, [right]), right
+
+
+def gsm8k(row: dict) -> tuple[Example, str]:
+    steps, right = row["answer"].split("####")
+    right = right.strip()
+    return Example(row["question"], [right], "Let's think step by step."), f"{steps}The answer is {right}."
+
+
+def humaneval(row: dict) -> tuple[Example, str]:
+    """The head of a function to complete. The right answer is its tests."""
+    head = row["prompt"]
+    tests = f"{row['test']}\ncheck({row['entry_point']})"
+    text = f"Complete this Python function.\n\n```python\n{head}```"
+    return Example(text, [tests], f"{CODE_START}{head}"), f"{CODE_START}{head}{row['canonical_solution']}```"
+
+
+def mbpp(row: dict) -> tuple[Example, str]:
+    """A function to write, with one of its tests. The right answer is all of them."""
+    tests = "\n".join([row.get("test_setup_code") or "", *row["test_list"]])
+    text = f"{row['text']}\nThe code should pass this test:\n{row['test_list'][0]}"
+    return Example(text, [tests], CODE_START), f"{CODE_START}{row['code']}\n```"
+
+
+CODE_START = "```python\n"
+
+# -------------------- Scores --------------------
+
+
+def first_character(example: Example, answer: str) -> bool:
+    """Whether the answer begins with the right letter or number."""
+    return answer.strip()[:1].casefold() == example.answers[0][:1].casefold()
+
+
+def true_or_false(example: Example, answer: str) -> bool:
+    """Whether the answer says true or yes, or false or no, as is right."""
+    word = re.search(r"\b(true|yes|false|no)\b", answer.lower())
+    if not word:
+        return False
+    return (word[1] in ("true", "yes")) == (example.answers[0] == "true")
+
+
+def last_number(example: Example, answer: str) -> bool:
+    """Whether the last number of the answer is the right one."""
+    numbers = re.findall(r"-?\d[\d,]*\.?\d*", answer)
+    if not numbers:
+        return False
+    found = numbers[-1].replace(",", "").rstrip(".")
+    return float(found) == float(example.answers[0].replace(",", ""))
+
+
+def passes_tests(example: Example, answer: str) -> bool:
+    """Whether the code of the answer passes the tests. Runs it!"""
+    code = example.start.removeprefix(CODE_START) + answer.split("```")[0]
+    return run_program(f"{code}\n{example.answers[0]}")
+
+
+# The program cannot start processes or signal them; when it runs to its end, it leaves a file behind.
+RUNNER = """import os, shutil, subprocess
+for name in ("fork", "forkpty", "posix_spawn", "kill", "killpg", "system", "setsid", "chmod", "rmdir"):
+    setattr(os, name, None)
+subprocess.Popen = shutil.rmtree = None
+exec(compile(open("program.py").read(), "program.py", "exec"), {"__name__": "__main__"})
+open(TOKEN, "w")
+"""
+
+
+def run_program(program: str, seconds: int = 10) -> bool:
+    """Whether a program runs to its end, in a process with limited time and memory, in an empty folder,
+    without input and environment. This is no sandbox against hostile code."""
+    import resource  # not on Windows
+
+    limits = {
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_AS: 2**31,
+        resource.RLIMIT_FSIZE: 2**20,
+        resource.RLIMIT_NPROC: 8,
+        resource.RLIMIT_CORE: 0,
+    }
+
+    def set_limits() -> None:
+        for limit, value in limits.items():
+            resource.setrlimit(limit, (value, value))
+
+    token = random.SystemRandom().randbytes(16).hex()  # a program that exits early does not write this file
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "program.py").write_text(program, encoding="utf-8")
+        command = [sys.executable, "-I", "-c", RUNNER.replace("TOKEN", repr(token))]
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=set_limits,
+            start_new_session=True,
+        )
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes it has started
+        process.wait()
+        return (Path(folder) / token).exists()
+
+
+# -------------------- The benchmarks --------------------
+
+
+class Benchmark(NamedTuple):
+    """Where the rows are, and what to do with them."""
+
+    dataset: str
+    config: str
+    split: str
+    n_rows: int
+    to_example: Callable[[dict], tuple[Example, str]]
+    is_right: Callable[[Example, str], bool]
+    answer_tokens: int
+
+
+BENCHMARKS = {
+    "arc_challenge": Benchmark("allenai/ai2_arc", "ARC-Challenge", "test", 1172, arc, first_character, 8),
+    "arc_easy": Benchmark("allenai/ai2_arc", "ARC-Easy", "test", 2376, arc, first_character, 8),
+    "boolq": Benchmark("google/boolq", "default", "validation", 3270, boolq, true_or_false, 8),
+    "gsm8k": Benchmark("openai/gsm8k", "main", "test", 1319, gsm8k, last_number, 256),
+    "hellaswag": Benchmark("Rowan/hellaswag", "default", "validation", 10042, hellaswag, first_character, 8),
+    "humaneval": Benchmark(
+        "openai/openai_humaneval", "openai_humaneval", "test", 164, humaneval, passes_tests, 512
+    ),
+    "mbpp": Benchmark(  # the paper used 399 of them, MBPP+
+        "google-research-datasets/mbpp", "full", "test", 500, mbpp, passes_tests, 512
+    ),
+    "openbookqa": Benchmark("allenai/openbookqa", "main", "test", 500, arc, first_character, 8),
+    "piqa": Benchmark("ybisk/piqa", "plain_text", "validation", 1838, piqa, first_character, 8),
+    "winogrande": Benchmark(
+        "allenai/winogrande", "winogrande_debiased", "validation", 1267, winogrande, first_character, 8
+    ),
+}
+
+
+def load_rows(name: str) -> list[dict]:
+    """The rows of a benchmark, downloaded once in pages of 100; a second call continues the first."""
+    benchmark, folder = BENCHMARKS[name], cache_folder(f"benchmarks/{name}")
+    n, rows = benchmark.n_rows, []
+    for offset in tqdm(range(0, n, 100), desc=name, unit="page", leave=False):
+        file, expected = folder / f"{offset}.json", min(100, n - offset)
+        if not file.exists():
+            needed_for = f"--tasks {name}: rows {offset} to {offset + expected} of {n} are not in {folder}"
+            query = dict(dataset=benchmark.dataset, config=benchmark.config, split=benchmark.split)
+            query |= dict(offset=offset, length=100)
+            page = download(f"{ROWS_SERVICE}?{urlencode(query)}", needed_for)
+            total, received = page["num_rows_total"], len(page["rows"])
+            if total != n or received != expected:
+                raise UserError(f"{needed_for}; {benchmark.dataset} sent {received} of {total} rows")
+            write(file, page)
+        rows += [entry["row"] for entry in read(file)["rows"]]
+    return rows
+
+
+def benchmark_task(name: str) -> Task:
+    """One benchmark as a task: all rows, shuffled, to test on, and four of them as shots."""
+    benchmark, rows = BENCHMARKS[name], load_rows(name)
+    random.Random(0).shuffle(rows)
+    test, shots = [], []
+    for row in rows:
+        example, shown = benchmark.to_example(row)
+        test.append(example)
+        shots.append(Example(example.input, [shown]))
+    descriptions = read(TEXTS)["descriptions"][name]
+    task = Task(name, descriptions, shots[-4:], test, is_benchmark=True)
+    task.is_right, task.answer_tokens = benchmark.is_right, benchmark.answer_tokens
+    return task
+
+
+def published_scores(preset: str) -> dict[str, dict[str, float]]:
+    """{method: {benchmark or "average": score in 0..1}} of the paper for a base model."""
+    published = read(TEXTS)["published"].get(preset, {})
+    scores = {}
+    for method, percents in published.items():
+        scores[method] = {name: percent / 100 for name, percent in percents.items()}
+    return scores
+
+
+def load(names: list[str] = list(BENCHMARKS)) -> Splits:
+    """The benchmarks, all of them in the split "test"."""
+    return {"train": [], "val": [], "test": [benchmark_task(name) for name in names]}

@@ -1,0 +1,460 @@
+"""Text chores, to train Text-to-LoRA for a real model on.
+
+A chore does one thing to one sort of text: "Give the surname.", "Convert the date to DD.MM.YYYY." A task is
+one chore, or a chain of two: "Give the domain of the e-mail address, then write it in capitals." The splits:
+
+    train     single chores, and chains of two
+    val       32 chains that no training task has; and these, and 32 single chores, in a withheld voice
+    test      100 more such chains
+    single    the single chores of the training tasks
+    unseen    13 chores that occur in no training task
+
+chores.json holds the values of inputs, what the chores do, and templates of descriptions. All values are made
+up; a fifth of the names, places and words is for test examples only.
+
+chores_descriptions.json holds descriptions that were written one by one, from inputs and outputs alone,
+without sight of the templates, by nine writers, each with a voice: terse, full sentences, chatty questions,
+reason first, what goes and what stays, everyday words, experts; for validation, seen from the result; and for
+testing (`reworded`) three of each chore: terse, a full sentence, put differently.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from datetime import date
+from functools import cache
+from pathlib import Path
+
+from data import Example, Splits, Task
+from lora import read
+
+DATA = read(Path(__file__).parent / "chores.json")
+WRITTEN = read(Path(__file__).parent / "chores_descriptions.json")
+N_VAL, N_TEST = 32, 100  # chains to validate and to test
+N_EXAMPLES = 10  # test examples of a task
+COPIES = 4  # a single chore is drawn as often as four chains, since chains are learnt from single ones
+
+# -------------------- Values --------------------
+
+
+@cache
+def pool(name: str, test: bool) -> list[str]:
+    """The values of a pool for training, or those for testing."""
+    values = DATA["pools"][name].split(":" if name in ("place", "time") else None)
+    random.Random(name).shuffle(values)
+    n_train = len(values) * 4 // 5
+    return values[n_train:] if test else values[:n_train]
+
+
+class Draw(random.Random):
+    """Randomness that picks training values, or test values."""
+
+    def __init__(self, seed: str, test: bool = False):
+        super().__init__(f"{seed} {test}")
+        self.test = test
+
+    def pick(self, name: str) -> str:
+        return self.choice(pool(name, self.test))
+
+    def digits(self, n: int) -> str:
+        return str(self.randint(10 ** (n - 1), 10**n - 1))
+
+
+# -------------------- Sorts of input: how to make one, and how to recognise it --------------------
+
+UNITS = {
+    "kg": "kilogram",
+    "g": "gram",
+    "km": "kilometer",
+    "m": "meter",
+    "cm": "centimeter",
+    "mm": "millimeter",
+    "l": "liter",
+    "ml": "milliliter",
+    "h": "hour",
+    "min": "minute",
+    "s": "second",
+}
+QUANTITIES = {"kg": "weight", "g": "weight", "l": "volume", "ml": "volume"}
+QUANTITIES |= {"h": "time", "min": "time", "s": "time"}  # the others measure a length
+VERBS = dict(reversed(pair.split(":")) for pair in DATA["pools"]["verb"].split())  # {"painted": "paint"}
+PLACES, TIMES = DATA["pools"]["place"].replace(":", "|"), DATA["pools"]["time"].replace(":", "|")
+LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
+
+
+def make_name(d: Draw) -> str:
+    return f"{d.pick('first')} {d.pick('last')}"
+
+
+def make_date(d: Draw) -> str:
+    return str(date(d.randint(1950, 2039), d.randint(1, 12), d.randint(1, 28)))
+
+
+def make_time(d: Draw) -> str:
+    return f"{d.randint(0, 23):02}:{d.randint(1, 59):02}"
+
+
+def make_email(d: Draw) -> str:
+    return f"{d.pick('first')}.{d.pick('last')}@{d.pick('host')}.{d.pick('ending')}".lower()
+
+
+def make_url(d: Draw) -> str:
+    host = f"www.{d.pick('noun')}{d.pick('site')}.{d.pick('ending')}"
+    return f"https://{host}/{d.pick('folder')}/{d.pick('noun')}"
+
+
+def make_phone(d: Draw) -> str:
+    return f"+{d.digits(2)} {d.digits(d.choice([2, 3]))} {d.digits(d.choice([5, 6, 7]))}"
+
+
+def make_price(d: Draw) -> str:
+    return f"${d.digits(d.randint(1, 3))}.{d.randint(1, 99):02}"
+
+
+def make_measure(d: Draw) -> str:
+    return f"{d.digits(d.randint(1, 3))} {d.choice(list(UNITS))}"
+
+
+def make_record(d: Draw) -> str:
+    fields = {"name": f"{d.pick('first')} {d.pick('last')}", "city": d.pick("city")}
+    fields |= {"age": d.randint(18, 89), "job": d.pick("job")}
+    return "; ".join(f"{key}: {fields[key]}" for key in d.sample(list(fields), 4))
+
+
+def make_path(d: Draw) -> str:
+    file = d.choice([d.pick("noun"), f"{d.pick('noun')}_{d.pick('noun')}"])
+    return f"{d.pick('folder')}/{d.pick('folder')}/{file}.{d.pick('extension')}"
+
+
+def make_code(d: Draw) -> str:
+    return f"{d.choice(LETTERS)}{d.choice(LETTERS)}-{d.digits(4)}-{d.choice(LETTERS)}"
+
+
+def make_sentence(d: Draw) -> str:
+    thing = f"the {d.pick('adjective')} {d.pick('noun')}"
+    return f"{d.pick('first')} {d.pick('verb').split(':')[1]} {thing} {d.pick('place')} {d.pick('time')}."
+
+
+def make_words(d: Draw) -> str:
+    return ", ".join(d.sample(pool("noun", d.test), d.randint(3, 5)))
+
+
+MAKE: dict[str, Callable[[Draw], str]] = {
+    "name": make_name,
+    "date": make_date,
+    "time": make_time,
+    "email": make_email,
+    "url": make_url,
+    "phone": make_phone,
+    "price": make_price,
+    "measure": make_measure,
+    "record": make_record,
+    "path": make_path,
+    "code": make_code,
+    "sentence": make_sentence,
+    "words": make_words,
+}
+FORMS = {  # the groups are the parts that chores.json fills in
+    "name": r"(?P<first>[A-Z][a-z]+) (?P<last>[A-Z][a-z]+)",
+    "date": r"(?P<y>\d{4})-(?P<m>\d\d)-(?P<d>\d\d)",
+    "time": r"(?P<h>\d\d):(?P<m>\d\d)",
+    "email": r"(?P<user>\w+\.\w+)@(?P<provider>\w+)\.(?P<tld>\w+)",
+    "url": r"(?P<protocol>https?)://www\.(?P<site>\w+\.\w+)/(?P<section>\w+)/(?P<page>\w+)",
+    "phone": r"\+(?P<country>\d\d) (?P<area>\d+) (?P<number>\d+)",
+    "price": r"\$(?P<whole>\d+)\.(?P<cents>\d\d)",
+    "measure": rf"(?P<number>\d+) (?P<unit>{'|'.join(UNITS)})",
+    "record": r"(\w+: [\w ]+; ){3}\w+: [\w ]+",
+    "path": r"(?P<top>\w+)/(?P<folder>\w+)/(?P<stem>\w+)\.(?P<type>\w+)",
+    "code": r"(?P<letters>[A-Z]{2})-(?P<digits>\d{4})-(?P<last>[A-Z])",
+    "sentence": r"(?P<who>[A-Z]\w+) (?P<verb>\w+) (?P<thing>the \w+ \w+)"
+    rf"(?P<where> (?P<place>{PLACES}))?(?P<when> (?P<time>{TIMES}))?\.",
+    "words": r"[a-z]+(, [a-z]+){1,4}",
+}
+
+
+def sort_of(texts: list[str]) -> str | None:
+    """The sort of input that all of these texts have the form of."""
+    for sort, form in FORMS.items():
+        if all(re.fullmatch(form, text) for text in texts):
+            return sort
+    return None
+
+
+# -------------------- What chores do --------------------
+
+
+def capitalise(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def count(n: str, word: str) -> str:
+    """ "1 hour", "2 hours" """
+    return f"{int(n)} {word}" if int(n) == 1 else f"{int(n)} {word}s"
+
+
+def parts_of(sort: str, text: str) -> dict:
+    """The parts of a text, under the names that chores.json uses."""
+    match = re.fullmatch(FORMS[sort], text) if sort in FORMS else None
+    p = {"text": text}
+    if match:
+        p |= match.groupdict("")
+    if sort == "name":
+        p["small"] = text.lower().replace(" ", ".")
+    elif sort == "date":
+        p["day"], p["month"] = int(p["d"]), f"{date.fromisoformat(text):%B}"
+    elif sort == "time":
+        p["hour"], p["half"] = (int(p["h"]) + 11) % 12 + 1, "am" if p["h"] < "12" else "pm"
+        p["in_words"] = f"{count(p['h'], 'hour')} {count(p['m'], 'minute')}"
+    elif sort == "email":
+        p["owner"] = p["user"].replace(".", " ").title()
+    elif sort == "price":
+        p["in_words"] = f"{count(p['whole'], 'dollar')} and {count(p['cents'], 'cent')}"
+    elif sort == "measure":
+        p["name"], p["quantity"] = UNITS[p["unit"]] + "s", QUANTITIES.get(p["unit"], "length")
+        p["in_words"] = count(p["number"], UNITS[p["unit"]])
+    elif sort == "record":
+        p |= fields_of(text)
+    elif sort == "sentence":
+        p["base"], p["Time"] = VERBS[p["verb"]], capitalise(p["time"])
+    return p
+
+
+def fields_of(record: str) -> dict[str, str]:
+    return dict(field.split(": ") for field in record.split("; "))
+
+
+def without_field(record: str, key: str) -> str:
+    return "; ".join(field for field in record.split("; ") if not field.startswith(key))
+
+
+def items(text: str) -> list[str]:
+    return text.split(", ")
+
+
+FUNCTIONS: dict[str, Callable[[str], str]] = {  # chores that need more than the parts of their input
+    "record-json": lambda s: json.dumps(fields_of(s)),
+    "record-values": lambda s: ", ".join(fields_of(s).values()),
+    "record-keys": lambda s: ", ".join(fields_of(s)),
+    "record-no_age": lambda s: without_field(s, "age"),
+    "record-no_city": lambda s: without_field(s, "city"),
+    "record-no_job": lambda s: without_field(s, "job"),
+    "record-equals": lambda s: s.replace(": ", "="),
+    "record-pipes": lambda s: s.replace(";", " |"),
+    "record-hide_name": lambda s: s.replace(fields_of(s)["name"], "***"),
+    "words-first": lambda s: items(s)[0],
+    "words-last": lambda s: items(s)[-1],
+    "words-second": lambda s: items(s)[1],
+    "words-no_first": lambda s: ", ".join(items(s)[1:]),
+    "words-no_last": lambda s: ", ".join(items(s)[:-1]),
+    "words-and": lambda s: s.replace(", ", " and "),
+    "words-spaces": lambda s: s.replace(",", ""),
+    "words-numbered": lambda s: " ".join(f"{i}. {word}" for i, word in enumerate(items(s), 1)),
+    "words-hashtags": lambda s: " ".join(f"#{word}" for word in items(s)),
+    "words-quoted": lambda s: ", ".join(f'"{word}"' for word in items(s)),
+    "words-list": lambda s: json.dumps(items(s)),
+    "words-slashes": lambda s: s.replace(", ", "/"),
+    "words-ends": lambda s: f"{items(s)[0]}, {items(s)[-1]}",
+    "words-reverse": lambda s: ", ".join(items(s)[::-1]),
+    "words-semicolons": lambda s: s.replace(",", ";"),
+    "any-capitals": str.upper,
+    "any-small": str.lower,
+    "any-underscores": lambda s: s.replace(" ", "_"),
+}
+Chain = tuple[str, ...]  # the sort of input, then one or two chores, each as "sort-name"
+
+
+def entry(chore: str) -> dict:
+    """What chores.json holds about a chore."""
+    sort, name = chore.split("-")
+    return DATA["chores"][sort][name]
+
+
+def answer(chain: Chain, text: str) -> str:
+    """What the chores of a chain make of a text."""
+    for chore in chain[1:]:
+        if chore in FUNCTIONS:
+            text = FUNCTIONS[chore](text)
+        else:
+            sort = chore.split("-")[0]
+            text = entry(chore)["does"].format(**parts_of(sort, text)).strip()
+    return text
+
+
+def answers(chain: Chain, texts: list[str]) -> list[str]:
+    return [answer(chain, text) for text in texts]
+
+
+def differ(before: list[str], after: list[str]) -> bool:
+    """Whether most of 20 texts have changed."""
+    return sum(a != b for a, b in zip(before, after)) > 15
+
+
+def chores_for(sort: str | None) -> list[str]:
+    """The chores for texts of a sort, if they are of one, and those for any text."""
+    chores = [f"{sort}-{name}" for name in DATA["chores"].get(sort, {})]
+    return chores + [f"any-{name}" for name in DATA["chores"]["any"]]
+
+
+def all_chains() -> list[Chain]:
+    """All single chores, and all chains of two.
+
+    The second chore is one for the sort of text that the first one's answers are. Each changes its text. Of
+    chains with equal answers the first is kept.
+    """
+    chains = []
+    for sort, make in MAKE.items():
+        inputs = [make(Draw(f"{sort} {i}")) for i in range(20)]
+        known = [answers((sort, chore), inputs) for chore in chores_for(sort)]
+        for first in chores_for(sort):
+            middle = answers((sort, first), inputs)
+            if not differ(inputs, middle):
+                continue
+            chains.append((sort, first))
+            if first.startswith("any"):
+                continue
+            for second in chores_for(sort_of(middle)):
+                last = answers((sort, first, second), inputs)
+                is_new = differ(middle, last) and differ(inputs, last) and last not in known
+                if is_new and len(set(last)) > 2:
+                    chains.append((sort, first, second))
+                    known.append(last)
+    return chains
+
+
+def name_of(chain: Chain) -> str:
+    """The name of a task: "name-surname-capitals"."""
+    sort, *chores = chain
+    return "-".join([sort, *(chore.split("-")[1] for chore in chores)])
+
+
+# -------------------- Descriptions from templates --------------------
+
+
+def expand(text: str, x: str, rng: random.Random) -> str:
+    """One of the texts that a pattern stands for: macros replaced, {x} filled in, choices [a|b] made."""
+    for macro, pattern in DATA["macros"].items():
+        text = text.replace(f"{{{macro}}}", pattern)
+    text = text.replace("{x}", x)
+    while match := re.search(r"\[([^\[\]]*\|[^\[\]]*)\]", text):
+        choice = rng.choice(match[1].split("|"))
+        text = text[: match.start()] + choice + text[match.end() :]
+    return " ".join(text.split())
+
+
+def instruction(chore: str, x: str, rng: random.Random, name_x: bool = False) -> str:
+    """An instruction to do one chore to x; with name_x one that names x."""
+    patterns = list(entry(chore)["say"])
+    if name_x:
+        patterns = [pattern for pattern in patterns if "{x}" in pattern]
+    else:
+        patterns += [f"{{give}} {noun}{{of}}" for noun in entry(chore).get("noun", [])]
+    return expand(rng.choice(patterns), x, rng)
+
+
+def from_template(chain: Chain, rng: random.Random) -> str:
+    """One description of a task."""
+    sort, first, *rest = chain
+    source, it = rng.choice(DATA["nouns"][sort]), rng.choice(DATA["nouns"]["it"])
+    nouns = entry(first).get("noun")
+    if rest and rest[0].startswith("any") and nouns and rng.random() < 0.5:
+        noun = expand(rng.choice(nouns), "", rng)  # "write the surname in capitals"
+        x, rest = instruction(rest[0], noun, rng, name_x=True), []
+    else:
+        x = instruction(first, rng.choice([source, source, "it"]), rng)
+    y = instruction(rest[0], it, rng) if rest else ""
+    frame = rng.choice(DATA["frames"]["two" if rest else "one"])
+    return frame.format(x=x, X=capitalise(x), y=y, input=source)
+
+
+# -------------------- The tasks --------------------
+
+
+class Drawn(Sequence):
+    """A long sequence whose elements are made when they are asked for: element i is make(i)."""
+
+    def __init__(self, make: Callable[[int], object], length: int = 100_000):
+        self.make, self.length = make, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self.make(k) for k in range(*i.indices(self.length))]
+        if i >= self.length:
+            raise IndexError(i)
+        return self.make(i)
+
+
+def example(chain: Chain, i: int, test: bool = False) -> Example:
+    """Example i of a task."""
+    text = MAKE[chain[0]](Draw(f"{name_of(chain)} {i}", test))
+    return Example(text, [answer(chain, text)])
+
+
+def written(part: str, chain: Chain) -> list[str]:
+    """Written descriptions of a task: part is "train", or "val" and "test" for those of other voices."""
+    _, *chores = chain
+    return WRITTEN[part].get(chores[0] if len(chores) == 1 else name_of(chain), [])
+
+
+JOINED = ("{x}. Then: {y}", "{x}, then {y}", "First: {x}. After that: {y}", "{x}; {y}")
+
+
+def description(chain: Chain, i: int) -> str:
+    """Training description i of a task: a third from the templates, otherwise written.
+
+    Half of the written ones of a chain, and all if it has none, are those of its two chores, joined.
+    """
+    rng = random.Random(f"{name_of(chain)} description {i}")
+    sort, first, *rest = chain
+    whole = written("train", chain)
+    parts = [written("train", (sort, chore)) for chore in (first, *rest)]
+    if rng.random() < 1 / 3 or not all(parts):
+        return from_template(chain, rng)
+    if not rest or (whole and rng.random() < 0.5):
+        return rng.choice(whole)
+    x, y = [rng.choice(descriptions) for descriptions in parts]
+    return rng.choice(JOINED).format(x=x.rstrip("."), y=y)
+
+
+def make_task(chain: Chain, voice: str = "") -> Task:
+    """The task as data. Training examples and descriptions are drawn afresh in each step.
+
+    With `voice` the descriptions are those that were written in the voice for "val" or "test".
+    """
+    return Task(
+        name_of(chain),
+        descriptions=written(voice, chain) if voice else Drawn(lambda i: description(chain, i)),
+        train=Drawn(lambda i: example(chain, i)),
+        test=[example(chain, i, test=True) for i in range(N_EXAMPLES)],
+        reworded=written("test", chain),
+    )
+
+
+def load() -> Splits:
+    """All tasks by split."""
+    chains = all_chains()
+    random.Random(0).shuffle(chains)
+    single, double, unseen = [], [], []
+    for chain in chains:
+        if set(chain[1:]) & set(DATA["unseen"]):
+            unseen.append(chain)
+        elif len(chain) == 2:
+            single.append(chain)
+        else:
+            double.append(chain)
+    val, test, train = double[:N_VAL], double[N_VAL : N_VAL + N_TEST], double[N_VAL + N_TEST :]
+    splits = {
+        "train": [make_task(chain) for chain in single + train],
+        "val": [make_task(chain) for chain in val],
+        "test": [make_task(chain) for chain in test],
+        "single": [make_task(chain) for chain in single],
+        "unseen": [make_task(chain) for chain in unseen if len(chain) == 2],
+    }
+    splits["val"] += [make_task(chain, "val") for chain in val + single[:N_VAL]]
+    for chain, task in zip(single, splits["train"]):
+        if not chain[1].startswith("any"):  # these have a task for each sort of input
+            splits["train"] += [task] * (COPIES - 1)
+    return splits
