@@ -19,7 +19,6 @@ from lora import UserError, read
 
 SOURCES = sorted(path.stem for path in (Path(__file__).parent / "tasks").glob("[!_]*.py"))
 
-
 class Example(NamedTuple):
     """An input with its right answers."""
 
@@ -27,11 +26,9 @@ class Example(NamedTuple):
     answers: list[str]  # the first one is learnt; a question about a document may have none yet
     start: str = ""  # how the answer starts, if that is given
 
-
 def exact_match(example: Example, answer: str) -> bool:
     """Whether an answer is one of the right ones."""
     return answer in example.answers
-
 
 @dataclass
 class Task:
@@ -48,9 +45,7 @@ class Task:
     is_right: Callable[[Example, str], bool] = exact_match
     answer_tokens: int | None = None  # the longest answer, if the task knows it
 
-
 Splits = dict[str, list[Task]]  # {"train": [...], "val": [...], "test": [...]}
-
 
 def load_tasks(source: str | Path) -> Splits:
     """The tasks of a source, `tasks/SOURCE.py`, or of a folder of task files, by split."""
@@ -58,7 +53,6 @@ def load_tasks(source: str | Path) -> Splits:
     if name in SOURCES:
         return importlib.import_module(f"tasks.{name}").load()
     return load_folder(Path(source))
-
 
 def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     """The first n tasks of a split (0: all) in one fixed shuffled order, so fewer are a subset of more."""
@@ -69,9 +63,7 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     random.Random(0).shuffle(tasks)
     return tasks[: n_tasks or None]
 
-
 # -------------------- The batch of a training step --------------------
-
 
 class Item(NamedTuple):
     """One task of a batch."""
@@ -79,7 +71,6 @@ class Item(NamedTuple):
     index: int  # of the task among the training tasks
     description: str
     examples: list[Example]
-
 
 def draw(tasks: list[Task], step: int, args) -> list[Item]:
     """The batch of a step: --tasks_per_batch tasks (0: all), and a description and examples of each."""
@@ -95,11 +86,9 @@ def draw(tasks: list[Task], step: int, args) -> list[Item]:
         batch.append(Item(i, description, sample(rng, tasks[i].train, args.examples_per_task)))
     return batch
 
-
 def sample(rng: random.Random, values: Sequence, k: int) -> list:
     """k of the values: without repetition if there are enough."""
     return rng.sample(values, k) if k <= len(values) else rng.choices(values, k=k)
-
 
 class Row(NamedTuple):
     """One example as token ids."""
@@ -108,7 +97,6 @@ class Row(NamedTuple):
     prompt: list[int]
     answer: list[int]  # up to the end mark
     teacher_prompt: list[int]  # for --distill: with the document in it
-
 
 def make_rows(tokenizer, tasks: list[Task], batch: list[Item], args) -> list[Row]:
     """The examples of a batch, the shortest first. Those over --max_tokens are left out."""
@@ -132,19 +120,15 @@ def make_rows(tokenizer, tasks: list[Task], batch: list[Item], args) -> list[Row
             short_enough.append(row)
     return short_enough or rows[:1]
 
-
 def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its answer."""
     messages = model.prompt(tokenizer, question, instruction)
     prompt, target = model.render(tokenizer, messages), model.render(tokenizer, messages, answer)
     return model.tokenize(tokenizer, prompt), model.tokenize(tokenizer, target)
 
-
 cached_ids = lru_cache(2**16)(example_ids)  # rendering a chat template takes a millisecond
 
-
 # -------------------- A folder of task files --------------------
-
 
 def load_folder(folder: Path) -> Splits:
     """Read NAME.json files, split as splits.json says; without it all are training tasks."""
@@ -159,7 +143,6 @@ def load_folder(folder: Path) -> Splits:
     for split in ("train", "val", "test"):
         splits[split] = [read_task(folder / f"{name}.json") for name in names.get(split, [])]
     return splits
-
 
 def read_task(path: Path) -> Task:
     """One file: a task as in Natural Instructions, or a document.
@@ -179,10 +162,8 @@ def read_task(path: Path) -> Task:
     task.name = content.get("name", path.stem)
     return task
 
-
 def as_list(text: str | list[str]) -> list[str]:
     return [text] if isinstance(text, str) else list(text)
-
 
 def read_instances(content: dict) -> Task:
     """The task of a file in the format of Natural Instructions."""
@@ -194,7 +175,6 @@ def read_instances(content: dict) -> Task:
         examples.append(Example(instance["input"].strip(), answers))
     n_train = len(examples) - len(examples) // 5
     return Task("", descriptions, examples[:n_train], examples[n_train:], definition=definition)
-
 
 def read_document(content: dict) -> Task:
     """The task of a file with a document. It is scored on the questions it is trained on."""

@@ -35,6 +35,7 @@ import generate
 import hypernet
 import lora
 import model
+from checkpoints import locate
 from config import flags
 from data import Example, Task
 from lora import Adapter, UserError
@@ -42,7 +43,6 @@ from tasks import benchmarks, make_documents
 
 METHODS = "base icl prompt mt_lora oracle t2l t2l_reworded t2l_shuffled t2l_random recon".split()
 Results = dict[str, dict[str, float]]  # {method: {task, or length of document: share of right answers}}
-
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
@@ -70,26 +70,14 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--n_examples must be at least 1")
     return args
 
-
 # -------------------- What is evaluated --------------------
-
 
 def choose_tasks(args) -> list[Task]:
     """The tasks of --tasks and --split, with the descriptions of --descriptions."""
-    names = args.tasks.split(",")
-    if set(names) <= set(benchmarks.BENCHMARKS):
-        splits = benchmarks.load(names)
-    else:
-        splits = data.load_tasks(args.tasks)
+    names = benchmarks.names_in(args.tasks, args.run_code)
+    splits = benchmarks.load(names) if names else data.load_tasks(args.tasks)
     tasks = data.pick(splits, args.split, args.n_tasks)
     tasks = list({task.name: task for task in tasks}.values())  # a source may repeat tasks for training
-    if not args.run_code:
-        n_before = len(tasks)
-        tasks = [task for task in tasks if task.is_right is not benchmarks.passes_tests]
-        if not tasks:
-            raise UserError(f"{args.tasks} is scored by running code that the model writes: pass --run_code")
-        if len(tasks) < n_before:
-            print("without --run_code there are no scores for humaneval and mbpp")
     if args.descriptions:
         descriptions = lora.read(args.descriptions)
         tasks = [task for task in tasks if task.name in descriptions]
@@ -104,7 +92,6 @@ def choose_tasks(args) -> list[Task]:
             raise UserError(f"{task.name} cannot be scored: a question of it has no answer")
     return tasks
 
-
 def choose_methods(args, tasks: list[Task]) -> list[str]:
     """Those of --methods, or all that have what they need."""
     possible = {method: True for method in METHODS}
@@ -118,7 +105,6 @@ def choose_methods(args, tasks: list[Task]) -> list[str]:
         if not possible[method]:
             raise UserError(f"the method {method} lacks what it needs (see eval.py --help)")
     return methods
-
 
 class Models:
     """The base model, and where the adapters of each method come from."""
@@ -171,9 +157,7 @@ class Models:
             indices = [texts.index(question.description) for question in questions]
             lora.set_adapter(self.base, lora.select(written, indices), net.config.scaling)
 
-
 # -------------------- Scores --------------------
-
 
 @dataclass
 class Question:
@@ -185,7 +169,6 @@ class Question:
     instruction: str  # stands in the prompt before the input
     shots: list[tuple[str, str]]
 
-
 def noise(seed: int) -> list[str]:
     """Text without meaning: 8 sentences of random letters."""
     rng = random.Random(seed)
@@ -194,7 +177,6 @@ def noise(seed: int) -> list[str]:
         words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(12)]
         sentences.append(" ".join(words))
     return sentences
-
 
 def make_questions(tasks: list[Task], method: str, args) -> list[Question]:
     """All test examples. Of n descriptions, a different one is used for each example; for benchmarks every
@@ -226,7 +208,6 @@ def make_questions(tasks: list[Task], method: str, args) -> list[Question]:
                 questions.append(Question(task, example, description, instruction, shots))
     return questions
 
-
 def score(models: Models, tasks: list[Task], method: str) -> dict[str, float]:
     """{task: share of right answers}."""
     args, tokenizer = models.args, models.tokenizer
@@ -253,7 +234,6 @@ def score(models: Models, tasks: list[Task], method: str) -> dict[str, float]:
             hits[question.task.name].append(is_right)
     return {name: statistics.fmean(hit) for name, hit in hits.items()}
 
-
 def answer_tokens(tokenizer, question: Question, args) -> int:
     """How long an answer may get."""
     if question.task.answer_tokens:
@@ -262,7 +242,6 @@ def answer_tokens(tokenizer, question: Question, args) -> int:
         return args.max_new_tokens
     longest = max(len(model.tokenize(tokenizer, right)) for right in question.example.answers)
     return min(args.max_new_tokens, longest + 2)  # a longer one is wrong anyway
-
 
 def evaluate_tasks(args) -> Results:
     """The scores of all methods, by task."""
@@ -273,7 +252,6 @@ def evaluate_tasks(args) -> Results:
         results[method] = score(models, tasks, method)
         print(f"{method:24} {statistics.fmean(results[method].values()):.3f}", flush=True)
     return results
-
 
 def evaluate_lengths(args) -> Results:
     """The scores of all methods, by the number of tokens of the documents."""
@@ -299,9 +277,7 @@ def evaluate_lengths(args) -> Results:
         print(f"{n_lines} lines, {n_tokens} tokens", flush=True)
     return results
 
-
 # -------------------- The table and the picture --------------------
-
 
 def interval(scores: list[float], n: int = 2000) -> str:
     """95% interval of the mean: bootstrap over the tasks."""
@@ -309,36 +285,25 @@ def interval(scores: list[float], n: int = 2000) -> str:
     means = sorted(statistics.fmean(rng.choices(scores, k=len(scores))) for _ in range(n))
     return f"{means[n // 40]:.2f} to {means[-1 - n // 40]:.2f}"
 
-
 def table(results: Results, args) -> str:
     """The scores in markdown, one line per method; for lengths and benchmarks one column each."""
     columns = list(dict.fromkeys(name for scores in results.values() for name in scores))
-    if args.lengths:
-        lines = [["tokens of the document", *columns]]
-        rows = results
-    elif set(columns) <= set(benchmarks.BENCHMARKS):
-        rows = {}
-        for method, scores in results.items():
-            rows[method] = scores | {"average": statistics.fmean(scores.values())}
-        for method, scores in benchmarks.published_scores(model.preset_of(args.base_model)).items():
-            if len(columns) < len(benchmarks.BENCHMARKS):
-                scores.pop("average")  # not comparable
-            rows[f"{method} (published)"] = scores
-        columns = sorted(columns) + ["average"]
-        lines = [["method", *columns]]
+    if args.lengths or set(columns) <= set(benchmarks.BENCHMARKS):
+        rows, title = results, "tokens of the document"
+        if not args.lengths:
+            rows, title = benchmarks.beside_published(results, locate.preset_of(args.base_model)), "method"
+            columns = sorted(columns) + ["average"]
+        lines = [[title, *columns]]
+        for method, scores in rows.items():
+            lines.append([method, *(f"{scores[name]:.2f}" if name in scores else "" for name in columns)])
     else:
         title = f"right answers on {len(columns)} {args.split} tasks"
         lines = [["method", title, "95% interval", "worst task"]]
         for method, scores in results.items():
             values = list(scores.values())
-            mean = statistics.fmean(values)
-            lines.append([method, f"{mean:.3f}", interval(values), f"{min(values):.2f}"])
-        rows = {}
-    for method, scores in rows.items():
-        lines.append([method, *(f"{scores[name]:.2f}" if name in scores else "" for name in columns)])
+            lines.append([method, f"{statistics.fmean(values):.3f}", interval(values), f"{min(values):.2f}"])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
 
 def plot(path: str, results: Results, args) -> None:
     """Bars of all methods; for lengths lines over the length."""
@@ -367,7 +332,6 @@ def plot(path: str, results: Results, args) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
 
-
 def main() -> None:
     args = parse_args()
     results = evaluate_lengths(args) if args.lengths else evaluate_tasks(args)
@@ -381,7 +345,6 @@ def main() -> None:
         lora.write(Path(args.out), {"settings": vars(args), "results": scores})
     if args.plot:
         plot(args.plot, results, args)
-
 
 if __name__ == "__main__":
     lora.command(main)

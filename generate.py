@@ -8,7 +8,6 @@ The adapter is a folder that PEFT loads. The base model's answers stand beside t
 """
 
 import argparse
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -18,27 +17,23 @@ import torch
 import hypernet
 import lora
 import model
+from checkpoints import locate
 from config import flags
 from lora import Adapter, UserError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which models answer, and how; eval.py has them, too."""
     add = parser.add_argument
-    add("--base_model", help=f"{', '.join(model.PRESETS)}, a hub id or a folder; default: the hypernetwork's")
+    add("--base_model", help=f"{', '.join(locate.PRESETS)}, a hub id or a folder; default: the net's")
     add("--hypernet", help="a folder, or USER/REPO/FOLDER on the hub; default: the shipped one")
     add("--module_order", help="order of a published checkpoint's target modules (see the README)")
     add("--encoder", help="where the text encoder is, if not under its name in training")
-    add(
-        "--instruction",
-        action=argparse.BooleanOptionalAction,
-        help="put the description (or definition) before inputs; default: as in training",
-    )
+    switch = argparse.BooleanOptionalAction
+    add("--instruction", action=switch, help="put the description before inputs; default: as in training")
     add("--max_new_tokens", type=int, default=64, help="longest answer")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, otherwise float32")
-
 
 def parse_args() -> argparse.Namespace:
     """The flags, checked as far as that goes without a model."""
@@ -61,40 +56,22 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"{folder} holds something that generate.py did not write; choose another folder")
     return args
 
-
 def is_ours(folder: Path) -> bool:
     """Whether a folder may be written: it is new, empty, or has been written by this command."""
     if not folder.exists() or not any(folder.iterdir()):
         return True
     return (folder / "description.txt").exists() or (folder / "0" / "description.txt").exists()
 
-
 # -------------------- Loading, also for eval.py --------------------
-
-
-def shipped_hypernet(base_model: str, reads: str) -> Path:
-    """The folder of the hypernetwork in checkpoints/ for a base model; UserError if there is none."""
-    shape = None
-    if Path(base_model).is_dir():
-        shape = lora.base_shape(model.load(model.AutoConfig, base_model))
-    name = "d2l" if reads == "documents" else "sft_large"
-    for file in model.CHECKPOINTS.glob(f"*/{name}/config.json"):
-        config = lora.read(file)
-        same_name = config["base_model"].lower() == model.full_name(base_model).lower()
-        if same_name or config["base_shape"] == shape:
-            return file.parent
-    raise UserError(f"no hypernetwork for {base_model} is shipped; train one and pass it with --hypernet")
-
 
 def load_net(name: str | None, args, reads: str = "descriptions") -> torch.nn.Module:
     """The hypernetwork of a folder, or of a folder on the hub; without a name the shipped one."""
-    folder = name or str(shipped_hypernet(args.base_model or "tiny", reads))
+    folder = name or str(locate.shipped_hypernet(args.base_model or "tiny", reads))
     order = args.module_order.split(",") if args.module_order else None
-    net = hypernet.load_hypernet(model.fetch(folder, hypernet.FILES), order).to(DEVICE)
+    net = hypernet.load_hypernet(locate.fetch(folder, hypernet.FILES), order).to(DEVICE)
     if net.reads != reads:
         raise UserError(f"the hypernetwork in {folder} reads {net.reads}, not {reads}")
     return net
-
 
 def load_base_for(configs: list[lora.LoRAConfig], args):
     """(base model, tokenizer) that these adapters or hypernetworks belong to, injected."""
@@ -102,10 +79,9 @@ def load_base_for(configs: list[lora.LoRAConfig], args):
     base, tokenizer = model.load_base(base_model, DEVICE, args.dtype and getattr(torch, args.dtype))
     names = set()
     for config in configs:
-        model.check_base(config, base_model, lora.base_shape(base.config))
+        locate.check_base(config, base_model, lora.base_shape(base.config))
         names |= set(config.paths)
     return lora.inject(base, sorted(names)), tokenizer
-
 
 def load_encoder_for(net: torch.nn.Module, base: torch.nn.Module, tokenizer, args):
     """The text encoder of a hypernetwork that reads descriptions; None for documents."""
@@ -114,25 +90,7 @@ def load_encoder_for(net: torch.nn.Module, base: torch.nn.Module, tokenizer, arg
     name = args.encoder or net.config.encoder
     return model.load_encoder(name, DEVICE, (base, tokenizer), net.config.full_stop)
 
-
 # -------------------- What an adapter does --------------------
-
-
-def example_inputs(base_model: str, description: str) -> list[str]:
-    """Inputs to show an adapter on, from examples.json beside what is shipped for the base model.
-
-    They are of the sort that the description names most; of the first sort if it names none.
-    """
-    path = model.CHECKPOINTS / model.preset_of(base_model) / "examples.json"
-    if not path.exists():
-        return []
-    best, most_named = [], -1
-    for sort in lora.read(path):
-        named = [word for word in sort["words"] if re.search(rf"\b{word}", description.lower())]
-        if len(named) > most_named:
-            best, most_named = sort["inputs"], len(named)
-    return best
-
 
 def answer_inputs(base, tokenizer, inputs: list[str], instruction: str, args) -> tuple[list[str], str]:
     """(answers, time they took) with the adapter that is set."""
@@ -140,7 +98,6 @@ def answer_inputs(base, tokenizer, inputs: list[str], instruction: str, args) ->
     started = time.perf_counter()
     answers = model.answer(base, tokenizer, prompts, args.max_new_tokens)
     return answers, f"{(time.perf_counter() - started) * 1000:.0f} ms"
-
 
 def show(base, tokenizer, adapter: Adapter, scaling: float, text: str, inputs: list[str], args) -> None:
     """Print the answers of the base model and those with an adapter, written from `text`."""
@@ -162,7 +119,6 @@ def show(base, tokenizer, adapter: Adapter, scaling: float, text: str, inputs: l
     if args.doc:
         print(f"\n  time of all answers: {', '.join(f'{label} {times[label]}' for label in times)}")
 
-
 def save_merged(folder: Path, base, tokenizer, description: str) -> None:
     """Write the merged model, whole or not at all, in place of one that was there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +131,6 @@ def save_merged(folder: Path, base, tokenizer, description: str) -> None:
         for file in Path(tmp).iterdir():
             file.replace(folder / file.name)
 
-
 def read_documents(files: list[str]) -> list[str]:
     """The texts of --doc files."""
     try:
@@ -185,7 +140,6 @@ def read_documents(files: list[str]) -> list[str]:
     if not all(text.strip() for text in documents):
         raise UserError("--doc is empty")
     return documents
-
 
 @torch.no_grad()
 def write_adapters(net, texts: list, base, tokenizer, args) -> Adapter:
@@ -199,7 +153,6 @@ def write_adapters(net, texts: list, base, tokenizer, args) -> Adapter:
     print(f"{len(texts)} adapter{'s' if len(texts) > 1 else ''} written in {milliseconds:.1f} ms")
     lora.lora_layers(base, adapters)  # refuses what does not fit, before any file is written
     return adapters
-
 
 def main() -> None:
     args = parse_args()
@@ -221,7 +174,7 @@ def main() -> None:
         print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{text}")
         rank = next(iter(adapter.values()))[0].shape[-2]
         print(f"  adapter: {folder}/ (rank {rank} on {', '.join(adapter)} in {net.config.n_layers} layers)")
-        inputs = args.input or ([] if args.doc else example_inputs(net.config.base_model, text))
+        inputs = args.input or ([] if args.doc else locate.example_inputs(net.config.base_model, text))
         if inputs:
             show(base, tokenizer, adapter, net.config.scaling, text, inputs, args)
 
@@ -230,7 +183,6 @@ def main() -> None:
         lora.merge(base, lora.select(adapters, 0), net.config.scaling)
         save_merged(Path(args.merge), base, tokenizer, texts[0])
         print(f"\nmerged model: {args.merge}/")
-
 
 if __name__ == "__main__":
     lora.command(main)

@@ -15,7 +15,7 @@ that begin with "head" have a learning rate of their own, those in NO_DECAY no w
 also needs `normalize` and `deviation`, see TextToLoRA.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,13 +24,8 @@ from torch import Tensor, nn
 
 import lora
 import model
+from config.flags import setting
 from lora import Adapter, LoRAConfig, UserError
-
-
-def setting(default, meaning: str):
-    """A field of a config that is also a flag of train.py."""
-    return field(default=default, metadata={"meaning": meaning})
-
 
 @dataclass
 class HypernetConfig(LoRAConfig):
@@ -39,11 +34,9 @@ class HypernetConfig(LoRAConfig):
     input_size: int = 1024  # E, the width of the text encoder's output, or f, of the base model's states
     instruction: bool = False  # in training the task's instruction was in the prompt as well
 
-
 # -------------------- Text-to-LoRA (arXiv 2506.06105, section 3) --------------------
 
 SIZES = ("large", "medium", "small")  # 55M, 34M and 5M parameters for Mistral-7B (paper, section 4)
-
 
 @dataclass
 class TextConfig(HypernetConfig):
@@ -59,18 +52,15 @@ class TextConfig(HypernetConfig):
     rotary: bool = setting(False, "small: rank positions are rotations instead of a learned table")
     full_stop: bool = setting(False, "append a full stop to descriptions that end in a letter")
 
-
 class Residual(nn.Sequential):
     """x + f(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
-
 def mlp(n_in: int, n_out: int, dropout: float) -> list[nn.Module]:
     """Two linear layers, four times as wide in between, with SiLU after both, as published."""
     return [nn.Linear(n_in, 4 * n_in), nn.SiLU(), nn.Dropout(dropout), nn.Linear(4 * n_in, n_out), nn.SiLU()]
-
 
 def rotate(x: Tensor, positions: int) -> Tensor:
     """A copy of every row per rank, rotated by its position (RoPE, base 10000). [..., d] -> [..., r, d]"""
@@ -79,7 +69,6 @@ def rotate(x: Tensor, positions: int) -> Tensor:
     angle = torch.arange(positions, device=x.device)[:, None] * frequency  # [r, d/2]
     x1, x2 = x[..., None, :half], x[..., None, half:]  # [..., 1, d/2]
     return torch.cat([x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()], -1)
-
 
 class TextToLoRA(nn.Module):
     """Writes adapters from descriptions. There is one row for each (description, layer, module):
@@ -218,9 +207,7 @@ class TextToLoRA(nn.Module):
                 self.offset[key].copy_(target.double().mean(0))  # exact if all are equal
                 self.deviation[key].copy_(target.std(0, correction=correction) + 1e-10)
 
-
 # -------------------- Doc-to-LoRA (arXiv 2602.15902) --------------------
-
 
 @dataclass
 class DocConfig(HypernetConfig):
@@ -235,7 +222,6 @@ class DocConfig(HypernetConfig):
     random_chunks: bool = setting(False, "in training also split documents at random (published: stage 2)")
     chat: bool = setting(True, "read a chunk as a user turn of the base model's chat template")
 
-
 class SwiGLU(nn.Module):
     """Down(SiLU(Gate x) * Up x)."""
 
@@ -247,7 +233,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
 
 class CrossAttention(nn.Module):
     """Latents attend to the context, which has no positions: its order and its padding do not matter."""
@@ -282,7 +267,6 @@ class CrossAttention(nn.Module):
         latents = latents + self.norm_post(self.o_proj(h.transpose(1, 2).flatten(2)))
         return latents + self.norm_postff(self.mlp(self.norm_preff(latents)))
 
-
 class Perceiver(nn.Module):
     """Any number of vectors -> n_out vectors: latents read the context, then queries read the latents."""
 
@@ -305,7 +289,6 @@ class Perceiver(nn.Module):
             latents = block(latents, context, mask)
         queries = self.queries.expand(len(features), -1, -1)
         return self.decoder_norm(self.decoder(queries, self.encoder_norm(latents), None))  # [b, n_out, d]
-
 
 class DocToLoRA(nn.Module):
     """Writes adapters from documents: one per chunk of text, joined along the rank for each document."""
@@ -397,7 +380,6 @@ class DocToLoRA(nn.Module):
             joined[name] = (torch.stack(documents_A), torch.stack(documents_B))
         return joined
 
-
 def split_document(ids: list[int], config: DocConfig, training: bool) -> list[list[int]]:
     """The token ids of a document in chunks: as few as possible.
 
@@ -413,9 +395,7 @@ def split_document(ids: list[int], config: DocConfig, training: bool) -> list[li
         return [ids[start:end] for start, end in zip(ends, ends[1:])]
     return [ids[i : i + config.chunk_len] for i in range(0, len(ids), config.chunk_len)]
 
-
 # -------------------- What a network is given --------------------
-
 
 def read_texts(net: nn.Module, texts: list, base: nn.Module, tokenizer, encode=None):
     """The condition from which `net` writes n adapters: of n descriptions, or of n documents.
@@ -426,7 +406,6 @@ def read_texts(net: nn.Module, texts: list, base: nn.Module, tokenizer, encode=N
     if net.reads == "documents":
         return read_documents(net.config, base, tokenizer, texts, net.training)
     return encode(texts).to(next(net.parameters()).device)
-
 
 def read_documents(config: DocConfig, base: nn.Module, tokenizer, documents: list, training=False):
     """(groups of chunks, number of chunks per document). To be used once: the groups are a generator.
@@ -458,21 +437,10 @@ def read_documents(config: DocConfig, base: nn.Module, tokenizer, documents: lis
 
     return groups(), counts
 
-
 # -------------------- Files --------------------
 
 ARCHS = {"t2l": TextToLoRA, "d2l": DocToLoRA}
 FILES = ["hypernet.safetensors", "config.json", "hypermod.pt", "args.yaml", "adapter_config.json"]
-
-
-def net_settings(arch: str) -> list[tuple[str, object, str]]:
-    """The settings of a network, from its config: (name, default, meaning)."""
-    settings = []
-    for config_field in fields(ARCHS[arch].config_class):
-        if "meaning" in config_field.metadata:
-            settings.append((config_field.name, config_field.default, config_field.metadata["meaning"]))
-    return settings
-
 
 def save_hypernet(net: nn.Module, folder: str | Path) -> None:
     """Write hypernet.safetensors, in bfloat16 to halve the file, and config.json."""
@@ -482,7 +450,6 @@ def save_hypernet(net: nn.Module, folder: str | Path) -> None:
     weights = {key: tensor.bfloat16() for key, tensor in net.state_dict().items()}
     lora.write(folder / "hypernet.safetensors", weights)
     lora.write(folder / "config.json", {"arch": arch, **asdict(net.config)})
-
 
 def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> nn.Module:
     """Read a hypernetwork that train.py wrote, or a published one; in float32 and eval mode.

@@ -25,13 +25,10 @@ from torch import Tensor, nn
 
 Adapter = dict[str, tuple[Tensor, Tensor]]
 
-
 class UserError(ValueError):
     """An error the user can fix. The commands print it as one line and exit with code 2."""
 
-
 # -------------------- Where an adapter goes --------------------
-
 
 @dataclass
 class LoRAConfig:
@@ -54,18 +51,14 @@ class LoRAConfig:
     def scaling_divisor(self, r: int) -> float:
         return r**0.5 if self.rslora else r
 
-
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # the first number in a module's path is its layer
-
 
 def layer_number(path: str) -> int:
     return int(LAYER_NUMBER.search(path)[1])
 
-
 def without_layer(path: str) -> str:
     """ "model.layers.3.self_attn.q_proj" -> "model.layers.{}.self_attn.q_proj" """
     return LAYER_NUMBER.sub(".{}.", path, count=1)
-
 
 def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, list[tuple[str, nn.Linear]]]:
     """{module name: [(path, linear layer) of layer 0, of layer 1, ...]}.
@@ -93,7 +86,6 @@ def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, list[t
             raise UserError(f"{name} must be in every layer, in one place and with one shape; found {found}")
     return targets
 
-
 def config_for(base: nn.Module, target_modules: list[str], base_model: str, **settings) -> LoRAConfig:
     """The LoRAConfig of adapters for these modules of `base`; `settings` are r, alpha and rslora."""
     config = LoRAConfig(base_model=base_model, base_shape=base_shape(base.config), **settings)
@@ -105,21 +97,17 @@ def config_for(base: nn.Module, target_modules: list[str], base_model: str, **se
         config.out_features[name] = module.out_features
     return config
 
-
 def base_shape(config) -> list[int]:
     """What tells base models in folders apart: layers, hidden size and vocabulary, from their config."""
     text = config.get_text_config()
     return [text.num_hidden_layers, text.hidden_size, text.vocab_size]
 
-
 # -------------------- The layer that applies it --------------------
-
 
 def init_A_(A: Tensor) -> Tensor:
     """LoRA's initialisation of A [..., r, in]: uniform up to 1 / sqrt(in). B begins as zero."""
     bound = A.shape[-1] ** -0.5
     return A.uniform_(-bound, bound)
-
 
 class LoRALinear(nn.Linear):
     """A frozen linear layer with an optional adapter. Its weight is the base model's tensor, not a copy."""
@@ -145,7 +133,6 @@ class LoRALinear(nn.Linear):
         update = self.scaling * (x @ self.A.mT) @ self.B.mT  # [n, batch/n * T, out]
         return y + update.view_as(y).to(y.dtype)
 
-
 def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> nn.Module:
     """Replace each linear layer that has one of these names by a LoRALinear; returns the model.
 
@@ -156,7 +143,6 @@ def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> 
             parent, child = path.rsplit(".", 1)
             setattr(base.get_submodule(parent), child, LoRALinear(linear, name, layer, dropout))
     return base
-
 
 def lora_layers(base: nn.Module, adapter: Adapter) -> list[LoRALinear]:
     """The injected layers of `base`. Raises UserError if `adapter` does not fit them."""
@@ -169,7 +155,6 @@ def lora_layers(base: nn.Module, adapter: Adapter) -> list[LoRALinear]:
             message = "the adapter is for another base model (layers, in, out):"
             raise UserError(f"{message} {name} {shape}, in this one {shapes.get(name)}")
     return layers
-
 
 def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None = None) -> None:
     """Run `base` with this adapter, at this scaling, from now on; None clears it.
@@ -189,7 +174,6 @@ def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None 
             module.B = B.view(-1, *B.shape[-2:])  # [n, out, r]
             module.scaling = scaling
 
-
 @torch.no_grad()
 def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
     """Add one adapter to the weights, for good: W + scaling * B A."""
@@ -199,9 +183,7 @@ def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
             update = scaling * B[module.layer].float() @ A[module.layer].float()  # [out, in]
             module.weight.data = (module.weight.float() + update).to(module.weight.dtype)
 
-
 # -------------------- Several adapters --------------------
-
 
 def concat_rank(adapters: list[Adapter]) -> Adapter:
     """One adapter that does what all of these do together, at the same scaling: the ranks add up.
@@ -219,11 +201,9 @@ def concat_rank(adapters: list[Adapter]) -> Adapter:
         joined[name] = (A, B)
     return joined
 
-
 def select(adapter: Adapter, index) -> Adapter:
     """Adapters of a batch: an integer takes one, a list or index tensor a new batch, with repetition."""
     return {name: (A[index], B[index]) for name, (A, B) in adapter.items()}
-
 
 class LoRABank(nn.Module):
     """Ordinary LoRAs, trained as a batch, all from the same random A.
@@ -244,9 +224,7 @@ class LoRABank(nn.Module):
     def forward(self, index) -> Adapter:
         return {name: (self.A[name][index], self.B[name][index]) for name in self.A}
 
-
 # -------------------- Adapter folders, in PEFT's format --------------------
-
 
 def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> None:
     """Write one adapter as PEFT does. Ranks follow from the tensors, lora_alpha from config.scaling."""
@@ -277,9 +255,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
     write(folder / "adapter_model.safetensors", tensors)
     write(folder / "adapter_config.json", peft)
 
-
 ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+\.\d+\..+)\.lora_(?P<matrix>[AB])\.weight")
-
 
 def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     """Read an adapter folder in PEFT's format: A [L, r, in], B [L, out, r] per module, and its config.
@@ -322,14 +298,12 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
         config.in_features[name], config.out_features[name] = A.shape[-1], B.shape[-2]
     return adapter, config
 
-
 def peft_alpha(peft: dict, path: str) -> float:
     """lora_alpha of one layer: PEFT's alpha_pattern holds regular expressions for the end of its path."""
     for pattern, alpha in (peft.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", path):
             return alpha
     return peft["lora_alpha"]
-
 
 def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfig]:
     """Several adapter folders of one training run, as a batch: A [n, L, r, in], B [n, L, out, r]."""
@@ -344,9 +318,7 @@ def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfi
         batch[name] = (A.to(device), B.to(device))
     return batch, config
 
-
 # -------------------- Files and commands --------------------
-
 
 def write(path: Path, content: dict | list | str) -> None:
     """Write tensors (.safetensors), text (a string) or JSON, whole or not at all."""
@@ -363,7 +335,6 @@ def write(path: Path, content: dict | list | str) -> None:
     finally:
         tmp.unlink(missing_ok=True)
 
-
 def read(path: str | Path) -> dict:
     """Read tensors (.safetensors) or JSON. Raises UserError if the file is missing or broken."""
     try:
@@ -374,7 +345,6 @@ def read(path: str | Path) -> dict:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"{path} cannot be read: {e}") from None
-
 
 def command(main) -> None:
     """Run a command's main(). A UserError, or a file error, is one line on stderr and exit code 2."""

@@ -3,90 +3,20 @@
 Both come from a preset, a Hugging Face id or a folder. The preset `tiny` needs neither download nor GPU.
 """
 
-import logging
 import re
 import zlib
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download  # comes with transformers
-from huggingface_hub.errors import HTTPError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers import GteConfig, GteModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lora import LoRAConfig, UserError, base_shape, read, set_adapter
-
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
-logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # errors are raised anyway
-
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
-GTE = "Alibaba-NLP/gte-large-en-v1.5"
-PRESETS = {  # name: (base model, text encoder)
-    "tiny": (str(CHECKPOINTS / "tiny"), "hash"),
-    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2+hash"),
-    "gemma-2-2b": ("google/gemma-2-2b-it", GTE),
-    "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", GTE),
-    "mistral-7b": ("mistralai/Mistral-7B-Instruct-v0.2", GTE),
-}
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-NOT_NEEDED = ["onnx/*", "openvino/*", "original/*", "consolidated*"]  # duplicate formats
-
-
-# -------------------- Names and places --------------------
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name can only be one on the Hugging Face hub: USER/REPO, perhaps followed by folders."""
-    return "/" in name and not name.startswith((".", "/")) and not Path(name).is_dir()
-
-
-def full_name(base_model: str) -> str:
-    """The name that config files record: a preset's Hugging Face id, "tiny", an id or a folder."""
-    if base_model in ("tiny", PRESETS["tiny"][0]):
-        return "tiny"
-    return PRESETS[base_model][0] if base_model in PRESETS else base_model
-
-
-def preset_of(base_model: str) -> str:
-    """The preset with this name or Hugging Face id; "" if there is none."""
-    for preset in PRESETS:
-        if full_name(preset).lower() == full_name(base_model).lower():
-            return preset
-    return ""
-
-
-def fetch(name: str, files: list[str] = MODEL_FILES) -> Path:
-    """A folder: `name` itself, or USER/REPO or USER/REPO/SUB/FOLDER of the hub, downloaded once."""
-    if not is_hub_id(name):
-        if not Path(name).is_dir():
-            raise UserError(f"{name} is no folder, no preset ({', '.join(PRESETS)}) and no Hugging Face id")
-        return Path(name)
-    user, repo, *subfolders = name.strip("/").split("/")
-    patterns = ["/".join([*subfolders, file]) for file in files]
-    try:
-        folder = snapshot_download(f"{user}/{repo}", allow_patterns=patterns, ignore_patterns=NOT_NEEDED)
-    except (OSError, ValueError, HTTPError) as e:
-        raise UserError(f"{name} is not a folder here, and cannot be downloaded: {str(e)[:200]}") from None
-    return Path(folder, *subfolders)
-
-
-def load(loader, name: str, **settings):
-    """loader.from_pretrained on a folder or Hugging Face id, with errors of one line."""
-    folder = fetch(name)
-    try:
-        return loader.from_pretrained(folder, local_files_only=True, **settings)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise UserError(f"{name} cannot be loaded: {str(e)[:200]}") from None
-
+from checkpoints.locate import PRESETS, fetch, load, load_text_model
+from lora import UserError, read, set_adapter
 
 # -------------------- The base model --------------------
-
 
 def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     """(base model, tokenizer): frozen, in eval mode. dtype None is float32 on CPU and bfloat16 elsewhere."""
@@ -106,36 +36,12 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     base.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     return base.to(device).requires_grad_(False).eval(), tokenizer
 
-
-def load_skeleton(name: str) -> nn.Module:
-    """The base model without weights, on the meta device: only its shapes."""
-    config = load(AutoConfig, PRESETS[name][0] if name in PRESETS else name)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def check_base(trained: LoRAConfig, name: str, shape: list[int]) -> None:
-    """Raise UserError if `trained` belongs to another base model than this one, of that name and shape.
-
-    Two hub ids are compared by name. Folders may be anywhere, so they are compared by shape.
-    """
-    ours, theirs = full_name(name), full_name(trained.base_model)
-    if is_hub_id(ours) and is_hub_id(theirs):
-        same = ours.lower() == theirs.lower()
-    else:
-        same = ours == theirs or not trained.base_shape or trained.base_shape == shape
-    if not same:
-        message = f"what was trained for {trained.base_model} does not go with {name}"
-        raise UserError(f"{message} (layers, hidden size, vocabulary: {trained.base_shape} and {shape})")
-
-
 PLAIN_TEMPLATE = (  # for a base model without a chat template: "input -> answer<eos>", one per line
     "{% for m in messages if m.content or m.role != 'system' %}"
     "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}\n{% else %}{{ m.content }} ->{% endif %}"
     "{% endfor %}"
 )
 SUFFIX = " Please complete the task without any explanation."  # appended to the instruction, as published
-
 
 def prompt(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str]] = ()) -> list[dict]:
     """The chat that puts `text` to the base model: an empty system message, then a user turn, as published.
@@ -152,7 +58,6 @@ def prompt(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, s
     messages.append({"role": "user", "content": f"{instruction}\n\n{text}".strip()})
     return messages
 
-
 @cache
 def takes_system_message(tokenizer) -> bool:
     """Some chat templates (Gemma's) refuse a system message."""
@@ -160,7 +65,6 @@ def takes_system_message(tokenizer) -> bool:
         return bool(render(tokenizer, [{"role": "system", "content": ""}, {"role": "user", "content": "x"}]))
     except Exception:  # templates raise arbitrary exceptions
         return False
-
 
 def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
     """The prompt as text; with `answer` the text that the model has to write after it, up to the end mark."""
@@ -173,11 +77,9 @@ def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
         raise UserError("the chat template of this base model does not put answers where it asks for them")
     return whole.removeprefix(text).rstrip("\n")
 
-
 def tokenize(tokenizer, text: str) -> list[int]:
     """Token ids of a rendered text, which has its special tokens from the template."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
 
 def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
     """Sequences of different lengths as one tensor [n, T]."""
@@ -187,7 +89,6 @@ def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
         padding = [value] * (T - len(sequence))
         padded.append(padding + sequence if left else sequence + padding)
     return torch.tensor(padded)
-
 
 def check_known(tokenizer, texts: list[str]) -> None:
     """Raise UserError for a word that the tokenizer has no token for (the tiny one knows few)."""
@@ -199,7 +100,6 @@ def check_known(tokenizer, texts: list[str]) -> None:
     for word in words:
         if tokenizer.unk_token_id in tokenize(tokenizer, word):
             raise UserError(f"the base model has no token for {word} (the tiny one: see tasks/tiny.json)")
-
 
 @torch.no_grad()
 def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, strip=True) -> list[str]:
@@ -222,7 +122,6 @@ def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, st
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.strip() if is_whole else text.lstrip() for text, is_whole in zip(texts, ended)]
 
-
 @torch.no_grad()
 def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor, early_exit: bool = False) -> Tensor:
     """The input of each of the L layers, for Doc-to-LoRA. input_ids, mask [n, T] -> [n, L, T, d].
@@ -239,9 +138,7 @@ def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor, early_exit: 
         decoder.layers = layers
     return out.last_hidden_state if early_exit else torch.stack(out.hidden_states, 1)
 
-
 # -------------------- The text encoder: n descriptions -> [n, E], unit vectors --------------------
-
 
 def load_encoder(name: str, device="cpu", base: tuple | None = None, full_stop: bool = False):
     """A text encoder, as a callable: list of n descriptions -> [n, E].
@@ -267,11 +164,9 @@ def load_encoder(name: str, device="cpu", base: tuple | None = None, full_stop: 
 
     return encode
 
-
 FUNCTION_WORDS = """a an the of to in on at by for from with or but is are was were be been it its this that
     these those them they their there you your i me my we our as then than so what which who whatever any some
     please into out up down . , ; : - ?""".split()  # they say little about the task
-
 
 def hash_encoder(texts: list[str], width: int = 8192) -> Tensor:
     """Feature hashing, no network: words, pairs of near words and 3- to 5-letter pieces, in signed sums."""
@@ -293,21 +188,14 @@ def hash_encoder(texts: list[str], width: int = 8192) -> Tensor:
             vector[code % width] += sign * weight
     return F.normalize(torch.from_numpy(out), dim=-1)
 
-
 class TransformerEncoder:
     """A text encoder of the hub, pooled as its own 1_Pooling/config.json says: mean, CLS or last token."""
 
     def __init__(self, name: str, device="cpu"):
-        folder = fetch(name)
-        config = read(folder / "config.json")
         self.tokenizer = load(AutoTokenizer, name)
-        if config.get("model_type") == "new":  # gte-*-v1.5, without the code of its repository
-            self.model = load(GteModel, name, config=gte_config(config))
-        else:
-            self.model = load(AutoModel, name)
-        self.model = self.model.to(device).requires_grad_(False).eval()
+        self.model = load_text_model(name).to(device).requires_grad_(False).eval()
         self.max_length = min(8192, self.model.config.max_position_embeddings)  # tokens
-        pooling = folder / "1_Pooling" / "config.json"
+        pooling = fetch(name) / "1_Pooling" / "config.json"
         self.pooling = read(pooling) if pooling.exists() else {}
 
     @torch.no_grad()
@@ -326,19 +214,6 @@ class TransformerEncoder:
                 h = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             out.append(F.normalize(h, dim=-1))  # [n, E]
         return torch.cat(out)
-
-
-def gte_config(config: dict) -> GteConfig:
-    """The config of gte-*-v1.5 for transformers' implementation of it."""
-    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-    if config.get("rope_scaling"):  # NTK scaling by k: theta * k, and all frequencies by k^(-2 / head size)
-        k = config["rope_scaling"]["factor"]
-        head_size = config["hidden_size"] // config["num_attention_heads"]
-        rope = {"rope_type": "linear", "factor": k ** (2 / head_size), "rope_theta": config["rope_theta"] * k}
-    replaced = ("auto_map", "rope_scaling", "rope_theta", "model_type")
-    kept = {key: value for key, value in config.items() if key not in replaced}
-    return GteConfig(**kept, rope_parameters=rope)
-
 
 @torch.no_grad()
 def base_encoder(base: nn.Module, tokenizer, texts: list[str]) -> Tensor:

@@ -1,7 +1,7 @@
 """All tests: python -m pytest -q test_all.py
 
-assets/golden holds numbers of the published implementations; more of them may lie in ../shared/golden. PEFT is
-used where it is installed, a GPU where there is one, and real models where T2L_BASE and T2L_ENCODER name
+assets/golden holds numbers of the published implementations; more of them may lie in ../shared/golden. PEFT
+is used where it is installed, a GPU where there is one, and real models where T2L_BASE and T2L_ENCODER name
 their folders.
 """
 
@@ -40,11 +40,11 @@ import lora
 import model
 import tasks
 import train
-from checkpoints import published
+from checkpoints import locate, published
 from data import Example
 from tasks import benchmarks, chores, facts, lots_of_loras, tiny
 
-HERE, TINY = Path(__file__).parent, model.CHECKPOINTS / "tiny"
+HERE, TINY = Path(__file__).parent, locate.CHECKPOINTS / "tiny"
 SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
 RECON_FILES = [f"llama_{size}_recon_{loss}" for size in ("L", "M", "S", "Srot") for loss in ("z", "dw")]
 RECON_FILES.append("llama_L_recon_f")
@@ -56,7 +56,8 @@ CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 DESC = "Keep only the animals and translate them into French."
 SAY = ["--desc", DESC]
 SHORT = "--n_tasks 8 --tasks_per_batch 4 --examples_per_task 2".split()
-SHORT += "--size small --latent_size 32 --head_in_size 32 --input_dropout 0 --trunk_dropout 0 --dropout 0".split()
+SHORT += "--size small --latent_size 32 --head_in_size 32 --input_dropout 0 --trunk_dropout 0".split()
+SHORT += ["--dropout", "0"]
 D2L, LORA = ["@config/d2l.args"], ["@config/lora.args"]
 REAL = ["--base_model", os.environ.get("T2L_BASE"), "--encoder", os.environ.get("T2L_ENCODER")]
 needs_models = pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE names no real model")
@@ -67,7 +68,7 @@ def seed():
     torch.manual_seed(0)
 
 def golden(file: str, folder: str = "t2l") -> Path:
-    """A golden file without its ending: of this repository, or beside it. Skips the test if it is in neither."""
+    """A golden file without its ending, of this repository or beside it. Skips the test if there is none."""
     for path in (HERE / "assets" / "golden" / file, HERE.parent / "shared" / "golden" / folder / file):
         if Path(f"{path}.safetensors").exists():
             return path
@@ -326,8 +327,8 @@ def golden_base() -> nn.Module:
 def test_golden_adapters(tmp_path, file):
     net, tensors, info = golden_net(file, tmp_path)
     adapter = net(tensors["in/task_emb"])
-    n = sum(f"out{i}/base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in tensors for i in range(3))
-    assert n > 0
+    n = len({key.split("/")[0] for key in tensors if key.startswith("out")})
+    assert n in (1, 3)
     for i, layer, name in itertools.product(range(n), range(4), NAMES):
         key = f"out{i}/base_model.model.model.layers.{layer}.self_attn.{name}.lora_"
         close(adapter[name][0][i, layer], tensors[f"{key}A.weight"])
@@ -783,23 +784,24 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     surnames = next(task.train for task in splits["train"] if task.name == "name-surname")
     assert not {example.answers[0] for example in surnames[:500]} & set(chores.pool("last", True))
     assert all(task.reworded for task in splits["test"] + splits["single"] + splits["unseen"])
-    train, test = [{text for texts in chores.WRITTEN[part].values() for text in texts} for part in ("train", "test")]
-    assert len(train) > 8000 and len(test & train) < 0.02 * len(test)
+    seen, withheld = [set(sum(chores.WRITTEN[part].values(), [])) for part in ("train", "test")]
+    assert len(seen) > 8000 and not withheld & seen
 
 def test_a_drawn_sequence_is_the_same_every_time():
-    splits = [data.load_tasks("chores")["train"][:40] for _ in range(2)]
-    first, second = [[(task.train[:3], task.descriptions[:9], task.train[7]) for task in tasks] for tasks in splits]
-    assert first == second and len({texts for _, texts, _ in map(lambda x: (0, tuple(x[1]), 0), first)}) == 40
-    rng, task = random.Random(0), splits[0][0]
+    tasks, again = data.load_tasks("chores")["train"][:40], data.load_tasks("chores")["train"][:40]
+    for task, other in zip(tasks, again):
+        assert task.train[:3] == other.train[:3] and task.descriptions[:9] == other.descriptions[:9]
+        assert len(set(task.descriptions[:30])) > 10
+    rng, task = random.Random(0), tasks[0]
     assert len({example.input for example in data.sample(rng, task.train, 50)}) > 40
     with pytest.raises(IndexError):
         task.train[len(task.train)]
 
 def test_what_is_shown_fits_the_description():
-    shown = lambda text: generate.example_inputs("smollm2-135m", text)[0]
+    shown = lambda text: locate.example_inputs("smollm2-135m", text)[0]
     assert "@" in shown("Give the domain of the e-mail address.") and "job:" in shown("Write it as JSON.")
     assert "," not in shown("Write the name in capital letters.") and "-" in shown("The month in words.")
-    assert generate.example_inputs("mistral-7b", DESC) == []
+    assert locate.example_inputs("mistral-7b", DESC) == []
 
 def test_documents_get_longer_as_the_training_goes():
     run = run_of(*D2L, "--max_steps", "100")
@@ -913,7 +915,7 @@ def test_every_file_of_flags_is_a_run(file, monkeypatch, tmp_path):
     words = ["--out_dir", str(tmp_path / "new"), "--oracles", "x"]
     monkeypatch.setattr(sys, "argv", ["train.py", f"@{file}", *words])
     args = train.parse_args()
-    settings = train.SETTINGS + hypernet.net_settings(args.arch)
+    settings = train.SETTINGS + train.flags.settings_of(hypernet.ARCHS[args.arch].config_class)
     (tmp_path / "train.args").write_text(train.flags.as_flags(settings, args))
     monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "7", f"@{tmp_path / 'train.args'}"])
     assert vars(train.parse_args()) == vars(args) and args.lr < 1
@@ -958,7 +960,8 @@ def test_the_size_of_weights_does_not_depend_on_padding():
     close(together, sum(means) / 2)
 
 def start_training(*words) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "train.py", *map(str, words)], cwd=HERE, stderr=subprocess.PIPE, text=True)
+    start = [sys.executable, "train.py", *map(str, words)]
+    return subprocess.Popen(start, cwd=HERE, stderr=subprocess.PIPE, text=True)
 
 def wait_for_steps(run: subprocess.Popen, folder: Path, n: int) -> None:
     metrics = folder / "metrics.jsonl"
@@ -1000,9 +1003,10 @@ def test_a_run_that_dies_in_its_first_step_can_be_resumed(tmp_path, monkeypatch)
 def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, launcher):
     words = [*SHORT, "--max_steps", "2000", "--out_dir", tmp_path / "run"]
     if launcher:
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+        start += ["train.py", *map(str, words)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        run = subprocess.Popen([*start, *map(str, words)], cwd=HERE, stderr=subprocess.PIPE, text=True, env=env)
+        run = subprocess.Popen(start, cwd=HERE, stderr=subprocess.PIPE, text=True, env=env)
     else:
         run = start_training(*words)
     wait_for_steps(run, tmp_path / "run", 5)
@@ -1098,13 +1102,14 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     for kind in ("plain", "delta_w"):
         losses = fit(tmp_path / kind, *words, "--recon_loss", kind, "--max_steps", "30")
         assert losses[-1] < losses[0]
-    losses = fit(tmp_path / "single", *words, "--n_tasks", "1", "--max_steps", "2")  # one oracle has no deviation
-    assert all(map(math.isfinite, losses))
-    lengths = ["--methods", "mt_lora,oracle", "--mt_lora", tmp_path / "mt", "--oracles", oracles, "--n_tasks", "4"]
+    losses = fit(tmp_path / "single", *words, "--n_tasks", "1", "--max_steps", "2")
+    assert all(map(math.isfinite, losses))  # one oracle has no deviation
+    words = ["--methods", "mt_lora,oracle", "--mt_lora", tmp_path / "mt", "--oracles", oracles]
     reads, real = [], lora.load_adapter
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora, "load_adapter", lambda folder: reads.append(folder) or real(folder))
-        results = evaluate(tmp_path / "e.json", *lengths, "--split", "train", "--n_examples", "2")
+        words += ["--split", "train", "--n_tasks", "4", "--n_examples", "2"]
+        results = evaluate(tmp_path / "e.json", *words)
     assert set(results) == {"mt_lora", "oracle"} and len(reads) == 1 + 4  # each adapter is read once
 
 def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys):
@@ -1179,7 +1184,8 @@ def test_questions_without_an_answer_get_the_base_models(tmp_path):
         examples = [Example("cat", []), Example("dog", ["blue"])]
         task = data.Task("d", ["cat -> red <eos>"], examples, [], is_document=True)
         tasks.write_answers(asked, tokenizer, [task], tmp_path / "answers.json")
-        assert task.train[0].answers == model.answer(base, tokenizer, [told]) and task.train[1].answers == ["blue"]
+        assert task.train[0].answers == model.answer(base, tokenizer, [told])
+        assert task.train[1].answers == ["blue"]
 
 def test_missing_answers_are_written_without_dropout(tmp_path, monkeypatch):
     lora.write(tmp_path / "d.json", {"document": "cat -> red <eos>", "questions": [{"question": "cat"}]})
@@ -1360,7 +1366,7 @@ BAD = {
     "tasks of unknown words": (train, ["--tasks", "{tmp}/tasks"], "no token for Paris"),
     "documents as tasks": (train, ["--tasks", "facts"], "does not go with --arch t2l"),
     "tasks as documents": (train, ["--arch", "d2l"], "reads documents (see config/d2l.args)"),
-    "a setting of the other network": (train, ["--n_latents", "3"], "--n_latents is not a setting of --arch t2l"),
+    "a setting of the other network": (train, ["--n_latents", "3"], "is not a setting of --arch t2l"),
     "no oracles": (train, RECON, "needs --oracles"),
     "empty oracles": (train, [*RECON, "--oracles", "{foreign}"], "holds no adapters of the train tasks"),
     "oracles of another base": (train, [*RECON, "--oracles", "{tmp}/oracles"], "another base model"),
@@ -1491,17 +1497,19 @@ def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
     (said,) = model.answer(base, tokenizer, ["cat ->"])
     made = dict(descriptions=["d"] * 3, train=[], is_benchmark=True)
     piqa = data.Task("piqa", test=[Example("cat", [said])], is_right=benchmarks.first_character, **made)
-    mbpp = data.Task("mbpp", test=[Example("cat", ["assert False"])], is_right=benchmarks.passes_tests, **made)
-    monkeypatch.setattr(benchmarks, "load", lambda names=("piqa", "mbpp"): {"test": [piqa, mbpp][: len(names)]})
+    fails = [Example("cat", ["assert False"])]
+    mbpp = data.Task("mbpp", test=fails, is_right=benchmarks.passes_tests, **made)
+    both = {name: benchmarks.BENCHMARKS[name] for name in ("mbpp", "piqa")}
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", both)
+    monkeypatch.setattr(benchmarks, "benchmark_task", {"piqa": piqa, "mbpp": mbpp}.get)
     for flags, columns in ([], "piqa | average"), (["--run_code"], "mbpp | piqa | average"):
         words = ["--tasks", "benchmarks", "--methods", "base,t2l", *flags, "--out", tmp_path / "b.json"]
         assert command(evaluation, *words) == 0
         shown = capsys.readouterr().out
         assert f"| method | {columns} |" in shown and ("without --run_code" in shown) == (not flags)
         assert lora.read(tmp_path / "b.json")["results"]["base"]["per_task"]["piqa"] == 1.0
-    monkeypatch.setattr(benchmarks, "load", lambda names: {"test": [mbpp]})
-    assert command(evaluation, "--tasks", "humaneval") == 2
-    assert "error: humaneval is scored by running code" in capsys.readouterr().err
+    assert command(evaluation, "--tasks", "mbpp") == 2
+    assert "error: mbpp is scored by running code" in capsys.readouterr().err
     args = types.SimpleNamespace(lengths=None, base_model="mistral-7b")
     assert "| t2l (published) | 0.82 |  |" in evaluation.table({"base": {"piqa": 0.5}}, args)
 

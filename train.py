@@ -37,6 +37,7 @@ import data
 import hypernet
 import lora
 import model
+from checkpoints import locate
 from config import flags
 from lora import Adapter, UserError
 from tasks import write_answers
@@ -47,7 +48,7 @@ SETTINGS = [  # name, value in the tiny world, what it is
     # what is trained
     ("mode", "sft", "lora, recon or sft, see above"),
     ("arch", "t2l", "hypernetwork: t2l is Text-to-LoRA, d2l Doc-to-LoRA (start from @config/d2l.args)"),
-    ("base_model", "tiny", f"{', '.join(model.PRESETS)}, a hub id or a folder"),
+    ("base_model", "tiny", f"{', '.join(locate.PRESETS)}, a hub id or a folder"),
     ("encoder", "preset", "text encoder: the preset's, hash, base, a hub id or a folder; A+B joins two"),
     ("multi_task", False, "lora: one adapter for all tasks"),
     ("oracles", "", "recon: the folder that --mode lora wrote"),
@@ -100,13 +101,12 @@ CHOICES = {
     "dtype": ["auto", "float32", "bfloat16"],
 }
 
-
 def parse_args() -> argparse.Namespace:
     """The settings of the run, complete and checked as far as that goes without loading anything."""
     parser = flags.Parser(__doc__, add_help=False)
     parser.add_settings(SETTINGS, CHOICES)
-    for arch in hypernet.ARCHS:  # the networks' own settings have no value until --arch is known
-        parser.add_settings(hypernet.net_settings(arch), CHOICES, with_default=False)
+    for net_class in hypernet.ARCHS.values():  # the networks' settings have no value until --arch is known
+        parser.add_settings(flags.settings_of(net_class.config_class), CHOICES, with_default=False)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     args = parser.parse_args()
@@ -118,12 +118,12 @@ def parse_args() -> argparse.Namespace:
 
     # what depends on other settings
     if args.encoder == "preset":
-        preset = model.preset_of(args.base_model)
-        args.encoder = model.PRESETS[preset][1] if preset else "base"
+        preset = locate.preset_of(args.base_model)
+        args.encoder = locate.PRESETS[preset][1] if preset else "base"
     if args.dtype == "auto":
         on_gpu = torch.cuda.is_available() and args.mode != "recon"  # reconstruction: float32, as published
         args.dtype = "bfloat16" if on_gpu else "float32"
-    net_settings = hypernet.net_settings(args.arch)
+    net_settings = flags.settings_of(hypernet.ARCHS[args.arch].config_class)
     for name, default, _ in net_settings:
         if not hasattr(args, name):
             setattr(args, name, default)
@@ -135,24 +135,27 @@ def parse_args() -> argparse.Namespace:
         flags.print_settings(net_settings, args)
         sys.exit(0)
 
-    known = {name for name, _, _ in SETTINGS + net_settings}
+    known = [name for name, _, _ in SETTINGS + net_settings] + ["resume", "help"]
     for name in vars(args):
-        if name not in known and name not in ("resume", "help"):
+        if name not in known:
             raise UserError(f"--{name} is not a setting of --arch {args.arch}")
+    check_settings(args)
+    return args
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Raise UserError for settings that do not go together."""
     if args.arch == "d2l" and args.mode != "sft":
         raise UserError("--arch d2l is trained with --mode sft")
     if args.multi_task and args.mode != "lora":
         raise UserError("--multi_task goes with --mode lora")
     if args.mode == "recon" and not args.oracles:
         raise UserError("--mode recon needs --oracles DIR, a folder that --mode lora wrote")
-    files = {file.name for file in folder.iterdir()} if folder.exists() else set()
-    if files - {"answers.json"} and not args.resume:  # answers are written before training starts
+    folder = Path(args.out_dir)
+    files = [file.name for file in folder.iterdir()] if folder.exists() else []
+    if not args.resume and files not in ([], ["answers.json"]):  # which is written before training starts
         raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
-    return args
-
 
 # -------------------- The losses --------------------
-
 
 def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):
     """Run the base model, with the adapters that are set, on n examples (ids of prompt and answer).
@@ -172,24 +175,20 @@ def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], 
     logits = base(inputs_embeds=x, logits_to_keep=columns, use_cache=False).logits  # [n, columns, vocabulary]
     return logits[example, position - position.min()].float(), example, labels[example, position + 1]
 
-
 def example_mean(losses: Tensor, example: Tensor) -> Tensor:
     """Losses of tokens, averaged over each example, then over the examples: every example counts equally."""
     length = torch.bincount(example)
     return (losses / length[example]).sum() / len(length)
 
-
 def answer_loss(logits: Tensor, example: Tensor, right: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of the answers, from `answer_logits`."""
     return example_mean(F.cross_entropy(logits, right, reduction="none", label_smoothing=smoothing), example)
-
 
 def distill_loss(logits: Tensor, example: Tensor, teacher: Tensor, k: int) -> Tensor:
     """KL divergence from a teacher, over its k likeliest tokens. logits, teacher [tokens, vocabulary]."""
     log_p, tokens = teacher.log_softmax(-1).topk(k)  # [tokens, k]
     log_q = logits.log_softmax(-1).gather(-1, tokens)
     return example_mean((log_p.exp() * (log_p - log_q)).sum(-1), example)
-
 
 def weight_size(adapter: Adapter, size) -> Tensor:
     """Mean of size(A) and of size(B), torch.abs or torch.square, summed over the modules.
@@ -203,7 +202,6 @@ def weight_size(adapter: Adapter, size) -> Tensor:
         mean_B = size(B).sum((1, 2, 3)) / (n_ranks * B.shape[-2])
         total = total + mean_A.mean() + mean_B.mean()
     return total
-
 
 def recon_loss(loss: str, adapter: Adapter, oracle: Adapter, deviation: dict[str, Tensor]) -> Tensor:
     """L1 between written adapters and oracles, averaged over the modules.
@@ -222,9 +220,7 @@ def recon_loss(loss: str, adapter: Adapter, oracle: Adapter, deviation: dict[str
             losses.append((loss_A + loss_B) / 2)
     return sum(losses) / len(losses)
 
-
 # -------------------- What is trained --------------------
-
 
 @dataclass
 class Run:
@@ -239,13 +235,12 @@ class Run:
     oracles: Adapter | None = None  # recon: the adapters to imitate, one per task
     net: nn.Module | None = None  # what is trained: it writes adapters
 
-
 def prepare(args, device: torch.device) -> Run:
     """Load the tasks and the frozen models, and make what is trained."""
     tasks, val_tasks = choose_tasks(args)
     base_is_encoder = "base" in args.encoder.split("+")
     if args.mode == "recon" and not base_is_encoder:
-        run = Run(args, tasks, val_tasks, model.load_skeleton(args.base_model))
+        run = Run(args, tasks, val_tasks, locate.load_skeleton(args.base_model))
     else:
         base, tokenizer = model.load_base(args.base_model, device, getattr(torch, args.dtype))
         run = Run(args, tasks, val_tasks, base, tokenizer)
@@ -258,7 +253,6 @@ def prepare(args, device: torch.device) -> Run:
     else:
         make_hypernet(run, config, device)
     return run
-
 
 def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
     """(tasks to train on, tasks to validate on)."""
@@ -279,19 +273,17 @@ def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
         val_tasks = [task for task in splits.get("val", []) if task.test]
     return tasks, val_tasks
 
-
 def load_oracles(run: Run, device: torch.device) -> lora.LoRAConfig:
     """Load the adapters to imitate; returns their config."""
     args = run.args
     folders = [Path(args.oracles) / task.name for task in run.tasks]
     run.oracles, config = lora.load_adapters(folders, device)
     shape = lora.base_shape(run.base.config)
-    model.check_base(config, args.base_model, shape)
+    locate.check_base(config, args.base_model, shape)
     lora.inject(run.base, list(config.paths))
     lora.lora_layers(run.base, run.oracles)  # raises UserError if they do not fit
-    config.base_model, config.base_shape = model.full_name(args.base_model), shape
+    config.base_model, config.base_shape = locate.full_name(args.base_model), shape
     return config
-
 
 def adapt_base(run: Run) -> lora.LoRAConfig:
     """Get the base model ready to be trained through; returns the config of its adapters."""
@@ -302,7 +294,7 @@ def adapt_base(run: Run) -> lora.LoRAConfig:
         for example in task.train[:100]:
             model.check_known(run.tokenizer, [example.input, example.answers[0]])
     names = args.target_modules.split(",")
-    base_model = model.full_name(args.base_model)
+    base_model = locate.full_name(args.base_model)
     config = lora.config_for(base, names, base_model, r=args.rank, alpha=args.alpha)
     lora.inject(base, names, args.dropout).train()
     if args.gradient_checkpointing:
@@ -311,12 +303,11 @@ def adapt_base(run: Run) -> lora.LoRAConfig:
         base.set_attn_implementation("eager")  # its backward pass is faster there
     return config
 
-
 def make_hypernet(run: Run, lora_config: lora.LoRAConfig, device: torch.device) -> None:
     """Make the network of --arch, for adapters of this config, and load the text encoder that it needs."""
     args, net_class = run.args, hypernet.ARCHS[run.args.arch]
     config = net_class.config_class(**vars(lora_config), instruction=args.instruction)
-    for name, _, _ in hypernet.net_settings(args.arch):
+    for name, _, _ in flags.settings_of(net_class.config_class):
         setattr(config, name, getattr(args, name))
     if net_class.reads == "documents":
         config.input_size = run.base.config.get_text_config().hidden_size
@@ -330,9 +321,7 @@ def make_hypernet(run: Run, lora_config: lora.LoRAConfig, device: torch.device) 
     elif config.z_score:
         run.net.normalize(run.oracles)
 
-
 # -------------------- A training step --------------------
-
 
 def read_batch(run: Run, batch: list[data.Item]):
     """What `run.net` is given to write the adapters of a batch: indices of LoRAs, or what it reads."""
@@ -342,12 +331,10 @@ def read_batch(run: Run, batch: list[data.Item]):
     texts = [item.description for item in batch]
     return hypernet.read_texts(run.net, texts, run.base, run.tokenizer, run.encode)
 
-
 def autocast(run: Run):
     """bfloat16 computation with float32 weights, if --dtype says so."""
     device = next(run.net.parameters()).device.type
     return torch.autocast(device, torch.bfloat16, enabled=run.args.dtype == "bfloat16")
-
 
 def set_row_adapters(run: Run, adapters: Adapter, rows: list[data.Row]) -> None:
     """Give each row of the base model's next batch the adapter of its task."""
@@ -355,7 +342,6 @@ def set_row_adapters(run: Run, adapters: Adapter, rows: list[data.Row]) -> None:
     for name, (A, B) in lora.select(adapters, [row.k for row in rows]).items():  # A [rows, L, r, in]
         row_adapters[name] = (A.to(run.base.dtype), B.to(run.base.dtype))
     lora.set_adapter(run.base, row_adapters, run.net.config.scaling)
-
 
 @torch.no_grad()
 def teacher_logits(run: Run, rows: list[data.Row]) -> Tensor:
@@ -365,7 +351,6 @@ def teacher_logits(run: Run, rows: list[data.Row]) -> Tensor:
     logits, _, _ = answer_logits(run.base, [(row.teacher_prompt, row.answer) for row in rows])
     run.base.train()
     return logits
-
 
 def task_loss(run: Run, adapters: Adapter, rows: list[data.Row]) -> Tensor:
     """The loss of rows that go through the base model together, each with its own adapter."""
@@ -377,7 +362,6 @@ def task_loss(run: Run, adapters: Adapter, rows: list[data.Row]) -> Tensor:
     if args.distill:
         return distill_loss(logits, example, teacher, args.distill)
     return answer_loss(logits, example, right, args.label_smoothing)
-
 
 def sft_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
     """One training step through the frozen base model, of a hypernetwork or of ordinary LoRAs (`LoRABank`).
@@ -419,7 +403,6 @@ def sft_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
     torch.autograd.backward(outputs, gradients)
     return loss
 
-
 def recon_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
     """One step of reconstruction, without a base model. Leaves gradients in `net`, returns the loss."""
     with autocast(run):
@@ -428,7 +411,6 @@ def recon_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
     loss = recon_loss(run.args.recon_loss, written, oracles, run.net.deviation)
     loss.backward()
     return loss.detach()
-
 
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
@@ -455,11 +437,9 @@ def validate(run: Run) -> dict[str, float]:
     run.base.train()
     return {"val_loss": loss / len(rows), "val_accuracy": n_right / len(rows)}
 
-
 # -------------------- Optimizer, state, processes --------------------
 
 NO_DECAY = ("scaler", "bias", "latents", "queries", "b1", "b2")
-
 
 def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
     """AdamW. Heads have a learning rate of their own; scales, biases, norms and latents no weight decay."""
@@ -467,16 +447,11 @@ def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
+        lr_factor = args.head_lr if name.startswith("head") else 1.0
         decays = p.dim() > 1 and not any(word in name for word in NO_DECAY)
-        groups.append(
-            {
-                "params": [p],
-                "lr_factor": args.head_lr if name.startswith("head") else 1.0,
-                "weight_decay": args.weight_decay if decays else 0.0,
-            }
-        )
+        weight_decay = args.weight_decay if decays else 0.0
+        groups.append({"params": [p], "lr_factor": lr_factor, "weight_decay": weight_decay})
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-
 
 def learning_rate(step: int, args) -> float:
     """Linear warm-up, then a fall to 0: linear, linear in the last third, or a cosine to 1e-7."""
@@ -490,7 +465,6 @@ def learning_rate(step: int, args) -> float:
         return args.lr * min(1.0, 3 * (args.max_steps - step) / args.max_steps)
     return args.lr * left
 
-
 def save(run: Run, folder: Path) -> None:
     """Write what was trained: a hypernetwork, one adapter folder per task, or the multi-task adapter."""
     if run.args.mode != "lora":
@@ -501,7 +475,6 @@ def save(run: Run, folder: Path) -> None:
         for i, task in enumerate(run.tasks):
             lora.save_adapter(folder / task.name, run.net(i), run.net.config)
 
-
 def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Everything the next step depends on, in one file. A step's randomness follows from its number."""
     tensors = {"step": torch.tensor(step)}
@@ -511,7 +484,6 @@ def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Opt
         for key, tensor in optimizer.state.get(p, {}).items():
             tensors[f"{key} {name}"] = tensor
     lora.write(path, tensors)
-
 
 def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put a saved state into net and optimizer; returns the number of steps done."""
@@ -524,7 +496,6 @@ def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> 
                 optimizer.state[p][key] = tensors[f"{key} {name}"].to(p.device)
     return step
 
-
 def start_processes() -> tuple[int, int, int, torch.device]:
     """(rank, rank on this machine, number of processes, device). Without torchrun a single process."""
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -536,7 +507,6 @@ def start_processes() -> tuple[int, int, int, torch.device]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return rank, local_rank, world, device
 
-
 def on_ctrl_c() -> list:
     """Catch Ctrl-C from now on. Returns a list that it fills, so that the loop can end after a step."""
     interrupts = []
@@ -544,9 +514,7 @@ def on_ctrl_c() -> list:
         signal.signal(number, lambda *_: interrupts.append(True))
     return interrupts
 
-
 # -------------------- The run --------------------
-
 
 def main() -> None:
     args = parse_args()
@@ -574,7 +542,8 @@ def main() -> None:
     best = math.inf  # lowest validation loss
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        lora.write(folder / "train.args", flags.as_flags(SETTINGS + hypernet.net_settings(args.arch), args))
+        settings = SETTINGS + flags.settings_of(hypernet.ARCHS[args.arch].config_class)
+        lora.write(folder / "train.args", flags.as_flags(settings, args))
         if not args.resume:
             save_state(state, step, run.net, optimizer)  # from now on the run can be resumed
         lines = metrics.read_text().splitlines()[:step] if metrics.exists() else []
@@ -647,7 +616,6 @@ def main() -> None:
             again = f"python train.py --resume --out_dir {folder}"
             print(f"interrupted after {step} steps; to continue: {again}", file=sys.stderr)
         sys.exit(130)
-
 
 if __name__ == "__main__":
     lora.command(main)

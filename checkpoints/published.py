@@ -28,7 +28,6 @@ NAMES = {  # published name: our name
     "heads": "heads",
 }
 
-
 def load_text_to_lora(folder: str | Path, module_order: list[str] | None = None) -> TextToLoRA:
     """Read a published checkpoint (hypermod.pt, args.yaml, adapter_config.json), of SFT or reconstruction.
 
@@ -50,7 +49,6 @@ def load_text_to_lora(folder: str | Path, module_order: list[str] | None = None)
     except Exception as e:  # broken files raise arbitrary exceptions
         raise UserError(f"{folder} is no published checkpoint, or --module_order is wrong: {e!r}") from None
     return net.eval()
-
 
 def text_config(peft: dict, args: dict, weights: dict[str, Tensor], names: list[str]) -> TextConfig:
     """Our config of a published checkpoint, from its two config files and the shapes of its weights."""
@@ -77,7 +75,6 @@ def text_config(peft: dict, args: dict, weights: dict[str, Tensor], names: list[
     config.z_score = f"heads.{names[0]}.bias" not in weights
     config.rotary = "pos_emb.0.weight" not in weights
     return config
-
 
 def our_weights(weights: dict[str, Tensor], config: TextConfig, args: dict) -> dict[str, Tensor]:
     """Published weights under our names."""

@@ -1,23 +1,34 @@
 """How flags are read: from the command line, and from files of flags such as those in this folder.
 
-A file of flags has one flag and its value on a line, as in `--lr 3e-3  # a comment`. `@FILE` among the words of a
-command stands for the flags in it, and a file may name further ones. Of a flag that occurs twice the later one
-counts.
+A file of flags has one flag and its value on a line, as in `--lr 3e-3  # a comment`. `@FILE` on the command line
+stands for the flags in it, and a file may name further files. Of a flag that occurs twice the later one counts.
 
-Settings are a list of (name, default, meaning). Each becomes a flag of the type of its default.
+Settings are a list of (name, default, meaning), or the fields of a dataclass that are made by `setting`. Each
+becomes a flag of the type of its default.
 """
 
 import argparse
+import dataclasses
 import shlex
 
 from lora import UserError
 
 Settings = list[tuple[str, object, str]]
 
+def setting(default, meaning: str):
+    """A field of a dataclass that is also a flag."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+def settings_of(config_class) -> Settings:
+    """The fields of a dataclass that were made by `setting`."""
+    settings = []
+    for field in dataclasses.fields(config_class):
+        if "meaning" in field.metadata:
+            settings.append((field.name, field.default, field.metadata["meaning"]))
+    return settings
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with the defaults, and the description as it is written."""
-
 
 class Parser(argparse.ArgumentParser):
     """Reads flags, also from files, with errors of one line."""
@@ -44,12 +55,10 @@ class Parser(argparse.ArgumentParser):
                 allowed = choices.get(name)
                 self.add_argument(f"--{name}", type=type(value), choices=allowed, default=default)
 
-
 def print_settings(settings: Settings, args: argparse.Namespace) -> None:
     """Print each setting with its value and its meaning."""
     for name, _, meaning in settings:
         print(f"  --{name:24} {getattr(args, name)!s:20}  {meaning}")
-
 
 def as_flags(settings: Settings, args: argparse.Namespace) -> str:
     """The settings as the text of a file of flags."""

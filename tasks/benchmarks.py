@@ -11,6 +11,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,13 +32,11 @@ TEXTS = Path(__file__).parent / "benchmarks.json"
 
 # -------------------- Rows: one as (Example, the answer to show as a shot) --------------------
 
-
 def multiple_choice(question: str, choices: list[tuple], what: str, right) -> tuple[Example, str]:
     """A question with labelled choices, to be answered with the label only."""
     lines = "\n".join(f"{label}. {text}" for label, text in choices)
     text = f"{question}\n\n{lines}\n\nAnswer with the {what} of the right choice only."
     return Example(text, [str(right)]), str(right)
-
 
 def arc(row: dict) -> tuple[Example, str]:
     """ARC and OpenBookQA."""
@@ -45,32 +44,26 @@ def arc(row: dict) -> tuple[Example, str]:
     choices = list(zip(row["choices"]["label"], row["choices"]["text"]))
     return multiple_choice(question, choices, "letter", row["answerKey"])
 
-
 def hellaswag(row: dict) -> tuple[Example, str]:
     return multiple_choice(row["ctx"], list(enumerate(row["endings"])), "number", row["label"])
-
 
 def piqa(row: dict) -> tuple[Example, str]:
     choices = [(0, row["sol1"]), (1, row["sol2"])]
     return multiple_choice(row["goal"], choices, "number", row["label"])
 
-
 def winogrande(row: dict) -> tuple[Example, str]:
     choices = [(1, row["option1"]), (2, row["option2"])]
     return multiple_choice(row["sentence"], choices, "number", row["answer"])
-
 
 def boolq(row: dict) -> tuple[Example, str]:
     text = f"{row['passage']}\n\n{row['question']}?\n\nAnswer with true or false only."
     right = str(row["answer"]).lower()
     return Example(text, [right]), right
 
-
 def gsm8k(row: dict) -> tuple[Example, str]:
     steps, right = row["answer"].split("####")
     right = right.strip()
     return Example(row["question"], [right], "Let's think step by step."), f"{steps}The answer is {right}."
-
 
 def humaneval(row: dict) -> tuple[Example, str]:
     """The head of a function to complete. The right answer is its tests."""
@@ -79,23 +72,19 @@ def humaneval(row: dict) -> tuple[Example, str]:
     text = f"Complete this Python function.\n\n```python\n{head}```"
     return Example(text, [tests], f"{CODE_START}{head}"), f"{CODE_START}{head}{row['canonical_solution']}```"
 
-
 def mbpp(row: dict) -> tuple[Example, str]:
     """A function to write, with one of its tests. The right answer is all of them."""
     tests = "\n".join([row.get("test_setup_code") or "", *row["test_list"]])
     text = f"{row['text']}\nThe code should pass this test:\n{row['test_list'][0]}"
     return Example(text, [tests], CODE_START), f"{CODE_START}{row['code']}\n```"
 
-
 CODE_START = "```python\n"
 
 # -------------------- Scores --------------------
 
-
 def first_character(example: Example, answer: str) -> bool:
     """Whether the answer begins with the right letter or number."""
     return answer.strip()[:1].casefold() == example.answers[0][:1].casefold()
-
 
 def true_or_false(example: Example, answer: str) -> bool:
     """Whether the answer says true or yes, or false or no, as is right."""
@@ -103,7 +92,6 @@ def true_or_false(example: Example, answer: str) -> bool:
     if not word:
         return False
     return (word[1] in ("true", "yes")) == (example.answers[0] == "true")
-
 
 def last_number(example: Example, answer: str) -> bool:
     """Whether the last number of the answer is the right one."""
@@ -113,12 +101,10 @@ def last_number(example: Example, answer: str) -> bool:
     found = numbers[-1].replace(",", "").rstrip(".")
     return float(found) == float(example.answers[0].replace(",", ""))
 
-
 def passes_tests(example: Example, answer: str) -> bool:
     """Whether the code of the answer passes the tests. Runs it!"""
     code = example.start.removeprefix(CODE_START) + answer.split("```")[0]
     return run_program(f"{code}\n{example.answers[0]}")
-
 
 # The program cannot start processes or signal them; when it runs to its end, it leaves a file behind.
 RUNNER = """import os, shutil, subprocess
@@ -128,7 +114,6 @@ subprocess.Popen = shutil.rmtree = None
 exec(compile(open("program.py").read(), "program.py", "exec"), {"__name__": "__main__"})
 open(TOKEN, "w")
 """
-
 
 def run_program(program: str, seconds: int = 10) -> bool:
     """Whether a program runs to its end, in a process with limited time and memory, in an empty folder,
@@ -168,9 +153,7 @@ def run_program(program: str, seconds: int = 10) -> bool:
         process.wait()
         return (Path(folder) / token).exists()
 
-
 # -------------------- The benchmarks --------------------
-
 
 class Benchmark(NamedTuple):
     """Where the rows are, and what to do with them."""
@@ -182,7 +165,6 @@ class Benchmark(NamedTuple):
     to_example: Callable[[dict], tuple[Example, str]]
     is_right: Callable[[Example, str], bool]
     answer_tokens: int
-
 
 BENCHMARKS = {
     "arc_challenge": Benchmark("allenai/ai2_arc", "ARC-Challenge", "test", 1172, arc, first_character, 8),
@@ -203,7 +185,6 @@ BENCHMARKS = {
     ),
 }
 
-
 def load_rows(name: str) -> list[dict]:
     """The rows of a benchmark, downloaded once in pages of 100; a second call continues the first."""
     benchmark, folder = BENCHMARKS[name], cache_folder(f"benchmarks/{name}")
@@ -222,7 +203,6 @@ def load_rows(name: str) -> list[dict]:
         rows += [entry["row"] for entry in read(file)["rows"]]
     return rows
 
-
 def benchmark_task(name: str) -> Task:
     """One benchmark as a task: all rows, shuffled, to test on, and four of them as shots."""
     benchmark, rows = BENCHMARKS[name], load_rows(name)
@@ -237,15 +217,33 @@ def benchmark_task(name: str) -> Task:
     task.is_right, task.answer_tokens = benchmark.is_right, benchmark.answer_tokens
     return task
 
+def names_in(tasks: str, run_code: bool) -> list[str]:
+    """The benchmarks that --tasks names: all ("benchmarks"), some, or none; without code if it may not run.
 
-def published_scores(preset: str) -> dict[str, dict[str, float]]:
-    """{method: {benchmark or "average": score in 0..1}} of the paper for a base model."""
-    published = read(TEXTS)["published"].get(preset, {})
-    scores = {}
-    for method, percents in published.items():
-        scores[method] = {name: percent / 100 for name, percent in percents.items()}
-    return scores
+    Raises UserError if nothing is left.
+    """
+    names = list(BENCHMARKS) if tasks == "benchmarks" else tasks.split(",")
+    if not set(names) <= set(BENCHMARKS) or run_code:
+        return [name for name in names if name in BENCHMARKS]
+    without_code = [name for name in names if BENCHMARKS[name].is_right is not passes_tests]
+    if not without_code:
+        raise UserError(f"{tasks} is scored by running code that the model writes: pass --run_code")
+    if len(without_code) < len(names):
+        print("without --run_code there are no scores for humaneval and mbpp")
+    return without_code
 
+def beside_published(results: dict[str, dict[str, float]], preset: str) -> dict[str, dict[str, float]]:
+    """Scores {method: {benchmark: score}} with their averages, and the paper's for the same base model."""
+    rows = {}
+    for method, scores in results.items():
+        rows[method] = scores | {"average": statistics.fmean(scores.values())}
+    all_measured = all(len(scores) == len(BENCHMARKS) for scores in results.values())
+    for method, percents in read(TEXTS)["published"].get(preset, {}).items():
+        scores = {name: percent / 100 for name, percent in percents.items()}
+        if not all_measured:
+            scores.pop("average")  # not comparable
+        rows[f"{method} (published)"] = scores
+    return rows
 
 def load(names: list[str] = list(BENCHMARKS)) -> Splits:
     """The benchmarks, all of them in the split "test"."""

@@ -6,7 +6,6 @@ from data import Example, Splits, Task
 from tasks import document_splits
 from tasks.tiny import FORMS, MAPS
 
-
 def document(rng: random.Random, n_lines: int) -> Task:
     """Lines of four words. One to eight of them are facts instead.
 
@@ -21,7 +20,6 @@ def document(rng: random.Random, n_lines: int) -> Task:
     rng.shuffle(lines)
     examples = [Example(key, [value]) for key, value in facts]
     return Task(f"{n_lines} lines", ["\n".join(lines)], examples, examples, is_document=True)
-
 
 def load() -> Splits:
     """All documents by split."""

@@ -12,7 +12,6 @@ from tasks import cache_folder, download
 URL = "https://raw.githubusercontent.com/allenai/natural-instructions/master/tasks"
 NAMES = Path(__file__).parent / "lots_of_loras.json"
 
-
 def load() -> Splits:
     """The tasks by split. Downloads what is not in the cache, so a second call continues the first."""
     folder, splits = cache_folder("lots-of-loras"), read(NAMES)
