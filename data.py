@@ -68,7 +68,7 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
 class Item(NamedTuple):
     """One task of a batch."""
 
-    index: int  # of the task among the training tasks
+    index: int  # of the task in the list that it was drawn from
     description: str
     examples: list[Example]
 
@@ -86,21 +86,24 @@ def draw(tasks: list[Task], step: int, args) -> list[Item]:
         batch.append(Item(i, description, sample(rng, tasks[i].train, args.examples_per_task)))
     return batch
 
-def sample(rng: random.Random, values: Sequence, k: int) -> list:
-    """k of the values: without repetition if there are enough."""
-    return rng.sample(values, k) if k <= len(values) else rng.choices(values, k=k)
+def sample(rng: random.Random, values: Sequence, n: int) -> list:
+    """n of the values: without repetition if there are enough."""
+    return rng.sample(values, n) if n <= len(values) else rng.choices(values, k=n)
 
-class Row(NamedTuple):
+class TokenizedExample(NamedTuple):
     """One example as token ids."""
 
-    k: int  # the index of its task in the batch, and so of its adapter
+    adapter: int  # the index of its task in the batch, and so of its adapter
     prompt: list[int]
     answer: list[int]  # up to the end mark
     teacher_prompt: list[int]  # for --distill: with the document in it
 
-def make_rows(tokenizer, tasks: list[Task], batch: list[Item], args) -> list[Row]:
-    """The examples of a batch, the shortest first. Those over --max_tokens are left out."""
-    rows = []
+def tokenize_batch(tokenizer, tasks: list[Task], batch: list[Item], args) -> list[TokenizedExample]:
+    """The examples of a batch, the shortest first.
+
+    Those over --max_tokens are left out, except for the shortest one if all of them are.
+    """
+    tokenized = []
     for k, item in enumerate(batch):
         instruction = ""
         if args.instruction:
@@ -111,14 +114,14 @@ def make_rows(tokenizer, tasks: list[Task], batch: list[Item], args) -> list[Row
             teacher_prompt = []
             if args.distill:
                 teacher_prompt, _ = example_ids(tokenizer, question, right, item.description)
-            rows.append(Row(k, prompt, answer, teacher_prompt))
-    rows.sort(key=lambda row: len(row.prompt) + len(row.answer))
+            tokenized.append(TokenizedExample(k, prompt, answer, teacher_prompt))
+    tokenized.sort(key=lambda example: len(example.prompt) + len(example.answer))
     short_enough = []
-    for row in rows:
-        longer_prompt = max(len(row.prompt), len(row.teacher_prompt))
-        if longer_prompt + len(row.answer) <= args.max_tokens:
-            short_enough.append(row)
-    return short_enough or rows[:1]
+    for example in tokenized:
+        longer_prompt = max(len(example.prompt), len(example.teacher_prompt))
+        if longer_prompt + len(example.answer) <= args.max_tokens:
+            short_enough.append(example)
+    return short_enough or tokenized[:1]
 
 def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its answer."""

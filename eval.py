@@ -85,6 +85,8 @@ def choose_tasks(args) -> list[Task]:
             raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
         for task in tasks:
             task.descriptions, task.reworded = descriptions[task.name], []
+    if args.instruction and tasks[0].is_document:
+        raise UserError("--instruction goes with descriptions, not with documents")
     for task in tasks:
         if not task.test:
             raise UserError(f"the task {task.name} has no test part: that is the last fifth of its instances")
@@ -105,6 +107,10 @@ def choose_methods(args, tasks: list[Task]) -> list[str]:
         if not possible[method]:
             raise UserError(f"the method {method} lacks what it needs (see eval.py --help)")
     return methods
+
+def encoder_key(net: torch.nn.Module) -> tuple | None:
+    """What the text encoder of a hypernetwork depends on; None if it reads documents."""
+    return (net.config.encoder, net.config.full_stop) if net.reads == "descriptions" else None
 
 class Models:
     """The base model, and where the adapters of each method come from."""
@@ -128,11 +134,11 @@ class Models:
             self.oracles, self.oracle_config = lora.load_adapters(oracle_folders, generate.DEVICE)
             configs.append(self.oracle_config)
         self.base, self.tokenizer = generate.load_base_for(configs, args)
-        self.encoders = {}
+        self.encoders = {}  # by name, so that each is loaded once
         for net in nets.values():
-            if net.reads == "descriptions" and net.config.encoder not in self.encoders:
-                encoder = generate.load_encoder_for(net, self.base, self.tokenizer, args)
-                self.encoders[net.config.encoder] = encoder
+            key = encoder_key(net)
+            if key not in self.encoders:
+                self.encoders[key] = generate.load_encoder_for(net, self.base, self.tokenizer, args)
         if args.base_model is None:
             args.base_model = configs[0].base_model if configs else "tiny"
         if args.instruction is None:
@@ -152,7 +158,7 @@ class Models:
         else:
             net = self.nets[method]
             texts = list(dict.fromkeys(question.description for question in questions))  # read once each
-            encode = self.encoders.get(net.config.encoder) if net.reads == "descriptions" else None
+            encode = self.encoders[encoder_key(net)]
             written = net(hypernet.read_texts(net, texts, self.base, self.tokenizer, encode))
             indices = [texts.index(question.description) for question in questions]
             lora.set_adapter(self.base, lora.select(written, indices), net.config.scaling)
@@ -213,8 +219,12 @@ def score(models: Models, tasks: list[Task], method: str) -> dict[str, float]:
     args, tokenizer = models.args, models.tokenizer
     questions = make_questions(tasks, method, args)
     model.check_known(tokenizer, [question.example.input for question in questions])
-    # alike in the length of answers, then of prompts
-    questions.sort(key=lambda q: (q.task.answer_tokens or 0, len(q.instruction) + len(q.example.input)))
+
+    def length(question: Question) -> tuple[int, int]:
+        prompt = len(question.instruction) + len(question.example.input)
+        return answer_tokens(tokenizer, question, args), prompt
+
+    questions.sort(key=length)  # a batch takes as long as its longest answer
     hits = {task.name: [] for task in tasks}
     for i in tqdm(range(0, len(questions), args.batch_size), desc=method, leave=False):
         batch = questions[i : i + args.batch_size]
@@ -258,12 +268,12 @@ def evaluate_lengths(args) -> Results:
     source = importlib.import_module(f"tasks.{args.tasks}") if args.tasks in data.SOURCES else None
     if not hasattr(source, "document"):
         raise UserError("--lengths goes with --tasks facts or needle")
-    methods = args.methods.split(",") if args.methods else ["base", "prompt", "t2l", "t2l_shuffled"]
+    args.methods = args.methods or "base,prompt,t2l,t2l_shuffled"
     documents = {}
     for n_lines in map(int, args.lengths.split(",")):
         lengths, seed = (n_lines, n_lines), f"{args.tasks} exam"
         documents[n_lines] = make_documents(source.document, lengths, args.n_examples or 25, seed)
-    models = Models(args, methods, documents[n_lines])
+    models = Models(args, choose_methods(args, documents[n_lines]), documents[n_lines])
     window = models.base.config.get_text_config().max_position_embeddings
     results = {method: {} for method in models.methods}
     for n_lines, tasks in documents.items():

@@ -28,7 +28,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base_model", help=f"{', '.join(locate.PRESETS)}, a hub id or a folder; default: the net's")
     add("--hypernet", help="a folder, or USER/REPO/FOLDER on the hub; default: the shipped one")
-    add("--module_order", help="order of a published checkpoint's target modules (see the README)")
+    add("--module_order", help="order of a published checkpoint's target modules (checkpoints/README.md)")
     add("--encoder", help="where the text encoder is, if not under its name in training")
     switch = argparse.BooleanOptionalAction
     add("--instruction", action=switch, help="put the description before inputs; default: as in training")
@@ -51,6 +51,8 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--merge takes a single --desc")
     if not all(text.strip() for text in (args.desc or []) + (args.input or [])):
         raise UserError("--desc or --input is empty")
+    if args.doc and args.instruction:
+        raise UserError("--instruction goes with --desc")
     for folder in (args.out, args.merge):
         if folder and not is_ours(Path(folder)):
             raise UserError(f"{folder} holds something that generate.py did not write; choose another folder")
@@ -61,6 +63,14 @@ def is_ours(folder: Path) -> bool:
     if not folder.exists() or not any(folder.iterdir()):
         return True
     return (folder / "description.txt").exists() or (folder / "0" / "description.txt").exists()
+
+def remove_adapters(folder: Path) -> None:
+    """Remove what an earlier call has written into a folder."""
+    for old in (*folder.glob("[0-9]*"), folder):
+        for name in ("adapter_model.safetensors", "adapter_config.json", "description.txt"):
+            (old / name).unlink(missing_ok=True)
+        if old.exists() and not any(old.iterdir()):
+            old.rmdir()
 
 # -------------------- Loading, also for eval.py --------------------
 
@@ -164,6 +174,7 @@ def main() -> None:
         args.instruction = net.config.instruction
     adapters = write_adapters(net, [documents] if args.doc else args.desc, base, tokenizer, args)
 
+    remove_adapters(Path(args.out))
     texts = ["\n\n".join(documents)] if args.doc else args.desc
     for i, text in enumerate(texts):
         folder = Path(args.out) / str(i) if len(texts) > 1 else Path(args.out)

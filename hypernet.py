@@ -4,17 +4,20 @@ To add a hypernetwork, write a module with the following members and add it to A
 `--arch` then takes its name, and every `setting` of its config is a flag of train.py.
 
     net.reads            what it is given: "descriptions" or "documents"
-    net.config_class     a dataclass: HypernetConfig and its own settings
+    net.config_class     a dataclass: DescriptionConfig or HypernetConfig, and its own settings
     net.config           what it was made from: net_class(config)
     net(condition)       -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, from the condition
                          of n texts, see `read_texts`
     net.start_as_lora()  makes it write LoRA's initialisation, with B = 0, for every text; called before SFT
 
-All its trainable parameters must receive gradients (DDP requires it). train.py goes by their names: those
-that begin with "head" have a learning rate of their own, those in NO_DECAY no weight decay. Reconstruction
-also needs `normalize` and `deviation`, see TextToLoRA.
+All its trainable parameters must receive gradients (DDP requires it). The optimizer goes by their names:
+those that begin with "head" have a learning rate of their own, those that contain a word of NO_DECAY (in
+train.py) have no weight decay. Reconstruction also needs `normalize` and `deviation`, see TextToLoRA. A
+network that reads something else, such as the states of all tokens of a description, needs another value of
+`reads` and a branch in `read_texts`.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,23 +37,28 @@ class HypernetConfig(LoRAConfig):
     input_size: int = 1024  # E, the width of the text encoder's output, or f, of the base model's states
     instruction: bool = False  # in training the task's instruction was in the prompt as well
 
+@dataclass
+class DescriptionConfig(HypernetConfig):
+    """What a hypernetwork that reads descriptions records besides."""
+
+    encoder: str = "hash"  # the text encoder, see model.load_encoder
+    full_stop: bool = setting(False, "append a full stop to descriptions that end in a letter")
+    z_score: bool = False  # trained by reconstruction of z-scores over the oracles
+
 # -------------------- Text-to-LoRA (arXiv 2506.06105, section 3) --------------------
 
 SIZES = ("large", "medium", "small")  # 55M, 34M and 5M parameters for Mistral-7B (paper, section 4)
 
 @dataclass
-class TextConfig(HypernetConfig):
-    """Text-to-LoRA's settings, with values for the tiny world."""
+class TextConfig(DescriptionConfig):
+    """Text-to-LoRA's settings, with values for the tiny world. With z_score its heads have no bias."""
 
-    encoder: str = "hash"  # the text encoder, see model.load_encoder
-    z_score: bool = False  # the heads predict z-scores over the oracles, and have no bias
     size: str = setting("large", "large, medium or small: what one pass through a head writes")
     latent_size: int = setting(128, "width of the trunk; half of it is the task embedding")
     head_in_size: int = setting(256, "width of the input of the heads")
     trunk_dropout: float = setting(0.1, "dropout in the trunk")
     input_dropout: float = setting(0.3, "dropout of the text encoder's output (not published)")
     rotary: bool = setting(False, "small: rank positions are rotations instead of a learned table")
-    full_stop: bool = setting(False, "append a full stop to descriptions that end in a letter")
 
 class Residual(nn.Sequential):
     """x + f(x)."""
@@ -156,20 +164,25 @@ class TextToLoRA(nn.Module):
 
     def trunk(self, x: Tensor) -> Tensor:
         """[n, L, M, d] -> [n, L, M, head_in], medium [..., 2, head_in], small [..., 2, r, head_in]"""
-        c = self.config
         x = self.mlp1(self.mixer(x))
-        if c.size == "large":
+        if self.config.size == "large":
             x = self.mlp2(x)
         else:
             x = self.mlp2(x[..., None, :] + self.AB_norm(self.AB_emb))  # [n, L, M, 2, d]
-        # Small applies mlp2 a second time, as published: to the rotated rows if rotary, otherwise to the rank
-        # embeddings.
-        if c.size == "small" and c.rotary:
-            x = self.mlp2(rotate(x, c.r))  # [n, L, M, 2, r, d]
-        elif c.size == "small":
-            ranks = torch.arange(c.r, device=x.device)
-            x = x[..., None, :] + self.mlp2(self.rank_emb(ranks))  # [n, L, M, 2, r, d]
+        if self.config.size == "small":
+            x = self.add_ranks(x)  # [n, L, M, 2, r, d]
         return self.mlp3(x)
+
+    def add_ranks(self, x: Tensor) -> Tensor:
+        """A row for each rank. [..., d] -> [..., r, d]
+
+        mlp2 is applied a second time, as published: to the rotated rows if rotary, otherwise to the rank
+        embeddings alone.
+        """
+        if self.config.rotary:
+            return self.mlp2(rotate(x, self.config.r))
+        ranks = torch.arange(self.config.r, device=x.device)
+        return x[..., None, :] + self.mlp2(self.rank_emb(ranks))
 
     def write_module(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """The head of one module. x [n, L, ..., head_in] -> A [n, L, r, in], B [n, L, out, r]."""
@@ -344,6 +357,7 @@ class DocToLoRA(nn.Module):
 
     def write_chunks(self, features: Tensor, mask: Tensor) -> Adapter:
         """Chunks -> their adapters. features [n, L, T, f], with early_exit [n, T, f]; mask [n, T]."""
+        # in the einsums: n chunk, l layer, m module, r rank; d, e and w are widths
         c, L, M, n = self.config, self.config.n_layers, len(self.names), len(features)
         if not c.early_exit:  # the adapter of a layer is written from the states of that layer
             features, mask = features.flatten(0, 1), mask.repeat_interleave(L, 0)  # [n * L, T, f]
@@ -381,19 +395,18 @@ class DocToLoRA(nn.Module):
         return joined
 
 def split_document(ids: list[int], config: DocConfig, training: bool) -> list[list[int]]:
-    """The token ids of a document in chunks: as few as possible.
+    """The token ids of a document in chunks of like length, as published: as few as possible.
 
     In training with `random_chunks` often more of them, in the published mixture: 1 chunk for half of the
     documents, 2 for an eighth, 3 to 8 for a sixteenth each; of at least 25 tokens.
     """
-    n = -(-len(ids) // config.chunk_len)  # rounded up
+    n = math.ceil(len(ids) / config.chunk_len)
     if training and config.random_chunks:
         mixture = torch.tensor([1 / 2, 1 / 8] + 6 * [1 / 16])
         drawn = 1 + int(torch.multinomial(mixture, 1))
         n = max(n, min(len(ids) // 25, drawn))
-        ends = [len(ids) * i // n for i in range(n + 1)]
-        return [ids[start:end] for start, end in zip(ends, ends[1:])]
-    return [ids[i : i + config.chunk_len] for i in range(0, len(ids), config.chunk_len)]
+    size = math.ceil(len(ids) / n)
+    return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 # -------------------- What a network is given --------------------
 
@@ -412,19 +425,21 @@ def read_documents(config: DocConfig, base: nn.Module, tokenizer, documents: lis
 
     A group is features [n, L, T, f], with early_exit [n, T, f], and mask [n, T], of n chunks.
     """
-    before, after = [], []  # what the chat template puts around a text
-    if config.chat:
-        rendered = model.render(tokenizer, model.prompt(tokenizer, "<<>>"))
-        before, after = [model.tokenize(tokenizer, part) for part in rendered.split("<<>>")]
+    before, after = model.around_document(tokenizer) if config.chat else ("", "")
+    before_ids, after_ids = model.tokenize(tokenizer, before), model.tokenize(tokenizer, after)
     chunks, counts = [], []
     for document in documents:
         count = 0
         for text in [document] if isinstance(document, str) else document:
-            for ids in split_document(model.tokenize(tokenizer, text), config, training):
-                chunks.append(before + ids + after)
-                count += 1
+            ids = model.tokenize(tokenizer, before + text.strip() + after)
+            pieces = split_document(ids, config, training)
+            for i, piece in enumerate(pieces):  # every chunk is a whole turn
+                start = before_ids if i > 0 else []
+                end = after_ids if i < len(pieces) - 1 else []
+                chunks.append(start + piece + end)
+            count += len(pieces)
         counts.append(count)
-    longest = config.chunk_len + len(before) + len(after)
+    longest = max(len(chunk) for chunk in chunks)
     group_size = max(1, 4096 // longest)  # the base model reads 4,096 tokens at a time, to save memory
 
     def groups():
@@ -440,7 +455,8 @@ def read_documents(config: DocConfig, base: nn.Module, tokenizer, documents: lis
 # -------------------- Files --------------------
 
 ARCHS = {"t2l": TextToLoRA, "d2l": DocToLoRA}
-FILES = ["hypernet.safetensors", "config.json", "hypermod.pt", "args.yaml", "adapter_config.json"]
+FILES = ["hypernet.safetensors", "config.json"]
+FILES += ["hypermod.pt", "args.yaml", "adapter_config.json", "pytorch_model.bin"]  # of published ones
 
 def save_hypernet(net: nn.Module, folder: str | Path) -> None:
     """Write hypernet.safetensors, in bfloat16 to halve the file, and config.json."""
@@ -457,10 +473,10 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
     `module_order` is for published ones, see checkpoints/published.py.
     """
     folder = Path(folder)
-    if (folder / "hypermod.pt").exists():
+    if (folder / "hypermod.pt").exists() or (folder / "pytorch_model.bin").exists():
         from checkpoints import published  # it builds on this file
 
-        return published.load_text_to_lora(folder, module_order)
+        return published.load(folder, module_order)
     config = lora.read(folder / "config.json")
     weights = lora.read(folder / "hypernet.safetensors")
     try:

@@ -159,13 +159,16 @@ def lora_layers(base: nn.Module, adapter: Adapter) -> list[LoRALinear]:
 def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None = None) -> None:
     """Run `base` with this adapter, at this scaling, from now on; None clears it.
 
-    A single adapter acts on the whole batch. Of n adapters and a batch of n * k, the first k use adapter 0,
-    the next k adapter 1, and so on.
+    It is computed in the dtype of the base model. A single adapter acts on the whole batch. Of n adapters and
+    a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on.
     """
     assert adapter is None or scaling is not None, "an adapter needs its scaling (config.scaling)"
-    adapter = adapter or {}
-    by_layer = {name: (A.unbind(-3), B.unbind(-3)) for name, (A, B) in adapter.items()}
-    for module in lora_layers(base, adapter):
+    layers = lora_layers(base, adapter or {})
+    by_layer = {}
+    for name, (A, B) in (adapter or {}).items():
+        A, B = A.to(layers[0].weight.dtype), B.to(layers[0].weight.dtype)
+        by_layer[name] = (A.unbind(-3), B.unbind(-3))
+    for module in layers:
         module.A = module.B = None
         if module.name in by_layer:
             A_of_layers, B_of_layers = by_layer[module.name]
@@ -227,7 +230,7 @@ class LoRABank(nn.Module):
 # -------------------- Adapter folders, in PEFT's format --------------------
 
 def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> None:
-    """Write one adapter as PEFT does. Ranks follow from the tensors, lora_alpha from config.scaling."""
+    """Write one adapter as PEFT does. If its rank is not config.r, lora_alpha is set to keep the scaling."""
     tensors, ranks, alphas = {}, {}, {}
     for name, (A, B) in adapter.items():
         ranks[name] = A.shape[-2]

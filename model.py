@@ -77,6 +77,15 @@ def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
         raise UserError("the chat template of this base model does not put answers where it asks for them")
     return whole.removeprefix(text).rstrip("\n")
 
+def around_document(tokenizer) -> tuple[str, str]:
+    """The text before and after a document: a user turn, as published after an empty system message.
+
+    Where the template refuses a system message, the published one puts its text, and a blank line, into the
+    user turn.
+    """
+    before, after = render(tokenizer, prompt(tokenizer, "<<>>")).split("<<>>")
+    return before if takes_system_message(tokenizer) else before + "\n\n", after
+
 def tokenize(tokenizer, text: str) -> list[int]:
     """Token ids of a rendered text, which has its special tokens from the template."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -127,7 +136,7 @@ def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor, early_exit: 
     """The input of each of the L layers, for Doc-to-LoRA. input_ids, mask [n, T] -> [n, L, T, d].
 
     The input of the last layer is taken after the final norm, as published. With early_exit: only the states
-    after L/4 layers, [n, T, d].
+    after L/4 layers and the final norm, [n, T, d].
     """
     decoder = base.get_decoder()
     layers = decoder.layers

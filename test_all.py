@@ -6,6 +6,7 @@ their folders.
 """
 
 import collections
+import contextlib
 import http.server
 import importlib.util
 import itertools
@@ -352,7 +353,7 @@ def test_golden_sft_losses_and_gradients(tmp_path, file):
     for smoothing in (0.0, 0.1):
         loss = train.answer_loss(*answers, smoothing)
         close(loss, tensors[f"sft/ls{smoothing}_sample/sft_loss"][0], 0, 5e-5)
-    l2 = 1e-3 * train.weight_size(adapter, torch.square)
+    l2 = 1e-3 * train.mean_weight(adapter, torch.square)
     close(l2, tensors["sft/generated_w_l2_loss"][0], 0, 1e-8)
     (loss + l2).backward()
     ours = dict(net.named_parameters())
@@ -446,18 +447,6 @@ def test_the_papers_sizes(size):
     assert counts(32, 4096, 4096, 1024, 128, 512) == [3_407_872, *mistral]
     assert counts(26, 2304, 2048, 1024, 512, 2048) == [1_597_440, *gemma]
 
-PUBLISHED_D2L = [  # what to replace in the published names, in this order
-    ("aggregator.", ""), ("modality_projection", "project"), ("encoder.latents_q", "latents"),
-    ("decoder.latents_q", "queries"), ("coder.layernorm", "coder_norm"), ("decoder.layers.0", "decoder"),
-    ("encoder.layers", "encoder"), ("self_attn.", ""), ("input_latents_layernorm", "norm_latents"),
-    ("input_context_layernorm", "norm_context"), ("post_attention_layernorm", "norm_post"),
-    ("pre_ff_layernorm", "norm_preff"), ("post_ff_layernorm", "norm_postff"), ("head.weight", "head"),
-    ("layers.0.layers.0", "block_in"), ("layers.0.layers.4", "block_out"), ("layers.0.layers.1.weight", "W1"),
-    ("layers.0.layers.1.bias", "b1"), ("layers.0.layers.3.weight", "W2"), ("layers.0.layers.3.bias", "b2"),
-    ("bias_A.down_proj", "bias.down_proj_A"), ("bias_B.down_proj", "bias.down_proj_B"),
-    ("scaler_A.down_proj", "scaler.down_proj_A"), ("scaler_B.down_proj", "scaler.down_proj_B"),
-]  # fmt: skip
-
 def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
     """One golden Doc-to-LoRA file as (our network with its weights, its tensors)."""
     path = golden(file, "d2l")
@@ -466,13 +455,9 @@ def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
     sizes = dict(in_features=info["d_in"], out_features=info["d_out"], input_size=64, latent_size=64)
     sizes |= dict(paths={"down_proj": "model.layers.{}.mlp.down_proj"}, n_layers=4, n_blocks=3, alpha=128)
     net = hypernet.DocToLoRA(hypernet.DocConfig(**sizes, early_exit=file == "down_flat")).eval()
-    shapes, weights = {k: t.shape for k, t in net.state_dict().items()}, {}
-    for key in info["state_dict"]:
-        tensor, name = tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float(), key
-        for old, new in PUBLISHED_D2L:
-            name = name.replace(old, new)
-        weights[name] = (tensor.mT if name == "bias.down_proj_B" else tensor).reshape(shapes[name])
-    net.load_state_dict(weights)
+    shapes = {k: t.shape for k, t in net.state_dict().items()}
+    weights = {key: tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float() for key in info["state_dict"]}
+    net.load_state_dict(published.doc_weights(weights, shapes))
     close(torch.tensor(net.config.scaling), torch.tensor(info["lora_forward_scaling"]))
     return net, tensors
 
@@ -511,6 +496,85 @@ def test_golden_documents(file):
     logits = base(tensors["e2e/input_ids"], attention_mask=tensors["e2e/attention_mask"]).logits
     close(logits[asked], tensors["e2e/logits"][asked], 1e-4, 5e-4)
     assert (tensors["e2e/logits"] - tensors["e2e/logits_base"])[asked].abs().max() > 0.1
+
+@torch.no_grad()
+def test_golden_published_document_checkpoint():
+    """From the published file and a document to A, B, logits and greedy answers."""
+    folder = HERE.parent / "shared" / "golden" / "d2l_published"
+    if not folder.exists():
+        pytest.skip("the golden checkpoint is not here")
+    tensors, info = load_file(folder / "golden.safetensors"), lora.read(folder / "golden.json")
+    net = hypernet.load_hypernet(folder / "small_d2l" / "checkpoint-80000")
+    base, tokenizer = model.load_base(str(folder / "tiny-gemma2"))
+    lora.inject(base, ["down_proj"])
+    assert net.config.scaling == pytest.approx(info["scaling"])
+    net.config.chunk_len = info["max_ctx_chunk_len"]
+    groups, counts = hypernet.read_documents(net.config, base, tokenizer, info["documents"])
+    documents = net((groups, counts))["down_proj"]
+    assert counts == tensors["batch/n_ctx_chunks"].tolist()
+    close(documents, (tensors["batch/A/down_proj"], tensors["batch/B/down_proj"].mT))
+    for i in range(3):
+        lora.set_adapter(base, lora.select({"down_proj": documents}, i), net.config.scaling)
+        for turn in ("plain", "system") if i == 0 else ("plain",):
+            logits = base(tensors[f"question/{turn}/input_ids"]).logits
+            close(logits, tensors[f"doc{i}/logits/{turn}"], 1e-4, 5e-4)
+
+class Settings:
+    """An object of a class of the published code."""
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+def published_doc_file(folder: Path, monkeypatch, **changes) -> tuple[dict, dict]:
+    """A golden Doc-to-LoRA network as the published code saves one; returns its content and tensors."""
+    path = golden("down_l2l", "d2l")
+    tensors, info = load_file(f"{path}.safetensors"), lora.read(f"{path}.json")
+    shared = load_file(f"{golden('perceiver_shared', 'd2l')}.safetensors")
+    content = {key: tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float() for key in info["state_dict"]}
+    monkeypatch.setattr(Settings, "__module__", "ctx_to_lora")
+    monkeypatch.setitem(sys.modules, "ctx_to_lora", types.SimpleNamespace(Settings=Settings))
+    lora_config = Settings(r=8, lora_alpha=info["lora_forward_scaling"], target_modules={"down_proj"})
+    perceiver = Settings(feature_size=64, n_latent_queries=8, num_blocks=3, num_self_attn_per_block=0)
+    network = Settings(latent_size=64, num_pre_head_layers=1, use_per_rank_bias=False)
+    network.lora_config = lora_config
+    network.layer_indices, network.aggregator_config = torch.arange(4), perceiver
+    network.feature_sizes = (info["d_in"], info["d_out"])
+    content |= {"base_model_name_or_path": "google/gemma-2-2b-it", "hypernet_config": network}
+    content |= {"ctx_encoder_args": Settings(ctx_encoder_type="per_layer_activations")} | changes
+    torch.save(collections.OrderedDict(content), folder / "pytorch_model.bin")
+    return content, tensors
+
+@torch.no_grad()
+def test_a_published_document_checkpoint_is_read_without_its_code(tmp_path, monkeypatch):
+    _, tensors = published_doc_file(tmp_path, monkeypatch)
+    monkeypatch.delitem(sys.modules, "ctx_to_lora")
+    net = hypernet.load_hypernet(tmp_path)
+    A, B = net.write_chunks(tensors["in/features"], tensors["in/attn_mask"])["down_proj"]
+    close((A, B), (tensors["out/A/down_proj"], tensors["out/B/down_proj"].mT))
+    assert net.config.base_model == "google/gemma-2-2b-it" and net.config.scaling == pytest.approx(2 * 8**1.5)
+
+class Hostile:
+    def __init__(self, call, *args):
+        self.call, self.args = call, args
+    def __reduce__(self):
+        return self.call, self.args
+
+def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch):
+    file, mark = tmp_path / "pytorch_model.bin", tmp_path / "mark"
+    program = f"open({str(mark)!r}, 'w')"
+    for call, *args in (os.system, f"touch {mark}"), (open, str(mark), "w"), (eval, program), (exec, program):
+        published_doc_file(tmp_path, monkeypatch, extra=Hostile(call, *args))
+        with contextlib.suppress(lora.UserError):  # if it is read at all, as a record
+            hypernet.load_hypernet(tmp_path)
+        published_doc_file(tmp_path, monkeypatch, hypernet_config=Hostile(call, *args))
+        refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
+        assert not mark.exists()
+    content, _ = published_doc_file(tmp_path, monkeypatch)
+    for missing in "hypernet_config", "head.weight", "ctx_encoder_args":
+        torch.save({key: value for key, value in content.items() if key != missing}, file)
+        refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
+    published_doc_file(tmp_path, monkeypatch)
+    file.write_bytes(file.read_bytes()[:5000])
+    refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
 
 def test_the_perceivers_size():
     """That of the published one for gemma-2-2b."""
@@ -915,8 +979,7 @@ def test_every_file_of_flags_is_a_run(file, monkeypatch, tmp_path):
     words = ["--out_dir", str(tmp_path / "new"), "--oracles", "x"]
     monkeypatch.setattr(sys, "argv", ["train.py", f"@{file}", *words])
     args = train.parse_args()
-    settings = train.SETTINGS + train.flags.settings_of(hypernet.ARCHS[args.arch].config_class)
-    (tmp_path / "train.args").write_text(train.flags.as_flags(settings, args))
+    (tmp_path / "train.args").write_text(args.recorded)
     monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "7", f"@{tmp_path / 'train.args'}"])
     assert vars(train.parse_args()) == vars(args) and args.lr < 1
 
@@ -937,11 +1000,11 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
     for p in run.net.parameters():  # away from B = 0
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * p.requires_grad
     batch = data.draw(run.tasks, 0, run.args)
-    rows = data.make_rows(run.tokenizer, run.tasks, batch, run.args)
+    rows = data.tokenize_batch(run.tokenizer, run.tasks, batch, run.args)
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     assert lengths == sorted(lengths)
     written = run.net(train.read_batch(run, batch))
-    sizes = [train.weight_size(written, measure) for measure in (torch.abs, torch.square)]
+    sizes = [train.mean_weight(written, measure) for measure in (torch.abs, torch.square)]
     whole = train.task_loss(run, written, rows) + 0.1 * sum(sizes)
     expected = torch.autograd.grad(whole, [p for p in run.net.parameters() if p.requires_grad])
     for run.args.micro_batch in (1, 3, 100):
@@ -955,7 +1018,7 @@ def test_the_size_of_weights_does_not_depend_on_padding():
     """A short document's penalty is the same beside a long one as alone."""
     A, B = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 4)
     A[0, :, 2:], B[0, ..., 2:] = 0, 0
-    together = train.weight_size({"x": (A, B)}, torch.abs)
+    together = train.mean_weight({"x": (A, B)}, torch.abs)
     means = [A[0, :, :2].abs().mean() + B[0, ..., :2].abs().mean(), A[1].abs().mean() + B[1].abs().mean()]
     close(together, sum(means) / 2)
 
@@ -1173,8 +1236,8 @@ def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
     data.cached_ids.cache_clear()
     batch = [data.Item(0, "cat -> red <eos>", [Example("cat", ["red"])])]
     batch.append(data.Item(1, "cat dog cow pig\n" * 9, [Example("cat", ["red"])]))
-    rows = data.make_rows(run.tokenizer, run.tasks, batch, run.args)
-    assert [row.k for row in rows] == [0] and len(rows[0].teacher_prompt) > len(rows[0].prompt)
+    rows = data.tokenize_batch(run.tokenizer, run.tasks, batch, run.args)
+    assert [row.adapter for row in rows] == [0] and len(rows[0].teacher_prompt) > len(rows[0].prompt)
     assert data.cached_ids.cache_info().currsize == 1  # the question without the document
 
 def test_questions_without_an_answer_get_the_base_models(tmp_path):
@@ -1202,7 +1265,7 @@ def test_documents_are_split_in_the_published_mixture():
     share = [sum(len(parts) == n for parts in splits) / 4000 for n in range(1, 9)]
     close(torch.tensor(share), torch.tensor([0.5, 0.125] + 6 * [0.0625]), 0, 0.03)
     assert all(len(part) >= 25 for _ in range(50) for part in hypernet.split_document(row[:60], config, True))
-    assert [len(part) for part in hypernet.split_document(3 * row, config, False)] == [512, 512, 176]
+    assert [len(part) for part in hypernet.split_document(3 * row, config, False)] == [400, 400, 400]
 
 @needs_gpu
 def test_a_step_on_cuda_is_that_of_the_cpu():

@@ -71,9 +71,9 @@ SETTINGS = [  # name, value in the tiny world, what it is
     ("short_first", False, "d2l: short documents first, all of them from half-way on"),
     # optimizer: AdamW (betas 0.9, 0.999; eps 1e-8)
     ("lr", 3e-3, "highest learning rate"),
-    ("head_lr", 1 / 16, "that of the network's heads, as a multiple of it"),
+    ("head_lr", 1 / 16, "learning rate of the network's heads, divided by lr"),
     ("warmup", 0.1, "share of the steps in which the learning rate rises"),
-    ("schedule", "linear", "how it falls: linear; late: linear in the last third; cosine: to 1e-7"),
+    ("schedule", "linear", "how lr falls: linear; late: linear in the last third; cosine: to 1e-7"),
     ("weight_decay", 1e-2, "weight decay, not on scales, biases, norms and latents"),
     ("max_grad_norm", 1.0, "longer gradients are clipped to this length"),
     # loss
@@ -91,6 +91,8 @@ SETTINGS = [  # name, value in the tiny world, what it is
     ("out_dir", "out/run", "a new folder"),
     ("wandb", False, "log to Weights & Biases as well"),
 ]
+# what --resume may change
+MAY_CHANGE = "resume help out_dir max_steps lr head_lr schedule dtype micro_batch val_every wandb".split()
 CHOICES = {
     "mode": ["lora", "recon", "sft"],
     "arch": list(hypernet.ARCHS),
@@ -110,11 +112,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     args = parser.parse_args()
-    folder = Path(args.out_dir)
     if args.resume:
+        folder = Path(args.out_dir)
         if not (folder / "state.safetensors").exists():
             raise UserError(f"--resume: {folder} holds no interrupted run")
-        args = parser.parse_args([f"@{folder / 'train.args'}", *sys.argv[1:]])
+        recorded = [f"@{folder / 'train.args'}"]
+        before, args = parser.parse_args(recorded), parser.parse_args(recorded + sys.argv[1:])
+        for name, value in vars(args).items():
+            if value != getattr(before, name, None) and name not in MAY_CHANGE:
+                raise UserError(f"--resume: this run has --{name} {getattr(before, name, '')}, not {value}")
+    net_settings = flags.settings_of(hypernet.ARCHS[args.arch].config_class)
+    for name, default, _ in net_settings:
+        if not hasattr(args, name):
+            setattr(args, name, default)
+    args.recorded = flags.as_flags(SETTINGS + net_settings, args)
 
     # what depends on other settings
     if args.encoder == "preset":
@@ -123,10 +134,6 @@ def parse_args() -> argparse.Namespace:
     if args.dtype == "auto":
         on_gpu = torch.cuda.is_available() and args.mode != "recon"  # reconstruction: float32, as published
         args.dtype = "bfloat16" if on_gpu else "float32"
-    net_settings = flags.settings_of(hypernet.ARCHS[args.arch].config_class)
-    for name, default, _ in net_settings:
-        if not hasattr(args, name):
-            setattr(args, name, default)
     if args.help:
         print(__doc__)
         print("--resume continues the interrupted run in --out_dir. The settings of this run:\n")
@@ -135,7 +142,7 @@ def parse_args() -> argparse.Namespace:
         flags.print_settings(net_settings, args)
         sys.exit(0)
 
-    known = [name for name, _, _ in SETTINGS + net_settings] + ["resume", "help"]
+    known = [name for name, _, _ in SETTINGS + net_settings] + ["resume", "help", "recorded"]
     for name in vars(args):
         if name not in known:
             raise UserError(f"--{name} is not a setting of --arch {args.arch}")
@@ -146,6 +153,8 @@ def check_settings(args: argparse.Namespace) -> None:
     """Raise UserError for settings that do not go together."""
     if args.arch == "d2l" and args.mode != "sft":
         raise UserError("--arch d2l is trained with --mode sft")
+    if args.arch == "d2l" and args.instruction:
+        raise UserError("--instruction does not go with --arch d2l: documents have none")
     if args.multi_task and args.mode != "lora":
         raise UserError("--multi_task goes with --mode lora")
     if args.mode == "recon" and not args.oracles:
@@ -171,7 +180,8 @@ def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], 
     if neftune_alpha:  # NEFTune (arXiv 2310.05914): uniform noise of a size that does not depend on T and d
         x = x + torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
     example, position = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # the position before each answer token
-    columns = torch.arange(position.min(), position.max() + 1, device=ids.device)  # none for the prompts
+    # no logits before the first answer
+    columns = torch.arange(position.min(), position.max() + 1, device=ids.device)
     logits = base(inputs_embeds=x, logits_to_keep=columns, use_cache=False).logits  # [n, columns, vocabulary]
     return logits[example, position - position.min()].float(), example, labels[example, position + 1]
 
@@ -190,16 +200,16 @@ def distill_loss(logits: Tensor, example: Tensor, teacher: Tensor, k: int) -> Te
     log_q = logits.log_softmax(-1).gather(-1, tokens)
     return example_mean((log_p.exp() * (log_p - log_q)).sum(-1), example)
 
-def weight_size(adapter: Adapter, size) -> Tensor:
-    """Mean of size(A) and of size(B), torch.abs or torch.square, summed over the modules.
+def mean_weight(adapter: Adapter, measure) -> Tensor:
+    """Mean of measure(A) and of measure(B), torch.abs or torch.square, summed over the modules.
 
     Each adapter of the batch counts equally. Ranks that are zero in A are padding and do not count.
     """
     total = 0.0
     for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
         n_ranks = (A != 0).any(-1).sum((1, 2))  # [n], over all layers
-        mean_A = size(A).sum((1, 2, 3)) / (n_ranks * A.shape[-1])  # [n]
-        mean_B = size(B).sum((1, 2, 3)) / (n_ranks * B.shape[-2])
+        mean_A = measure(A).sum((1, 2, 3)) / (n_ranks * A.shape[-1])  # [n]
+        mean_B = measure(B).sum((1, 2, 3)) / (n_ranks * B.shape[-2])
         total = total + mean_A.mean() + mean_B.mean()
     return total
 
@@ -336,29 +346,27 @@ def autocast(run: Run):
     device = next(run.net.parameters()).device.type
     return torch.autocast(device, torch.bfloat16, enabled=run.args.dtype == "bfloat16")
 
-def set_row_adapters(run: Run, adapters: Adapter, rows: list[data.Row]) -> None:
-    """Give each row of the base model's next batch the adapter of its task."""
-    row_adapters = {}
-    for name, (A, B) in lora.select(adapters, [row.k for row in rows]).items():  # A [rows, L, r, in]
-        row_adapters[name] = (A.to(run.base.dtype), B.to(run.base.dtype))
-    lora.set_adapter(run.base, row_adapters, run.net.config.scaling)
+def set_adapters(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]) -> None:
+    """Give each example of the base model's next batch the adapter of its task."""
+    selected = lora.select(adapters, [example.adapter for example in examples])  # A [examples, L, r, in]
+    lora.set_adapter(run.base, selected, run.net.config.scaling)
 
 @torch.no_grad()
-def teacher_logits(run: Run, rows: list[data.Row]) -> Tensor:
+def teacher_logits(run: Run, examples: list[data.TokenizedExample]) -> Tensor:
     """The logits of the base model itself, with the document in its prompt. [tokens, vocabulary]"""
     lora.set_adapter(run.base, None)
     run.base.eval()
-    logits, _, _ = answer_logits(run.base, [(row.teacher_prompt, row.answer) for row in rows])
+    logits, _, _ = answer_logits(run.base, [(e.teacher_prompt, e.answer) for e in examples])
     run.base.train()
     return logits
 
-def task_loss(run: Run, adapters: Adapter, rows: list[data.Row]) -> Tensor:
-    """The loss of rows that go through the base model together, each with its own adapter."""
+def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]) -> Tensor:
+    """The loss of examples that go through the base model together, each with the adapter of its task."""
     args = run.args
-    teacher = teacher_logits(run, rows) if args.distill else None
-    set_row_adapters(run, adapters, rows)
-    examples = [(row.prompt, row.answer) for row in rows]
-    logits, example, right = answer_logits(run.base, examples, args.neftune_alpha)
+    teacher = teacher_logits(run, examples) if args.distill else None
+    set_adapters(run, adapters, examples)
+    pairs = [(e.prompt, e.answer) for e in examples]
+    logits, example, right = answer_logits(run.base, pairs, args.neftune_alpha)
     if args.distill:
         return distill_loss(logits, example, teacher, args.distill)
     return answer_loss(logits, example, right, args.label_smoothing)
@@ -371,7 +379,7 @@ def sft_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
     in `net` and returns the loss. `net` is run.net, wrapped by DDP if there are several processes.
     """
     args = run.args
-    rows = data.make_rows(run.tokenizer, run.tasks, batch, args)
+    examples = data.tokenize_batch(run.tokenizer, run.tasks, batch, args)
 
     # 1. One forward pass of the hypernetwork writes all adapters of the step.
     condition = read_batch(run, batch)
@@ -382,16 +390,16 @@ def sft_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
     leaves = {}
     for name, (A, B) in written.items():
         leaves[name] = (A.detach().requires_grad_(), B.detach().requires_grad_())
-    loss = args.l1 * weight_size(leaves, torch.abs) + args.l2 * weight_size(leaves, torch.square)
-    loss.backward()  # gives each leaf a gradient, if only of zeros
+    loss = args.l1 * mean_weight(leaves, torch.abs) + args.l2 * mean_weight(leaves, torch.square)
+    loss.backward()  # at once, so that its graph is freed
     loss = loss.detach()
 
-    # 3. The rows go through the base model a few of like length at a time. Each backward pass frees the
+    # 3. The examples go through the base model a few of like length at a time. Each backward pass frees the
     #    activations, so the memory of a step is that of one micro-batch.
-    for i in range(0, len(rows), args.micro_batch):
-        micro_batch = rows[i : i + args.micro_batch]
+    for i in range(0, len(examples), args.micro_batch):
+        micro_batch = examples[i : i + args.micro_batch]
         with autocast(run):
-            micro_loss = task_loss(run, leaves, micro_batch) * (len(micro_batch) / len(rows))
+            micro_loss = task_loss(run, leaves, micro_batch) * (len(micro_batch) / len(examples))
         micro_loss.backward()
         loss += micro_loss.detach()
 
@@ -421,21 +429,20 @@ def validate(run: Run) -> dict[str, float]:
     run.net.eval()
     run.base.eval()
     batch = [data.Item(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
-    rows = data.make_rows(run.tokenizer, run.val_tasks, batch, run.args)
+    examples = data.tokenize_batch(run.tokenizer, run.val_tasks, batch, run.args)
     loss, n_right = 0.0, 0
     with autocast(run):
         written = run.net(read_batch(run, batch))
-        for i in range(0, len(rows), run.args.micro_batch):
-            micro_batch = rows[i : i + run.args.micro_batch]
-            set_row_adapters(run, written, micro_batch)
-            examples = [(row.prompt, row.answer) for row in micro_batch]
-            logits, example, right = answer_logits(run.base, examples)
+        for i in range(0, len(examples), run.args.micro_batch):
+            micro_batch = examples[i : i + run.args.micro_batch]
+            set_adapters(run, written, micro_batch)
+            logits, example, right = answer_logits(run.base, [(e.prompt, e.answer) for e in micro_batch])
             loss += answer_loss(logits, example, right).item() * len(micro_batch)
             n_wrong = len(example[logits.argmax(-1) != right].unique())
             n_right += len(micro_batch) - n_wrong
     run.net.train()
     run.base.train()
-    return {"val_loss": loss / len(rows), "val_accuracy": n_right / len(rows)}
+    return {"val_loss": loss / len(examples), "val_accuracy": n_right / len(examples)}
 
 # -------------------- Optimizer, state, processes --------------------
 
@@ -497,38 +504,43 @@ def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> 
     return step
 
 def start_processes() -> tuple[int, int, int, torch.device]:
-    """(rank, rank on this machine, number of processes, device). Without torchrun a single process."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """(this process, its number on this machine, how many there are, device); a single one without torchrun."""
+    process, local_process = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", local_process) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    return rank, local_rank, world, device
+    return process, local_process, n_processes, device
 
 def on_ctrl_c() -> list:
-    """Catch Ctrl-C from now on. Returns a list that it fills, so that the loop can end after a step."""
+    """Catch Ctrl-C once. Returns a list that it fills, so that the loop can end after a step."""
     interrupts = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: interrupts.append(True))
+
+    def note(number, frame) -> None:
+        interrupts.append(number)
+        signal.signal(number, signal.default_int_handler)  # the second one ends the run at once
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
     return interrupts
 
 # -------------------- The run --------------------
 
 def main() -> None:
     args = parse_args()
-    rank, local_rank, world, device = start_processes()
+    process, local_process, n_processes, device = start_processes()
     torch.manual_seed(args.seed)
-    if local_rank > 0:
+    if local_process > 0:
         dist.barrier()  # the first process of each machine downloads what has to be downloaded
     run = prepare(args, device)
-    if local_rank == 0 and world > 1:
+    if local_process == 0 and n_processes > 1:
         dist.barrier()
-    per_process, remainder = divmod(args.tasks_per_batch or len(run.tasks), world)
+    per_process, remainder = divmod(args.tasks_per_batch or len(run.tasks), n_processes)
     if remainder:
-        raise UserError(f"the tasks of a step cannot be shared out evenly among {world} processes")
-    net = DistributedDataParallel(run.net) if world > 1 else run.net
+        raise UserError(f"the tasks of a step cannot be shared out evenly among {n_processes} processes")
+    net = DistributedDataParallel(run.net) if n_processes > 1 else run.net
     take_step = recon_step if args.mode == "recon" else sft_step
     parameters = [p for p in run.net.parameters() if p.requires_grad]
     optimizer = make_optimizer(run.net, args)
@@ -540,10 +552,9 @@ def main() -> None:
         raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {step} steps")
     interrupts = on_ctrl_c()
     best = math.inf  # lowest validation loss
-    if rank == 0:
+    if process == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        settings = SETTINGS + flags.settings_of(hypernet.ARCHS[args.arch].config_class)
-        lora.write(folder / "train.args", flags.as_flags(settings, args))
+        lora.write(folder / "train.args", args.recorded)
         if not args.resume:
             save_state(state, step, run.net, optimizer)  # from now on the run can be resumed
         lines = metrics.read_text().splitlines()[:step] if metrics.exists() else []
@@ -557,7 +568,7 @@ def main() -> None:
 
             wandb.init(project="text-to-lora", name=folder.name, config=vars(args))
 
-    bar = tqdm(total=args.max_steps, initial=step, disable=rank > 0, desc=args.mode)
+    bar = tqdm(total=args.max_steps, initial=step, disable=process > 0, desc=args.mode)
     measured = {}
     while step < args.max_steps:
         lr = learning_rate(step, args)
@@ -565,35 +576,35 @@ def main() -> None:
             group["lr"] = lr * group["lr_factor"]
 
         # All processes draw the same batch and take their shares of it; noise (dropout, NEFTune) differs.
-        batch = data.draw(run.tasks, step, args)[rank * per_process : (rank + 1) * per_process]
-        torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
+        batch = data.draw(run.tasks, step, args)[process * per_process : (process + 1) * per_process]
+        torch.manual_seed(random.Random(f"{args.seed} {step} {process}").getrandbits(63))
         optimizer.zero_grad()
         loss = take_step(run, net, batch)
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         interrupted = torch.tensor(float(len(interrupts)), device=device)
-        if world > 1:
+        if n_processes > 1:
             dist.all_reduce(loss)
             dist.all_reduce(interrupted)  # all processes stop after the same step
-            loss /= world
+            loss /= n_processes
         if not torch.isfinite(loss + grad_norm):
             raise UserError(f"the loss is {loss.item()} in step {step}; try a lower --lr")
         optimizer.step()
         step += 1
 
-        if rank == 0:
-            row = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
+        if process == 0:
+            record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
             if run.val_tasks and (step % args.val_every == 0 or step == args.max_steps):
                 measured = validate(run)
-                row |= measured
+                record |= measured
                 if measured["val_loss"] <= best:  # keep the best weights
                     best = measured["val_loss"]
                     save(run, folder)
-            log.write(json.dumps(row) + "\n")
+            log.write(json.dumps(record) + "\n")
             log.flush()
-            bar.set_postfix({"loss": row["loss"]} | measured, refresh=False)
+            bar.set_postfix({"loss": record["loss"]} | measured, refresh=False)
             bar.update()
             if args.wandb:
-                wandb.log(row, step=step)
+                wandb.log(record, step=step)
             if step % args.val_every == 0 or interrupted:
                 save_state(state, step, run.net, optimizer)
         if interrupted and step < args.max_steps:
@@ -601,7 +612,7 @@ def main() -> None:
     bar.close()
 
     finished = step == args.max_steps
-    if rank == 0 and finished:
+    if process == 0 and finished:
         if not run.val_tasks:
             save(run, folder)
         state.unlink()
@@ -612,7 +623,7 @@ def main() -> None:
         gc.collect()
         dist.destroy_process_group()
     if not finished:
-        if rank == 0:
+        if process == 0:
             again = f"python train.py --resume --out_dir {folder}"
             print(f"interrupted after {step} steps; to continue: {again}", file=sys.stderr)
         sys.exit(130)

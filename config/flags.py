@@ -1,7 +1,8 @@
 """How flags are read: from the command line, and from files of flags such as those in this folder.
 
-A file of flags has one flag and its value on a line, as in `--lr 3e-3  # a comment`. `@FILE` on the command line
-stands for the flags in it, and a file may name further files. Of a flag that occurs twice the later one counts.
+A file of flags has one flag and its value on a line, as in `--lr 3e-3  # a comment`. `@FILE` on the command
+line stands for the flags in it, and a file may name further files. Of a flag that occurs twice the later one
+counts.
 
 Settings are a list of (name, default, meaning), or the fields of a dataclass that are made by `setting`. Each
 becomes a flag of the type of its default.
@@ -44,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def add_settings(self, settings: Settings, choices: dict[str, list[str]], with_default=True) -> None:
-        """A flag for each setting that has none yet. Without a default it has no value unless it is given."""
+        """A flag for each setting that has none yet. Without defaults, absent flags have no value at all."""
         for name, value, _ in settings:
             if f"--{name}" in self._option_string_actions:
                 continue
