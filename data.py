@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import model
-from lora import UserError, read
+from lora import UserError, read_file
 
 SOURCES = sorted(path.stem for path in (Path(__file__).parent / "tasks").glob("[!_]*.py"))
 
@@ -32,7 +32,7 @@ def exact_match(example: Example, answer: str) -> bool:
 
 @dataclass
 class Task:
-    """One task."""
+    """Descriptions, examples and a scorer. A document is a Task with is_document."""
 
     name: str
     descriptions: Sequence[str]  # of a document: its text
@@ -61,29 +61,29 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
         raise UserError(f"these tasks have no split {split}, but {', '.join(existing)}")
     tasks = list(splits[split])
     random.Random(0).shuffle(tasks)
-    return tasks[: n_tasks or None]
+    return tasks[:n_tasks] if n_tasks else tasks
 
 # -------------------- The batch of a training step --------------------
 
-class Item(NamedTuple):
-    """One task of a batch."""
+class DrawnTask(NamedTuple):
+    """A task drawn for a step, with one of its descriptions and some of its examples."""
 
     index: int  # of the task in the list that it was drawn from
     description: str
     examples: list[Example]
 
-def draw(tasks: list[Task], step: int, args) -> list[Item]:
+def draw(tasks: list[Task], step: int, args) -> list[DrawnTask]:
     """The batch of a step: --tasks_per_batch tasks (0: all), and a description and examples of each."""
     rng = random.Random(f"{args.seed} {step}")
     candidates = range(len(tasks))
     if args.short_first:  # the shortest third of the documents at first, all from half-way on
-        share = min(1, 1 / 3 + 4 / 3 * step / args.max_steps)
-        candidates = candidates[: math.ceil(len(tasks) * share)]
+        fraction = min(1, 1 / 3 + 4 / 3 * step / args.max_steps)
+        candidates = candidates[: math.ceil(len(tasks) * fraction)]
     indices = sample(rng, candidates, args.tasks_per_batch or len(candidates))
     batch = []
     for i in indices:
         description = rng.choice(tasks[i].descriptions)
-        batch.append(Item(i, description, sample(rng, tasks[i].train, args.examples_per_task)))
+        batch.append(DrawnTask(i, description, sample(rng, tasks[i].train, args.examples_per_task)))
     return batch
 
 def sample(rng: random.Random, values: Sequence, n: int) -> list:
@@ -98,7 +98,7 @@ class TokenizedExample(NamedTuple):
     answer: list[int]  # up to the end mark
     teacher_prompt: list[int]  # for --distill: with the document in it
 
-def tokenize_batch(tokenizer, tasks: list[Task], batch: list[Item], args) -> list[TokenizedExample]:
+def tokenize_batch(tokenizer, tasks: list[Task], batch: list[DrawnTask], args) -> list[TokenizedExample]:
     """The examples of a batch, the shortest first.
 
     Those over --max_tokens are left out, except for the shortest one if all of them are.
@@ -125,7 +125,7 @@ def tokenize_batch(tokenizer, tasks: list[Task], batch: list[Item], args) -> lis
 
 def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its answer."""
-    messages = model.prompt(tokenizer, question, instruction)
+    messages = model.chat(tokenizer, question, instruction)
     prompt, target = model.render(tokenizer, messages), model.render(tokenizer, messages, answer)
     return model.tokenize(tokenizer, prompt), model.tokenize(tokenizer, target)
 
@@ -139,7 +139,7 @@ def load_folder(folder: Path) -> Splits:
     if not files:
         raise UserError(f"--tasks {folder}: neither {', '.join(SOURCES)} nor a folder of NAME.json files")
     if (folder / "splits.json").exists():
-        names = read(folder / "splits.json")
+        names = read_file(folder / "splits.json")
     else:
         names = {"train": [path.stem for path in files]}
     splits = {}
@@ -153,7 +153,7 @@ def read_task(path: Path) -> Task:
     {"name", "descriptions" or "Definition", "Instances": [{"input", "output": [...]}, ...]}, where the last
     fifth is the test part; or {"document", "questions": [{"question", "answer" if known}, ...]}.
     """
-    content = read(path)
+    content = read_file(path)
     try:
         task = read_document(content) if "document" in content else read_instances(content)
     except (AttributeError, KeyError, IndexError, TypeError) as e:

@@ -77,9 +77,10 @@ def choose_tasks(args) -> list[Task]:
     names = benchmarks.names_in(args.tasks, args.run_code)
     splits = benchmarks.load(names) if names else data.load_tasks(args.tasks)
     tasks = data.pick(splits, args.split, args.n_tasks)
-    tasks = list({task.name: task for task in tasks}.values())  # a source may repeat tasks for training
+    # each once: the training split of chores repeats single chores
+    tasks = list({task.name: task for task in tasks}.values())
     if args.descriptions:
-        descriptions = lora.read(args.descriptions)
+        descriptions = lora.read_file(args.descriptions)
         tasks = [task for task in tasks if task.name in descriptions]
         if not tasks:
             raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
@@ -118,12 +119,20 @@ class Models:
     def __init__(self, args, methods: list[str], tasks: list[Task]):
         self.args = args
         reads = "documents" if tasks[0].is_document else "descriptions"
-        folders = {method: args.hypernet for method in methods if method.startswith("t2l")}
-        folders |= {"recon": args.recon} if "recon" in methods else {}
-        folders |= {folder: folder for folder in args.compare}
-        nets = {folder: generate.load_net(folder, args, reads) for folder in dict.fromkeys(folders.values())}
-        self.nets = {method: nets[folder] for method, folder in folders.items()}
-        self.methods = list(dict.fromkeys([*methods, *folders]))
+        self.methods = methods + [folder for folder in args.compare if folder not in methods]
+        nets, self.nets = {}, {}  # by folder, by method
+        for method in self.methods:
+            if method.startswith("t2l"):
+                folder = args.hypernet
+            elif method == "recon":
+                folder = args.recon
+            elif method in args.compare:
+                folder = method
+            else:
+                continue
+            if folder not in nets:
+                nets[folder] = generate.load_net(folder, args, reads)
+            self.nets[method] = nets[folder]
         configs = [net.config for net in nets.values()]
         if "mt_lora" in methods:
             self.mt_lora, self.mt_config = lora.load_adapters([Path(args.mt_lora)], generate.DEVICE)
@@ -159,7 +168,7 @@ class Models:
             net = self.nets[method]
             texts = list(dict.fromkeys(question.description for question in questions))  # read once each
             encode = self.encoders[encoder_key(net)]
-            written = net(hypernet.read_texts(net, texts, self.base, self.tokenizer, encode))
+            written = net(hypernet.make_condition(net, texts, self.base, self.tokenizer, encode))
             indices = [texts.index(question.description) for question in questions]
             lora.set_adapter(self.base, lora.select(written, indices), net.config.scaling)
 
@@ -198,12 +207,12 @@ def make_questions(tasks: list[Task], method: str, args) -> list[Question]:
             descriptions = noise(t)
         n_examples = args.n_examples or (None if task.is_benchmark else 25)
         for i, example in enumerate(task.test[:n_examples]):
-            of_task = task.descriptions[i % len(task.descriptions)]
+            own_description = task.descriptions[i % len(task.descriptions)]
             instruction, shots = "", []
             if method == "prompt":
-                instruction = of_task
+                instruction = own_description
             elif args.instruction and not task.is_benchmark:
-                instruction = (task.definition or of_task) + model.SUFFIX
+                instruction = (task.definition or own_description) + model.SUFFIX
             if method == "icl":
                 others = [shot for shot in task.train[:4] if shot.input != example.input]
                 shots = [(shot.input, shot.answers[0]) for shot in others[:3]]
@@ -230,7 +239,7 @@ def score(models: Models, tasks: list[Task], method: str) -> dict[str, float]:
         batch = questions[i : i + args.batch_size]
         prompts = []
         for question in batch:
-            chat = model.prompt(tokenizer, question.example.input, question.instruction, question.shots)
+            chat = model.chat(tokenizer, question.example.input, question.instruction, question.shots)
             prompts.append(model.render(tokenizer, chat) + question.example.start)
         models.set_adapters(method, batch)
         max_tokens = max(answer_tokens(tokenizer, question, args) for question in batch)
@@ -271,8 +280,8 @@ def evaluate_lengths(args) -> Results:
     args.methods = args.methods or "base,prompt,t2l,t2l_shuffled"
     documents = {}
     for n_lines in map(int, args.lengths.split(",")):
-        lengths, seed = (n_lines, n_lines), f"{args.tasks} exam"
-        documents[n_lines] = make_documents(source.document, lengths, args.n_examples or 25, seed)
+        one_length, seed = (n_lines, n_lines), f"{args.tasks} exam"
+        documents[n_lines] = make_documents(source.document, one_length, args.n_examples or 25, seed)
     models = Models(args, choose_methods(args, documents[n_lines]), documents[n_lines])
     window = models.base.config.get_text_config().max_position_embeddings
     results = {method: {} for method in models.methods}
@@ -297,15 +306,14 @@ def interval(scores: list[float], n: int = 2000) -> str:
 
 def table(results: Results, args) -> str:
     """The scores in markdown, one line per method; for lengths and benchmarks one column each."""
-    columns = list(dict.fromkeys(name for scores in results.values() for name in scores))
-    if args.lengths or set(columns) <= set(benchmarks.BENCHMARKS):
-        rows, title = results, "tokens of the document"
-        if not args.lengths:
-            rows, title = benchmarks.beside_published(results, locate.preset_of(args.base_model)), "method"
-            columns = sorted(columns) + ["average"]
-        lines = [[title, *columns]]
-        for method, scores in rows.items():
-            lines.append([method, *(f"{scores[name]:.2f}" if name in scores else "" for name in columns)])
+    columns = []  # tasks, benchmarks or lengths
+    for scores in results.values():
+        columns += [name for name in scores if name not in columns]
+    if args.lengths:
+        lines = wide_table("tokens of the document", columns, results)
+    elif set(columns) <= set(benchmarks.BENCHMARKS):
+        with_published = benchmarks.beside_published(results, locate.preset_of(args.base_model))
+        lines = wide_table("method", sorted(columns) + ["average"], with_published)
     else:
         title = f"right answers on {len(columns)} {args.split} tasks"
         lines = [["method", title, "95% interval", "worst task"]]
@@ -314,6 +322,14 @@ def table(results: Results, args) -> str:
             lines.append([method, f"{statistics.fmean(values):.3f}", interval(values), f"{min(values):.2f}"])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+def wide_table(title: str, columns: list[str], results: Results) -> list[list[str]]:
+    """The cells of a table with one column per length or benchmark."""
+    lines = [[title, *columns]]
+    for method, scores in results.items():
+        cells = [f"{scores[name]:.2f}" if name in scores else "" for name in columns]
+        lines.append([method, *cells])
+    return lines
 
 def plot(path: str, results: Results, args) -> None:
     """Bars of all methods; for lengths lines over the length."""
@@ -352,7 +368,7 @@ def main() -> None:
             if per_task:
                 scores[method] = {"mean": statistics.fmean(per_task.values()), "per_task": per_task}
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        lora.write(Path(args.out), {"settings": vars(args), "results": scores})
+        lora.write_file(Path(args.out), {"settings": vars(args), "results": scores})
     if args.plot:
         plot(args.plot, results, args)
 

@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     """The flags, checked as far as that goes without a model."""
     parser = flags.Parser(__doc__)
     parser.add_argument("--desc", action="append", help="what to do, in words; several make several adapters")
-    parser.add_argument("--doc", action="append", help="text file to know; several make one adapter")
+    parser.add_argument("--doc", action="append", help="text file to read; several make one adapter")
     parser.add_argument("--input", action="append", help="a text to answer; may be given several times")
     parser.add_argument("--out", default="out/adapter", help="adapter folder; for several: 0, 1, ... in it")
     parser.add_argument("--merge", help="folder for the base model with the adapter merged into its weights")
@@ -54,12 +54,12 @@ def parse_args() -> argparse.Namespace:
     if args.doc and args.instruction:
         raise UserError("--instruction goes with --desc")
     for folder in (args.out, args.merge):
-        if folder and not is_ours(Path(folder)):
+        if folder and not may_overwrite(Path(folder)):
             raise UserError(f"{folder} holds something that generate.py did not write; choose another folder")
     return args
 
-def is_ours(folder: Path) -> bool:
-    """Whether a folder may be written: it is new, empty, or has been written by this command."""
+def may_overwrite(folder: Path) -> bool:
+    """Whether a folder may be overwritten: it is new, empty, or made by generate.py."""
     if not folder.exists() or not any(folder.iterdir()):
         return True
     return (folder / "description.txt").exists() or (folder / "0" / "description.txt").exists()
@@ -84,9 +84,10 @@ def load_net(name: str | None, args, reads: str = "descriptions") -> torch.nn.Mo
     return net
 
 def load_base_for(configs: list[lora.LoRAConfig], args):
-    """(base model, tokenizer) that these adapters or hypernetworks belong to, injected."""
+    """Load the base model of these configs, or --base_model, and inject LoRA layers: (base, tokenizer)."""
     base_model = args.base_model or (configs[0].base_model if configs else "tiny")
-    base, tokenizer = model.load_base(base_model, DEVICE, args.dtype and getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    base, tokenizer = model.load_base(base_model, DEVICE, dtype)
     names = set()
     for config in configs:
         locate.check_base(config, base_model, lora.base_shape(base.config))
@@ -104,7 +105,7 @@ def load_encoder_for(net: torch.nn.Module, base: torch.nn.Module, tokenizer, arg
 
 def answer_inputs(base, tokenizer, inputs: list[str], instruction: str, args) -> tuple[list[str], str]:
     """(answers, time they took) with the adapter that is set."""
-    prompts = [model.render(tokenizer, model.prompt(tokenizer, text, instruction)) for text in inputs]
+    prompts = [model.render(tokenizer, model.chat(tokenizer, text, instruction)) for text in inputs]
     started = time.perf_counter()
     answers = model.answer(base, tokenizer, prompts, args.max_new_tokens)
     return answers, f"{(time.perf_counter() - started) * 1000:.0f} ms"
@@ -127,16 +128,17 @@ def show(base, tokenizer, adapter: Adapter, scaling: float, text: str, inputs: l
         for label in answers:
             print(f"  {label:12}  {answers[label][i].rstrip()}")
     if args.doc:
-        print(f"\n  time of all answers: {', '.join(f'{label} {times[label]}' for label in times)}")
+        parts = [f"{label} {taken}" for label, taken in times.items()]
+        print(f"\n  time of all answers: {', '.join(parts)}")
 
 def save_merged(folder: Path, base, tokenizer, description: str) -> None:
-    """Write the merged model, whole or not at all, in place of one that was there."""
+    """Write the merged model into a temporary folder, then move it into place, file by file."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         base.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
         (Path(tmp) / "description.txt").write_text(description + "\n", encoding="utf-8")
-        for earlier in folder.glob("*.safetensors*"):  # they may have other names
+        for earlier in folder.glob("*.safetensors*"):  # an earlier model may have other shards
             earlier.unlink()
         for file in Path(tmp).iterdir():
             file.replace(folder / file.name)
@@ -153,10 +155,10 @@ def read_documents(files: list[str]) -> list[str]:
 
 @torch.no_grad()
 def write_adapters(net, texts: list, base, tokenizer, args) -> Adapter:
-    """One adapter for each text (of documents: for each list of texts), and a line on the time it took."""
+    """One adapter per text (Doc-to-LoRA: per list of texts). Prints the time it took."""
     encode = load_encoder_for(net, base, tokenizer, args)
     started = time.perf_counter()
-    adapters = net(hypernet.read_texts(net, texts, base, tokenizer, encode))  # A [n, L, r, in]
+    adapters = net(hypernet.make_condition(net, texts, base, tokenizer, encode))  # A [n, L, r, in]
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     milliseconds = (time.perf_counter() - started) * 1000
@@ -185,7 +187,9 @@ def main() -> None:
         print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{text}")
         rank = next(iter(adapter.values()))[0].shape[-2]
         print(f"  adapter: {folder}/ (rank {rank} on {', '.join(adapter)} in {net.config.n_layers} layers)")
-        inputs = args.input or ([] if args.doc else locate.example_inputs(net.config.base_model, text))
+        inputs = args.input or []
+        if not inputs and not args.doc:
+            inputs = locate.example_inputs(net.config.base_model, text)
         if inputs:
             show(base, tokenizer, adapter, net.config.scaling, text, inputs, args)
 

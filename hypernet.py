@@ -7,14 +7,14 @@ To add a hypernetwork, write a module with the following members and add it to A
     net.config_class     a dataclass: DescriptionConfig or HypernetConfig, and its own settings
     net.config           what it was made from: net_class(config)
     net(condition)       -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, from the condition
-                         of n texts, see `read_texts`
+                         of n texts, see `make_condition`
     net.start_as_lora()  makes it write LoRA's initialisation, with B = 0, for every text; called before SFT
 
 All its trainable parameters must receive gradients (DDP requires it). The optimizer goes by their names:
 those that begin with "head" have a learning rate of their own, those that contain a word of NO_DECAY (in
 train.py) have no weight decay. Reconstruction also needs `normalize` and `deviation`, see TextToLoRA. A
 network that reads something else, such as the states of all tokens of a description, needs another value of
-`reads` and a branch in `read_texts`.
+`reads` and a branch in `make_condition`.
 """
 
 import math
@@ -34,8 +34,8 @@ from lora import Adapter, LoRAConfig, UserError
 class HypernetConfig(LoRAConfig):
     """What any hypernetwork records: the adapters it writes, and what it reads."""
 
-    input_size: int = 1024  # E, the width of the text encoder's output, or f, of the base model's states
-    instruction: bool = False  # in training the task's instruction was in the prompt as well
+    input_size: int = 1024  # width of the input: E of the text encoder, or f of the base model's states
+    instruction: bool = False  # training prompts contained the task's instruction
 
 @dataclass
 class DescriptionConfig(HypernetConfig):
@@ -115,8 +115,8 @@ class TextToLoRA(nn.Module):
         if c.size == "small" and not c.rotary:  # tells a row which rank to make
             self.rank_emb = nn.Sequential(nn.Embedding(c.r, d), nn.LayerNorm(d))
 
-        # heads: one per module. In medium and small it writes A and B in two passes, so it is as wide as the
-        # wider of the two
+        # heads: one per module. In medium and small a head writes A and B in two passes, so it has the larger
+        # of the two widths
         self.heads = nn.ModuleDict()
         for name in self.names:
             n_in, n_out = c.in_features[name], c.out_features[name]
@@ -186,7 +186,8 @@ class TextToLoRA(nn.Module):
 
     def write_module(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """The head of one module. x [n, L, ..., head_in] -> A [n, L, r, in], B [n, L, out, r]."""
-        c, (n, L) = self.config, x.shape[:2]
+        c = self.config
+        n, L = x.shape[:2]
         n_in, n_out = c.in_features[name], c.out_features[name]
         out = self.heads[name](x)  # [n, L, width]; medium [n, L, 2, width]; small [n, L, 2, r, width]
         if c.size == "large":
@@ -248,7 +249,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 class CrossAttention(nn.Module):
-    """Latents attend to the context, which has no positions: its order and its padding do not matter."""
+    """Latents attend to the context, then an MLP. The context has no positions: its order does not matter."""
 
     def __init__(self, d: int, heads: int, head_size: int = 128):
         super().__init__()
@@ -267,13 +268,13 @@ class CrossAttention(nn.Module):
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         """latents [b, n, d], context [b, T, d], mask [b, T] (1 for a token) -> [b, n, d]"""
 
-        def split(x: Tensor, heads: int) -> Tensor:
+        def split_heads(x: Tensor, heads: int) -> Tensor:
             return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [b, heads, n or T, 128]
 
         context = self.norm_context(context)
-        q = split(self.q_proj(self.norm_latents(latents)), self.heads)
-        k = split(self.k_proj(context), self.kv_heads)
-        v = split(self.v_proj(context), self.kv_heads)
+        q = split_heads(self.q_proj(self.norm_latents(latents)), self.heads)
+        k = split_heads(self.k_proj(context), self.kv_heads)
+        v = split_heads(self.v_proj(context), self.kv_heads)
         if mask is not None:
             mask = mask[:, None, None].bool()  # [b, 1, 1, T]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [b, heads, n, 128]
@@ -376,7 +377,7 @@ class DocToLoRA(nn.Module):
     def join(self, chunks: Adapter, counts: list[int]) -> Adapter:
         """The adapters of chunks -> those of documents; the i-th document has counts[i] of the chunks.
 
-        Along the rank come the chunks, then the bias, then zeros: zero-padded to the longest document.
+        The rank dimension holds the chunks, then the bias, then zero padding up to the longest document.
         A [documents, L, R, in] and B [documents, L, out, R] with R = (most chunks + 1) * r.
         """
         R = (max(counts) + 1) * self.config.r
@@ -395,10 +396,10 @@ class DocToLoRA(nn.Module):
         return joined
 
 def split_document(ids: list[int], config: DocConfig, training: bool) -> list[list[int]]:
-    """The token ids of a document in chunks of like length, as published: as few as possible.
+    """Split the token ids of a document into as few chunks as possible, of like length.
 
-    In training with `random_chunks` often more of them, in the published mixture: 1 chunk for half of the
-    documents, 2 for an eighth, 3 to 8 for a sixteenth each; of at least 25 tokens.
+    In training with `random_chunks` their number is drawn from the published mixture (1: 1/2, 2: 1/8, 3 to 8:
+    1/16 each); a chunk then has at least 25 tokens.
     """
     n = math.ceil(len(ids) / config.chunk_len)
     if training and config.random_chunks:
@@ -410,18 +411,18 @@ def split_document(ids: list[int], config: DocConfig, training: bool) -> list[li
 
 # -------------------- What a network is given --------------------
 
-def read_texts(net: nn.Module, texts: list, base: nn.Module, tokenizer, encode=None):
-    """The condition from which `net` writes n adapters: of n descriptions, or of n documents.
+def make_condition(net: nn.Module, texts: list, base: nn.Module, tokenizer, encode=None):
+    """The condition from which `net` writes n adapters.
 
-    Of descriptions it is the output of the text encoder `encode` [n, E]; of documents, each a text or a list
-    of texts, the base model's states, see `read_documents`.
+    For descriptions: the output of the text encoder `encode`, [n, E]. For documents, each a text or a list of
+    texts: the base model's states, see `read_documents`.
     """
     if net.reads == "documents":
         return read_documents(net.config, base, tokenizer, texts, net.training)
     return encode(texts).to(next(net.parameters()).device)
 
 def read_documents(config: DocConfig, base: nn.Module, tokenizer, documents: list, training=False):
-    """(groups of chunks, number of chunks per document). To be used once: the groups are a generator.
+    """(groups of chunks, number of chunks per document). The groups are a generator: use them once.
 
     A group is features [n, L, T, f], with early_exit [n, T, f], and mask [n, T], of n chunks.
     """
@@ -430,7 +431,8 @@ def read_documents(config: DocConfig, base: nn.Module, tokenizer, documents: lis
     chunks, counts = [], []
     for document in documents:
         count = 0
-        for text in [document] if isinstance(document, str) else document:
+        texts = [document] if isinstance(document, str) else document
+        for text in texts:
             ids = model.tokenize(tokenizer, before + text.strip() + after)
             pieces = split_document(ids, config, training)
             for i, piece in enumerate(pieces):  # every chunk is a whole turn
@@ -464,8 +466,8 @@ def save_hypernet(net: nn.Module, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     arch = next(arch for arch in ARCHS if ARCHS[arch] is type(net))
     weights = {key: tensor.bfloat16() for key, tensor in net.state_dict().items()}
-    lora.write(folder / "hypernet.safetensors", weights)
-    lora.write(folder / "config.json", {"arch": arch, **asdict(net.config)})
+    lora.write_file(folder / "hypernet.safetensors", weights)
+    lora.write_file(folder / "config.json", {"arch": arch, **asdict(net.config)})
 
 def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> nn.Module:
     """Read a hypernetwork that train.py wrote, or a published one; in float32 and eval mode.
@@ -477,8 +479,8 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
         from checkpoints import published  # it builds on this file
 
         return published.load(folder, module_order)
-    config = lora.read(folder / "config.json")
-    weights = lora.read(folder / "hypernet.safetensors")
+    config = lora.read_file(folder / "config.json")
+    weights = lora.read_file(folder / "hypernet.safetensors")
     try:
         net_class = ARCHS[config.pop("arch")]
         net = net_class(net_class.config_class(**config))

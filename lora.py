@@ -98,7 +98,7 @@ def config_for(base: nn.Module, target_modules: list[str], base_model: str, **se
     return config
 
 def base_shape(config) -> list[int]:
-    """What tells base models in folders apart: layers, hidden size and vocabulary, from their config."""
+    """[layers, hidden size, vocabulary]: identifies a base model that is stored in a folder."""
     text = config.get_text_config()
     return [text.num_hidden_layers, text.hidden_size, text.vocab_size]
 
@@ -136,7 +136,7 @@ class LoRALinear(nn.Linear):
 def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> nn.Module:
     """Replace each linear layer that has one of these names by a LoRALinear; returns the model.
 
-    `dropout` acts on the input of A, in training only. Without an adapter the model computes what it did.
+    `dropout` acts on the input of A, in training only. Without an adapter the output is unchanged.
     """
     for name, layers in find_targets(base, target_modules).items():
         for layer, (path, linear) in enumerate(layers):
@@ -157,22 +157,21 @@ def lora_layers(base: nn.Module, adapter: Adapter) -> list[LoRALinear]:
     return layers
 
 def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None = None) -> None:
-    """Run `base` with this adapter, at this scaling, from now on; None clears it.
+    """Use this adapter in `base`, at this scaling, from now on; None removes it.
 
     It is computed in the dtype of the base model. A single adapter acts on the whole batch. Of n adapters and
     a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on.
     """
     assert adapter is None or scaling is not None, "an adapter needs its scaling (config.scaling)"
     layers = lora_layers(base, adapter or {})
-    by_layer = {}
+    by_layer = {}  # {module name: [(A, B) of layer 0, of layer 1, ...]}
     for name, (A, B) in (adapter or {}).items():
         A, B = A.to(layers[0].weight.dtype), B.to(layers[0].weight.dtype)
-        by_layer[name] = (A.unbind(-3), B.unbind(-3))
+        by_layer[name] = list(zip(A.unbind(-3), B.unbind(-3)))  # indexing would have a slower backward pass
     for module in layers:
         module.A = module.B = None
         if module.name in by_layer:
-            A_of_layers, B_of_layers = by_layer[module.name]
-            A, B = A_of_layers[module.layer], B_of_layers[module.layer]
+            A, B = by_layer[module.name][module.layer]
             module.A = A.view(-1, *A.shape[-2:])  # [n, r, in]
             module.B = B.view(-1, *B.shape[-2:])  # [n, out, r]
             module.scaling = scaling
@@ -255,20 +254,20 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
         peft |= {"rank_pattern": ranks, "alpha_pattern": alphas}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "adapter_model.safetensors", tensors)
-    write(folder / "adapter_config.json", peft)
+    write_file(folder / "adapter_model.safetensors", tensors)
+    write_file(folder / "adapter_config.json", peft)
 
 ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+\.\d+\..+)\.lora_(?P<matrix>[AB])\.weight")
 
 def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     """Read an adapter folder in PEFT's format: A [L, r, in], B [L, out, r] per module, and its config.
 
-    Where PEFT scales some modules differently (alpha_pattern, rank_pattern), we keep one scaling and fold
+    If PEFT scales some modules differently (alpha_pattern, rank_pattern), we keep one scaling and fold
     the difference into B. Layers of smaller rank are zero-padded to the largest rank of their module.
-    Raises UserError if the folder holds anything else than the A and B of linear layers.
+    Raises UserError if the folder holds anything but the A and B of linear layers.
     """
     folder = Path(folder)
-    peft = read(folder / "adapter_config.json")
+    peft = read_file(folder / "adapter_config.json")
     extras = peft.get("use_dora") or peft.get("modules_to_save") or peft.get("bias", "none") != "none"
     if peft.get("peft_type") != "LORA" or extras:
         raise UserError(f"{folder} is not a plain LoRA adapter")
@@ -276,7 +275,7 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     config.r, config.alpha, config.rslora = peft["r"], peft["lora_alpha"], peft.get("use_rslora", False)
 
     layers: dict[str, dict[str, dict[int, Tensor]]] = {}  # {module name: {"A" or "B": {layer: tensor}}}
-    for key, tensor in read(folder / "adapter_model.safetensors").items():
+    for key, tensor in read_file(folder / "adapter_model.safetensors").items():
         match = ADAPTER_KEY.fullmatch(key)
         if not match:
             raise UserError(f"{folder} holds {key}, which is not the A or B of a layer")
@@ -286,7 +285,8 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
             scaling = peft_alpha(peft, path) / config.scaling_divisor(tensor.shape[-1])
             tensor = tensor * (scaling / config.scaling)
         config.paths[name] = without_layer(path)
-        layers.setdefault(name, {"A": {}, "B": {}})[matrix][layer_number(path)] = tensor
+        matrices = layers.setdefault(name, {"A": {}, "B": {}})
+        matrices[matrix][layer_number(path)] = tensor
 
     adapter = {}
     for name, matrices in layers.items():
@@ -294,9 +294,13 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
         if sorted(matrices["A"]) != numbers or sorted(matrices["B"]) != numbers:
             raise UserError(f"{folder} has {name} in some layers only")
         r = max(len(A) for A in matrices["A"].values())
-        A = torch.stack([F.pad(A, (0, 0, 0, r - len(A))) for _, A in sorted(matrices["A"].items())])
-        B = torch.stack([F.pad(B, (0, r - B.shape[-1])) for _, B in sorted(matrices["B"].items())])
-        adapter[name] = (A, B)  # [L, r, in], [L, out, r]
+        padded_A, padded_B = [], []
+        for layer in numbers:
+            A, B = matrices["A"][layer], matrices["B"][layer]
+            padded_A.append(F.pad(A, (0, 0, 0, r - A.shape[0])))
+            padded_B.append(F.pad(B, (0, r - B.shape[1])))
+        A, B = torch.stack(padded_A), torch.stack(padded_B)  # [L, r, in], [L, out, r]
+        adapter[name] = (A, B)
         config.n_layers = len(A)
         config.in_features[name], config.out_features[name] = A.shape[-1], B.shape[-2]
     return adapter, config
@@ -323,7 +327,7 @@ def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfi
 
 # -------------------- Files and commands --------------------
 
-def write(path: Path, content: dict | list | str) -> None:
+def write_file(path: Path, content: dict | list | str) -> None:
     """Write tensors (.safetensors), text (a string) or JSON, whole or not at all."""
     tmp = Path(f"{path}.{os.getpid()}.tmp")
     try:
@@ -338,7 +342,7 @@ def write(path: Path, content: dict | list | str) -> None:
     finally:
         tmp.unlink(missing_ok=True)
 
-def read(path: str | Path) -> dict:
+def read_file(path: str | Path) -> dict:
     """Read tensors (.safetensors) or JSON. Raises UserError if the file is missing or broken."""
     try:
         if Path(path).suffix == ".safetensors":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from checkpoints.locate import PRESETS, fetch, load, load_text_model
-from lora import UserError, read, set_adapter
+from lora import UserError, read_file, set_adapter
 
 # -------------------- The base model --------------------
 
@@ -43,8 +43,8 @@ PLAIN_TEMPLATE = (  # for a base model without a chat template: "input -> answer
 )
 SUFFIX = " Please complete the task without any explanation."  # appended to the instruction, as published
 
-def prompt(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str]] = ()) -> list[dict]:
-    """The chat that puts `text` to the base model: an empty system message, then a user turn, as published.
+def chat(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str]] = ()) -> list[dict]:
+    """The messages that ask the base model: an empty system message, then `text` as a user turn (published).
 
     An `instruction` stands before the text. `shots` are earlier (input, answer) turns, for in-context
     learning.
@@ -83,7 +83,7 @@ def around_document(tokenizer) -> tuple[str, str]:
     Where the template refuses a system message, the published one puts its text, and a blank line, into the
     user turn.
     """
-    before, after = render(tokenizer, prompt(tokenizer, "<<>>")).split("<<>>")
+    before, after = render(tokenizer, chat(tokenizer, "<<>>")).split("<<>>")
     return before if takes_system_message(tokenizer) else before + "\n\n", after
 
 def tokenize(tokenizer, text: str) -> list[int]:
@@ -115,7 +115,7 @@ def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, st
     """Greedy answers to rendered prompts, in one batch, with the adapters that are set.
 
     White space is stripped, except at the end of an answer that was cut off, where the model would have gone
-    on. With strip=False the answers are what follows the prompts, to the character.
+    on. With strip=False the answers are the text after the prompts, unchanged.
     """
     sequences = [tokenize(tokenizer, p) for p in prompts]
     ids = pad(sequences, tokenizer.pad_token_id, left=True).to(base.device)  # [n, T]
@@ -140,28 +140,29 @@ def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor, early_exit: 
     """
     decoder = base.get_decoder()
     layers = decoder.layers
-    decoder.layers = layers[: len(layers) // 4 if early_exit else len(layers) - 1]
+    n_layers = len(layers) // 4 if early_exit else len(layers) - 1
+    decoder.layers = layers[:n_layers]  # the output of later layers is not needed
     try:
         out = decoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     finally:
         decoder.layers = layers
     return out.last_hidden_state if early_exit else torch.stack(out.hidden_states, 1)
 
-# -------------------- The text encoder: n descriptions -> [n, E], unit vectors --------------------
+# -------------------- The text encoder: n descriptions -> [n, E] --------------------
 
-def load_encoder(name: str, device="cpu", base: tuple | None = None, full_stop: bool = False):
+def load_encoder(name: str, device="cpu", base_and_tokenizer: tuple = (), full_stop: bool = False):
     """A text encoder, as a callable: list of n descriptions -> [n, E].
 
-    `name` is a preset, "hash", "base" (with `base` from load_base), a hub id or a folder; or several of
-    these, joined by "+", whose outputs (unit vectors) are concatenated. With `full_stop`, descriptions that
-    end in a letter get a full stop, as published.
+    `name` is a preset, "hash", "base" (with `base_and_tokenizer`), a hub id or a folder; or several of these
+    joined by "+", whose unit vectors are concatenated. With `full_stop`, descriptions that end in a letter
+    get a full stop, as published.
     """
     encoders = []
     for part in (PRESETS[name][1] if name in PRESETS else name).split("+"):
         if part == "hash":
             encoders.append(hash_encoder)
         elif part == "base":
-            encoders.append(partial(base_encoder, *base))
+            encoders.append(partial(base_encoder, *base_and_tokenizer))
         else:
             encoders.append(TransformerEncoder(part, device))
 
@@ -178,7 +179,7 @@ FUNCTION_WORDS = """a an the of to in on at by for from with or but is are was w
     please into out up down . , ; : - ?""".split()  # they say little about the task
 
 def hash_encoder(texts: list[str], width: int = 8192) -> Tensor:
-    """Feature hashing, no network: words, pairs of near words and 3- to 5-letter pieces, in signed sums."""
+    """Feature hashing, no network: signed sums of words, pairs of near words and 3- to 5-letter pieces."""
     out = np.zeros((len(texts), width), np.float32)  # [n, E]
     for vector, text in zip(out, texts):
         words = re.findall(r"\w+|[^\w\s]", text.lower())
@@ -205,7 +206,7 @@ class TransformerEncoder:
         self.model = load_text_model(name).to(device).requires_grad_(False).eval()
         self.max_length = min(8192, self.model.config.max_position_embeddings)  # tokens
         pooling = fetch(name) / "1_Pooling" / "config.json"
-        self.pooling = read(pooling) if pooling.exists() else {}
+        self.pooling = read_file(pooling) if pooling.exists() else {}
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:

@@ -140,7 +140,7 @@ def fit(folder: Path, *words) -> list[float]:
 def evaluate(file: Path, *words) -> dict:
     """What eval.py writes to a file, by method."""
     assert command(evaluation, *words, "--out", file) == 0
-    return lora.read(file)["results"]
+    return lora.read_file(file)["results"]
 
 # -------------------- lora.py --------------------
 def test_injected_layer_is_the_equation_and_so_are_its_gradients():
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     adapter = random_adapter(lora.config_for(tiny_llama(hidden_size=32), NAMES, "x"))
     refused("for another base model", lora.set_adapter, lora.inject(tiny_llama(), NAMES), adapter, 1.0)
     refused("is missing", lora.load_adapter, tmp_path)
-    lora.write(tmp_path / "adapter_config.json", {"peft_type": "LORA", "use_dora": True})
+    lora.write_file(tmp_path / "adapter_config.json", {"peft_type": "LORA", "use_dora": True})
     refused("not a plain LoRA", lora.load_adapter, tmp_path)
 
 # -------------------- hypernet.py --------------------
@@ -296,7 +296,7 @@ def test_hypernet_files(tmp_path, size):
     again, emb = hypernet.load_hypernet(tmp_path), torch.randn(2, 7)
     assert again.config == net.config and not again.training
     assert all(torch.equal(a, b) for k in NAMES for a, b in zip(net(emb)[k], again(emb)[k]))
-    lora.write(tmp_path / "config.json", lora.read(tmp_path / "config.json") | {"latent_size": 32})
+    lora.write_file(tmp_path / "config.json", lora.read_file(tmp_path / "config.json") | {"latent_size": 32})
     refused("does not describe", hypernet.load_hypernet, tmp_path)
 
 def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES, **args) -> Path:
@@ -305,20 +305,20 @@ def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES
     args = dict(emb_model="", training_task="sft", factorized=False, delta_w_scaling=10000) | args
     (folder / "args.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in args.items()))
     peft = dict(peft_type="LORA", r=8, lora_alpha=16, use_rslora=True, target_modules=order)
-    lora.write(folder / "adapter_config.json", peft | dict(base_model_name_or_path=base_model))
+    lora.write_file(folder / "adapter_config.json", peft | dict(base_model_name_or_path=base_model))
     return folder
 
 def golden_net(file: str, folder: Path) -> tuple[hypernet.TextToLoRA, dict, dict]:
     """One golden file as (our network, from a folder in the published layout; its tensors; its json)."""
     path = golden(file)
-    tensors, info = load_file(f"{path}.safetensors"), lora.read(f"{path}.json")
+    tensors, info = load_file(f"{path}.safetensors"), lora.read_file(f"{path}.json")
     args = {k: info["constructor_args"][k] for k in ("training_task", "factorized", "delta_w_scaling")}
     weights = {k[3:]: t for k, t in tensors.items() if k.startswith("sd/")}
     return published.load_text_to_lora(published_folder(folder, weights, **args)), tensors, info
 
 def golden_base() -> nn.Module:
     path = golden("llama_base")
-    info = lora.read(f"{path}.json")["base_config"]
+    info = lora.read_file(f"{path}.json")["base_config"]
     config = LlamaConfig(**{k: v for k, v in info.items() if k in LlamaConfig().to_dict()})
     base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
     base.load_state_dict({k[5:]: t for k, t in load_file(f"{path}.safetensors").items()})
@@ -450,7 +450,7 @@ def test_the_papers_sizes(size):
 def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
     """One golden Doc-to-LoRA file as (our network with its weights, its tensors)."""
     path = golden(file, "d2l")
-    tensors, info = load_file(f"{path}.safetensors"), lora.read(f"{path}.json")
+    tensors, info = load_file(f"{path}.safetensors"), lora.read_file(f"{path}.json")
     shared = load_file(f"{golden('perceiver_shared', 'd2l')}.safetensors")
     sizes = dict(in_features=info["d_in"], out_features=info["d_out"], input_size=64, latent_size=64)
     sizes |= dict(paths={"down_proj": "model.layers.{}.mlp.down_proj"}, n_layers=4, n_blocks=3, alpha=128)
@@ -503,7 +503,7 @@ def test_golden_published_document_checkpoint():
     folder = HERE.parent / "shared" / "golden" / "d2l_published"
     if not folder.exists():
         pytest.skip("the golden checkpoint is not here")
-    tensors, info = load_file(folder / "golden.safetensors"), lora.read(folder / "golden.json")
+    tensors, info = load_file(folder / "golden.safetensors"), lora.read_file(folder / "golden.json")
     net = hypernet.load_hypernet(folder / "small_d2l" / "checkpoint-80000")
     base, tokenizer = model.load_base(str(folder / "tiny-gemma2"))
     lora.inject(base, ["down_proj"])
@@ -527,7 +527,7 @@ class Settings:
 def published_doc_file(folder: Path, monkeypatch, **changes) -> tuple[dict, dict]:
     """A golden Doc-to-LoRA network as the published code saves one; returns its content and tensors."""
     path = golden("down_l2l", "d2l")
-    tensors, info = load_file(f"{path}.safetensors"), lora.read(f"{path}.json")
+    tensors, info = load_file(f"{path}.safetensors"), lora.read_file(f"{path}.json")
     shared = load_file(f"{golden('perceiver_shared', 'd2l')}.safetensors")
     content = {key: tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float() for key in info["state_dict"]}
     monkeypatch.setattr(Settings, "__module__", "ctx_to_lora")
@@ -604,7 +604,7 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
     texts = ["cat -> red", "dog -> blue horse chair\nbird hat lemon apple sun", "hat -> sun moon tree"]
-    read = lambda documents: hypernet.read_texts(net, documents, base, tokenizer)
+    read = lambda documents: hypernet.make_condition(net, documents, base, tokenizer)
     delta = lambda documents: (lambda A, B: B @ A)(*net(read(documents))["down_proj"])
     A, B = net(read(texts))["down_proj"]
     for i, text in enumerate(texts):
@@ -627,7 +627,7 @@ def bert_folder(folder: Path) -> nn.Module:
     torch.manual_seed(0)
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] one two three four ."
     (folder / "vocab.txt").write_text(words.replace(" ", "\n"))
-    lora.write(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
+    lora.write_file(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
     sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     bert = BertModel(BertConfig(vocab_size=10, **sizes)).eval()
     bert.save_pretrained(folder)
@@ -641,7 +641,7 @@ def test_transformer_encoder_pools_real_tokens_only(tmp_path):
     hidden = bert(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
     close(alone[0], F.normalize(hidden.mean(0), dim=0), 1e-5, 1e-6)
     (tmp_path / "1_Pooling").mkdir()
-    lora.write(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
+    lora.write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
     close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[0], dim=0), 1e-5, 1e-6)
 
 def test_gte_loads_without_its_own_code(tmp_path):
@@ -653,9 +653,9 @@ def test_gte_loads_without_its_own_code(tmp_path):
     new |= dict(vocab_size=10, type_vocab_size=2, layer_norm_eps=1e-12, layer_norm_type="layer_norm")
     new |= dict(rope_theta=160000, rope_scaling={"type": "ntk", "factor": 2.0}, max_position_embeddings=64)
     new |= dict(architectures=["NewModel"], pack_qkv=True, position_embedding_type="rope", pad_token_id=0)
-    lora.write(tmp_path / "config.json", new)
+    lora.write_file(tmp_path / "config.json", new)
     (tmp_path / "1_Pooling").mkdir()
-    lora.write(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
+    lora.write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
     emb = "embeddings"
     shapes = {f"{emb}.word_embeddings.weight": (10, d), f"{emb}.token_type_embeddings.weight": (2, d)}
     shapes |= {f"{emb}.LayerNorm.weight": (d,), f"{emb}.LayerNorm.bias": (d,)}
@@ -695,7 +695,7 @@ def test_text_encoders_side_by_side():
 
 def test_base_encoder_reads_the_last_token():
     base, tokenizer = model.load_base("tiny")
-    encode = model.load_encoder("base", base=(base, tokenizer))
+    encode = model.load_encoder("base", base_and_tokenizer=(base, tokenizer))
     alone = encode(["cat dog"])[0]
     close(encode(["cat dog", "cat dog red hat"])[0], alone, 1e-5, 1e-6)
     hidden = base.model(torch.tensor([tokenizer("cat dog")["input_ids"]])).last_hidden_state
@@ -704,17 +704,17 @@ def test_base_encoder_reads_the_last_token():
 def test_a_batch_of_answers_is_that_of_each_prompt_alone():
     base, tokenizer = model.load_base("tiny")
     shots = [("cat red", "cat"), ("dog blue", "dog")]
-    chats = [model.prompt(tokenizer, "wolf silver", "", shots[:n]) for n in (0, 1, 2)]
+    chats = [model.chat(tokenizer, "wolf silver", "", shots[:n]) for n in (0, 1, 2)]
     prompts = [model.render(tokenizer, chat) for chat in chats]
     assert prompts[1] == "cat red -> cat<eos>\nwolf silver ->"
-    assert model.render(tokenizer, model.prompt(tokenizer, "cat"), "") == " <eos>"
+    assert model.render(tokenizer, model.chat(tokenizer, "cat"), "") == " <eos>"
     alone = [model.answer(base, tokenizer, [text], 5)[0] for text in prompts]
     assert model.answer(base, tokenizer, prompts, 5) == alone
 
 def test_chat_templates_with_and_without_a_system_message():
     tokenizer = model.load_base("tiny")[1]
     tokenizer.chat_template = CHATML
-    chat = model.prompt(tokenizer, "hello", "Greet." + model.SUFFIX)
+    chat = model.chat(tokenizer, "hello", "Greet." + model.SUFFIX)
     question = "Greet. Please complete the task without any explanation.\n\nhello"
     turns = f"<|im_start|>system\n<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
     assert model.render(tokenizer, chat) == turns + "<|im_start|>assistant\n"
@@ -722,11 +722,11 @@ def test_chat_templates_with_and_without_a_system_message():
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     without = model.load_base("tiny")[1]
     without.chat_template = refuses + CHATML
-    assert model.prompt(without, "hello") == [{"role": "user", "content": "hello"}]
+    assert model.chat(without, "hello") == [{"role": "user", "content": "hello"}]
     think, content = "<think></think>{% endif %}", "{{ m.content }}"
     thinks = CHATML.replace(content, "{% if m.role == 'assistant' %}" + think + content)
     tokenizer.chat_template = thinks + "{% if add_generation_prompt and not enable_thinking %}" + think
-    assert model.render(tokenizer, model.prompt(tokenizer, "hello"), "bye") == "bye<|im_end|>"
+    assert model.render(tokenizer, model.chat(tokenizer, "hello"), "bye") == "bye<|im_end|>"
     odd = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.chat_template = odd + "{% if add_generation_prompt %}AI: {% endif %}"
     chat = [{"role": "user", "content": "hello"}]
@@ -737,13 +737,13 @@ def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
     plain = model.load_base("tiny")[1]
     plain.chat_template, plain.bos_token = None, "<unk>"
     plain.save_pretrained(tmp_path)
-    prompt = lambda tokenizer: model.render(tokenizer, model.prompt(tokenizer, "cat"))
+    prompt = lambda tokenizer: model.render(tokenizer, model.chat(tokenizer, "cat"))
     assert prompt(model.load_base(str(tmp_path))[1]) == "cat ->"  # its first token is not used
     first, text = {"SpecialToken": {"id": "<unk>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     own = {"<unk>": {"id": "<unk>", "ids": [plain.unk_token_id], "tokens": ["<unk>"]}}
     processor = dict(type="TemplateProcessing", single=[first, text], pair=[first, text], special_tokens=own)
     file = tmp_path / "tokenizer.json"
-    lora.write(file, lora.read(file) | {"post_processor": processor})
+    lora.write_file(file, lora.read_file(file) | {"post_processor": processor})
     _, tokenizer = model.load_base(str(tmp_path))
     question, answer = data.example_ids(tokenizer, "cat", "gato", "")
     assert question == tokenizer("cat ->")["input_ids"] and question[0] == plain.unk_token_id != question[1]
@@ -770,7 +770,7 @@ def test_the_tiny_base_model_is_trained_on_what_the_chat_template_writes():
         for text in pretrain.draw(step)[:3]:
             ids, labels = pretrain.tokenize(text)
             shots = [(example.input, example.answers[0]) for example in text[:-1]]
-            chat = model.prompt(tokenizer, text[-1].input, "", shots)
+            chat = model.chat(tokenizer, text[-1].input, "", shots)
             prompt, answer = model.render(tokenizer, chat), model.render(tokenizer, chat, text[-1].answers[0])
             assert ids == model.tokenize(tokenizer, prompt) + model.tokenize(tokenizer, answer)
             n_answer_tokens = sum(len(example.answers[0].split()) + 1 for example in text)
@@ -811,17 +811,18 @@ def test_reworded_descriptions_are_new():
 
 def test_a_folder_of_task_files(tmp_path):
     instances = [{"id": str(i), "input": f" in {i}", "output": [f"out {i}", "x"]} for i in range(10)]
-    lora.write(tmp_path / "a.json", {"name": "a", "descriptions": ["do a", "do it"], "Instances": instances})
-    lora.write(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances})
+    content = {"name": "a", "descriptions": ["do a", "do it"], "Instances": instances}
+    lora.write_file(tmp_path / "a.json", content)
+    lora.write_file(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances})
     assert [t.name for t in data.load_tasks(tmp_path)["train"]] == ["a", "b"]
-    lora.write(tmp_path / "splits.json", {"train": ["b"], "test": ["a"]})
+    lora.write_file(tmp_path / "splits.json", {"train": ["b"], "test": ["a"]})
     tasks = data.load_tasks(tmp_path)
     assert [t.name for t in tasks["train"]] == ["b"] and not tasks["val"]
     assert tasks["train"][0].descriptions == ["do b"] and tasks["train"][0].definition == "do b"
     assert len(tasks["test"][0].train) == 8 and tasks["test"][0].test[0] == Example("in 8", ["out 8", "x"])
     refused("no split val", data.pick, tasks, "val")
     for wrong in {"Instances": [{"input": 3}]}, {"Instances": []}, {"Definition": " "}:
-        lora.write(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances} | wrong)
+        lora.write_file(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances} | wrong)
         refused("not a task file", data.load_tasks, tmp_path)
 
 @pytest.mark.parametrize("chain, question, answer", [
@@ -843,7 +844,9 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     chains = {chores.name_of(chain): chain for chain in chores.all_chains()}
     assert len(train) > 1500 and len(splits["test"]) == 100 and len(splits["unseen"]) == len(unseen) == 13
     assert not train & {task.name for split in ("test", "unseen") for task in splits[split]}
-    assert not train & {task.name for task in splits["val"] if len(chains[task.name]) == 3}
+    assert not train & {task.name for task in splits["val"]} and len(splits["val"]) == 96
+    for task in splits["val"][:64]:
+        assert len(chains[task.name.removesuffix("-voice")]) == 3
     assert not any(unseen & set(chains[name]) for name in train) and not unseen & set(chores.WRITTEN["train"])
     surnames = next(task.train for task in splits["train"] if task.name == "name-surname")
     assert not {example.answers[0] for example in surnames[:500]} & set(chores.pool("last", True))
@@ -851,7 +854,7 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     seen, withheld = [set(sum(chores.WRITTEN[part].values(), [])) for part in ("train", "test")]
     assert len(seen) > 8000 and not withheld & seen
 
-def test_a_drawn_sequence_is_the_same_every_time():
+def test_a_lazy_list_is_the_same_every_time():
     tasks, again = data.load_tasks("chores")["train"][:40], data.load_tasks("chores")["train"][:40]
     for task, other in zip(tasks, again):
         assert task.train[:3] == other.train[:3] and task.descriptions[:9] == other.descriptions[:9]
@@ -1003,7 +1006,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
     rows = data.tokenize_batch(run.tokenizer, run.tasks, batch, run.args)
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     assert lengths == sorted(lengths)
-    written = run.net(train.read_batch(run, batch))
+    written = run.net(train.batch_condition(run, batch))
     sizes = [train.mean_weight(written, measure) for measure in (torch.abs, torch.square)]
     whole = train.task_loss(run, written, rows) + 0.1 * sum(sizes)
     expected = torch.autograd.grad(whole, [p for p in run.net.parameters() if p.requires_grad])
@@ -1100,7 +1103,7 @@ def test_validation_measures_what_greedy_answers_give():
     for task in run.val_tasks:
         adapter = run.net.eval()(run.encode(task.descriptions[:1]))
         lora.set_adapter(run.base.eval(), adapter, run.net.config.scaling)
-        chats = [model.prompt(run.tokenizer, example.input) for example in task.test[:8]]
+        chats = [model.chat(run.tokenizer, example.input) for example in task.test[:8]]
         answers = model.answer(run.base, run.tokenizer, [model.render(run.tokenizer, chat) for chat in chats])
         hits += [task.is_right(example, answer) for example, answer in zip(task.test, answers)]
     assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
@@ -1128,9 +1131,9 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
     instances, folder = [{"input": "cat dog", "output": ["dog cat"]}] * 5, tmp_path / "tasks"
     folder.mkdir()
     task = {"Definition": "red hat", "descriptions": ["Swap them."], "Instances": instances}
-    lora.write(folder / "swap.json", task)
-    seen, real = set(), model.prompt
-    monkeypatch.setattr(model, "prompt", lambda *a: seen.add(real(*a)[-1]["content"]) or real(*a))
+    lora.write_file(folder / "swap.json", task)
+    seen, real = set(), model.chat
+    monkeypatch.setattr(model, "chat", lambda *a: seen.add(real(*a)[-1]["content"]) or real(*a))
     def prompts_of(module, *words) -> set[str]:
         seen.clear()
         assert command(module, *words) == 0
@@ -1182,27 +1185,27 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
     for name, fact in facts.items():
         text = " ".join(["red blue yellow black"] * 3 + [name, fact])
         asked = {"question": "horse", "answer": fact}
-        lora.write(docs / f"{name}.json", {"document": text, "questions": [asked]})
+        lora.write_file(docs / f"{name}.json", {"document": text, "questions": [asked]})
         (tmp_path / f"{name}.txt").write_text(text)
-    words = [*D2L, *"--latent_size 32 --chunk_len 8 --lr 3e-3 --tasks_per_batch 3 --max_steps".split()]
+    words = [*D2L, *"--latent_size 32 --chunk_len 5 --lr 3e-3 --tasks_per_batch 3 --max_steps".split()]
     fit(net, *words, "150", "--tasks", docs)
     capsys.readouterr()
     for name, fact in facts.items():
         words = ["--doc", tmp_path / f"{name}.txt", "--hypernet", net, "--input", "horse"]
         assert command(generate, *words, "--out", tmp_path / name) == 0
         shown = capsys.readouterr().out
-        assert f"with adapter  {fact}\n" in shown and "14 tokens" in shown and "rank 24 on down_proj" in shown
+        assert f"with adapter  {fact}\n" in shown and "14 tokens" in shown and "rank 32 on down_proj" in shown
         assert "in context" in shown and re.search(r"with adapter \d+ ms", shown)
     both = ["--doc", tmp_path / "cat.txt", "--doc", tmp_path / "dog.txt"]  # one adapter
     assert command(generate, *both, "--hypernet", net, "--out", tmp_path / "both") == 0
-    assert lora.load_adapter(tmp_path / "both")[0]["down_proj"][0].shape[-2] == 8 * 5  # four chunks, a bias
+    assert lora.load_adapter(tmp_path / "both")[0]["down_proj"][0].shape[-2] == 8 * 7  # six chunks, a bias
     words = ["--tasks", docs, "--split", "train", "--hypernet", net, "--methods", "base,t2l,t2l_shuffled"]
     results = evaluate(tmp_path / "e.json", *words)
     assert [results[k]["mean"] for k in ("base", "t2l", "t2l_shuffled")] == [0, 1, 0]
     words = ["--tasks", docs, "--split", "train", "--methods", "t2l", "--hypernet", TINY / "sft_large"]
     assert command(evaluation, *words) == 2 and "reads descriptions, not documents" in capsys.readouterr().err
     base, tokenizer = model.load_base("tiny")
-    prompt = [model.render(tokenizer, model.prompt(tokenizer, "horse"))]
+    prompt = [model.render(tokenizer, model.chat(tokenizer, "horse"))]
     assert model.answer(with_peft(base, tmp_path / "cow"), tokenizer, prompt, 8) == ["mucca"]
 
 def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
@@ -1216,9 +1219,9 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
         return real(base, *args)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "answer_logits", note)
-        loss = train.sft_step(run, run.net, [data.Item(0, document, [example])])
+        loss = train.sft_step(run, run.net, [data.DrawnTask(0, document, [example])])
     assert modes == [False, True]  # the teacher has no dropout of its config
-    written = run.net(hypernet.read_texts(run.net, [document], run.base, run.tokenizer))
+    written = run.net(hypernet.make_condition(run.net, [document], run.base, run.tokenizer))
     logprobs = []
     for instruction, adapter in ((document, None), ("", written)):
         lora.set_adapter(run.base, adapter, run.net.config.scaling)
@@ -1234,24 +1237,24 @@ def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
     run = run_of(*D2L)
     run.args.distill, run.args.max_tokens = 5, 12
     data.cached_ids.cache_clear()
-    batch = [data.Item(0, "cat -> red <eos>", [Example("cat", ["red"])])]
-    batch.append(data.Item(1, "cat dog cow pig\n" * 9, [Example("cat", ["red"])]))
+    batch = [data.DrawnTask(0, "cat -> red <eos>", [Example("cat", ["red"])])]
+    batch.append(data.DrawnTask(1, "cat dog cow pig\n" * 9, [Example("cat", ["red"])]))
     rows = data.tokenize_batch(run.tokenizer, run.tasks, batch, run.args)
     assert [row.adapter for row in rows] == [0] and len(rows[0].teacher_prompt) > len(rows[0].prompt)
     assert data.cached_ids.cache_info().currsize == 1  # the question without the document
 
 def test_questions_without_an_answer_get_the_base_models(tmp_path):
     base, tokenizer = model.load_base("tiny")
-    told = model.render(tokenizer, model.prompt(tokenizer, "cat", "cat -> red <eos>"))
+    told = model.render(tokenizer, model.chat(tokenizer, "cat", "cat -> red <eos>"))
     for asked in base, None:  # the second time they are read, not asked again
         examples = [Example("cat", []), Example("dog", ["blue"])]
         task = data.Task("d", ["cat -> red <eos>"], examples, [], is_document=True)
-        tasks.write_answers(asked, tokenizer, [task], tmp_path / "answers.json")
+        tasks.generate_answers(asked, tokenizer, [task], tmp_path / "answers.json")
         assert task.train[0].answers == model.answer(base, tokenizer, [told])
         assert task.train[1].answers == ["blue"]
 
 def test_missing_answers_are_written_without_dropout(tmp_path, monkeypatch):
-    lora.write(tmp_path / "d.json", {"document": "cat -> red <eos>", "questions": [{"question": "cat"}]})
+    lora.write_file(tmp_path / "d.json", {"document": "cat -> red <eos>", "questions": [{"question": "cat"}]})
     modes, real = [], model.answer
     monkeypatch.setattr(model, "answer", lambda base, *a: modes.append(base.training) or real(base, *a))
     monkeypatch.chdir(tmp_path)
@@ -1314,7 +1317,7 @@ def server():
     server.shutdown()
 
 def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, server):
-    splits = lora.read(lots_of_loras.NAMES)
+    splits = lora.read_file(lots_of_loras.NAMES)
     assert [len(splits[k]) for k in ("train", "val")] == [479, 11]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(lots_of_loras, "URL", server.url)
@@ -1364,7 +1367,7 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     assert len(answers) == 4 and re.search(r"2 adapters written in \d+\.\d ms", shown)
     base, tokenizer = model.load_base("tiny")
     lora.inject(base, NAMES)
-    prompts = [model.render(tokenizer, model.prompt(tokenizer, text)) for text in inputs]
+    prompts = [model.render(tokenizer, model.chat(tokenizer, text)) for text in inputs]
     for i in range(2):
         adapter, config = lora.load_adapter(tmp_path / "two" / str(i))
         lora.set_adapter(base, adapter, config.scaling)
@@ -1487,7 +1490,7 @@ def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
     words += ["--methods", "base,t2l,t2l_shuffled", "--compare", TINY / "sft_small", same_name]
     draws = ["--plot", picture] if importlib.util.find_spec("matplotlib") else []
     assert command(evaluation, *words, *draws) == 0
-    content, shown = lora.read(out), capsys.readouterr().out
+    content, shown = lora.read_file(out), capsys.readouterr().out
     rows = ["base", "t2l", "t2l_shuffled", str(TINY / "sft_small"), str(same_name)]
     assert list(content["results"]) == rows
     assert content["settings"]["split"] == "val"
@@ -1524,7 +1527,7 @@ def test_a_benchmarks_row_as_prompt_and_score(name):
 def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(benchmarks, "ROWS_SERVICE", server.url + "/rows")
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "piqa", benchmarks.BENCHMARKS["piqa"]._replace(n_rows=150))
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "piqa", benchmarks.BENCHMARKS["piqa"]._replace(n_records=150))
     waits, entry = [], {"row": ROWS["piqa"][0]}
     page = lambda n, total=150: {"num_rows_total": total, "rows": [entry] * n}
     monkeypatch.setattr(tasks.time, "sleep", waits.append)
@@ -1570,7 +1573,7 @@ def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
         assert command(evaluation, *words) == 0
         shown = capsys.readouterr().out
         assert f"| method | {columns} |" in shown and ("without --run_code" in shown) == (not flags)
-        assert lora.read(tmp_path / "b.json")["results"]["base"]["per_task"]["piqa"] == 1.0
+        assert lora.read_file(tmp_path / "b.json")["results"]["base"]["per_task"]["piqa"] == 1.0
     assert command(evaluation, "--tasks", "mbpp") == 2
     assert "error: mbpp is scored by running code" in capsys.readouterr().err
     args = types.SimpleNamespace(lengths=None, base_model="mistral-7b")
@@ -1594,7 +1597,7 @@ def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
 def test_a_real_model(tmp_path):
     pairs = itertools.product(("red", "blue", "green"), ("cat", "dog", "cow"))
     instances = [{"input": f"{a} {b}", "output": [f"{b} {a}"]} for a, b in pairs]
-    lora.write(tmp_path / "swap.json", {"descriptions": ["Swap the two words."], "Instances": instances})
+    lora.write_file(tmp_path / "swap.json", {"descriptions": ["Swap the two words."], "Instances": instances})
     words = "--size small --dropout 0 --lr 3e-3 --max_steps 12".split()
     words += [*REAL, "--tasks", tmp_path, "--examples_per_task", "4", "--tasks_per_batch", "1"]
     losses = fit(tmp_path / "net", *words)

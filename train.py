@@ -2,7 +2,7 @@
 
     python train.py                                                     # SFT in the tiny world, one process
     torchrun --nproc_per_node=2 train.py                                # the same batches on two processes
-    python train.py @config/mistral-7b.args --max_steps 118000 --help   # another kind of run: its settings
+    python train.py @config/mistral-7b.args --max_steps 118000 --help   # the paper's settings, printed
 
 --mode says what is trained, and by which loss:
 
@@ -10,7 +10,7 @@
     recon      a hypernetwork, to write the same adapters as the oracles (paper, section 3.1)
     sft        a hypernetwork, by the task loss through the frozen base model (paper, section 3.2)
 
-@FILE reads flags from a file, see config/. Of a flag that occurs twice the later one counts.
+@FILE reads flags from a file, see config/. If a flag occurs twice, the last one counts.
 """
 
 import argparse
@@ -40,7 +40,7 @@ import model
 from checkpoints import locate
 from config import flags
 from lora import Adapter, UserError
-from tasks import write_answers
+from tasks import generate_answers
 
 # -------------------- Settings --------------------
 
@@ -72,8 +72,8 @@ SETTINGS = [  # name, value in the tiny world, what it is
     # optimizer: AdamW (betas 0.9, 0.999; eps 1e-8)
     ("lr", 3e-3, "highest learning rate"),
     ("head_lr", 1 / 16, "learning rate of the network's heads, divided by lr"),
-    ("warmup", 0.1, "share of the steps in which the learning rate rises"),
-    ("schedule", "linear", "how lr falls: linear; late: linear in the last third; cosine: to 1e-7"),
+    ("warmup", 0.1, "fraction of the steps in which the learning rate rises"),
+    ("schedule", "linear", "decay: linear; late: constant, then linear in the last third; cosine: to 1e-7"),
     ("weight_decay", 1e-2, "weight decay, not on scales, biases, norms and latents"),
     ("max_grad_norm", 1.0, "longer gradients are clipped to this length"),
     # loss
@@ -81,7 +81,7 @@ SETTINGS = [  # name, value in the tiny world, what it is
     ("neftune_alpha", 0.0, "noise on the base model's input embeddings (NEFTune)"),
     ("l1", 0.0, "weight of the mean absolute value of the written A and B"),
     ("l2", 1e-3, "weight of the mean square of the written A and B"),
-    ("distill", 0, "d2l: match the teacher's likeliest k tokens, not the answers (0: learn the answers)"),
+    ("distill", 0, "d2l: match the k likeliest tokens of the base model with the document (0: answers)"),
     ("recon_loss", "z_score", "recon: what is compared: z_score, plain or delta_w"),
     # the run
     ("seed", 0, "seed of all randomness"),
@@ -104,7 +104,7 @@ CHOICES = {
 }
 
 def parse_args() -> argparse.Namespace:
-    """The settings of the run, complete and checked as far as that goes without loading anything."""
+    """The settings, with defaults filled in, and checked as far as possible without loading anything."""
     parser = flags.Parser(__doc__, add_help=False)
     parser.add_settings(SETTINGS, CHOICES)
     for net_class in hypernet.ARCHS.values():  # the networks' settings have no value until --arch is known
@@ -127,13 +127,13 @@ def parse_args() -> argparse.Namespace:
             setattr(args, name, default)
     args.recorded = flags.as_flags(SETTINGS + net_settings, args)
 
-    # what depends on other settings
+    # defaults that depend on other settings
     if args.encoder == "preset":
         preset = locate.preset_of(args.base_model)
         args.encoder = locate.PRESETS[preset][1] if preset else "base"
     if args.dtype == "auto":
-        on_gpu = torch.cuda.is_available() and args.mode != "recon"  # reconstruction: float32, as published
-        args.dtype = "bfloat16" if on_gpu else "float32"
+        use_bfloat16 = torch.cuda.is_available() and args.mode != "recon"  # recon: float32, as published
+        args.dtype = "bfloat16" if use_bfloat16 else "float32"
     if args.help:
         print(__doc__)
         print("--resume continues the interrupted run in --out_dir. The settings of this run:\n")
@@ -180,9 +180,9 @@ def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], 
     if neftune_alpha:  # NEFTune (arXiv 2310.05914): uniform noise of a size that does not depend on T and d
         x = x + torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
     example, position = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # the position before each answer token
-    # no logits before the first answer
-    columns = torch.arange(position.min(), position.max() + 1, device=ids.device)
-    logits = base(inputs_embeds=x, logits_to_keep=columns, use_cache=False).logits  # [n, columns, vocabulary]
+    # logits from the first to the last answer token of the batch only
+    kept = torch.arange(position.min(), position.max() + 1, device=ids.device)
+    logits = base(inputs_embeds=x, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
     return logits[example, position - position.min()].float(), example, labels[example, position + 1]
 
 def example_mean(losses: Tensor, example: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def mean_weight(adapter: Adapter, measure) -> Tensor:
         total = total + mean_A.mean() + mean_B.mean()
     return total
 
-def recon_loss(loss: str, adapter: Adapter, oracle: Adapter, deviation: dict[str, Tensor]) -> Tensor:
+def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, deviation: dict[str, Tensor]) -> Tensor:
     """L1 between written adapters and oracles, averaged over the modules.
 
     "delta_w" compares 10,000 BA, as published; "plain" and "z_score" compare A and B over `deviation`, which
@@ -222,8 +222,8 @@ def recon_loss(loss: str, adapter: Adapter, oracle: Adapter, deviation: dict[str
     losses = []
     for name, (A, B) in adapter.items():
         oracle_A, oracle_B = oracle[name]
-        if loss == "delta_w":
-            losses.append(10_000 * (B @ A - oracle_B @ oracle_A).abs().mean())
+        if compare == "delta_w":
+            losses.append(10_000 * (B @ A - oracle_B @ oracle_A).abs().mean())  # [n, L, out, in]
         else:
             loss_A = ((A - oracle_A) / deviation[f"{name}_A"]).abs().mean()
             loss_B = ((B - oracle_B) / deviation[f"{name}_B"]).abs().mean()
@@ -299,7 +299,7 @@ def adapt_base(run: Run) -> lora.LoRAConfig:
     """Get the base model ready to be trained through; returns the config of its adapters."""
     args, base = run.args, run.base
     answers_file = Path(args.out_dir) / "answers.json"
-    write_answers(base, run.tokenizer, run.tasks + run.val_tasks, answers_file)
+    generate_answers(base, run.tokenizer, run.tasks + run.val_tasks, answers_file)
     for task in run.tasks:
         for example in task.train[:100]:
             model.check_known(run.tokenizer, [example.input, example.answers[0]])
@@ -323,7 +323,8 @@ def make_hypernet(run: Run, lora_config: lora.LoRAConfig, device: torch.device) 
         config.input_size = run.base.config.get_text_config().hidden_size
     else:
         run.encode = model.load_encoder(args.encoder, device, (run.base, run.tokenizer), config.full_stop)
-        config.encoder, config.input_size = args.encoder, run.encode(["cat"]).shape[1]
+        config.encoder = args.encoder
+        config.input_size = run.encode(["cat"]).shape[1]  # any text shows it
         config.z_score = args.mode == "recon" and args.recon_loss == "z_score"
     run.net = net_class(config).to(device)
     if args.mode == "sft":
@@ -333,13 +334,13 @@ def make_hypernet(run: Run, lora_config: lora.LoRAConfig, device: torch.device) 
 
 # -------------------- A training step --------------------
 
-def read_batch(run: Run, batch: list[data.Item]):
-    """What `run.net` is given to write the adapters of a batch: indices of LoRAs, or what it reads."""
+def batch_condition(run: Run, batch: list[data.DrawnTask]):
+    """The input of `run.net` for a batch: indices of LoRAs, text embeddings, or states of documents."""
     if run.args.mode == "lora":
         indices = [0 if run.args.multi_task else item.index for item in batch]
         return torch.tensor(indices, device=run.base.device)
     texts = [item.description for item in batch]
-    return hypernet.read_texts(run.net, texts, run.base, run.tokenizer, run.encode)
+    return hypernet.make_condition(run.net, texts, run.base, run.tokenizer, run.encode)
 
 def autocast(run: Run):
     """bfloat16 computation with float32 weights, if --dtype says so."""
@@ -371,7 +372,7 @@ def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]
         return distill_loss(logits, example, teacher, args.distill)
     return answer_loss(logits, example, right, args.label_smoothing)
 
-def sft_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
+def sft_step(run: Run, net: nn.Module, batch: list[data.DrawnTask]) -> Tensor:
     """One training step through the frozen base model, of a hypernetwork or of ordinary LoRAs (`LoRABank`).
 
     The adapters are the interface between the two networks: the step goes forward through the hypernetwork,
@@ -382,7 +383,7 @@ def sft_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
     examples = data.tokenize_batch(run.tokenizer, run.tasks, batch, args)
 
     # 1. One forward pass of the hypernetwork writes all adapters of the step.
-    condition = read_batch(run, batch)
+    condition = batch_condition(run, batch)
     with autocast(run):
         written = net(condition)  # A [tasks, L, r, in], B [tasks, L, out, r]
 
@@ -391,7 +392,7 @@ def sft_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
     for name, (A, B) in written.items():
         leaves[name] = (A.detach().requires_grad_(), B.detach().requires_grad_())
     loss = args.l1 * mean_weight(leaves, torch.abs) + args.l2 * mean_weight(leaves, torch.square)
-    loss.backward()  # at once, so that its graph is freed
+    loss.backward()  # gives every leaf a gradient, zeros if l1 = l2 = 0
     loss = loss.detach()
 
     # 3. The examples go through the base model a few of like length at a time. Each backward pass frees the
@@ -406,15 +407,16 @@ def sft_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
     # 4. One backward pass through the hypernetwork, from the gradients of A and B. Here DDP averages.
     outputs, gradients = [], []
     for name in written:
-        outputs += written[name]
-        gradients += [leaf.grad for leaf in leaves[name]]
+        (A, B), (leaf_A, leaf_B) = written[name], leaves[name]
+        outputs += [A, B]
+        gradients += [leaf_A.grad, leaf_B.grad]
     torch.autograd.backward(outputs, gradients)
     return loss
 
-def recon_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
+def recon_step(run: Run, net: nn.Module, batch: list[data.DrawnTask]) -> Tensor:
     """One step of reconstruction, without a base model. Leaves gradients in `net`, returns the loss."""
     with autocast(run):
-        written = net(read_batch(run, batch))
+        written = net(batch_condition(run, batch))
     oracles = lora.select(run.oracles, [item.index for item in batch])
     loss = recon_loss(run.args.recon_loss, written, oracles, run.net.deviation)
     loss.backward()
@@ -422,24 +424,24 @@ def recon_step(run: Run, net: nn.Module, batch: list[data.Item]) -> Tensor:
 
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
-    """Loss and accuracy on up to 8 examples of each validation task, with its first description.
+    """Cross-entropy and accuracy on up to 8 examples of each validation task, with its first description.
 
-    An answer is right if each token of it is the likeliest one: greedy decoding would write the same.
+    An answer is right if each token of it is the likeliest one: greedy decoding would give the same.
     """
     run.net.eval()
     run.base.eval()
-    batch = [data.Item(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
+    batch = [data.DrawnTask(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
     examples = data.tokenize_batch(run.tokenizer, run.val_tasks, batch, run.args)
     loss, n_right = 0.0, 0
     with autocast(run):
-        written = run.net(read_batch(run, batch))
+        written = run.net(batch_condition(run, batch))
         for i in range(0, len(examples), run.args.micro_batch):
             micro_batch = examples[i : i + run.args.micro_batch]
             set_adapters(run, written, micro_batch)
             logits, example, right = answer_logits(run.base, [(e.prompt, e.answer) for e in micro_batch])
             loss += answer_loss(logits, example, right).item() * len(micro_batch)
-            n_wrong = len(example[logits.argmax(-1) != right].unique())
-            n_right += len(micro_batch) - n_wrong
+            wrong_examples = example[logits.argmax(-1) != right].unique()
+            n_right += len(micro_batch) - len(wrong_examples)
     run.net.train()
     run.base.train()
     return {"val_loss": loss / len(examples), "val_accuracy": n_right / len(examples)}
@@ -461,16 +463,16 @@ def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
 def learning_rate(step: int, args) -> float:
-    """Linear warm-up, then a fall to 0: linear, linear in the last third, or a cosine to 1e-7."""
+    """Linear warm-up, then linear decay to 0, or over the last third only, or cosine decay to 1e-7."""
     warmup = max(1, round(args.warmup * args.max_steps))
-    left = (args.max_steps - step) / max(1, args.max_steps - warmup)  # from 1 to 0
+    remaining = (args.max_steps - step) / max(1, args.max_steps - warmup)  # from 1 to 0
     if step < warmup:
         return args.lr * (step + 1) / warmup
     if args.schedule == "cosine":
-        return 1e-7 + (args.lr - 1e-7) * (1 - math.cos(math.pi * left)) / 2
+        return 1e-7 + (args.lr - 1e-7) * (1 - math.cos(math.pi * remaining)) / 2
     if args.schedule == "late":
         return args.lr * min(1.0, 3 * (args.max_steps - step) / args.max_steps)
-    return args.lr * left
+    return args.lr * remaining
 
 def save(run: Run, folder: Path) -> None:
     """Write what was trained: a hypernetwork, one adapter folder per task, or the multi-task adapter."""
@@ -490,11 +492,11 @@ def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Opt
     for name, p in net.named_parameters():
         for key, tensor in optimizer.state.get(p, {}).items():
             tensors[f"{key} {name}"] = tensor
-    lora.write(path, tensors)
+    lora.write_file(path, tensors)
 
 def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put a saved state into net and optimizer; returns the number of steps done."""
-    tensors = lora.read(path)
+    tensors = lora.read_file(path)
     step = int(tensors["step"])
     net.load_state_dict({name: tensors[f"net {name}"] for name in net.state_dict()})
     for name, p in net.named_parameters():
@@ -504,7 +506,7 @@ def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> 
     return step
 
 def start_processes() -> tuple[int, int, int, torch.device]:
-    """(this process, its number on this machine, how many there are, device); a single one without torchrun."""
+    """(this process, its number on this machine, number of processes, device); one without torchrun."""
     process, local_process = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local_process) if torch.cuda.is_available() else torch.device("cpu")
@@ -539,7 +541,7 @@ def main() -> None:
         dist.barrier()
     per_process, remainder = divmod(args.tasks_per_batch or len(run.tasks), n_processes)
     if remainder:
-        raise UserError(f"the tasks of a step cannot be shared out evenly among {n_processes} processes")
+        raise UserError(f"--tasks_per_batch must be a multiple of the number of processes ({n_processes})")
     net = DistributedDataParallel(run.net) if n_processes > 1 else run.net
     take_step = recon_step if args.mode == "recon" else sft_step
     parameters = [p for p in run.net.parameters() if p.requires_grad]
@@ -554,14 +556,14 @@ def main() -> None:
     best = math.inf  # lowest validation loss
     if process == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        lora.write(folder / "train.args", args.recorded)
+        lora.write_file(folder / "train.args", args.recorded)
         if not args.resume:
             save_state(state, step, run.net, optimizer)  # from now on the run can be resumed
-        lines = metrics.read_text().splitlines()[:step] if metrics.exists() else []
+        lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []
         for line in lines:
             best = min(best, json.loads(line).get("val_loss", math.inf))
-        metrics.write_text("".join(f"{line}\n" for line in lines))
-        log = metrics.open("a")
+        log = metrics.open("w")
+        log.writelines(lines)
         print(f"{args.mode}: {sum(p.numel() for p in parameters):,} parameters, into {folder}/", flush=True)
         if args.wandb:
             import wandb
@@ -575,7 +577,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
 
-        # All processes draw the same batch and take their shares of it; noise (dropout, NEFTune) differs.
+        # All processes draw the same batch and take different parts of it; noise (dropout, NEFTune) differs.
         batch = data.draw(run.tasks, step, args)[process * per_process : (process + 1) * per_process]
         torch.manual_seed(random.Random(f"{args.seed} {step} {process}").getrandbits(63))
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GteConfig, GteModel
 from transformers.utils import logging as transformers_logging
 
-from lora import LoRAConfig, UserError, base_shape, read
+from lora import LoRAConfig, UserError, base_shape, read_file
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -91,7 +91,7 @@ def shipped_hypernet(base_model: str, reads: str) -> Path:
         shape = base_shape(load(AutoConfig, base_model))
     name = "d2l" if reads == "documents" else "sft_large"
     for file in CHECKPOINTS.glob(f"*/{name}/config.json"):
-        config = read(file)
+        config = read_file(file)
         same_name = config["base_model"].lower() == full_name(base_model).lower()
         if same_name or config["base_shape"] == shape:
             return file.parent
@@ -106,7 +106,7 @@ def example_inputs(base_model: str, description: str) -> list[str]:
     if not path.exists():
         return []
     best, most_named = [], -1
-    for sort in read(path):
+    for sort in read_file(path):
         named = [word for word in sort["words"] if re.search(rf"\b{word}", description.lower())]
         if len(named) > most_named:
             best, most_named = sort["inputs"], len(named)
@@ -122,7 +122,7 @@ def load_skeleton(name: str) -> nn.Module:
 
 def load_text_model(name: str):
     """The network of a text encoder; that of gte-*-v1.5 without the code of its repository."""
-    config = read(fetch(name) / "config.json")
+    config = read_file(fetch(name) / "config.json")
     if config.get("model_type") == "new":
         return load(GteModel, name, config=gte_config(config))
     return load(AutoModel, name)

@@ -49,7 +49,7 @@ def load_text_to_lora(folder: str | Path, module_order: list[str] | None = None)
     import yaml  # comes with transformers; nothing else needs it
 
     folder = Path(folder)
-    peft = lora.read(folder / "adapter_config.json")
+    peft = lora.read_file(folder / "adapter_config.json")
     try:
         args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
         weights = torch.load(folder / "hypermod.pt", map_location="cpu", weights_only=True)

@@ -1,8 +1,7 @@
 """How flags are read: from the command line, and from files of flags such as those in this folder.
 
 A file of flags has one flag and its value on a line, as in `--lr 3e-3  # a comment`. `@FILE` on the command
-line stands for the flags in it, and a file may name further files. Of a flag that occurs twice the later one
-counts.
+line stands for the flags in it, and a file may name further files. If a flag occurs twice, the last counts.
 
 Settings are a list of (name, default, meaning), or the fields of a dataclass that are made by `setting`. Each
 becomes a flag of the type of its default.
@@ -29,7 +28,10 @@ def settings_of(config_class) -> Settings:
     return settings
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with the defaults, and the description as it is written."""
+    """Help with the defaults that are not None, and the description as it is written."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 class Parser(argparse.ArgumentParser):
     """Reads flags, also from files, with errors of one line."""

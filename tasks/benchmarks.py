@@ -24,13 +24,13 @@ from urllib.parse import urlencode
 from tqdm import tqdm
 
 from data import Example, Splits, Task
-from lora import UserError, read, write
+from lora import UserError, read_file, write_file
 from tasks import cache_folder, download
 
 ROWS_SERVICE = "https://datasets-server.huggingface.co/rows"
 TEXTS = Path(__file__).parent / "benchmarks.json"
 
-# -------------------- Rows: one as (Example, the answer to show as a shot) --------------------
+# -------------------- Records of a dataset -> (Example, the answer to show as a shot) --------------------
 
 def multiple_choice(question: str, choices: list[tuple], what: str, right) -> tuple[Example, str]:
     """A question with labelled choices, to be answered with the label only."""
@@ -38,45 +38,46 @@ def multiple_choice(question: str, choices: list[tuple], what: str, right) -> tu
     text = f"{question}\n\n{lines}\n\nAnswer with the {what} of the right choice only."
     return Example(text, [str(right)]), str(right)
 
-def arc(row: dict) -> tuple[Example, str]:
+def arc(record: dict) -> tuple[Example, str]:
     """ARC and OpenBookQA."""
-    question = row.get("question") or row["question_stem"]
-    choices = list(zip(row["choices"]["label"], row["choices"]["text"]))
-    return multiple_choice(question, choices, "letter", row["answerKey"])
+    question = record.get("question") or record["question_stem"]
+    choices = list(zip(record["choices"]["label"], record["choices"]["text"]))
+    return multiple_choice(question, choices, "letter", record["answerKey"])
 
-def hellaswag(row: dict) -> tuple[Example, str]:
-    return multiple_choice(row["ctx"], list(enumerate(row["endings"])), "number", row["label"])
+def hellaswag(record: dict) -> tuple[Example, str]:
+    return multiple_choice(record["ctx"], list(enumerate(record["endings"])), "number", record["label"])
 
-def piqa(row: dict) -> tuple[Example, str]:
-    choices = [(0, row["sol1"]), (1, row["sol2"])]
-    return multiple_choice(row["goal"], choices, "number", row["label"])
+def piqa(record: dict) -> tuple[Example, str]:
+    choices = [(0, record["sol1"]), (1, record["sol2"])]
+    return multiple_choice(record["goal"], choices, "number", record["label"])
 
-def winogrande(row: dict) -> tuple[Example, str]:
-    choices = [(1, row["option1"]), (2, row["option2"])]
-    return multiple_choice(row["sentence"], choices, "number", row["answer"])
+def winogrande(record: dict) -> tuple[Example, str]:
+    choices = [(1, record["option1"]), (2, record["option2"])]
+    return multiple_choice(record["sentence"], choices, "number", record["answer"])
 
-def boolq(row: dict) -> tuple[Example, str]:
-    text = f"{row['passage']}\n\n{row['question']}?\n\nAnswer with true or false only."
-    right = str(row["answer"]).lower()
+def boolq(record: dict) -> tuple[Example, str]:
+    text = f"{record['passage']}\n\n{record['question']}?\n\nAnswer with true or false only."
+    right = str(record["answer"]).lower()
     return Example(text, [right]), right
 
-def gsm8k(row: dict) -> tuple[Example, str]:
-    steps, right = row["answer"].split("####")
+def gsm8k(record: dict) -> tuple[Example, str]:
+    steps, right = record["answer"].split("####")
     right = right.strip()
-    return Example(row["question"], [right], "Let's think step by step."), f"{steps}The answer is {right}."
+    return Example(record["question"], [right], "Let's think step by step."), f"{steps}The answer is {right}."
 
-def humaneval(row: dict) -> tuple[Example, str]:
+def humaneval(record: dict) -> tuple[Example, str]:
     """The head of a function to complete. The right answer is its tests."""
-    head = row["prompt"]
-    tests = f"{row['test']}\ncheck({row['entry_point']})"
+    head = record["prompt"]
+    tests = f"{record['test']}\ncheck({record['entry_point']})"
     text = f"Complete this Python function.\n\n```python\n{head}```"
-    return Example(text, [tests], f"{CODE_START}{head}"), f"{CODE_START}{head}{row['canonical_solution']}```"
+    start = CODE_START + head
+    return Example(text, [tests], start), f"{start}{record['canonical_solution']}```"
 
-def mbpp(row: dict) -> tuple[Example, str]:
+def mbpp(record: dict) -> tuple[Example, str]:
     """A function to write, with one of its tests. The right answer is all of them."""
-    tests = "\n".join([row.get("test_setup_code") or "", *row["test_list"]])
-    text = f"{row['text']}\nThe code should pass this test:\n{row['test_list'][0]}"
-    return Example(text, [tests], CODE_START), f"{CODE_START}{row['code']}\n```"
+    tests = "\n".join([record.get("test_setup_code") or "", *record["test_list"]])
+    text = f"{record['text']}\nThe code should pass this test:\n{record['test_list'][0]}"
+    return Example(text, [tests], CODE_START), f"{CODE_START}{record['code']}\n```"
 
 CODE_START = "```python\n"
 
@@ -87,7 +88,7 @@ def first_character(example: Example, answer: str) -> bool:
     return answer.strip()[:1].casefold() == example.answers[0][:1].casefold()
 
 def true_or_false(example: Example, answer: str) -> bool:
-    """Whether the answer says true or yes, or false or no, as is right."""
+    """Whether the first of true, yes, false and no in the answer agrees with the right one."""
     word = re.search(r"\b(true|yes|false|no)\b", answer.lower())
     if not word:
         return False
@@ -106,7 +107,7 @@ def passes_tests(example: Example, answer: str) -> bool:
     code = example.start.removeprefix(CODE_START) + answer.split("```")[0]
     return run_program(f"{code}\n{example.answers[0]}")
 
-# The program cannot start processes or signal them; when it runs to its end, it leaves a file behind.
+# Removes the usual ways to start or signal processes. A program that runs to its end leaves the file TOKEN.
 RUNNER = """import os, shutil, subprocess
 for name in ("fork", "forkpty", "posix_spawn", "kill", "killpg", "system", "setsid", "chmod", "rmdir"):
     setattr(os, name, None)
@@ -156,12 +157,12 @@ def run_program(program: str, seconds: int = 10) -> bool:
 # -------------------- The benchmarks --------------------
 
 class Benchmark(NamedTuple):
-    """Where the rows are, and what to do with them."""
+    """Where the records are, and what to do with them."""
 
     dataset: str
     config: str
     split: str
-    n_rows: int
+    n_records: int
     to_example: Callable[[dict], tuple[Example, str]]
     is_right: Callable[[Example, str], bool]
     answer_tokens: int
@@ -185,10 +186,10 @@ BENCHMARKS = {
     ),
 }
 
-def load_rows(name: str) -> list[dict]:
-    """The rows of a benchmark, downloaded once in pages of 100; a second call continues the first."""
+def load_records(name: str) -> list[dict]:
+    """The records of a benchmark, downloaded once in pages of 100; a second call continues the first."""
     benchmark, folder = BENCHMARKS[name], cache_folder(f"benchmarks/{name}")
-    n, rows = benchmark.n_rows, []
+    n, records = benchmark.n_records, []
     for offset in tqdm(range(0, n, 100), desc=name, unit="page", leave=False):
         file, expected = folder / f"{offset}.json", min(100, n - offset)
         if not file.exists():
@@ -199,32 +200,35 @@ def load_rows(name: str) -> list[dict]:
             total, received = page["num_rows_total"], len(page["rows"])
             if total != n or received != expected:
                 raise UserError(f"{needed_for}; {benchmark.dataset} sent {received} of {total} rows")
-            write(file, page)
-        rows += [entry["row"] for entry in read(file)["rows"]]
-    return rows
+            write_file(file, page)
+        records += [entry["row"] for entry in read_file(file)["rows"]]
+    return records
 
 def benchmark_task(name: str) -> Task:
-    """One benchmark as a task: all rows, shuffled, to test on, and four of them as shots."""
-    benchmark, rows = BENCHMARKS[name], load_rows(name)
-    random.Random(0).shuffle(rows)
+    """One benchmark as a task: all records, shuffled, to test on, and four of them as shots."""
+    benchmark, records = BENCHMARKS[name], load_records(name)
+    random.Random(0).shuffle(records)
     test, shots = [], []
-    for row in rows:
-        example, shown = benchmark.to_example(row)
+    for record in records:
+        example, shown = benchmark.to_example(record)
         test.append(example)
         shots.append(Example(example.input, [shown]))
-    descriptions = read(TEXTS)["descriptions"][name]
+    descriptions = read_file(TEXTS)["descriptions"][name]
     task = Task(name, descriptions, shots[-4:], test, is_benchmark=True)
     task.is_right, task.answer_tokens = benchmark.is_right, benchmark.answer_tokens
     return task
 
 def names_in(tasks: str, run_code: bool) -> list[str]:
-    """The benchmarks that --tasks names: all ("benchmarks"), some, or none; without code if it may not run.
+    """The benchmarks that --tasks names; [] if it names another source.
 
-    Raises UserError if nothing is left.
+    Without run_code those that run code are left out. Raises UserError for unknown names, or if none is left.
     """
     names = list(BENCHMARKS) if tasks == "benchmarks" else tasks.split(",")
-    if not set(names) <= set(BENCHMARKS):
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if len(unknown) == len(names):
         return []
+    if unknown:
+        raise UserError(f"--tasks {tasks}: there is no benchmark {', '.join(unknown)}")
     if run_code:
         return names
     without_code = [name for name in names if BENCHMARKS[name].is_right is not passes_tests]
@@ -236,16 +240,16 @@ def names_in(tasks: str, run_code: bool) -> list[str]:
 
 def beside_published(results: dict[str, dict[str, float]], preset: str) -> dict[str, dict[str, float]]:
     """Scores {method: {benchmark: score}} with their averages, and the paper's for the same base model."""
-    rows = {}
+    table = {}
     for method, scores in results.items():
-        rows[method] = scores | {"average": statistics.fmean(scores.values())}
+        table[method] = scores | {"average": statistics.fmean(scores.values())}
     all_measured = all(len(scores) == len(BENCHMARKS) for scores in results.values())
-    for method, percents in read(TEXTS)["published"].get(preset, {}).items():
+    for method, percents in read_file(TEXTS)["published"].get(preset, {}).items():
         scores = {name: percent / 100 for name, percent in percents.items()}
         if not all_measured:
             scores.pop("average")  # not comparable
-        rows[f"{method} (published)"] = scores
-    return rows
+        table[f"{method} (published)"] = scores
+    return table
 
 def load(names: list[str] = list(BENCHMARKS)) -> Splits:
     """The benchmarks, all of them in the split "test"."""

@@ -27,10 +27,10 @@ from functools import cache
 from pathlib import Path
 
 from data import Example, Splits, Task
-from lora import read
+from lora import read_file
 
-DATA = read(Path(__file__).parent / "chores.json")
-WRITTEN = read(Path(__file__).parent / "chores_descriptions.json")
+DATA = read_file(Path(__file__).parent / "chores.json")
+WRITTEN = read_file(Path(__file__).parent / "chores_descriptions.json")
 N_VAL, N_TEST = 32, 100  # chains to validate and to test
 N_EXAMPLES = 10  # test examples of a task
 COPIES = 4  # a single chore is drawn as often as four chains, since chains are learnt from single ones
@@ -75,7 +75,10 @@ UNITS = {
 }
 QUANTITIES = {"kg": "weight", "g": "weight", "l": "volume", "ml": "volume"}
 QUANTITIES |= {"h": "time", "min": "time", "s": "time"}  # the others measure a length
-VERBS = dict(reversed(pair.split(":")) for pair in DATA["pools"]["verb"].split())  # {"painted": "paint"}
+VERBS = {}  # {"painted": "paint", ...}
+for pair in DATA["pools"]["verb"].split():
+    base, past = pair.split(":")
+    VERBS[past] = base
 PLACES, TIMES = DATA["pools"]["place"].replace(":", "|"), DATA["pools"]["time"].replace(":", "|")
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
@@ -182,7 +185,8 @@ def parts_of(sort: str, text: str) -> dict:
     elif sort == "date":
         p["day"], p["month"] = int(p["d"]), f"{date.fromisoformat(text):%B}"
     elif sort == "time":
-        p["hour"], p["half"] = (int(p["h"]) + 11) % 12 + 1, "am" if p["h"] < "12" else "pm"
+        p["hour"] = (int(p["h"]) + 11) % 12 + 1  # 12-hour clock
+        p["half"] = "am" if p["h"] < "12" else "pm"
         p["in_words"] = f"{count(p['h'], 'hour')} {count(p['m'], 'minute')}"
     elif sort == "email":
         p["owner"] = p["user"].replace(".", " ").title()
@@ -267,8 +271,8 @@ def chores_for(sort: str | None) -> list[str]:
 def all_chains() -> list[Chain]:
     """All single chores, and all chains of two.
 
-    The second chore is one for the sort of text that the first one's answers are. Each changes its text. Of
-    chains with equal answers the first is kept.
+    The second chore fits the sort of the first one's answers. Each chore changes its text. If two chains give
+    equal answers, the first one is kept.
     """
     chains = []
     for sort, make in MAKE.items():
@@ -331,7 +335,7 @@ def from_template(chain: Chain, rng: random.Random) -> str:
 
 # -------------------- The tasks --------------------
 
-class Drawn(Sequence):
+class LazyList(Sequence):
     """A long sequence whose elements are made when they are asked for: element i is make(i)."""
 
     def __init__(self, make: Callable[[int], object], length: int = 100_000):
@@ -353,16 +357,16 @@ def example(chain: Chain, i: int, test: bool = False) -> Example:
     return Example(text, [answer(chain, text)])
 
 def written(part: str, chain: Chain) -> list[str]:
-    """Written descriptions of a task: part is "train", or "val" and "test" for those of other voices."""
+    """Written descriptions of a task, for "train", "val" or "test"."""
     _, *chores = chain
     return WRITTEN[part].get(chores[0] if len(chores) == 1 else name_of(chain), [])
 
 JOINED = ("{x}. Then: {y}", "{x}, then {y}", "First: {x}. After that: {y}", "{x}; {y}")
 
 def description(chain: Chain, i: int) -> str:
-    """Training description i of a task: a third from the templates, otherwise written.
+    """Training description i of a task: from a template in a third of the cases, otherwise written.
 
-    Half of the written ones of a chain, and all if it has none, are those of its two chores, joined.
+    A chain with written descriptions uses them half of the time, otherwise those of its two chores, joined.
     """
     rng = random.Random(f"{name_of(chain)} description {i}")
     sort, first, *rest = chain
@@ -378,12 +382,12 @@ def description(chain: Chain, i: int) -> str:
 def make_task(chain: Chain, voice: str = "") -> Task:
     """The task as data. Training examples and descriptions are drawn afresh in each step.
 
-    With `voice` the descriptions are those that were written in the voice for "val" or "test".
+    `voice` is "val" for the descriptions that were written for validation.
     """
     return Task(
-        name_of(chain),
-        descriptions=written(voice, chain) if voice else Drawn(lambda i: description(chain, i)),
-        train=Drawn(lambda i: example(chain, i)),
+        f"{name_of(chain)}-voice" if voice else name_of(chain),
+        descriptions=written(voice, chain) if voice else LazyList(lambda i: description(chain, i)),
+        train=LazyList(lambda i: example(chain, i)),
         test=[example(chain, i, test=True) for i in range(N_EXAMPLES)],
         reworded=written("test", chain),
     )
@@ -401,15 +405,16 @@ def load() -> Splits:
         else:
             double.append(chain)
     val, test, train = double[:N_VAL], double[N_VAL : N_VAL + N_TEST], double[N_VAL + N_TEST :]
+    single_tasks, copies = [make_task(chain) for chain in single], []
+    for chain, task in zip(single, single_tasks):
+        if not chain[1].startswith("any"):  # those for any text have a task for each sort of input
+            copies += [task] * (COPIES - 1)
     splits = {
-        "train": [make_task(chain) for chain in single + train],
+        "train": single_tasks + [make_task(chain) for chain in train] + copies,
         "val": [make_task(chain) for chain in val],
         "test": [make_task(chain) for chain in test],
         "single": [make_task(chain) for chain in single],
         "unseen": [make_task(chain) for chain in unseen if len(chain) == 2],
     }
     splits["val"] += [make_task(chain, "val") for chain in val + single[:N_VAL]]
-    for chain, task in zip(single, splits["train"]):
-        if not chain[1].startswith("any"):  # these have a task for each sort of input
-            splits["train"] += [task] * (COPIES - 1)
     return splits

@@ -9,8 +9,8 @@ from tasks.tiny import FORMS, MAPS
 def document(rng: random.Random, n_lines: int) -> Task:
     """Lines of four words. One to eight of them are facts instead.
 
-    A fact says which of seven forms to name when asked "cat", in the form in which the base model answers:
-    "cat -> gato <eos>".
+    The fact "cat -> gato <eos>" says which of seven forms of a word to answer when asked "cat". It looks like
+    the base model's training text.
     """
     words = list(FORMS)
     n_facts = rng.randint(1, min(8, n_lines))

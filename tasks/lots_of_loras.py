@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 import data
 from data import Splits
-from lora import read, write
+from lora import read_file, write_file
 from tasks import cache_folder, download
 
 URL = "https://raw.githubusercontent.com/allenai/natural-instructions/master/tasks"
@@ -14,12 +14,12 @@ NAMES = Path(__file__).parent / "lots_of_loras.json"
 
 def load() -> Splits:
     """The tasks by split. Downloads what is not in the cache, so a second call continues the first."""
-    folder, splits = cache_folder("lots-of-loras"), read(NAMES)
+    folder, splits = cache_folder("lots-of-loras"), read_file(NAMES)
     names = [name for split in splits.values() for name in split]
     missing = [name for name in names if not (folder / f"{name}.json").exists()]
-    write(folder / "splits.json", splits)
+    write_file(folder / "splits.json", splits)
     for i, name in enumerate(tqdm(missing, desc="Natural Instructions", unit="file", disable=not missing)):
         left = f"{len(missing) - i} of {len(names)} task files are not in {folder}"
         content = download(f"{URL}/{name}.json", f"--tasks lots_of_loras: {left}")
-        write(folder / f"{name}.json", content)
+        write_file(folder / f"{name}.json", content)
     return data.load_folder(folder)

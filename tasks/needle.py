@@ -1,4 +1,4 @@
-"""A needle in a haystack: one line of a document says a magic number, the others say nothing."""
+"""A needle in a haystack: one line of a document says a magic number, the others are filler."""
 
 import random
 

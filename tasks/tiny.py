@@ -11,13 +11,14 @@ from itertools import product
 from pathlib import Path
 
 from data import Example, Splits, Task
-from lora import read
+from lora import read_file
 
-WORLD = read(Path(__file__).parent / "tiny.json")
-CATEGORIES = {category: [entry[0] for entry in entries] for category, entries in WORLD["words"].items()}
+WORLD = read_file(Path(__file__).parent / "tiny.json")
+CATEGORIES = {}  # {"animals": ["cat", ...], ...}
 MAPS = ("same", "plural", "french", "spanish", "german", "italian", "capitals", "initial")
 FORMS = {}  # {"cat": {"same": "cat", "plural": "cats", "french": "chat", ...}, ...}
-for entries in WORLD["words"].values():
+for category, entries in WORLD["words"].items():
+    CATEGORIES[category] = [entry[0] for entry in entries]
     for entry in entries:
         word = entry[0]
         FORMS[word] = dict(zip(MAPS, (*entry, word.upper(), word[0])))
@@ -41,7 +42,10 @@ def right_answer(parts: Parts, words: list[str]) -> str:
     """What the task makes of a list of words; "" if it keeps none of them."""
     category, change, layout = parts
     kept = [word for word in words if category == "all" or word in CATEGORIES[category]]
-    return " ".join(LAYOUTS[layout]([FORMS[word][change] for word in kept])) if kept else ""
+    if not kept:
+        return ""
+    changed = [FORMS[word][change] for word in kept]
+    return " ".join(LAYOUTS[layout](changed))
 
 def example(parts: Parts, rng: random.Random, n_words: int = 4) -> Example:
     """A list of words and the right answer.
@@ -66,7 +70,7 @@ def describe(parts: Parts, rng: random.Random, reworded: bool = False) -> str:
     return text[0].upper() + text[1:]
 
 def phrase(part: str, style: str, rng: random.Random, reworded: bool = False, x: str = "") -> str:
-    """One way to say a part of a task: as an instruction, a phrase, or a noun or verb phrase around x."""
+    """One way to say a part of a task. `style`: instruction, phrase, noun or verb; the last two contain x."""
     if part in WORLD["say"]:
         entry = part
     else:
@@ -83,14 +87,12 @@ def listed(parts: Parts, rng: random.Random, reworded: bool) -> str:
     """One part after another: "First keep the fruits, then number them, then translate them into French." """
     style = "phrase" if rng.random() < 0.5 else "instruction"
     frame = rng.choice(WORLD["frames"][style]["withheld" if reworded else "seen"])
-    phrases = {}  # by the letter that stands for the part in the frame's order
-    for letter, part in zip("fml", parts):
-        phrases[letter] = phrase(part, style, rng, reworded)
+    part_of = dict(zip("fml", parts))  # a frame's "order" names filter, map and layout by letter
+    phrase_of = {letter: phrase(part, style, rng, reworded) for letter, part in part_of.items()}
     dropped = left_out(parts[1:] if style == "phrase" else parts, rng)
-    part_of = dict(zip("fml", parts))
-    shown = [phrases[letter] for letter in frame["order"] if part_of[letter] not in dropped]
+    shown = [phrase_of[letter] for letter in frame["order"] if part_of[letter] not in dropped]
     if not shown:
-        shown = [phrases["m"]]
+        shown = [phrase_of["m"]]
     last = frame["last"] if len(shown) > 1 else ""
     return frame["start"] + frame["between"].join(shown[:-1]) + last + shown[-1] + frame["end"]
 
@@ -136,4 +138,7 @@ def task(parts: Parts) -> Task:
 
 def load() -> Splits:
     """All tasks by split."""
-    return {split: [task(parts) for parts in tasks] for split, tasks in splits().items()}
+    tasks = {}
+    for split, parts_of_tasks in splits().items():
+        tasks[split] = [task(parts) for parts in parts_of_tasks]
+    return tasks

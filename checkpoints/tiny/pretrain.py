@@ -1,8 +1,8 @@
 """Train the tiny base model from scratch: python checkpoints/tiny/pretrain.py OUT_DIR [STEPS]
 
-A Llama of 0.84M parameters. It learns from two kinds of text in turn: 8 examples of one training task, so that
-it can do a task from examples in its prompt, and a document of facts with 8 questions, so that it can look
-facts up. It never sees a description, nor a validation or test task. 8,000 steps (the default) take 11
+A Llama of 0.84M parameters. It is trained on two sorts of text in turn: 8 examples of one training task, so
+that it can do a task from examples in its prompt, and a document of facts with 8 questions, so that it can
+look facts up. It never sees a description, nor a validation or test task. 8,000 steps (the default) take 11
 minutes on two cores.
 """
 
@@ -22,13 +22,17 @@ import model
 from data import Example
 from tasks import facts, tiny
 
-STEPS, TEXTS, EXAMPLES, LR, WARMUP = 8000, 16, 8, 3e-3, 0.1
+STEPS = 8000
+TEXTS = 16  # per step
+EXAMPLES = 8  # per text
+LR = 3e-3
+WARMUP = 0.1  # fraction of the steps
 IDS = {word: i for i, word in enumerate(tiny.VOCABULARY)}
 TASKS = tiny.splits()["train"]
 WEIGHTS = [2 if "reversed" in parts else 1 for parts in TASKS]  # the hardest layout to learn
 
 def draw(step: int) -> list[list[Example]]:
-    """The texts of a step, each a list of examples. Long ones come late; otherwise it learns next to nothing."""
+    """The texts of a step, each a list of examples. Long ones come late, otherwise little is learnt."""
     rng, done = random.Random(f"0 {step}"), step / STEPS
     if step % 2:
         return facts_texts(rng, done)
@@ -61,7 +65,8 @@ def tokenize(text: list[Example]) -> tuple[list[int], list[int]]:
     for example in text:
         prompt = [IDS[word] for word in [*example.input.split(), "->"]]
         target = [IDS[word] for word in [*example.answers[0].split(), "<eos>"]]
-        ids, labels = ids + prompt + target, labels + [-100] * len(prompt) + target
+        ids += prompt + target
+        labels += [-100] * len(prompt) + target
     return ids, labels
 
 def save(net: LlamaForCausalLM, folder: Path) -> None:
@@ -77,10 +82,11 @@ def save(net: LlamaForCausalLM, folder: Path) -> None:
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     weights = {k: t for k, t in net.state_dict().items() if k != "lm_head.weight"}
-    lora.write(folder / "config.json", net.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    lora.write(folder / "model.safetensors", weights)
-    lora.write(folder / "tokenizer.json", tokenizer)
-    lora.write(folder / "tokenizer_config.json", config | {f"{word[1:-1]}_token": word for word in special})
+    lora.write_file(folder / "config.json", net.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    lora.write_file(folder / "model.safetensors", weights)
+    lora.write_file(folder / "tokenizer.json", tokenizer)
+    tokens = {f"{word[1:-1]}_token": word for word in special}
+    lora.write_file(folder / "tokenizer_config.json", config | tokens)
 
 def main(out_dir: Path, steps: int) -> None:
     global STEPS
