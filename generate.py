@@ -3,6 +3,7 @@
     python generate.py --desc "Keep only the animals and translate them into French."
     python generate.py --desc "..." --desc "..." --input "cat red dog shirt"
     python generate.py --doc notes.txt --input "What is ...?"
+    python generate.py --web                                                # a page to try it (needs gradio)
 
 The adapter is a folder that PEFT loads. The base model's answers stand beside those with the adapter.
 """
@@ -43,9 +44,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input", action="append", help="a text to answer; may be given several times")
     parser.add_argument("--out", default="out/adapter", help="adapter folder; for several: 0, 1, ... in it")
     parser.add_argument("--merge", help="folder for the base model with the adapter merged into its weights")
+    parser.add_argument("--web", type=int, nargs="?", const=7860, metavar="PORT", help="page to try it")
     add_model_flags(parser)
     args = parser.parse_args()
-    if bool(args.desc) == bool(args.doc):
+    if args.web and not (args.desc or args.doc):
+        return args
+    if args.web or bool(args.desc) == bool(args.doc):
         raise UserError('say what to do (--desc "Translate the animals.") or what to know (--doc FILE)')
     if args.merge and len(args.desc or []) > 1:
         raise UserError("--merge takes a single --desc")
@@ -110,8 +114,11 @@ def answer_inputs(base, tokenizer, inputs: list[str], instruction: str, args) ->
     answers = model.answer(base, tokenizer, prompts, args.max_new_tokens)
     return answers, f"{(time.perf_counter() - started) * 1000:.0f} ms"
 
-def show(base, tokenizer, adapter: Adapter, scaling: float, text: str, inputs: list[str], args) -> None:
-    """Print the answers of the base model and those with an adapter, written from `text`."""
+def compare(base, tokenizer, adapter: Adapter, scaling: float, text: str, inputs: list[str], args):
+    """({label: answers}, {label: time}) of the base model and of an adapter, written from `text`.
+
+    For documents also those of the base model with the document in its prompt, if it fits.
+    """
     instruction = text + model.SUFFIX if args.instruction else ""
     answers, times = {}, {}
     lora.set_adapter(base, None)
@@ -123,13 +130,14 @@ def show(base, tokenizer, adapter: Adapter, scaling: float, text: str, inputs: l
             answers["in context"], times["in context"] = answer_inputs(base, tokenizer, inputs, text, args)
     lora.set_adapter(base, adapter, scaling)
     answers["with adapter"], times["with adapter"] = answer_inputs(base, tokenizer, inputs, instruction, args)
+    return answers, times
+
+def show(answers: dict[str, list[str]], inputs: list[str]) -> None:
+    """Print the answers to each input, one below the other."""
     for i, question in enumerate(inputs):
         print(f"\n  {'input':12}  {question}")
         for label in answers:
             print(f"  {label:12}  {answers[label][i].rstrip()}")
-    if args.doc:
-        parts = [f"{label} {taken}" for label, taken in times.items()]
-        print(f"\n  time of all answers: {', '.join(parts)}")
 
 def save_merged(folder: Path, base, tokenizer, description: str) -> None:
     """Write the merged model into a temporary folder, then move it into place, file by file."""
@@ -154,30 +162,34 @@ def read_documents(files: list[str]) -> list[str]:
     return documents
 
 @torch.no_grad()
-def write_adapters(net, texts: list, base, tokenizer, args) -> Adapter:
-    """One adapter per text (Doc-to-LoRA: per list of texts). Prints the time it took."""
-    encode = load_encoder_for(net, base, tokenizer, args)
+def write_adapters(net, texts: list, base, tokenizer, encode) -> tuple[Adapter, float]:
+    """(one adapter per text, or for Doc-to-LoRA per list of texts; the milliseconds it took)."""
     started = time.perf_counter()
     adapters = net(hypernet.make_condition(net, texts, base, tokenizer, encode))  # A [n, L, r, in]
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     milliseconds = (time.perf_counter() - started) * 1000
-    print(f"{len(texts)} adapter{'s' if len(texts) > 1 else ''} written in {milliseconds:.1f} ms")
     lora.lora_layers(base, adapters)  # refuses what does not fit, before any file is written
-    return adapters
+    return adapters, milliseconds
 
 def main() -> None:
     args = parse_args()
+    if args.web:
+        from assets import web  # it builds on this file
+
+        return web.serve(args)
     documents = read_documents(args.doc or [])
     net = load_net(args.hypernet, args, "documents" if args.doc else "descriptions")
     base, tokenizer = load_base_for([net.config], args)
     model.check_known(tokenizer, (args.input or []) + documents)
     if args.instruction is None:
         args.instruction = net.config.instruction
-    adapters = write_adapters(net, [documents] if args.doc else args.desc, base, tokenizer, args)
+    encode = load_encoder_for(net, base, tokenizer, args)
+    texts = ["\n\n".join(documents)] if args.doc else args.desc
+    adapters, milliseconds = write_adapters(net, [documents] if args.doc else texts, base, tokenizer, encode)
+    print(f"{len(texts)} adapter{'s' if len(texts) > 1 else ''} written in {milliseconds:.1f} ms")
 
     remove_adapters(Path(args.out))
-    texts = ["\n\n".join(documents)] if args.doc else args.desc
     for i, text in enumerate(texts):
         folder = Path(args.out) / str(i) if len(texts) > 1 else Path(args.out)
         adapter = lora.select(adapters, i)
@@ -191,7 +203,11 @@ def main() -> None:
         if not inputs and not args.doc:
             inputs = locate.example_inputs(net.config.base_model, text)
         if inputs:
-            show(base, tokenizer, adapter, net.config.scaling, text, inputs, args)
+            answers, times = compare(base, tokenizer, adapter, net.config.scaling, text, inputs, args)
+            show(answers, inputs)
+            if args.doc:
+                parts = [f"{label} {taken}" for label, taken in times.items()]
+                print(f"\n  time of all answers: {', '.join(parts)}")
 
     if args.merge:
         lora.set_adapter(base, None)

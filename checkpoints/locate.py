@@ -97,16 +97,15 @@ def shipped_hypernet(base_model: str, reads: str) -> Path:
             return file.parent
     raise UserError(f"no hypernetwork for {base_model} is shipped; train one and pass it with --hypernet")
 
-def example_inputs(base_model: str, description: str) -> list[str]:
-    """Inputs to show an adapter on, from examples.json beside what is shipped for the base model.
-
-    They are of the sort that the description names most; of the first sort if it names none.
-    """
+def examples(base_model: str) -> dict[str, list]:
+    """What to show for a base model, from examples.json beside what is shipped for it."""
     path = CHECKPOINTS / preset_of(base_model) / "examples.json"
-    if not path.exists():
-        return []
+    return read_file(path) if path.exists() else {"descriptions": [], "documents": [], "sorts": []}
+
+def example_inputs(base_model: str, description: str) -> list[str]:
+    """Inputs to show an adapter on: of the sort that the description names most, otherwise the first."""
     best, most_named = [], -1
-    for sort in read_file(path):
+    for sort in examples(base_model)["sorts"]:
         named = [word for word in sort["words"] if re.search(rf"\b{word}", description.lower())]
         if len(named) > most_named:
             best, most_named = sort["inputs"], len(named)
