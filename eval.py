@@ -31,14 +31,13 @@ import torch
 from tqdm import tqdm
 
 import data
-import generate
 import hypernet
 import lora
 import model
-from checkpoints import locate
+from checkpoints import load, locate
 from config import flags
 from data import Example, Task
-from lora import Adapter, UserError
+from lora import UserError
 from tasks import benchmarks, make_documents
 
 METHODS = "base icl prompt mt_lora oracle t2l t2l_reworded t2l_shuffled t2l_random recon".split()
@@ -64,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=int, default=256, help="inputs that are answered at once")
     add("--out", help="write settings and scores to this JSON file")
     add("--plot", help="draw the scores into this PNG file (needs matplotlib)")
-    generate.add_model_flags(parser)
+    load.add_model_flags(parser)
     args = parser.parse_args()
     if args.n_examples is not None and args.n_examples < 1:
         raise UserError("--n_examples must be at least 1")
@@ -131,23 +130,23 @@ class Models:
             else:
                 continue
             if folder not in nets:
-                nets[folder] = generate.load_net(folder, args, reads)
+                nets[folder] = load.load_net(folder, args, reads)
             self.nets[method] = nets[folder]
         configs = [net.config for net in nets.values()]
         if "mt_lora" in methods:
-            self.mt_lora, self.mt_config = lora.load_adapters([Path(args.mt_lora)], generate.DEVICE)
+            self.mt_lora, self.mt_config = lora.load_adapters([Path(args.mt_lora)], load.DEVICE)
             configs.append(self.mt_config)
         if "oracle" in methods:
             self.task_names = [task.name for task in tasks]
             oracle_folders = [Path(args.oracles) / name for name in self.task_names]
-            self.oracles, self.oracle_config = lora.load_adapters(oracle_folders, generate.DEVICE)
+            self.oracles, self.oracle_config = lora.load_adapters(oracle_folders, load.DEVICE)
             configs.append(self.oracle_config)
-        self.base, self.tokenizer = generate.load_base_for(configs, args)
+        self.base, self.tokenizer = load.load_base_for(configs, args)
         self.encoders = {}  # by name, so that each is loaded once
         for net in nets.values():
             key = encoder_key(net)
             if key not in self.encoders:
-                self.encoders[key] = generate.load_encoder_for(net, self.base, self.tokenizer, args)
+                self.encoders[key] = load.load_encoder_for(net, self.base, self.tokenizer, args)
         if args.base_model is None:
             args.base_model = configs[0].base_model if configs else "tiny"
         if args.instruction is None:

@@ -18,23 +18,9 @@ import torch
 import hypernet
 import lora
 import model
-from checkpoints import locate
+from checkpoints import load, locate
 from config import flags
 from lora import Adapter, UserError
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which models answer, and how; eval.py has them, too."""
-    add = parser.add_argument
-    add("--base_model", help=f"{', '.join(locate.PRESETS)}, a hub id or a folder; default: the net's")
-    add("--hypernet", help="a folder, or USER/REPO/FOLDER on the hub; default: the shipped one")
-    add("--module_order", help="order of a published checkpoint's target modules (checkpoints/README.md)")
-    add("--encoder", help="where the text encoder is, if not under its name in training")
-    switch = argparse.BooleanOptionalAction
-    add("--instruction", action=switch, help="put the description before inputs; default: as in training")
-    add("--max_new_tokens", type=int, default=64, help="longest answer")
-    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, otherwise float32")
 
 def parse_args() -> argparse.Namespace:
     """The flags, checked as far as that goes without a model."""
@@ -45,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", default="out/adapter", help="adapter folder; for several: 0, 1, ... in it")
     parser.add_argument("--merge", help="folder for the base model with the adapter merged into its weights")
     parser.add_argument("--web", type=int, nargs="?", const=7860, metavar="PORT", help="page to try it")
-    add_model_flags(parser)
+    load.add_model_flags(parser)
     args = parser.parse_args()
     if args.web and not (args.desc or args.doc):
         return args
@@ -75,35 +61,6 @@ def remove_adapters(folder: Path) -> None:
             (old / name).unlink(missing_ok=True)
         if old.exists() and not any(old.iterdir()):
             old.rmdir()
-
-# -------------------- Loading, also for eval.py --------------------
-
-def load_net(name: str | None, args, reads: str = "descriptions") -> torch.nn.Module:
-    """The hypernetwork of a folder, or of a folder on the hub; without a name the shipped one."""
-    folder = name or str(locate.shipped_hypernet(args.base_model or "tiny", reads))
-    order = args.module_order.split(",") if args.module_order else None
-    net = hypernet.load_hypernet(locate.fetch(folder, hypernet.FILES), order).to(DEVICE)
-    if net.reads != reads:
-        raise UserError(f"the hypernetwork in {folder} reads {net.reads}, not {reads}")
-    return net
-
-def load_base_for(configs: list[lora.LoRAConfig], args):
-    """Load the base model of these configs, or --base_model, and inject LoRA layers: (base, tokenizer)."""
-    base_model = args.base_model or (configs[0].base_model if configs else "tiny")
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    base, tokenizer = model.load_base(base_model, DEVICE, dtype)
-    names = set()
-    for config in configs:
-        locate.check_base(config, base_model, lora.base_shape(base.config))
-        names |= set(config.paths)
-    return lora.inject(base, sorted(names)), tokenizer
-
-def load_encoder_for(net: torch.nn.Module, base: torch.nn.Module, tokenizer, args):
-    """The text encoder of a hypernetwork that reads descriptions; None for documents."""
-    if net.reads == "documents":
-        return None
-    name = args.encoder or net.config.encoder
-    return model.load_encoder(name, DEVICE, (base, tokenizer), net.config.full_stop)
 
 # -------------------- What an adapter does --------------------
 
@@ -166,7 +123,7 @@ def write_adapters(net, texts: list, base, tokenizer, encode) -> tuple[Adapter, 
     """(one adapter per text, or for Doc-to-LoRA per list of texts; the milliseconds it took)."""
     started = time.perf_counter()
     adapters = net(hypernet.make_condition(net, texts, base, tokenizer, encode))  # A [n, L, r, in]
-    if DEVICE == "cuda":
+    if load.DEVICE == "cuda":
         torch.cuda.synchronize()
     milliseconds = (time.perf_counter() - started) * 1000
     lora.lora_layers(base, adapters)  # refuses what does not fit, before any file is written
@@ -179,12 +136,12 @@ def main() -> None:
 
         return web.serve(args)
     documents = read_documents(args.doc or [])
-    net = load_net(args.hypernet, args, "documents" if args.doc else "descriptions")
-    base, tokenizer = load_base_for([net.config], args)
+    net = load.load_net(args.hypernet, args, "documents" if args.doc else "descriptions")
+    base, tokenizer = load.load_base_for([net.config], args)
     model.check_known(tokenizer, (args.input or []) + documents)
     if args.instruction is None:
         args.instruction = net.config.instruction
-    encode = load_encoder_for(net, base, tokenizer, args)
+    encode = load.load_encoder_for(net, base, tokenizer, args)
     texts = ["\n\n".join(documents)] if args.doc else args.desc
     adapters, milliseconds = write_adapters(net, [documents] if args.doc else texts, base, tokenizer, encode)
     print(f"{len(texts)} adapter{'s' if len(texts) > 1 else ''} written in {milliseconds:.1f} ms")

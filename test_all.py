@@ -45,7 +45,7 @@ import tasks
 import train
 from checkpoints import locate, published
 from data import Example
-from tasks import benchmarks, chores, facts, lots_of_loras, tiny
+from tasks import benchmarks, chores, lots_of_loras, tiny
 
 HERE, TINY = Path(__file__).parent, locate.CHECKPOINTS / "tiny"
 SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]

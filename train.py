@@ -38,6 +38,7 @@ import hypernet
 import lora
 import model
 from checkpoints import locate
+from checkpoints.state import load_state, save_state
 from config import flags
 from lora import Adapter, UserError
 from tasks import generate_answers
@@ -446,7 +447,7 @@ def validate(run: Run) -> dict[str, float]:
     run.base.train()
     return {"val_loss": loss / len(examples), "val_accuracy": n_right / len(examples)}
 
-# -------------------- Optimizer, state, processes --------------------
+# -------------------- Optimizer, files, processes --------------------
 
 NO_DECAY = ("scaler", "bias", "latents", "queries", "b1", "b2")
 
@@ -483,27 +484,6 @@ def save(run: Run, folder: Path) -> None:
     else:
         for i, task in enumerate(run.tasks):
             lora.save_adapter(folder / task.name, run.net(i), run.net.config)
-
-def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Everything the next step depends on, in one file. A step's randomness follows from its number."""
-    tensors = {"step": torch.tensor(step)}
-    for name, tensor in net.state_dict().items():
-        tensors[f"net {name}"] = tensor
-    for name, p in net.named_parameters():
-        for key, tensor in optimizer.state.get(p, {}).items():
-            tensors[f"{key} {name}"] = tensor
-    lora.write_file(path, tensors)
-
-def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a saved state into net and optimizer; returns the number of steps done."""
-    tensors = lora.read_file(path)
-    step = int(tensors["step"])
-    net.load_state_dict({name: tensors[f"net {name}"] for name in net.state_dict()})
-    for name, p in net.named_parameters():
-        if p.requires_grad and step > 0:
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                optimizer.state[p][key] = tensors[f"{key} {name}"].to(p.device)
-    return step
 
 def start_processes() -> tuple[int, int, int, torch.device]:
     """(this process, its number on this machine, number of processes, device); one without torchrun."""

@@ -8,7 +8,7 @@ from functools import partial
 import generate
 import lora
 import model
-from checkpoints import locate
+from checkpoints import load, locate
 from lora import UserError
 
 def serve(args) -> None:
@@ -20,10 +20,10 @@ def serve(args) -> None:
     nets = []
     for reads in ("descriptions", "documents"):
         with suppress(UserError):  # there may be only one of them for this base model
-            nets.append(generate.load_net(args.hypernet, args, reads))
+            nets.append(load.load_net(args.hypernet, args, reads))
     if not nets:
         raise UserError("there is no hypernetwork to try; train one and pass it with --hypernet")
-    base, tokenizer = generate.load_base_for([net.config for net in nets], args)
+    base, tokenizer = load.load_base_for([net.config for net in nets], args)
     lock = threading.Lock()  # the base model holds one visitor's adapter at a time
 
     def answer(net, encode, text: str, inputs: str):
@@ -51,7 +51,7 @@ def serve(args) -> None:
         boxes = [gradio.Textbox(label=title), gradio.Textbox(label=f"{second}, one per line", lines=3)]
         table = gradio.Dataframe(headers=["input", "base model", "with adapter"], label="Answers", wrap=True)
         results = [table, gradio.Markdown(), gradio.File(label="The adapter, as PEFT loads it")]
-        function = partial(answer, net, generate.load_encoder_for(net, base, tokenizer, args))
+        function = partial(answer, net, load.load_encoder_for(net, base, tokenizer, args))
         settings = dict(examples=locate.examples(net.config.base_model)[net.reads], flagging_mode="never")
         tabs[title] = gradio.Interface(function, boxes, results, submit_btn="Write an adapter", **settings)
     gradio.TabbedInterface(list(tabs.values()), list(tabs), "Text-to-LoRA").launch(server_port=args.web)

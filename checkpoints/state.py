@@ -1,0 +1,29 @@
+"""The state of a training run, from which --resume continues it."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora import read_file, write_file
+
+def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Everything the next step depends on, in one file. A step's randomness follows from its number."""
+    tensors = {"step": torch.tensor(step)}
+    for name, tensor in net.state_dict().items():
+        tensors[f"net {name}"] = tensor
+    for name, p in net.named_parameters():
+        for key, tensor in optimizer.state.get(p, {}).items():
+            tensors[f"{key} {name}"] = tensor
+    write_file(path, tensors)
+
+def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put a saved state into net and optimizer; returns the number of steps done."""
+    tensors = read_file(path)
+    step = int(tensors["step"])
+    net.load_state_dict({name: tensors[f"net {name}"] for name in net.state_dict()})
+    for name, p in net.named_parameters():
+        if p.requires_grad and step > 0:
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                optimizer.state[p][key] = tensors[f"{key} {name}"].to(p.device)
+    return step
