@@ -33,10 +33,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--web", type=int, nargs="?", const=7860, metavar="PORT", help="page to try it")
     load.add_model_flags(parser)
     args = parser.parse_args()
-    if args.web and not (args.desc or args.doc):
+    if args.web and not (args.desc or args.doc or args.shard):
         return args
     if args.web or bool(args.desc) == bool(args.doc):
         raise UserError('say what to do (--desc "Translate the animals.") or what to know (--doc FILE)')
+    if args.merge and args.shard:
+        raise UserError("--merge needs the whole base model: not with --shard")
     if args.merge and len(args.desc or []) > 1:
         raise UserError("--merge takes a single --desc")
     if not all(text.strip() for text in (args.desc or []) + (args.input or [])):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import lora
 import model
+from checkpoints import shard
 from config.flags import setting
 from lora import Adapter, LoRAConfig, UserError
 
@@ -445,12 +446,16 @@ def read_documents(config: DocConfig, base: nn.Module, tokenizer, documents: lis
     group_size = max(1, 4096 // longest)  # the base model reads 4,096 tokens at a time, to save memory
 
     def groups():
-        for i in range(0, len(chunks), group_size):
-            group = chunks[i : i + group_size]
+        for i in range(shard.lockstep(base, math.ceil(len(chunks) / group_size))):
+            group = chunks[i * group_size : (i + 1) * group_size]
+            is_extra = not group  # if only other processes have chunks left
+            group = group or chunks[:1]
             ids = model.pad(group, tokenizer.pad_token_id).to(base.device)  # [n, T]
             mask = model.pad([[1] * len(chunk) for chunk in group], 0).to(base.device)
             lora.set_adapter(base, None)
-            yield model.hidden_states(base, ids, mask, config.early_exit).float(), mask
+            features = model.hidden_states(base, ids, mask, config.early_exit).float()
+            if not is_extra:
+                yield features, mask
 
     return groups(), counts
 

@@ -1110,24 +1110,46 @@ def test_validation_measures_what_greedy_answers_give():
         hits += [task.is_right(example, answer) for example, answer in zip(task.test, answers)]
     assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
 
-def torchrun(n: int, folder: Path, *words) -> list[float]:
+def processes(n: int, *words) -> str:
+    """Run a command on n processes; what it prints."""
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone"]
-    line = [*start, "train.py", *map(str, words), "--max_steps", "5", "--out_dir", str(folder)]
-    subprocess.run(line, cwd=HERE, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    settings = dict(cwd=HERE, check=True, capture_output=True, text=True, timeout=120)
+    settings["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*start, *map(str, words)], **settings).stdout
+
+def torchrun(n: int, folder: Path, *words) -> list[float]:
+    processes(n, "train.py", *words, "--max_steps", "5", "--out_dir", folder)
     return losses_of(folder)
 
 DOCS = [*D2L, "--tasks_per_batch", "4", "--latent_size", "32", "--l1", "0.1", "--l2", "0.1"]
 
-@pytest.mark.parametrize("words", [SHORT, DOCS])
+@pytest.mark.parametrize("words", [SHORT, [*SHORT, "--shard"], [*DOCS, "--shard"]])
 def test_two_processes_are_one(tmp_path, words):
-    one, two = torchrun(1, tmp_path / "one", *words), torchrun(2, tmp_path / "two", *words)
+    torch.set_num_threads(1)  # as the processes have: no other rounding
+    one = fit(tmp_path / "one", *[word for word in words if word != "--shard"], "--max_steps", "5")
+    torch.set_num_threads(os.cpu_count())
+    two = torchrun(2, tmp_path / "two", *words)
     assert len(one) == 5 and one[0] != one[-1]
     assert max(abs(a - b) for a, b in zip(one, two)) < 1e-5 * max(1, max(one))
+    values = [losses_of(tmp_path / n, "val_loss") for n in ("one", "two")]
+    assert values[0] == pytest.approx(values[1], rel=1e-4) and len(values[0]) == 1
     ours, theirs = (load_file(tmp_path / n / "hypernet.safetensors") for n in ("one", "two"))
     assert max((ours[k].float() - theirs[k].float()).abs().max() for k in ours) < 2e-3  # bfloat16
-    if words is SHORT:
-        noisy = torchrun(2, tmp_path / "noisy", *words, "--dropout", "0.1", "--neftune_alpha", "5")
-        assert max(abs(a - b) for a, b in zip(noisy, two)) > 1e-4
+
+def test_processes_with_unequal_work_share_a_sharded_base_model(tmp_path):
+    words = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpointing"]
+    run = run_of(*words)
+    def n_examples(batch: list) -> int:
+        return len(data.tokenize_batch(run.tokenizer, run.tasks, batch, run.args))
+    batches = [data.draw(run.tasks, step, run.args) for step in range(5)]
+    assert any(n_examples(batch[:2]) != n_examples(batch[2:]) for batch in batches)
+    assert len(torchrun(2, tmp_path / "run", *words, "--shard")) == 5
+
+def test_a_sharded_base_model_answers_as_a_whole_one(tmp_path):
+    asked = [*SAY, "--input", "cat red dog shirt", "--out", tmp_path / "adapter"]
+    assert processes(2, "generate.py", *asked, "--shard").count("with adapter  chat chien") == 1
+    asked = ["--methods", "t2l", "--split", "val", "--n_examples", "2"]
+    assert "| t2l | 1.000 |" in processes(2, "eval.py", *asked, "--shard")
 
 def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatch, capsys):
     instances, folder = [{"input": "cat dog", "output": ["dog cat"]}] * 5, tmp_path / "tasks"
@@ -1429,6 +1451,9 @@ BAD = {
     "fewer than no examples": (evaluation, ["--n_examples", "-3"], "--n_examples must be at least 1"),
     "unknown base": (train, ["--base_model", "./nowhere", "--tasks", "tiny"], "./nowhere is no folder"),
     "unknown flag": (train, ["--depth", "3"], "unrecognized arguments: --depth"),
+    "shards without torchrun": (train, ["--shard"], "--shard needs several processes"),
+    "shards to generate without torchrun": (generate, [*SAY, "--shard"], "--shard needs several processes"),
+    "shards to merge": (generate, [*SAY, "--shard", "--merge", "{tmp}/m"], "--merge needs the whole"),
     "not a number": (train, ["--lr", "fast"], "invalid float value"),
     "no file of flags": (train, ["@config/none.args"], "config/none.args"),
     "tasks of unknown words": (train, ["--tasks", "{tmp}/tasks"], "no token for Paris"),
@@ -1611,7 +1636,7 @@ def test_the_page_in_a_browser(browser, tmp_path):
             time.sleep(0.1)
         raise AssertionError("not found in the page")
     def shown(selector: str) -> list:
-        return [element for element in browser.find_elements("css selector", selector) if element.is_displayed()]
+        return [found for found in browser.find_elements("css selector", selector) if found.is_displayed()]
     def ask(text: str, inputs: str, answer: str):
         for box, typed in zip(wait_for(lambda: shown("textarea")), (text, inputs)):
             box.clear()

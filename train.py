@@ -37,7 +37,7 @@ import data
 import hypernet
 import lora
 import model
-from checkpoints import locate
+from checkpoints import locate, shard
 from checkpoints.state import load_state, save_state
 from config import flags
 from lora import Adapter, UserError
@@ -88,6 +88,7 @@ SETTINGS = [  # name, value in the tiny world, what it is
     ("seed", 0, "seed of all randomness"),
     ("dtype", "auto", "computation in float32 or bfloat16; auto: bfloat16 on a GPU, except for recon"),
     ("gradient_checkpointing", False, "save memory in the base model"),
+    ("shard", False, "shard the base model's layers over the processes, if it is larger than one GPU"),
     ("val_every", 250, "steps between two validations, and between two saves of the state"),
     ("out_dir", "out/run", "a new folder"),
     ("wandb", False, "log to Weights & Biases as well"),
@@ -158,6 +159,8 @@ def check_settings(args: argparse.Namespace) -> None:
         raise UserError("--instruction does not go with --arch d2l: documents have none")
     if args.multi_task and args.mode != "lora":
         raise UserError("--multi_task goes with --mode lora")
+    if args.shard and (args.mode == "recon" or "RANK" not in os.environ):
+        raise UserError("--shard needs several processes (torchrun), and a --mode other than recon")
     if args.mode == "recon" and not args.oracles:
         raise UserError("--mode recon needs --oracles DIR, a folder that --mode lora wrote")
     folder = Path(args.out_dir)
@@ -249,16 +252,23 @@ class Run:
 def prepare(args, device: torch.device) -> Run:
     """Load the tasks and the frozen models, and make what is trained."""
     tasks, val_tasks = choose_tasks(args)
+    dtype, names = getattr(torch, args.dtype), args.target_modules.split(",")
     base_is_encoder = "base" in args.encoder.split("+")
     if args.mode == "recon" and not base_is_encoder:
-        run = Run(args, tasks, val_tasks, locate.load_skeleton(args.base_model))
+        base, tokenizer = locate.load_skeleton(args.base_model), None
+    elif args.shard:
+        base, tokenizer = shard.load_sharded_base(args.base_model, names, args.dropout, device, dtype)
     else:
-        base, tokenizer = model.load_base(args.base_model, device, getattr(torch, args.dtype))
-        run = Run(args, tasks, val_tasks, base, tokenizer)
+        base, tokenizer = model.load_base(args.base_model, device, dtype)
+    run = Run(args, tasks, val_tasks, base, tokenizer)
     if args.mode == "recon":
         config = load_oracles(run, device)
     else:
-        config = adapt_base(run)
+        if not args.shard:
+            lora.inject(base, names, args.dropout)
+        base_model = locate.full_name(args.base_model)
+        config = lora.config_for(base, names, base_model, r=args.rank, alpha=args.alpha)
+        prepare_base(run)
     if args.mode == "lora":
         run.net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
     else:
@@ -296,23 +306,19 @@ def load_oracles(run: Run, device: torch.device) -> lora.LoRAConfig:
     config.base_model, config.base_shape = locate.full_name(args.base_model), shape
     return config
 
-def adapt_base(run: Run) -> lora.LoRAConfig:
-    """Get the base model ready to be trained through; returns the config of its adapters."""
+def prepare_base(run: Run) -> None:
+    """Generate missing answers with the base model, then get it ready to be trained through."""
     args, base = run.args, run.base
     answers_file = Path(args.out_dir) / "answers.json"
     generate_answers(base, run.tokenizer, run.tasks + run.val_tasks, answers_file)
     for task in run.tasks:
         for example in task.train[:100]:
             model.check_known(run.tokenizer, [example.input, example.answers[0]])
-    names = args.target_modules.split(",")
-    base_model = locate.full_name(args.base_model)
-    config = lora.config_for(base, names, base_model, r=args.rank, alpha=args.alpha)
-    lora.inject(base, names, args.dropout).train()
+    base.train()
     if args.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     if base.device.type == "cpu":
         base.set_attn_implementation("eager")  # its backward pass is faster there
-    return config
 
 def make_hypernet(run: Run, lora_config: lora.LoRAConfig, device: torch.device) -> None:
     """Make the network of --arch, for adapters of this config, and load the text encoder that it needs."""
@@ -398,10 +404,12 @@ def sft_step(run: Run, net: nn.Module, batch: list[data.DrawnTask]) -> Tensor:
 
     # 3. The examples go through the base model a few of like length at a time. Each backward pass frees the
     #    activations, so the memory of a step is that of one micro-batch.
-    for i in range(0, len(examples), args.micro_batch):
-        micro_batch = examples[i : i + args.micro_batch]
+    n_micro_batches = shard.lockstep(run.base, math.ceil(len(examples) / args.micro_batch))
+    for i in range(n_micro_batches):
+        micro_batch = examples[i * args.micro_batch : (i + 1) * args.micro_batch]
+        weight = len(micro_batch) / len(examples)  # 0 if only other processes have examples left
         with autocast(run):
-            micro_loss = task_loss(run, leaves, micro_batch) * (len(micro_batch) / len(examples))
+            micro_loss = task_loss(run, leaves, micro_batch or examples[:1]) * weight
         micro_loss.backward()
         loss += micro_loss.detach()
 
@@ -514,10 +522,10 @@ def main() -> None:
     args = parse_args()
     process, local_process, n_processes, device = start_processes()
     torch.manual_seed(args.seed)
-    if local_process > 0:
+    if local_process > 0 and not args.shard:
         dist.barrier()  # the first process of each machine downloads what has to be downloaded
     run = prepare(args, device)
-    if local_process == 0 and n_processes > 1:
+    if local_process == 0 and n_processes > 1 and not args.shard:
         dist.barrier()
     per_process, remainder = divmod(args.tasks_per_batch or len(run.tasks), n_processes)
     if remainder:
@@ -573,10 +581,12 @@ def main() -> None:
         optimizer.step()
         step += 1
 
+        is_validated = run.val_tasks and (step % args.val_every == 0 or step == args.max_steps)
+        if is_validated and (process == 0 or args.shard):
+            measured = validate(run)
         if process == 0:
             record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
-            if run.val_tasks and (step % args.val_every == 0 or step == args.max_steps):
-                measured = validate(run)
+            if is_validated:
                 record |= measured
                 if measured["val_loss"] <= best:  # keep the best weights
                     best = measured["val_loss"]

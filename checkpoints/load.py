@@ -7,7 +7,7 @@ import torch
 import hypernet
 import lora
 import model
-from checkpoints import locate
+from checkpoints import locate, shard
 from lora import UserError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,6 +23,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--instruction", action=switch, help="put the description before inputs; default: as in training")
     add("--max_new_tokens", type=int, default=64, help="longest answer")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, otherwise float32")
+    add("--shard", action="store_true", help="shard the base model over the processes of torchrun")
 
 def load_net(name: str | None, args, reads: str = "descriptions") -> torch.nn.Module:
     """The hypernetwork of a folder, or of a folder on the hub; without a name the shipped one."""
@@ -37,12 +38,16 @@ def load_base_for(configs: list[lora.LoRAConfig], args):
     """Load the base model of these configs, or --base_model, and inject LoRA layers: (base, tokenizer)."""
     base_model = args.base_model or (configs[0].base_model if configs else "tiny")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    base, tokenizer = model.load_base(base_model, DEVICE, dtype)
-    names = set()
+    names = sorted({name for config in configs for name in config.paths})
+    if args.shard:
+        shard.start_copies(args)
+        base, tokenizer = shard.load_sharded_base(base_model, names, 0.0, torch.device(DEVICE), dtype)
+    else:
+        base, tokenizer = model.load_base(base_model, DEVICE, dtype)
+        lora.inject(base, names)
     for config in configs:
         locate.check_base(config, base_model, lora.base_shape(base.config))
-        names |= set(config.paths)
-    return lora.inject(base, sorted(names)), tokenizer
+    return base, tokenizer
 
 def load_encoder_for(net: torch.nn.Module, base: torch.nn.Module, tokenizer, args):
     """The text encoder of a hypernetwork that reads descriptions; None for documents."""
