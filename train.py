@@ -19,7 +19,6 @@ import json
 import math
 import os
 import random
-import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,7 +37,7 @@ import hypernet
 import lora
 import model
 from checkpoints import locate, shard
-from checkpoints.state import load_state, save_state
+from checkpoints.state import load_state, on_ctrl_c, save_state
 from config import flags
 from lora import Adapter, UserError
 from tasks import generate_answers
@@ -503,18 +502,6 @@ def start_processes() -> tuple[int, int, int, torch.device]:
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return process, local_process, n_processes, device
-
-def on_ctrl_c() -> list:
-    """Catch Ctrl-C once. Returns a list that it fills, so that the loop can end after a step."""
-    interrupts = []
-
-    def note(number, frame) -> None:
-        interrupts.append(number)
-        signal.signal(number, signal.default_int_handler)  # the second one ends the run at once
-
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-    return interrupts
 
 # -------------------- The run --------------------
 

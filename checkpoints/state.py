@@ -1,5 +1,6 @@
-"""The state of a training run, from which --resume continues it."""
+"""The state of a training run, from which --resume continues it, and Ctrl-C, which saves it."""
 
+import signal
 from pathlib import Path
 
 import torch
@@ -27,3 +28,15 @@ def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> 
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 optimizer.state[p][key] = tensors[f"{key} {name}"].to(p.device)
     return step
+
+def on_ctrl_c() -> list:
+    """Catch Ctrl-C once. Returns a list that it fills, so that the loop can end after a step."""
+    interrupts = []
+
+    def note(number, frame) -> None:
+        interrupts.append(number)
+        signal.signal(number, signal.default_int_handler)  # the second one ends the run at once
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return interrupts
