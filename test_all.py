@@ -1528,6 +1528,13 @@ def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
         assert f"| {row} | {mean:.3f} | {evaluation.interval(values)} | {min(values):.2f} |" in shown
     assert not draws or picture.stat().st_size > 5000
 
+def test_a_text_encoder_is_loaded_once_for_all_methods(tmp_path, monkeypatch):
+    loads, real = [], model.load_encoder
+    monkeypatch.setattr(model, "load_encoder", lambda name, *words: loads.append(name) or real(name, *words))
+    words = ["--methods", "t2l,t2l_shuffled,t2l_random", "--compare", TINY / "sft_small", "--split", "val"]
+    results = evaluate(tmp_path / "e.json", *words, "--n_examples", "1")
+    assert len(results) == 4 and loads == ["hash"]
+
 TWO = dict(label=["A", "B"], text=["two", "one"])
 FUNCTION = dict(prompt="def f(x):\n", canonical_solution="    return x\n", entry_point="f")
 ROWS = {  # a row of each kind of benchmark, an answer that is right and one that is wrong

@@ -4,6 +4,7 @@
 
 Each process holds its part of the parameters of every layer (FSDP2); a layer is gathered when it computes.
 Embeddings and head stay whole. All processes must run the base model equally often, see `lockstep`.
+The text encoder `base` works as well; `--merge` is refused, since no process holds the whole model.
 """
 
 import atexit
