@@ -121,12 +121,12 @@ class Models:
         self.methods = methods + [folder for folder in args.compare if folder not in methods]
         nets, self.nets = {}, {}  # by folder, by method
         for method in self.methods:
-            if method.startswith("t2l"):
+            if method in args.compare:
+                folder = method
+            elif method.startswith("t2l"):
                 folder = args.hypernet
             elif method == "recon":
                 folder = args.recon
-            elif method in args.compare:
-                folder = method
             else:
                 continue
             if folder not in nets:
