@@ -57,8 +57,9 @@ def may_overwrite(folder: Path) -> bool:
     return (folder / "description.txt").exists() or (folder / "0" / "description.txt").exists()
 
 def remove_adapters(folder: Path) -> None:
-    """Remove what an earlier call has written into a folder."""
-    for old in (*folder.glob("[0-9]*"), folder):
+    """Remove the adapters that an earlier call has written into a folder."""
+    numbered = [path for path in folder.glob("[0-9]*") if path.is_dir()]
+    for old in (*numbered, folder):
         for name in ("adapter_model.safetensors", "adapter_config.json", "description.txt"):
             (old / name).unlink(missing_ok=True)
         if old.exists() and not any(old.iterdir()):

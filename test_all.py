@@ -1050,6 +1050,7 @@ def test_resume_after_kill_is_exact(tmp_path, capsys):
     before = {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
     assert command(train, *words, "--out_dir", cut) == command(train, *words, "--out_dir", whole) == 2
     assert command(train, "--out_dir", cut, "--resume", "--max_steps", "3") == 2  # it is past that
+    assert command(train, "--out_dir", cut, "--resume", "--latent_size", "64") == 2  # another network
     assert command(train, "--out_dir", whole, "--resume") == 2  # it is finished
     assert "holds no interrupted run" in capsys.readouterr().err
     assert before == {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
@@ -1397,6 +1398,8 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
         lora.set_adapter(base, adapter, config.scaling)
         assert model.answer(base, tokenizer, prompts, 64) == answers[2 * i : 2 * i + 2]
     assert answers[:2] == ["chat chien", "ours loup"]
+    assert command(generate, *SAY, *words, "--out", tmp_path / "two") == 0  # in place of both
+    assert lora.load_adapter(tmp_path / "two")[0] and not (tmp_path / "two" / "0").exists()
     merge = ["--out", tmp_path / "one", "--merge", tmp_path / "merged"]
     for description in ("Reverse the fruits.", DESC):  # written anew, the folder keeps what is not ours
         assert command(generate, "--desc", description, *words, *merge) == 0
