@@ -43,6 +43,13 @@ from tasks import benchmarks, make_documents
 METHODS = "base icl prompt mt_lora oracle t2l t2l_reworded t2l_shuffled t2l_random recon".split()
 Results = dict[str, dict[str, float]]  # {method: {task, or length of document: share of right answers}}
 
+def numbers(text: str) -> list[int]:
+    """ "4,16" -> [4, 16] """
+    values = [int(n) for n in text.split(",")]
+    if min(values) < 1:
+        raise ValueError(text)
+    return values
+
 def parse_args() -> argparse.Namespace:
     """The flags."""
     parser = flags.Parser(__doc__)
@@ -57,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     add("--recon", help="folder of train.py --mode recon")
     add("--compare", nargs="+", default=[], help="folders of further hypernetworks, each a method")
     add("--descriptions", help='JSON file {"task": ["description", ...]} to use instead')
-    add("--lengths", help="for facts and needle: score documents of, say, 4,16,64 lines")
+    add("--lengths", type=numbers, help="for facts and needle: score documents of, say, 4,16,64 lines")
     add("--contains", action="store_true", help="an answer is right if it contains a right answer")
     add("--run_code", action="store_true", help="run code that the model writes: no sandbox!")
     add("--batch_size", type=int, default=256, help="inputs that are answered at once")
@@ -193,8 +200,10 @@ def noise(seed: int) -> list[str]:
     return sentences
 
 def make_questions(tasks: list[Task], method: str, args) -> list[Question]:
-    """All test examples. Of n descriptions, a different one is used for each example; for benchmarks every
-    example is asked with each of three descriptions, as published."""
+    """All test examples, each with one of the descriptions in turn.
+
+    An example of a benchmark is asked with each of three descriptions, as published.
+    """
     questions = []
     for t, task in enumerate(tasks):
         descriptions = task.descriptions
@@ -278,7 +287,7 @@ def evaluate_lengths(args) -> Results:
         raise UserError("--lengths goes with --tasks facts or needle")
     args.methods = args.methods or "base,prompt,t2l,t2l_shuffled"
     documents = {}
-    for n_lines in map(int, args.lengths.split(",")):
+    for n_lines in args.lengths:
         one_length, seed = (n_lines, n_lines), f"{args.tasks} exam"
         documents[n_lines] = make_documents(source.document, one_length, args.n_examples or 25, seed)
     models = Models(args, choose_methods(args, documents[n_lines]), documents[n_lines])

@@ -446,6 +446,7 @@ def read_documents(config: DocConfig, base: nn.Module, tokenizer, documents: lis
     group_size = max(1, 4096 // longest)  # the base model reads 4,096 tokens at a time, to save memory
 
     def groups():
+        """A group at a time, when the network asks for it."""
         for i in range(shard.lockstep(base, math.ceil(len(chunks) / group_size))):
             group = chunks[i * group_size : (i + 1) * group_size]
             is_extra = not group  # if only other processes have chunks left

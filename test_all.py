@@ -1426,6 +1426,7 @@ def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
 
 NET, READER = ["--hypernet", "{net}"], ["--hypernet", "{reader}"]
 BASE, RECON = ["--base_model", "{base}"], ["--mode", "recon"]
+METHOD_X = ["--methods", "x"]
 BAD = {
     "no description": (generate, [], "say what to do"),
     "empty description": (generate, ["--desc", "  "], "is empty"),
@@ -1447,6 +1448,9 @@ BAD = {
     "unknown method": (evaluation, ["--methods", "t2l,magic"], "unknown method magic"),
     "missing folder": (evaluation, ["--methods", "oracle"], "the method oracle lacks what it needs"),
     "lengths of tasks": (evaluation, ["--lengths", "4"], "--lengths goes with --tasks facts or needle"),
+    "lengths that are none": (evaluation, ["--tasks", "facts", "--lengths", "4,x"], "invalid numbers value"),
+    "no length": (evaluation, ["--tasks", "facts", "--lengths", "4,0"], "invalid numbers value"),
+    "unknown method for lengths": (evaluation, ["--tasks", "facts", "--lengths", "4", *METHOD_X], "method x"),
     "no test part": (evaluation, ["--tasks", "{tmp}/tasks", "--split", "train"], "has no test part"),
     "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither benchmarks, chores"),
     "unknown split": (evaluation, ["--split", "middle"], "no split middle, but train, val, test"),
