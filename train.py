@@ -50,6 +50,7 @@ SETTINGS = [  # name, value in the tiny world, what it is
     ("arch", "t2l", "hypernetwork: t2l is Text-to-LoRA, d2l Doc-to-LoRA (start from @config/d2l.args)"),
     ("base_model", "tiny", f"{', '.join(locate.PRESETS)}, a hub id or a folder"),
     ("encoder", "preset", "text encoder: the preset's, hash, base, a hub id or a folder; A+B joins two"),
+    ("init_from", "", "start from the weights of this hypernetwork, of the same settings"),
     ("multi_task", False, "lora: one adapter for all tasks"),
     ("oracles", "", "recon: the folder that --mode lora wrote"),
     # tasks
@@ -156,6 +157,8 @@ def check_settings(args: argparse.Namespace) -> None:
         raise UserError("--arch d2l is trained with --mode sft")
     if args.arch == "d2l" and args.instruction:
         raise UserError("--instruction does not go with --arch d2l: documents have none")
+    if args.init_from and args.mode == "lora":
+        raise UserError("--init_from takes a hypernetwork, and goes with --mode sft or recon")
     if args.multi_task and args.mode != "lora":
         raise UserError("--multi_task goes with --mode lora")
     if args.shard and (args.mode == "recon" or "RANK" not in os.environ):
@@ -337,6 +340,12 @@ def make_hypernet(run: Run, lora_config: lora.LoRAConfig, device: torch.device) 
         run.net.start_as_lora()
     elif config.z_score:
         run.net.normalize(run.oracles)
+    if args.init_from:
+        start = hypernet.load_hypernet(args.init_from)
+        try:
+            run.net.load_state_dict(start.state_dict())
+        except RuntimeError:
+            raise UserError(f"--init_from {args.init_from}: that network has other settings") from None
 
 # -------------------- A training step --------------------
 
