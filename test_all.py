@@ -44,6 +44,7 @@ import model
 import tasks
 import train
 from checkpoints import locate, published
+from checkpoints.pictures import edits, pictures
 from data import Example
 from tasks import benchmarks, chores, lots_of_loras, tiny
 
@@ -1088,6 +1089,12 @@ def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, launcher):
     assert steps == len(losses_of(tmp_path / "run")) >= 5 and f"interrupted after {steps} steps" in lines[0]
     assert len(fit(tmp_path / "run", "--resume", "--max_steps", steps + 2)) == steps + 2
 
+def test_training_starts_from_a_given_hypernetwork(tmp_path):
+    fit(tmp_path / "first", *SHORT, "--max_steps", "2")
+    started = run_of(*SHORT, "--init_from", tmp_path / "first").net.state_dict()
+    saved = hypernet.load_hypernet(tmp_path / "first").state_dict()
+    assert all(torch.equal(started[name], saved[name]) for name in saved)
+
 def test_the_best_weights_are_kept(tmp_path, monkeypatch):
     seen, save, losses = [], train.save, iter([0.5, 0.2, 0.9])
     note = lambda net: seen.append(net.mlp3[1].weight.clone())
@@ -1470,6 +1477,12 @@ BAD = {
     "no oracles": (train, RECON, "needs --oracles"),
     "empty oracles": (train, [*RECON, "--oracles", "{foreign}"], "holds no adapters of the train tasks"),
     "oracles of another base": (train, [*RECON, "--oracles", "{tmp}/oracles"], "another base model"),
+    "nothing to draw": (pictures, [], "what should be drawn?"),
+    "empty description of an edit": (pictures, ["--desc", " "], "what should be drawn?"),
+    "no base model of pictures": (pictures, ["--train", "hypernet", "--weights", "{tmp}/x"], "is missing"),
+    "weights in use": (pictures, ["--train", "base"], "is there already"),
+    "another network to start from": (train, [*SHORT, "--init_from", "{net}"], "has other settings"),
+    "a hypernetwork for oracles": (train, ["--mode", "lora", "--init_from", "{net}"], "goes with --mode sft or recon"),
     "several tasks by sft": (train, ["--multi_task"], "--multi_task goes with --mode lora"),
     "several tasks by recon": (train, [*RECON, "--oracles", "x", "--multi_task"], "goes with --mode lora"),
 }
@@ -1667,14 +1680,96 @@ def test_the_page_in_a_browser(browser, tmp_path):
     finally:
         server.kill()
 
+# -------------------- checkpoints/pictures --------------------
+def test_edits_of_pictures_do_what_they_say():
+    things = [edits.Object("square", "red", 1, 1), edits.Object("circle", "blue", 13, 1)]
+    scene = edits.Scene((0.0, 0.0, 0.0), things)
+    seen = lambda *parts: edits.apply(edits.Edit(*parts), scene)
+    red, blue = edits.COLOURS["red"], edits.COLOURS["blue"]
+    assert tuple(seen("square", "remove", "")[5, 5]) == (0, 0, 0)
+    assert seen("circle", "remove", "")[5, 5] == pytest.approx(red)
+    kept = seen("circle", "keep, paint white", "upside down")
+    assert tuple(kept[23 - 17, 5]) == (1, 1, 1) and kept.sum() == 3 * edits.SHAPES["circle"].sum()
+    assert seen("red", "paint green", "mirror")[17, 23 - 5] == pytest.approx(blue)
+    assert seen("red", "paint white", "turn")[23 - 5, 17] == pytest.approx(blue)  # to the left
+    assert not set(edits.TRAIN) & {*edits.TEST, *edits.VAL} and (len(edits.TEST), len(edits.VAL)) == (25, 8)
+    for edit in edits.EDITS:
+        source = edits.draw_scene(edit, random.Random(0))
+        assert "green" in edit.how or (edits.apply(edit, source) != edits.render(source)).any()
+
+def test_patches_are_the_picture():
+    images = torch.rand(2, 24, 24, 3)
+    patches = pictures.to_patches(images)
+    close(patches[1, 7], images[1, 4:8, 4:8].permute(2, 0, 1).flatten() * 2 - 1)  # the second patch of the second row
+    close(pictures.to_images(patches), images)
+
+def test_a_step_through_the_flow_teaches_the_hypernetwork():
+    base = lora.inject(pictures.Transformer(32, 2).requires_grad_(False), pictures.TARGETS)
+    net = pictures.make_trained("hypernet", base).eval()
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(20):
+        torch.manual_seed(0)
+        losses.append(pictures.step_loss("hypernet", base, net, random.Random(0)))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.grad is None for p in base.parameters())
+
+def test_an_adapter_edits_as_its_description_says():
+    base, net = pictures.load_base(pictures.HERE), hypernet.load_hypernet(pictures.HERE)
+    right_errors, wrong_errors = [], []
+    for edit, other in zip(edits.TEST[:8], edits.TEST[8:16]):
+        rng = random.Random(0)
+        scenes = [edits.draw_scene(edit, rng) for _ in range(4)]
+        source = pictures.to_patches(torch.tensor([edits.render(scene).tolist() for scene in scenes]))
+        right = torch.tensor([edits.apply(edit, scene).tolist() for scene in scenes])
+        with torch.no_grad():
+            adapters = net(model.hash_encoder([edits.describe(e, rng) for e in (edit, other)]))
+        for i, errors in enumerate((right_errors, wrong_errors)):
+            lora.set_adapter(base, lora.select(adapters, i), net.config.scaling)
+            drawn = pictures.sample(base, source)
+            errors.append((drawn - right).abs().mean())
+    assert torch.equal(drawn, pictures.sample(base, source, seed=0))
+    assert not torch.equal(drawn, pictures.sample(base, source, seed=1))
+    assert sum(right_errors) < 0.5 * sum(wrong_errors) and sum(right_errors) / 8 < 0.1
+
+def test_the_strip_and_ones_own_picture(tmp_path, capsys):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    mine, small, out = tmp_path / "mine.png", tmp_path / "small.png", tmp_path / "new" / "strip.png"
+    plt.imsave(mine, edits.render(edits.draw_scene(edits.TEST[0], random.Random(0))))
+    plt.imsave(small, torch.rand(8, 8, 3).numpy())
+    words = ["--desc", "Paint the hearts white.", "--out", out]
+    assert command(pictures, *words, "--desc", "Turn it grey.", "--input", mine) == 0
+    assert plt.imread(out).std() > 0.1
+    assert command(pictures, *words, "--input", small) == 2
+    assert "24 x 24 pixels" in capsys.readouterr().err
+
+def test_training_on_pictures_is_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pictures, "BATCH", 4)
+    assert command(pictures, "--train", "base", "--steps", "4", "--weights", tmp_path / "a") == 0
+    real, calls = pictures.step_loss, []
+    def second_is_interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(pictures, "step_loss", second_is_interrupted)
+    words = ["--train", "base", "--steps", "4", "--weights", tmp_path / "b"]
+    assert command(pictures, *words) == 130
+    assert command(pictures, *words) == 0 and len(calls) == 4
+    weights = [load_file(tmp_path / name / "base.safetensors") for name in "ab"]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
 # -------------------- A real model --------------------
 @needs_models
 def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
     words = [*REAL[:3], f"{REAL[3]}+hash", "--out", tmp_path / "a"]
     asked = {
-        "Convert the date to DD.MM.YYYY.": ("1815-12-10", "10.12.1815"),
-        "Give the domain of the e-mail address.": ("ada.lovelace@engine.org", "engine.org"),
-        "Leave out the place.": ("Tom sold the door at the market at noon.", "Tom sold the door at noon."),
+        "just the family name please": ("Ada Lovelace", "Lovelace"),
+        "what comes after the at sign?": ("ada.lovelace@engine.org", "engine.org"),
+        "I need this date the way Germans write it, with dots.": ("1815-12-10", "10.12.1815"),
     }
     for description, (text, _) in asked.items():
         assert command(generate, *words, "--desc", description, "--input", text) == 0

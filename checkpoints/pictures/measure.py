@@ -1,0 +1,65 @@
+"""Measure the hypernetwork of pictures.py on unseen edits: python checkpoints/pictures/measure.py [FOLDER]"""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+import hypernet
+import lora
+from checkpoints.pictures import pictures
+from checkpoints.pictures.edits import EDITS, TEST, Edit, apply, describe, draw_scene, render
+from model import hash_encoder
+
+@torch.no_grad()
+def measure(base: pictures.Transformer, adapters: lora.Adapter | None, scaling: float) -> str:
+    """Draw 8 pictures by each test edit, the i-th one with the i-th adapter."""
+    errors, hits, whole_hits = [], [], []
+    for i, edit in enumerate(TEST):
+        rng = random.Random(f"measure {edit}")
+        scenes = [draw_scene(edit, rng) for _ in range(8)]
+        source = pictures.to_patches(torch.from_numpy(np.stack([render(scene) for scene in scenes])))
+        lora.set_adapter(base, adapters and lora.select(adapters, i), scaling)
+        for scene, image in zip(scenes, pictures.sample(base, source).numpy()):
+            right = apply(edit, scene)
+            results = np.stack([apply(other, scene) for other in EDITS])  # [564, 24, 24, 3]
+            nearest = abs(results - image).mean((1, 2, 3)).argmin()
+            errors.append(abs(image - right).mean())
+            hits.append((results[nearest] == right).all())
+            whole_hits.append(EDITS[nearest].whole == edit.whole)
+    scores = f"error per pixel {np.mean(errors):.3f}, right edit nearest {np.mean(hits):.2f}"
+    return f"{scores}, at least in what happens to the whole picture {np.mean(whole_hits):.2f}"
+
+@torch.no_grad()
+def main() -> None:
+    """Print the table: the hypernetwork on unseen edits, controls, and ordinary LoRAs if they are there."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
+    base, net = pictures.load_base(folder), hypernet.load_hypernet(folder)
+    rng = random.Random(0)
+
+    def write(edits: list[Edit], withheld: bool = False) -> lora.Adapter:
+        return net(hash_encoder([describe(edit, rng, withheld) for edit in edits]))
+
+    meaningless = ["".join(rng.sample("abcdefghijklmnopqrstuvwxyz", 12)) for _ in TEST]
+    rows = {
+        "unseen edits": write(TEST),
+        "unseen edits in withheld wordings": write(TEST, withheld=True),
+        "another edit's description": write(TEST[1:] + TEST[:1]),
+        "meaningless text": net(hash_encoder(meaningless)),
+        "base model": None,
+    }
+    for kind, index in (("one", torch.zeros(len(TEST)).long()), ("oracles", torch.arange(len(TEST)))):
+        file = folder / f"{kind}.safetensors"
+        if file.exists():
+            bank = pictures.make_trained(kind, base)
+            bank.load_state_dict(lora.read_file(file))
+            rows[kind] = bank(index)
+    for name, adapters in rows.items():
+        print(f"{name:35} {measure(base, adapters, net.config.scaling)}", flush=True)
+
+if __name__ == "__main__":
+    lora.command(main)

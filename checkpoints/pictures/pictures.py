@@ -1,0 +1,308 @@
+"""Text-to-LoRA for pictures: a small diffusion transformer that edits as it is told.
+
+    python checkpoints/pictures/pictures.py --desc "Paint the hearts white and flip it left to right."
+    python checkpoints/pictures/pictures.py --train base --weights out/pictures      # 1. edits without a name
+    python checkpoints/pictures/pictures.py --train hypernet --weights out/pictures  # 2. from descriptions
+
+The base model is a rectified flow from noise to the edited picture, given the source picture. It is trained
+on pairs of pictures and never told the edit, so that it draws any of them. Then it is frozen, and a
+hypernetwork learns to write LoRAs for it from descriptions of the edits, by the loss of the flow. `lora.py`
+and `hypernet.py` are used as they are: all they need is linear layers with names.
+"""
+
+import json
+import math
+import random
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+import hypernet
+import lora
+from checkpoints.pictures.edits import SIZE, TEST, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
+from checkpoints.state import load_state, on_ctrl_c, save_state
+from config import flags
+from lora import UserError
+from model import hash_encoder
+
+# -------------------- The diffusion transformer --------------------
+
+PATCH, WIDTH, LAYERS, HEADS = 4, 128, 6, 4
+
+def to_patches(images: Tensor) -> Tensor:
+    """Pictures from 0 to 1 [n, 24, 24, 3] -> patches from -1 to 1 [n, T, 48]."""
+    return F.pixel_unshuffle(images.permute(0, 3, 1, 2) * 2 - 1, PATCH).flatten(2).mT
+
+def to_images(patches: Tensor) -> Tensor:
+    """The inverse of `to_patches`, cut to the range of colours."""
+    side = SIZE // PATCH
+    images = F.pixel_shuffle(patches.mT.unflatten(2, (side, side)), PATCH)  # [n, 3, 24, 24]
+    return (images.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
+
+def sin_cos_positions(d: int) -> Tensor:
+    """Sines and cosines of the row and of the column of each patch. [T, d]"""
+    place = torch.arange(SIZE // PATCH)[:, None] * 100 ** -(torch.arange(d // 4) / (d // 4))  # [6, d/4]
+    waves = torch.cat([place.sin(), place.cos()], -1)  # [6, d/2]
+    return torch.cat([waves.repeat_interleave(len(waves), 0), waves.repeat(len(waves), 1)], -1)
+
+class Block(nn.Module):
+    """Two streams, each with weights of its own, that attend to both (MMDiT, arXiv 2403.03206, figure 2).
+
+    The linear layers have the names of Stable Diffusion 3 and Flux in diffusers: to_* is the stream of the
+    picture that is drawn, add_* that of its condition, in those models a text, here the source picture.
+    """
+
+    def __init__(self, d: int, is_last: bool):
+        super().__init__()
+        self.is_last = is_last  # the source ends here
+        self.norm = nn.LayerNorm(d, elementwise_affine=False)
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(d, d) for _ in range(4))
+        self.ff_up, self.ff_down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(d, d) for _ in range(3))
+        if not is_last:
+            self.to_add_out = nn.Linear(d, d)
+            self.ff_context_up, self.ff_context_down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.table = nn.Parameter(torch.zeros(2, 6, 1, d))  # what this block adds to the modulation
+
+    def forward(self, x: Tensor, source: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """x, source [n, T, d], modulation [n, 2, 6, 1, d] -> x, source"""
+
+        def split_heads(tokens: Tensor) -> Tensor:
+            return tokens.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # [n, heads, 2 T, d / heads]
+
+        of_x, of_source = (modulation + self.table).unbind(1)
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = of_x.unbind(1)  # [n, 1, d] each
+        s_shift, s_scale, s_gate, s_ff_shift, s_ff_scale, s_ff_gate = of_source.unbind(1)
+
+        h = self.norm(x) * (1 + scale) + shift
+        s = self.norm(source) * (1 + s_scale) + s_shift
+        q = split_heads(torch.cat([self.to_q(h), self.add_q_proj(s)], 1))
+        k = split_heads(torch.cat([self.to_k(h), self.add_k_proj(s)], 1))
+        v = split_heads(torch.cat([self.to_v(h), self.add_v_proj(s)], 1))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [n, 2 T, d]
+        h, s = out.chunk(2, 1)
+        x = x + gate * self.to_out(h)
+        h = self.norm(x) * (1 + ff_scale) + ff_shift
+        x = x + ff_gate * self.ff_down(F.gelu(self.ff_up(h)))
+        if not self.is_last:
+            source = source + s_gate * self.to_add_out(s)
+            s = self.norm(source) * (1 + s_ff_scale) + s_ff_shift
+            source = source + s_ff_gate * self.ff_context_down(F.gelu(self.ff_context_up(s)))
+        return x, source
+
+class Transformer(nn.Module):
+    """Predicts the edited picture from a noisy one, the source picture and the time."""
+
+    def __init__(self, d: int = WIDTH, n_layers: int = LAYERS):
+        super().__init__()
+        self.config = PretrainedConfig(num_hidden_layers=n_layers, hidden_size=d, vocab_size=0)
+        self.embed, self.embed_source = nn.Linear(3 * PATCH**2, d), nn.Linear(3 * PATCH**2, d)
+        self.register_buffer("position", sin_cos_positions(d), persistent=False)
+        # one modulation for all blocks, to which each adds its table (PixArt-alpha, arXiv 2310.00426)
+        self.modulation = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, 12 * d))
+        self.layers = nn.ModuleList([Block(d, is_last=i == n_layers - 1) for i in range(n_layers)])
+        self.norm, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * PATCH**2)
+
+    def forward(self, x: Tensor, source: Tensor, t: Tensor) -> Tensor:
+        """x, source [n, T, 48], t [n] from 0 (noise) to 1 (picture) -> picture [n, T, 48]"""
+        frequency = 100 * torch.exp(torch.arange(32) * -math.log(1000) / 32)
+        angle = t[:, None] * frequency
+        modulation = self.modulation(torch.cat([angle.sin(), angle.cos()], -1))
+        modulation = modulation.view(len(x), 2, 6, 1, -1)
+        x, source = self.embed(x) + self.position, self.embed_source(source) + self.position
+        for layer in self.layers:
+            x, source = layer(x, source, modulation)
+        return self.out(self.norm(x))
+
+def flow_loss(net: Transformer, source: Tensor, target: Tensor, t: Tensor) -> Tensor:
+    """Rectified flow (arXiv 2209.03003) on the straight line from noise (t = 0) to the target (t = 1).
+
+    The network predicts the end of the line and not its slope, which is (target - x) / (1 - t). Errors count
+    more towards the end, where they are small.
+    """
+    noise = torch.randn_like(target)
+    x = noise + (target - noise) * t[:, None, None]
+    errors = (net(x, source, t).float() - target).square().mean((1, 2))  # [n]
+    return (errors / (1.1 - t)).mean()
+
+@torch.no_grad()
+def sample(net: Transformer, source: Tensor, seed: int = 0, steps: int = 16) -> Tensor:
+    """Edited pictures [n, 24, 24, 3] of source patches [n, T, 48], by Euler steps from noise."""
+    x = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed))
+    for i in range(steps):
+        t = torch.full((len(x),), i / steps)
+        slope = (net(x, source, t).float() - x) / (1 - i / steps)
+        x = x + slope / steps
+    return to_images(x)
+
+# -------------------- Training --------------------
+
+TARGETS = ["to_q", "to_v", "to_out", "ff_up", "ff_down"]  # all in the stream of the picture that is drawn
+STEPS = {"base": 5500, "hypernet": 5200, "oracles": 600, "one": 600}
+LR = {"base": 2e-3, "hypernet": 3e-3, "oracles": 1e-2, "one": 1e-2}
+BATCH = 64  # pairs of pictures in a step
+EDITS_PER_BATCH = 32  # with a hypernetwork
+
+def draw_pairs(edits: list[Edit], rng: random.Random) -> tuple[Tensor, Tensor]:
+    """A pair of pictures for each edit, as patches [n, T, 48]: source and target."""
+    scenes = [draw_scene(edit, rng) for edit in edits]
+    source = np.stack([render(scene) for scene in scenes])
+    target = np.stack([apply(edit, scene) for edit, scene in zip(edits, scenes)])
+    return to_patches(torch.from_numpy(source)), to_patches(torch.from_numpy(target))
+
+def load_base(folder: Path) -> Transformer:
+    """The frozen base model, ready for adapters."""
+    net = Transformer()
+    net.load_state_dict(lora.read_file(folder / "base.safetensors"))
+    return lora.inject(net.requires_grad_(False).eval(), TARGETS)
+
+def make_trained(kind: str, base: Transformer) -> nn.Module:
+    """What is trained: the base model, a hypernetwork, or ordinary LoRAs."""
+    if kind == "base":
+        return base
+    config = lora.config_for(base, TARGETS, "pictures", r=4, alpha=8.0)
+    if kind == "hypernet":
+        width = hash_encoder(["cat"]).shape[1]
+        sizes = dict(input_size=width, latent_size=96, head_in_size=64)
+        dropout = dict(trunk_dropout=0.0, input_dropout=0.2)
+        net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), **sizes, **dropout))
+        net.start_as_lora()
+        return net
+    return lora.LoRABank(config, len(TEST) if kind == "oracles" else 1)
+
+def step_loss(kind: str, base: Transformer, trained: nn.Module, rng: random.Random) -> Tensor:
+    """The loss of a step. With adapters, each edit of the batch has its own, and several pictures."""
+    if kind == "base":
+        source, target = draw_pairs(rng.choices(TRAIN, k=BATCH), rng)
+        return flow_loss(base, source, target, torch.rand(BATCH))
+    if kind == "hypernet":
+        edits = rng.sample(TRAIN, EDITS_PER_BATCH)
+        adapters = trained(hash_encoder([describe(edit, rng) for edit in edits]))
+    elif kind == "oracles":
+        edits = TEST
+        adapters = trained(torch.arange(len(TEST)))
+    else:
+        edits = rng.choices(TRAIN, k=BATCH)
+        adapters = trained(torch.tensor([0]))
+    lora.set_adapter(base, adapters, trained.config.scaling)
+    repeated = [edit for edit in edits for _ in range(max(1, BATCH // len(edits)))]
+    source, target = draw_pairs(repeated, rng)
+    t = torch.rand(len(repeated)).square()  # early times: later ones show the edit to the base model
+    return flow_loss(base, source, target, t)
+
+def train(kind: str, folder: Path, steps: int) -> None:
+    """Train one of STEPS, resume it if it was interrupted, and write it into the folder."""
+    file, state = folder / f"{kind}.safetensors", folder / f"{kind}-state.safetensors"
+    if file.exists():
+        raise UserError(f"{file} is there already; choose another folder with --weights")
+    torch.manual_seed(0)
+    base = Transformer() if kind == "base" else load_base(folder)
+    trained = make_trained(kind, base)
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    first = load_state(state, trained, optimizer) if state.exists() else 0
+    interrupts, mean = on_ctrl_c(), None
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=kind)
+    for step in bar:
+        lr = optimizer.param_groups[0]["lr"] = LR[kind] * min((step + 1) / 200, 1 - step / steps)
+        torch.manual_seed(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = step_loss(kind, base, trained, random.Random(f"{kind} {step}"))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+        if step % 100 == 99 or interrupts:
+            save_state(state, step + 1, trained, optimizer)
+            with open(folder / f"{kind}.jsonl", "a") as log:
+                record = {"step": step + 1, "of": steps, "lr": lr, "loss": mean}
+                log.write(json.dumps(record) + "\n")
+        if interrupts:
+            raise KeyboardInterrupt
+    if kind == "hypernet":
+        hypernet.save_hypernet(trained, folder)
+    else:
+        lora.write_file(file, {name: tensor.bfloat16() for name, tensor in trained.state_dict().items()})
+    state.unlink(missing_ok=True)
+
+# -------------------- The strip --------------------
+
+def sources_for(description: str) -> np.ndarray:
+    """Six source pictures in which a shape or a colour that the description names occurs. [6, 24, 24, 3]"""
+    named = [word for word in WHICH if word in description.lower()]
+    rng = random.Random(description)
+    return np.stack([render(draw_scene(Edit(rng.choice(named or WHICH), "", ""), rng)) for _ in range(6)])
+
+def read_picture(path: str) -> np.ndarray:
+    """One's own source picture, six times. [6, 24, 24, 3]"""
+    from matplotlib.image import imread
+
+    picture = imread(path)  # of a PNG: numbers from 0 to 1
+    if picture.dtype != np.float32 or picture.ndim != 3 or picture.shape[:2] != (SIZE, SIZE):
+        raise UserError(f"--input {path}: a PNG of {SIZE} x {SIZE} pixels in colour is needed")
+    return np.repeat(picture[None, ..., :3], 6, 0)
+
+@torch.no_grad()
+def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, out: str) -> None:
+    """For each description: sources, what the base model makes of them, and the same with the adapter."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the strip needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    base, net = load_base(folder), hypernet.load_hypernet(folder)
+    adapters = net(hash_encoder(descriptions))
+    columns = min(2, len(descriptions))
+    rows = math.ceil(len(descriptions) / columns)
+    size = (5.2 * columns, 2.5 * rows)  # inches
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="tight")
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i, (description, ax) in enumerate(zip(descriptions, axes.flat)):
+        sources = read_picture(input_file) if input_file else sources_for(description)
+        pictures = [sources]
+        for adapter in (None, lora.select(adapters, [i])):
+            lora.set_adapter(base, adapter, net.config.scaling)
+            pictures.append(sample(base, to_patches(torch.from_numpy(sources))).numpy())
+        gap = ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0))
+        padded = np.pad(np.stack(pictures), gap, constant_values=1)  # [3, 6, 26, 26, 3]
+        ax.imshow(padded.swapaxes(1, 2).reshape(3 * (SIZE + 2), -1, 3), interpolation="nearest")
+        ax.set_title(textwrap.fill(description, 56), fontsize=10)
+        for row, name in enumerate(("source", "base model", "adapter")):
+            ax.text(-2, (row + 0.5) * (SIZE + 2), name, ha="right", va="center", fontsize=9)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+    print(f"wrote {out}")
+
+def main() -> None:
+    parser = flags.Parser(__doc__)
+    parser.add_argument("--desc", action="append", help="description of an edit; may be given several times")
+    parser.add_argument("--out", default="strip.png", help="the picture to write")
+    parser.add_argument("--input", help=f"a PNG of {SIZE} x {SIZE} pixels in place of random sources")
+    parser.add_argument("--train", choices=list(STEPS), help="base, hypernet; oracles, one: ordinary LoRAs")
+    parser.add_argument("--steps", type=int, help="training steps")
+    parser.add_argument("--weights", type=Path, default=HERE, help="folder of the weights")
+    args = parser.parse_args()
+    if args.train:
+        train(args.train, args.weights, args.steps or STEPS[args.train])
+    elif args.desc and all(text.strip() for text in args.desc):
+        draw_strip(args.weights, args.desc, args.input, args.out)
+    else:
+        raise UserError("what should be drawn? Give --desc a description, see --help")
+
+if __name__ == "__main__":
+    lora.command(main)
