@@ -1433,7 +1433,7 @@ def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
 
 NET, READER = ["--hypernet", "{net}"], ["--hypernet", "{reader}"]
 BASE, RECON = ["--base_model", "{base}"], ["--mode", "recon"]
-METHOD_X = ["--methods", "x"]
+METHOD_X, ORACLES = ["--methods", "x"], ["--mode", "lora"]
 BAD = {
     "no description": (generate, [], "say what to do"),
     "empty description": (generate, ["--desc", "  "], "is empty"),
@@ -1482,7 +1482,7 @@ BAD = {
     "no base model of pictures": (pictures, ["--train", "hypernet", "--weights", "{tmp}/x"], "is missing"),
     "weights in use": (pictures, ["--train", "base"], "is there already"),
     "another network to start from": (train, [*SHORT, "--init_from", "{net}"], "has other settings"),
-    "a hypernetwork for oracles": (train, ["--mode", "lora", "--init_from", "{net}"], "goes with --mode sft or recon"),
+    "a hypernetwork for oracles": (train, [*ORACLES, "--init_from", "{net}"], "goes with --mode sft or recon"),
     "several tasks by sft": (train, ["--multi_task"], "--multi_task goes with --mode lora"),
     "several tasks by recon": (train, [*RECON, "--oracles", "x", "--multi_task"], "goes with --mode lora"),
 }

@@ -147,7 +147,7 @@ def sample(net: Transformer, source: Tensor, seed: int = 0, steps: int = 16) -> 
 # -------------------- Training --------------------
 
 TARGETS = ["to_q", "to_v", "to_out", "ff_up", "ff_down"]  # all in the stream of the picture that is drawn
-STEPS = {"base": 5500, "hypernet": 5200, "oracles": 600, "one": 600}
+STEPS = {"base": 5500, "hypernet": 5200, "oracles": 400, "one": 150}
 LR = {"base": 2e-3, "hypernet": 3e-3, "oracles": 1e-2, "one": 1e-2}
 BATCH = 64  # pairs of pictures in a step
 EDITS_PER_BATCH = 32  # with a hypernetwork

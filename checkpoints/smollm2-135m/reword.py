@@ -54,6 +54,8 @@ def make_targets(net, factors, encode, chains: list[chores.Chain]) -> dict[chore
     return targets
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        raise lora.UserError("two folders are needed: FROM and OUT_DIR")
     start, out_dir = Path(sys.argv[1]), Path(sys.argv[2])
     steps = int(sys.argv[3]) if len(sys.argv) > 3 else STEPS
     torch.manual_seed(0)
