@@ -34,7 +34,8 @@ import data
 import hypernet
 import lora
 import model
-from checkpoints import load, locate
+from assets.table import make_table
+from checkpoints import load
 from config import flags
 from data import Example, Task
 from lora import UserError
@@ -304,45 +305,12 @@ def evaluate_lengths(args) -> Results:
         print(f"{n_lines} lines, {n_tokens} tokens", flush=True)
     return results
 
-# -------------------- The table --------------------
-
-def interval(scores: list[float], n: int = 2000) -> str:
-    """95% interval of the mean: bootstrap over the tasks."""
-    rng = random.Random(0)
-    means = sorted(statistics.fmean(rng.choices(scores, k=len(scores))) for _ in range(n))
-    return f"{means[n // 40]:.2f} to {means[-1 - n // 40]:.2f}"
-
-def table(results: Results, args) -> str:
-    """The scores in markdown, one line per method; for lengths and benchmarks one column each."""
-    columns = []  # tasks, benchmarks or lengths
-    for scores in results.values():
-        columns += [name for name in scores if name not in columns]
-    if args.lengths:
-        lines = wide_table("tokens of the document", columns, results)
-    elif set(columns) <= set(benchmarks.BENCHMARKS):
-        with_published = benchmarks.beside_published(results, locate.preset_of(args.base_model))
-        lines = wide_table("method", sorted(columns) + ["average"], with_published)
-    else:
-        title = f"right answers on {len(columns)} {args.split} tasks"
-        lines = [["method", title, "95% interval", "worst task"]]
-        for method, scores in results.items():
-            values = list(scores.values())
-            lines.append([method, f"{statistics.fmean(values):.3f}", interval(values), f"{min(values):.2f}"])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-def wide_table(title: str, columns: list[str], results: Results) -> list[list[str]]:
-    """The cells of a table with one column per length or benchmark."""
-    lines = [[title, *columns]]
-    for method, scores in results.items():
-        cells = [f"{scores[name]:.2f}" if name in scores else "" for name in columns]
-        lines.append([method, *cells])
-    return lines
+# -------------------- The run --------------------
 
 def main() -> None:
     args = parse_args()
     results = evaluate_lengths(args) if args.lengths else evaluate_tasks(args)
-    print("\n" + table(results, args))
+    print("\n" + make_table(results, args))
     if args.out:
         scores = {}
         for method, per_task in results.items():

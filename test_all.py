@@ -1,4 +1,4 @@
-"""All tests: python -m pytest -q test_all.py
+"""Tests of the method: python -m pytest -q (with those of checkpoints/ and assets/, which lie there)
 
 assets/golden holds numbers of the published implementations; more of them may lie in ../shared/golden. PEFT
 is used where it is installed, a GPU where there is one, and real models where T2L_BASE and T2L_ENCODER name
@@ -6,7 +6,6 @@ their folders.
 """
 
 import collections
-import contextlib
 import http.server
 import importlib.util
 import itertools
@@ -15,9 +14,7 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -43,8 +40,8 @@ import lora
 import model
 import tasks
 import train
+from assets import table
 from checkpoints import locate, published
-from checkpoints.pictures import edits, pictures
 from data import Example
 from tasks import benchmarks, chores, lots_of_loras, tiny
 
@@ -377,63 +374,6 @@ def test_golden_reconstruction_losses(tmp_path, file):
     kind = {"recon_dw": "delta_w", "recon_z": "z_score", "recon_f": "plain"}[re.search("recon_.*", file)[0]]
     close(train.recon_loss(kind, adapter, target, net.deviation), tensors["recon/loss"][0], 1e-5, 5e-6)
 
-def in_published_layout(net: hypernet.TextToLoRA, kind: str) -> dict[str, torch.Tensor]:
-    """The weights of one of our networks under the published names."""
-    weights = {}
-    for old, new in published.NAMES.items():
-        ours = {key: tensor for key, tensor in net.state_dict().items() if key.startswith(f"{new}.")}
-        weights |= {old + key[len(new) :]: tensor for key, tensor in ours.items()}
-    for m, name in enumerate(net.names):
-        for i, k in enumerate("AB"):
-            mean = net.offset[f"{name}_{k}"].data
-            offset = torch.full_like(mean, 0.25) if kind == "z_score" else mean
-            weights |= {f"AB_offset.{k}.{name}": offset, f"mean_recon_target.{k}.{name}": mean - offset}
-            weights[f"std_recon_target.{k}.{name}"] = net.deviation[f"{name}_{k}"].data.expand_as(mean)
-            if net.config.size != "large":
-                weights[f"out_emb.{name}.{k}"] = net.AB_emb[m, i].data
-    return weights
-
-@pytest.mark.parametrize("kind", ["sft", "z_score", "factorized", "delta_w"])
-@pytest.mark.parametrize("size", [*hypernet.SIZES, "rotary"])
-def test_published_layout_round_trip(tmp_path, size, kind):
-    changes = dict(rotary=size == "rotary", z_score=kind == "z_score", r=8)
-    net = hypernet.TextToLoRA(small_config("small" if size == "rotary" else size, **changes)).eval()
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.5)
-    for p in net.deviation.values():
-        p.data.fill_({"delta_w": 0.01, "z_score": 0.7}.get(kind, 1.0))
-    for p in net.offset.values() if kind == "delta_w" else []:
-        p.data.zero_()
-    args = dict(emb_model="some/one", factorized=kind != "delta_w", training_task="recon")
-    args |= {"training_task": "sft"} if kind == "sft" else {}
-    weights = in_published_layout(net, kind)
-    folder = published_folder(tmp_path, weights, base_model="google/gemma-2-2b-it", **args)
-    again, emb = hypernet.load_hypernet(folder), torch.randn(2, 7)
-    close(again(emb), net(emb), 1e-5, 1e-6)
-    c = again.config
-    assert (c.size, c.encoder, c.full_stop, c.instruction) == (net.config.size, "some/one", True, True)
-    assert c.scaling == SCALING and c.paths == {name: f"model.layers.{{}}.self_attn.{name}" for name in NAMES}
-    swapped = hypernet.load_hypernet(folder, NAMES[::-1])(emb)
-    published_folder(tmp_path, weights, order=NAMES[::-1], **args)  # named the other way round
-    close(hypernet.load_hypernet(folder)(emb)["q_proj"][0], swapped["q_proj"][0])
-    net.module_emb[0].weight.data = net.module_emb[0].weight.data.flip(0)
-    close(swapped["q_proj"][0], net(emb)["q_proj"][0], 1e-5, 1e-6)
-
-def test_broken_published_checkpoints_are_refused_in_words(tmp_path):
-    weights = in_published_layout(hypernet.TextToLoRA(small_config("medium", r=8)), "sft")
-    file, load = tmp_path / "hypermod.pt", hypernet.load_hypernet
-    published_folder(tmp_path, weights)
-    refused("no published checkpoint", load, tmp_path, ["q_proj", "k_proj"])
-    published_folder(tmp_path, {k: t for k, t in weights.items() if "mixer" not in k})
-    refused("no published checkpoint", load, tmp_path)
-    file.write_bytes(file.read_bytes()[:3000])
-    refused("no published checkpoint", load, tmp_path)
-    torch.save({"x": Path("/")}, file)  # a pickle that would have to call something
-    refused("no published checkpoint", load, tmp_path)
-    published_folder(tmp_path, weights)
-    (tmp_path / "args.yaml").write_text("training_task: !!python/object/apply:os.getcwd []\n")
-    refused("no published checkpoint", load, tmp_path)
-
 @pytest.mark.parametrize("size", hypernet.SIZES)
 def test_the_papers_sizes(size):
     """The number of trained parameters for the paper's base models, rank 8 on q_proj and v_proj."""
@@ -499,85 +439,6 @@ def test_golden_documents(file):
     logits = base(tensors["e2e/input_ids"], attention_mask=tensors["e2e/attention_mask"]).logits
     close(logits[asked], tensors["e2e/logits"][asked], 1e-4, 5e-4)
     assert (tensors["e2e/logits"] - tensors["e2e/logits_base"])[asked].abs().max() > 0.1
-
-@torch.no_grad()
-def test_golden_published_document_checkpoint():
-    """From the published file and a document to A, B, logits and greedy answers."""
-    folder = HERE.parent / "shared" / "golden" / "d2l_published"
-    if not folder.exists():
-        pytest.skip("the golden checkpoint is not here")
-    tensors, info = load_file(folder / "golden.safetensors"), lora.read_file(folder / "golden.json")
-    net = hypernet.load_hypernet(folder / "small_d2l" / "checkpoint-80000")
-    base, tokenizer = model.load_base(str(folder / "tiny-gemma2"))
-    lora.inject(base, ["down_proj"])
-    assert net.config.scaling == pytest.approx(info["scaling"])
-    net.config.chunk_len = info["max_ctx_chunk_len"]
-    groups, counts = hypernet.read_documents(net.config, base, tokenizer, info["documents"])
-    documents = net((groups, counts))["down_proj"]
-    assert counts == tensors["batch/n_ctx_chunks"].tolist()
-    close(documents, (tensors["batch/A/down_proj"], tensors["batch/B/down_proj"].mT))
-    for i in range(3):
-        lora.set_adapter(base, lora.select({"down_proj": documents}, i), net.config.scaling)
-        for turn in ("plain", "system") if i == 0 else ("plain",):
-            logits = base(tensors[f"question/{turn}/input_ids"]).logits
-            close(logits, tensors[f"doc{i}/logits/{turn}"], 1e-4, 5e-4)
-
-class Settings:
-    """An object of a class of the published code."""
-    def __init__(self, **fields):
-        self.__dict__.update(fields)
-
-def published_doc_file(folder: Path, monkeypatch, **changes) -> tuple[dict, dict]:
-    """A golden Doc-to-LoRA network as the published code saves one; returns its content and tensors."""
-    path = golden("down_l2l", "d2l")
-    tensors, info = load_file(f"{path}.safetensors"), lora.read_file(f"{path}.json")
-    shared = load_file(f"{golden('perceiver_shared', 'd2l')}.safetensors")
-    content = {key: tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float() for key in info["state_dict"]}
-    monkeypatch.setattr(Settings, "__module__", "ctx_to_lora")
-    monkeypatch.setitem(sys.modules, "ctx_to_lora", types.SimpleNamespace(Settings=Settings))
-    lora_config = Settings(r=8, lora_alpha=info["lora_forward_scaling"], target_modules={"down_proj"})
-    perceiver = Settings(feature_size=64, n_latent_queries=8, num_blocks=3, num_self_attn_per_block=0)
-    network = Settings(latent_size=64, num_pre_head_layers=1, use_per_rank_bias=False)
-    network.lora_config = lora_config
-    network.layer_indices, network.aggregator_config = torch.arange(4), perceiver
-    network.feature_sizes = (info["d_in"], info["d_out"])
-    content |= {"base_model_name_or_path": "google/gemma-2-2b-it", "hypernet_config": network}
-    content |= {"ctx_encoder_args": Settings(ctx_encoder_type="per_layer_activations")} | changes
-    torch.save(collections.OrderedDict(content), folder / "pytorch_model.bin")
-    return content, tensors
-
-@torch.no_grad()
-def test_a_published_document_checkpoint_is_read_without_its_code(tmp_path, monkeypatch):
-    _, tensors = published_doc_file(tmp_path, monkeypatch)
-    monkeypatch.delitem(sys.modules, "ctx_to_lora")
-    net = hypernet.load_hypernet(tmp_path)
-    A, B = net.write_chunks(tensors["in/features"], tensors["in/attn_mask"])["down_proj"]
-    close((A, B), (tensors["out/A/down_proj"], tensors["out/B/down_proj"].mT))
-    assert net.config.base_model == "google/gemma-2-2b-it" and net.config.scaling == pytest.approx(2 * 8**1.5)
-
-class Hostile:
-    def __init__(self, call, *args):
-        self.call, self.args = call, args
-    def __reduce__(self):
-        return self.call, self.args
-
-def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch):
-    file, mark = tmp_path / "pytorch_model.bin", tmp_path / "mark"
-    program = f"open({str(mark)!r}, 'w')"
-    for call, *args in (os.system, f"touch {mark}"), (open, str(mark), "w"), (eval, program), (exec, program):
-        published_doc_file(tmp_path, monkeypatch, extra=Hostile(call, *args))
-        with contextlib.suppress(lora.UserError):  # if it is read at all, as a record
-            hypernet.load_hypernet(tmp_path)
-        published_doc_file(tmp_path, monkeypatch, hypernet_config=Hostile(call, *args))
-        refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
-        assert not mark.exists()
-    content, _ = published_doc_file(tmp_path, monkeypatch)
-    for missing in "hypernet_config", "head.weight", "ctx_encoder_args":
-        torch.save({key: value for key, value in content.items() if key != missing}, file)
-        refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
-    published_doc_file(tmp_path, monkeypatch)
-    file.write_bytes(file.read_bytes()[:5000])
-    refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
 
 def test_the_perceivers_size():
     """That of the published one for gemma-2-2b."""
@@ -1365,30 +1226,6 @@ def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, serve
     assert server.asked.count(first) == 1 and server.asked.count(second) == 2
     assert data.load_tasks("lots-of-loras") == tasks and server.asked.count(first) == 1
 
-def test_a_published_hypernetwork_from_the_hub(tmp_path, server):
-    net = hypernet.load_hypernet(TINY / "sft_small")
-    weights = in_published_layout(net, "sft")
-    sent = published_folder(tmp_path / "sent", weights, emb_model="hash", order=net.names)
-    own = [file for file in sent.iterdir() if file.name in hypernet.FILES]
-    files = {f"trained/tiny/{f.name}": f.read_bytes() for f in own} | {"trained/other/big.bin": b"x"}
-    tree = [dict(type="file", path=name, size=len(content), oid="b" * 40) for name, content in files.items()]
-    repo = {"id": "u/r", "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
-    replies = {"/api/models/u/r/revision/main": repo, f"/api/models/u/r/tree/{'a' * 40}": tree}
-    encoded = {path: json.dumps(reply).encode() for path, reply in replies.items()}
-    server.files = {path: (content, len(content)) for path, content in encoded.items()}
-    for name, content in files.items():
-        server.files[f"/u/r/resolve/{'a' * 40}/{name}"] = (content, len(content))
-    words = [*SAY, "--hypernet", "u/r/trained/tiny", "--input", "cat red dog shirt", "--no-instruction"]
-    words = [sys.executable, "generate.py", *words, "--out", str(tmp_path / "out")]
-    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_HUB_DISABLE_XET": "1"}
-    env |= dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), no_proxy="127.0.0.1")
-    start = lambda **more: subprocess.run(words, cwd=HERE, env=env | more, capture_output=True, text=True)
-    run = start()
-    assert run.returncode == 0 and "with adapter" in run.stdout, run.stderr
-    assert not any("other" in path for path in server.asked)
-    again = start(HF_ENDPOINT="http://127.0.0.1:1")  # now it is on this machine
-    assert again.stdout.split("\n", 1)[1] == run.stdout.split("\n", 1)[1], again.stderr
-
 # -------------------- The commands --------------------
 def test_generate_writes_what_it_shows(tmp_path, capsys):
     inputs = ["cat red dog shirt", "lemon bear wolf chair"]
@@ -1477,10 +1314,6 @@ BAD = {
     "no oracles": (train, RECON, "needs --oracles"),
     "empty oracles": (train, [*RECON, "--oracles", "{foreign}"], "holds no adapters of the train tasks"),
     "oracles of another base": (train, [*RECON, "--oracles", "{tmp}/oracles"], "another base model"),
-    "nothing to draw": (pictures, [], "what should be drawn?"),
-    "empty description of an edit": (pictures, ["--desc", " "], "what should be drawn?"),
-    "no base model of pictures": (pictures, ["--train", "hypernet", "--weights", "{tmp}/x"], "is missing"),
-    "weights in use": (pictures, ["--train", "base"], "is there already"),
     "another network to start from": (train, [*SHORT, "--init_from", "{net}"], "has other settings"),
     "a hypernetwork for oracles": (train, [*ORACLES, "--init_from", "{net}"], "goes with --mode sft or recon"),
     "several tasks by sft": (train, ["--multi_task"], "--multi_task goes with --mode lora"),
@@ -1545,7 +1378,7 @@ def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
         values = list(scores["per_task"].values())
         mean = sum(values) / 8
         assert len(values) == 8 and abs(scores["mean"] - mean) < 1e-9
-        assert f"| {row} | {mean:.3f} | {evaluation.interval(values)} | {min(values):.2f} |" in shown
+        assert f"| {row} | {mean:.3f} | {table.interval(values)} | {min(values):.2f} |" in shown
     assert not draws or picture.stat().st_size > 5000
 
 def test_a_text_encoder_is_loaded_once_for_all_methods(tmp_path, monkeypatch):
@@ -1631,136 +1464,7 @@ def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
     assert command(evaluation, "--tasks", "mbpp") == 2
     assert "error: mbpp is scored by running code" in capsys.readouterr().err
     args = types.SimpleNamespace(lengths=None, base_model="mistral-7b")
-    assert "| t2l (published) | 0.82 |  |" in evaluation.table({"base": {"piqa": 0.5}}, args)
-
-# -------------------- The page --------------------
-@pytest.fixture
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    pytest.importorskip("gradio", reason="gradio is not installed")
-    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if None in paths:
-        pytest.skip("there is no Chromium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = paths[0]
-    for flag in "headless=new no-sandbox disable-gpu disable-background-networking disable-sync".split():
-        options.add_argument(f"--{flag}")
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
-    yield browser
-    browser.quit()
-
-def test_the_page_in_a_browser(browser, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = [sys.executable, "generate.py", "--web", str(port)]
-    server = subprocess.Popen(start, cwd=HERE, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "0"})
-    def wait_for(find):
-        for _ in range(300):
-            with contextlib.suppress(Exception):
-                if found := find():
-                    return found
-            time.sleep(0.1)
-        raise AssertionError("not found in the page")
-    def shown(selector: str) -> list:
-        return [found for found in browser.find_elements("css selector", selector) if found.is_displayed()]
-    def ask(text: str, inputs: str, answer: str):
-        for box, typed in zip(wait_for(lambda: shown("textarea")), (text, inputs)):
-            box.clear()
-            box.send_keys(typed)
-        wait_for(lambda: [b for b in shown("button") if "Write an adapter" in b.text])[0].click()
-        wait_for(lambda: answer in browser.page_source)
-    try:
-        wait_for(lambda: browser.get(f"http://127.0.0.1:{port}") is None)
-        ask(DESC, "cat red dog shirt", "chat chien")
-        assert "Written in" in browser.page_source and "adapter.zip" in browser.page_source
-        ask(DESC, "a unicorn", "no token for")  # an error is shown in the page
-        wait_for(lambda: [b for b in shown("button") if b.text == "Document"])[0].click()
-        ask("cat -> gato <eos>", "cat", "gato")
-    finally:
-        server.kill()
-
-# -------------------- checkpoints/pictures --------------------
-def test_edits_of_pictures_do_what_they_say():
-    things = [edits.Object("square", "red", 1, 1), edits.Object("circle", "blue", 13, 1)]
-    scene = edits.Scene((0.0, 0.0, 0.0), things)
-    seen = lambda *parts: edits.apply(edits.Edit(*parts), scene)
-    red, blue = edits.COLOURS["red"], edits.COLOURS["blue"]
-    assert tuple(seen("square", "remove", "")[5, 5]) == (0, 0, 0)
-    assert seen("circle", "remove", "")[5, 5] == pytest.approx(red)
-    kept = seen("circle", "keep, paint white", "upside down")
-    assert tuple(kept[23 - 17, 5]) == (1, 1, 1) and kept.sum() == 3 * edits.SHAPES["circle"].sum()
-    assert seen("red", "paint green", "mirror")[17, 23 - 5] == pytest.approx(blue)
-    assert seen("red", "paint white", "turn")[23 - 5, 17] == pytest.approx(blue)  # to the left
-    assert not set(edits.TRAIN) & {*edits.TEST, *edits.VAL} and (len(edits.TEST), len(edits.VAL)) == (25, 8)
-    for edit in edits.EDITS:
-        source = edits.draw_scene(edit, random.Random(0))
-        assert "green" in edit.how or (edits.apply(edit, source) != edits.render(source)).any()
-
-def test_patches_are_the_picture():
-    images = torch.rand(2, 24, 24, 3)
-    patches = pictures.to_patches(images)
-    close(patches[1, 7], images[1, 4:8, 4:8].permute(2, 0, 1).flatten() * 2 - 1)  # the second patch of the second row
-    close(pictures.to_images(patches), images)
-
-def test_a_step_through_the_flow_teaches_the_hypernetwork():
-    base = lora.inject(pictures.Transformer(32, 2).requires_grad_(False), pictures.TARGETS)
-    net = pictures.make_trained("hypernet", base).eval()
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-2)
-    losses = []
-    for _ in range(20):
-        torch.manual_seed(0)
-        losses.append(pictures.step_loss("hypernet", base, net, random.Random(0)))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.8 * losses[0]
-    assert all(p.grad is None for p in base.parameters())
-
-def test_an_adapter_edits_as_its_description_says():
-    base, net = pictures.load_base(pictures.HERE), hypernet.load_hypernet(pictures.HERE)
-    right_errors, wrong_errors = [], []
-    for edit, other in zip(edits.TEST[:8], edits.TEST[8:16]):
-        rng = random.Random(0)
-        scenes = [edits.draw_scene(edit, rng) for _ in range(4)]
-        source = pictures.to_patches(torch.tensor([edits.render(scene).tolist() for scene in scenes]))
-        right = torch.tensor([edits.apply(edit, scene).tolist() for scene in scenes])
-        with torch.no_grad():
-            adapters = net(model.hash_encoder([edits.describe(e, rng) for e in (edit, other)]))
-        for i, errors in enumerate((right_errors, wrong_errors)):
-            lora.set_adapter(base, lora.select(adapters, i), net.config.scaling)
-            drawn = pictures.sample(base, source)
-            errors.append((drawn - right).abs().mean())
-    assert torch.equal(drawn, pictures.sample(base, source, seed=0))
-    assert not torch.equal(drawn, pictures.sample(base, source, seed=1))
-    assert sum(right_errors) < 0.5 * sum(wrong_errors) and sum(right_errors) / 8 < 0.1
-
-def test_the_strip_and_ones_own_picture(tmp_path, capsys):
-    plt = pytest.importorskip("matplotlib.pyplot")
-    mine, small, out = tmp_path / "mine.png", tmp_path / "small.png", tmp_path / "new" / "strip.png"
-    plt.imsave(mine, edits.render(edits.draw_scene(edits.TEST[0], random.Random(0))))
-    plt.imsave(small, torch.rand(8, 8, 3).numpy())
-    words = ["--desc", "Paint the hearts white.", "--out", out]
-    assert command(pictures, *words, "--desc", "Turn it grey.", "--input", mine) == 0
-    assert plt.imread(out).std() > 0.1
-    assert command(pictures, *words, "--input", small) == 2
-    assert "24 x 24 pixels" in capsys.readouterr().err
-
-def test_training_on_pictures_is_resumed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pictures, "BATCH", 4)
-    assert command(pictures, "--train", "base", "--steps", "4", "--weights", tmp_path / "a") == 0
-    real, calls = pictures.step_loss, []
-    def second_is_interrupted(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-    monkeypatch.setattr(pictures, "step_loss", second_is_interrupted)
-    words = ["--train", "base", "--steps", "4", "--weights", tmp_path / "b"]
-    assert command(pictures, *words) == 130
-    assert command(pictures, *words) == 0 and len(calls) == 4
-    weights = [load_file(tmp_path / name / "base.safetensors") for name in "ab"]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert "| t2l (published) | 0.82 |  |" in table.make_table({"base": {"piqa": 0.5}}, args)
 
 # -------------------- A real model --------------------
 @needs_models

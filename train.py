@@ -21,7 +21,6 @@ import os
 import random
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +112,7 @@ def parse_args() -> argparse.Namespace:
         parser.add_settings(flags.settings_of(net_class.config_class), CHOICES, with_default=False)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
-    args = parser.parse_args()
-    if args.resume:
-        folder = Path(args.out_dir)
-        if not (folder / "state.safetensors").exists():
-            raise UserError(f"--resume: {folder} holds no interrupted run")
-        recorded = [f"@{folder / 'train.args'}"]
-        before, args = parser.parse_args(recorded), parser.parse_args(recorded + sys.argv[1:])
-        for name, value in vars(args).items():
-            if value != getattr(before, name, None) and name not in MAY_CHANGE:
-                raise UserError(f"--resume: this run has --{name} {getattr(before, name, '')}, not {value}")
+    args = parser.parse_run(MAY_CHANGE)
     net_settings = flags.settings_of(hypernet.ARCHS[args.arch].config_class)
     for name, default, _ in net_settings:
         if not hasattr(args, name):
@@ -463,7 +453,7 @@ def validate(run: Run) -> dict[str, float]:
     run.base.train()
     return {"val_loss": loss / len(examples), "val_accuracy": n_right / len(examples)}
 
-# -------------------- Optimizer, files, processes --------------------
+# -------------------- Optimizer, files --------------------
 
 NO_DECAY = ("scaler", "bias", "latents", "queries", "b1", "b2")
 
@@ -501,22 +491,11 @@ def save(run: Run, folder: Path) -> None:
         for i, task in enumerate(run.tasks):
             lora.save_adapter(folder / task.name, run.net(i), run.net.config)
 
-def start_processes() -> tuple[int, int, int, torch.device]:
-    """(this process, its number on this machine, number of processes, device); one without torchrun."""
-    process, local_process = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    n_processes = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", local_process) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    return process, local_process, n_processes, device
-
 # -------------------- The run --------------------
 
 def main() -> None:
     args = parse_args()
-    process, local_process, n_processes, device = start_processes()
+    process, local_process, n_processes, device = shard.start_processes()
     torch.manual_seed(args.seed)
     if local_process > 0 and not args.shard:
         dist.barrier()  # the first process of each machine downloads what has to be downloaded

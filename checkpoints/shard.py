@@ -1,4 +1,4 @@
-"""A base model larger than one GPU: its decoder layers are sharded over the processes of torchrun.
+"""The processes of torchrun, and a base model that is larger than one GPU: its layers are sharded over them.
 
     torchrun --nproc_per_node=8 train.py @config/llama-3.1-8b.args --shard
 
@@ -11,6 +11,7 @@ import atexit
 import os
 import sys
 import tempfile
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 import lora
 import model
 from lora import UserError
+
+def start_processes() -> tuple[int, int, int, torch.device]:
+    """(this process, its number on this machine, number of processes, device); one without torchrun."""
+    process, local_process = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", local_process) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return process, local_process, n_processes, device
 
 def start_copies(args) -> None:
     """For generate.py and eval.py: all processes compute the same, only the first one prints and writes."""

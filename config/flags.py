@@ -10,6 +10,8 @@ becomes a flag of the type of its default.
 import argparse
 import dataclasses
 import shlex
+import sys
+from pathlib import Path
 
 from lora import UserError
 
@@ -45,6 +47,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise UserError(message)
+
+    def parse_run(self, may_change: list[str]) -> argparse.Namespace:
+        """As `parse_args`. --resume starts from the flags that the run in --out_dir has recorded.
+
+        Only those in may_change can then be changed.
+        """
+        args = self.parse_args()
+        if not args.resume:
+            return args
+        folder = Path(args.out_dir)
+        if not (folder / "state.safetensors").exists():
+            raise UserError(f"--resume: {folder} holds no interrupted run")
+        recorded = [f"@{folder / 'train.args'}"]
+        before, args = self.parse_args(recorded), self.parse_args(recorded + sys.argv[1:])
+        for name, value in vars(args).items():
+            if value != getattr(before, name, None) and name not in may_change:
+                raise UserError(f"--resume: this run has --{name} {getattr(before, name, '')}, not {value}")
+        return args
 
     def add_settings(self, settings: Settings, choices: dict[str, list[str]], with_default=True) -> None:
         """A flag for each setting that has none yet. Without defaults, absent flags have no value at all."""

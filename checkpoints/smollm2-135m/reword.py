@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import hypernet
 import lora
 import model
+from checkpoints.state import cpu_autocast
 from tasks import chores
 
 STEPS = 1500
@@ -79,7 +80,7 @@ def main() -> None:
         batch = rng.choices(chains, weights, k=BATCH)
         layers = rng.sample(range(net.config.n_layers), LAYERS)
         text_emb = encode([chores.description(chain, rng.randrange(1000)) for chain in batch])
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu_autocast():
             x = head_inputs(net, factors, text_emb, layers).float()
         target = torch.stack([targets[chain][layers] for chain in batch])
         loss = (x - target).square().mean() / variance  # 1 for the mean adapter of all tasks

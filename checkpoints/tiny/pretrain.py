@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import lora
 import model
+from checkpoints.state import cpu_autocast
 from data import Example
 from tasks import facts, tiny
 
@@ -108,7 +109,7 @@ def main(out_dir: Path, steps: int) -> None:
         texts = [tokenize(text) for text in draw(step)]
         ids = model.pad([ids for ids, _ in texts], IDS["<pad>"])  # [texts, T]
         labels = model.pad([labels for _, labels in texts], -100)
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu_autocast():
             logits = net(ids).logits[:, :-1].float()  # [texts, T - 1, vocabulary]
         losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")  # 0 for no label
         loss = (losses.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()

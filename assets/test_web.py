@@ -1,0 +1,59 @@
+"""A visitor of the page: python -m pytest -q assets (needs gradio, selenium and Chromium)"""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from test_all import DESC, HERE
+
+@pytest.fixture
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in paths:
+        pytest.skip("there is no Chromium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for flag in "headless=new no-sandbox disable-gpu disable-background-networking disable-sync".split():
+        options.add_argument(f"--{flag}")
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
+    yield browser
+    browser.quit()
+
+def test_the_page_in_a_browser(browser, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "generate.py", "--web", str(port)]
+    server = subprocess.Popen(start, cwd=HERE, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "0"})
+    def wait_for(find):
+        for _ in range(300):
+            with contextlib.suppress(Exception):
+                if found := find():
+                    return found
+            time.sleep(0.1)
+        raise AssertionError("not found in the page")
+    def shown(selector: str) -> list:
+        return [found for found in browser.find_elements("css selector", selector) if found.is_displayed()]
+    def ask(text: str, inputs: str, answer: str):
+        for box, typed in zip(wait_for(lambda: shown("textarea")), (text, inputs)):
+            box.clear()
+            box.send_keys(typed)
+        wait_for(lambda: [b for b in shown("button") if "Write an adapter" in b.text])[0].click()
+        wait_for(lambda: answer in browser.page_source)
+    try:
+        wait_for(lambda: browser.get(f"http://127.0.0.1:{port}") is None)
+        ask(DESC, "cat red dog shirt", "chat chien")
+        assert "Written in" in browser.page_source and "adapter.zip" in browser.page_source
+        ask(DESC, "a unicorn", "no token for")  # an error is shown in the page
+        wait_for(lambda: [b for b in shown("button") if b.text == "Document"])[0].click()
+        ask("cat -> gato <eos>", "cat", "gato")
+    finally:
+        server.kill()

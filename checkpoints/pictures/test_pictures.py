@@ -1,0 +1,116 @@
+"""The edits of pictures, the step, the strip: python -m pytest -q checkpoints/pictures"""
+
+import os
+import random
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hypernet
+import lora
+import model
+from checkpoints.pictures import edits, pictures
+from test_all import close, command
+from test_all import seed  # noqa: F401 (a fixture)
+
+def test_edits_of_pictures_do_what_they_say():
+    things = [edits.Object("square", "red", 1, 1), edits.Object("circle", "blue", 13, 1)]
+    scene = edits.Scene((0.0, 0.0, 0.0), things)
+    seen = lambda *parts: edits.apply(edits.Edit(*parts), scene)
+    red, blue = edits.COLOURS["red"], edits.COLOURS["blue"]
+    assert tuple(seen("square", "remove", "")[5, 5]) == (0, 0, 0)
+    assert seen("circle", "remove", "")[5, 5] == pytest.approx(red)
+    kept = seen("circle", "keep, paint white", "upside down")
+    assert tuple(kept[23 - 17, 5]) == (1, 1, 1) and kept.sum() == 3 * edits.SHAPES["circle"].sum()
+    assert seen("red", "paint green", "mirror")[17, 23 - 5] == pytest.approx(blue)
+    assert seen("red", "paint white", "turn")[23 - 5, 17] == pytest.approx(blue)  # to the left
+    assert not set(edits.TRAIN) & {*edits.TEST, *edits.VAL} and (len(edits.TEST), len(edits.VAL)) == (25, 8)
+    for edit in edits.EDITS:
+        source = edits.draw_scene(edit, random.Random(0))
+        assert "green" in edit.how or (edits.apply(edit, source) != edits.render(source)).any()
+
+def test_patches_are_the_picture():
+    images = torch.rand(2, 24, 24, 3)
+    patches = pictures.to_patches(images)
+    close(patches[1, 7], images[1, 4:8, 4:8].permute(2, 0, 1).flatten() * 2 - 1)  # the second patch of the second row
+    close(pictures.to_images(patches), images)
+
+def test_a_step_through_the_flow_teaches_the_hypernetwork():
+    base = lora.inject(pictures.Transformer(32, 2).requires_grad_(False), pictures.TARGETS)
+    net = pictures.make_trained("hypernet", base).eval()
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(20):
+        torch.manual_seed(0)
+        losses.append(pictures.step_loss("hypernet", base, net, random.Random(0)))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.grad is None for p in base.parameters())
+
+def test_an_adapter_or_an_example_says_what_is_drawn():
+    base, net = pictures.load_base(pictures.HERE), hypernet.load_hypernet(pictures.HERE)
+    errors = {"adapter": 0.0, "another's adapter": 0.0, "example": 0.0, "another's example": 0.0}
+    for edit, other in zip(edits.TEST[:8], edits.TEST[8:16]):
+        rng = random.Random(0)
+        scenes = [edits.draw_scene(edit, rng) for _ in range(4)]
+        source = pictures.to_patches(torch.tensor([edits.render(scene).tolist() for scene in scenes]))
+        right = torch.tensor([edits.apply(edit, scene).tolist() for scene in scenes])
+        with torch.no_grad():
+            adapters = net(model.hash_encoder([edits.describe(e, rng) for e in (edit, other)]))
+        for i, whose in enumerate(("", "another's ")):
+            lora.set_adapter(base, lora.select(adapters, i), net.config.scaling)
+            drawn = pictures.sample(base, source)
+            errors[f"{whose}adapter"] += (drawn - right).abs().mean() / 8
+            lora.set_adapter(base, None)
+            example = torch.cat(pictures.draw_pairs([(edit, other)[i]] * 4, rng), -1)
+            errors[f"{whose}example"] += (pictures.sample(base, source, example) - right).abs().mean() / 8
+    assert errors["adapter"] < 0.1 and errors["adapter"] < 0.5 * errors["another's adapter"]
+    assert errors["example"] < 0.5 * errors["another's example"]
+
+def test_a_seed_gives_the_same_picture():
+    base, source = pictures.load_base(pictures.HERE), torch.rand(2, 36, 48)
+    drawn = pictures.sample(base, source, seed=0)
+    assert torch.equal(drawn, pictures.sample(base, source, seed=0))
+    assert not torch.equal(drawn, pictures.sample(base, source, seed=1))
+
+def test_the_strip_and_ones_own_picture(tmp_path, capsys):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    mine, small, out = tmp_path / "mine.png", tmp_path / "small.png", tmp_path / "new" / "strip.png"
+    plt.imsave(mine, edits.render(edits.draw_scene(edits.TEST[0], random.Random(0))))
+    plt.imsave(small, torch.rand(8, 8, 3).numpy())
+    words = ["--desc", "Paint the hearts white.", "--out", out]
+    assert command(pictures, *words, "--desc", "Turn it grey.", "--input", mine) == 0
+    assert plt.imread(out).std() > 0.1
+    assert command(pictures, *words, "--input", small) == 2
+    assert "24 x 24 pixels" in capsys.readouterr().err
+
+def test_training_on_pictures_is_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pictures, "BATCH", 4)
+    assert command(pictures, "--train", "base", "--steps", "4", "--weights", tmp_path / "a") == 0
+    real, calls = pictures.step_loss, []
+    def second_is_interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(pictures, "step_loss", second_is_interrupted)
+    words = ["--train", "base", "--steps", "4", "--weights", tmp_path / "b"]
+    assert command(pictures, *words) == 130
+    assert command(pictures, *words) == 0 and len(calls) == 4
+    weights = [load_file(tmp_path / name / "base.safetensors") for name in "ab"]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+@pytest.mark.parametrize("words, message", [
+    ([], "what should be drawn?"),
+    (["--desc", " "], "what should be drawn?"),
+    (["--train", "hypernet", "--weights", "{tmp}/x"], "is missing"),
+    (["--train", "base"], "is there already"),
+])  # fmt: skip
+def test_mistakes_are_one_line(tmp_path, capsys, words, message):
+    assert command(pictures, *[word.format(tmp=tmp_path) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and not list(tmp_path.iterdir())
