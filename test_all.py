@@ -1315,7 +1315,7 @@ BAD = {
     "empty oracles": (train, [*RECON, "--oracles", "{foreign}"], "holds no adapters of the train tasks"),
     "oracles of another base": (train, [*RECON, "--oracles", "{tmp}/oracles"], "another base model"),
     "another network to start from": (train, [*SHORT, "--init_from", "{net}"], "has other settings"),
-    "a hypernetwork for oracles": (train, [*ORACLES, "--init_from", "{net}"], "goes with --mode sft or recon"),
+    "a network for oracles": (train, [*ORACLES, "--init_from", "{net}"], "goes with --mode sft or recon"),
     "several tasks by sft": (train, ["--multi_task"], "--multi_task goes with --mode lora"),
     "several tasks by recon": (train, [*RECON, "--oracles", "x", "--multi_task"], "goes with --mode lora"),
 }

@@ -1,4 +1,4 @@
-"""Published checkpoints, rebuilt here in their layouts, and the golden one: python -m pytest -q checkpoints"""
+"""Published checkpoints, rebuilt in their layouts, and the golden one: python -m pytest -q checkpoints"""
 
 import collections
 import contextlib

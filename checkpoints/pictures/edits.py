@@ -1,7 +1,7 @@
 """The world of pictures.py: scenes of coloured shapes, edits made of three parts, and their descriptions."""
 
 import random
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from lora import read_file
 
-SIZE, CELL = 24, 12  # pixels of a picture, and of each of its four cells; an object has 9
+SIZE, PATCH = 24, 4  # pixels of a picture, and of the patches that the transformer sees
+OBJECT = 2 * PATCH  # of an object, which lies on whole patches
 COLOURS = {
     "red": (0.9, 0.15, 0.15),
     "green": (0.1, 0.7, 0.2),
@@ -20,17 +21,17 @@ COLOURS = {
     "white": (1.0, 1.0, 1.0),  # to paint with only
 }
 BACKGROUNDS = [(0.05, 0.05, 0.05), (0.05, 0.1, 0.3), (0.3, 0.08, 0.1), (0.05, 0.22, 0.12), (0.3, 0.25, 0.1)]
-x, y = np.meshgrid(np.linspace(-1, 1, 9), np.linspace(-1, 1, 9))  # [9, 9]; y points down
+x, y = np.meshgrid(np.linspace(-1, 1, OBJECT), np.linspace(-1, 1, OBJECT))  # [8, 8]; y points down
 radius = np.hypot(x, y)
 SHAPES = {
     "circle": radius < 1.1,
     "square": np.maximum(abs(x), abs(y)) < 0.8,
     "triangle": 2 * abs(x) <= y + 1,
     "cross": np.minimum(abs(x), abs(y)) < 0.3,
-    "diamond": abs(x) + abs(y) <= 1,
+    "diamond": abs(x) + abs(y) <= 1.15,
     "ring": (radius < 1.1) & (radius > 0.6),
     "moon": (radius < 1.1) & (np.hypot(x - 0.6, y) > 0.8),
-    "heart": (np.hypot(abs(x) - 0.5, y + 0.4) < 0.55) | ((abs(x) + y < 0.8) & (y > -0.3)),
+    "heart": (np.hypot(abs(x) - 0.5, y + 0.5) < 0.55) | ((abs(x) + y < 0.9) & (y > -0.5)),
     "hourglass": abs(x) <= abs(y),
     "corner": (x < -0.4) | (y > 0.4),
 }
@@ -68,6 +69,12 @@ random.Random(0).shuffle(EDITS)
 TEST, VAL, TRAIN = EDITS[:25], EDITS[25:33], EDITS[33:]  # 564 edits
 PHRASES = read_file(Path(__file__).parent / "phrases.json")
 
+GRID = range(0, SIZE - OBJECT + 1, PATCH)
+PLACES = []  # of three objects that do not overlap: their upper left corners
+for places in combinations(product(GRID, GRID), 3):
+    if all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= OBJECT for a, b in combinations(places, 2)):
+        PLACES.append(places)
+
 def means(edit: Edit, thing: Object) -> bool:
     return edit.which in (thing.shape, thing.colour)
 
@@ -80,8 +87,7 @@ def draw_scene(edit: Edit, rng: random.Random) -> Scene:
         else:
             colours[0] = edit.which
         objects = []
-        for cell in rng.sample(range(4), 3):
-            row, column = cell // 2 * CELL + rng.randint(0, 3), cell % 2 * CELL + rng.randint(0, 3)
+        for row, column in rng.choice(PLACES):
             objects.append(Object(rng.choice(shapes), rng.choice(colours), row, column))
         if sum(means(edit, thing) for thing in objects) in (1, 2):
             return Scene(rng.choice(BACKGROUNDS), objects)
@@ -91,7 +97,7 @@ def render(scene: Scene) -> np.ndarray:
     image = np.empty((SIZE, SIZE, 3), np.float32)
     image[:] = scene.background
     for shape, colour, row, column in scene.objects:
-        image[row : row + 9, column : column + 9][SHAPES[shape]] = COLOURS[colour]
+        image[row : row + OBJECT, column : column + OBJECT][SHAPES[shape]] = COLOURS[colour]
     return image
 
 def apply(edit: Edit, scene: Scene) -> np.ndarray:

@@ -16,15 +16,18 @@ from checkpoints.pictures.edits import EDITS, TEST, Edit, apply, describe, draw_
 from model import hash_encoder
 
 @torch.no_grad()
-def measure(base: pictures.Transformer, adapters: lora.Adapter | None, scaling: float) -> str:
-    """Draw 8 pictures by each test edit, the i-th one with the i-th adapter."""
+def measure(
+    base: pictures.Transformer, adapters: lora.Adapter | None, scaling: float, with_example: bool = False
+) -> str:
+    """Draw 8 pictures by each test edit, the i-th one with the i-th adapter, or with an example for each."""
     errors, hits, whole_hits = [], [], []
     for i, edit in enumerate(TEST):
         rng = random.Random(f"measure {edit}")
         scenes = [draw_scene(edit, rng) for _ in range(8)]
         source = pictures.to_patches(torch.from_numpy(np.stack([render(scene) for scene in scenes])))
         lora.set_adapter(base, adapters and lora.select(adapters, i), scaling)
-        for scene, image in zip(scenes, pictures.sample(base, source).numpy()):
+        example = torch.cat(pictures.draw_pairs([edit] * 8, rng), -1) if with_example else None
+        for scene, image in zip(scenes, pictures.sample(base, source, example).numpy()):
             right = apply(edit, scene)
             results = np.stack([apply(other, scene) for other in EDITS])  # [564, 24, 24, 3]
             nearest = abs(results - image).mean((1, 2, 3)).argmin()
@@ -52,14 +55,15 @@ def main() -> None:
         "meaningless text": net(hash_encoder(meaningless)),
         "base model": None,
     }
-    for kind, index in (("one", torch.zeros(len(TEST)).long()), ("oracles", torch.arange(len(TEST)))):
-        file = folder / f"{kind}.safetensors"
+    for mode, index in (("one", torch.zeros(len(TEST)).long()), ("oracles", torch.arange(len(TEST)))):
+        file = folder / f"{mode}.safetensors"
         if file.exists():
-            bank = pictures.make_trained(kind, base)
+            bank = pictures.make_trained(mode, base)
             bank.load_state_dict(lora.read_file(file))
-            rows[kind] = bank(index)
+            rows[mode] = bank(index)
     for name, adapters in rows.items():
         print(f"{name:35} {measure(base, adapters, net.config.scaling)}", flush=True)
+    print(f"{'base model, shown an example':35} {measure(base, None, 1.0, with_example=True)}")
 
 if __name__ == "__main__":
     lora.command(main)

@@ -4,15 +4,17 @@
     python checkpoints/pictures/pictures.py --train base --weights out/pictures      # 1. edits without a name
     python checkpoints/pictures/pictures.py --train hypernet --weights out/pictures  # 2. from descriptions
 
-The base model is a rectified flow from noise to the edited picture, given the source picture. It is trained
-on pairs of pictures and never told the edit, so that it draws any of them. Then it is frozen, and a
-hypernetwork learns to write LoRAs for it from descriptions of the edits, by the loss of the flow. `lora.py`
-and `hypernet.py` are used as they are: all they need is linear layers with names.
+The base model is a rectified flow from noise to the edited picture, given the source picture. It never reads
+what the edit is: mostly it sees an example of it, another pair of pictures, and otherwise draws any edit. Then
+it is frozen, and a hypernetwork learns to write LoRAs for it from descriptions of the edits, by the loss of
+the flow: they take the place of the example. `lora.py` and `hypernet.py` are used as they are: all they need
+is linear layers with names.
 """
 
 import json
 import math
 import random
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -28,15 +30,16 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 import hypernet
 import lora
-from checkpoints.pictures.edits import SIZE, TEST, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
-from checkpoints.state import load_state, on_ctrl_c, save_state
+from checkpoints.pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH
+from checkpoints.pictures.edits import Edit, apply, describe, draw_scene, render
+from checkpoints.state import cpu_autocast, load_state, on_ctrl_c, save_state
 from config import flags
 from lora import UserError
 from model import hash_encoder
 
 # -------------------- The diffusion transformer --------------------
 
-PATCH, WIDTH, LAYERS, HEADS = 4, 128, 6, 4
+WIDTH, LAYERS, HEADS = 128, 6, 4
 
 def to_patches(images: Tensor) -> Tensor:
     """Pictures from 0 to 1 [n, 24, 24, 3] -> patches from -1 to 1 [n, T, 48]."""
@@ -58,7 +61,8 @@ class Block(nn.Module):
     """Two streams, each with weights of its own, that attend to both (MMDiT, arXiv 2403.03206, figure 2).
 
     The linear layers have the names of Stable Diffusion 3 and Flux in diffusers: to_* is the stream of the
-    picture that is drawn, add_* that of its condition, in those models a text, here the source picture.
+    picture that is drawn, add_* that of its condition, in those models a text, here the source picture and
+    perhaps an example.
     """
 
     def __init__(self, d: int, is_last: bool):
@@ -74,10 +78,10 @@ class Block(nn.Module):
         self.table = nn.Parameter(torch.zeros(2, 6, 1, d))  # what this block adds to the modulation
 
     def forward(self, x: Tensor, source: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
-        """x, source [n, T, d], modulation [n, 2, 6, 1, d] -> x, source"""
+        """x [n, T, d], source [n, S, d], modulation [n, 2, 6, 1, d] -> x, source"""
 
         def split_heads(tokens: Tensor) -> Tensor:
-            return tokens.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # [n, heads, 2 T, d / heads]
+            return tokens.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # [n, heads, T + S, d / heads]
 
         of_x, of_source = (modulation + self.table).unbind(1)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = of_x.unbind(1)  # [n, 1, d] each
@@ -88,8 +92,8 @@ class Block(nn.Module):
         q = split_heads(torch.cat([self.to_q(h), self.add_q_proj(s)], 1))
         k = split_heads(torch.cat([self.to_k(h), self.add_k_proj(s)], 1))
         v = split_heads(torch.cat([self.to_v(h), self.add_v_proj(s)], 1))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [n, 2 T, d]
-        h, s = out.chunk(2, 1)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [n, T + S, d]
+        h, s = out.split([x.shape[1], source.shape[1]], 1)
         x = x + gate * self.to_out(h)
         h = self.norm(x) * (1 + ff_scale) + ff_shift
         x = x + ff_gate * self.ff_down(F.gelu(self.ff_up(h)))
@@ -100,30 +104,38 @@ class Block(nn.Module):
         return x, source
 
 class Transformer(nn.Module):
-    """Predicts the edited picture from a noisy one, the source picture and the time."""
+    """Predicts the edited picture from a noisy one, the source picture, the time and perhaps an example."""
 
     def __init__(self, d: int = WIDTH, n_layers: int = LAYERS):
         super().__init__()
         self.config = PretrainedConfig(num_hidden_layers=n_layers, hidden_size=d, vocab_size=0)
         self.embed, self.embed_source = nn.Linear(3 * PATCH**2, d), nn.Linear(3 * PATCH**2, d)
+        self.embed_example = nn.Linear(2 * 3 * PATCH**2, d)
         self.register_buffer("position", sin_cos_positions(d), persistent=False)
         # one modulation for all blocks, to which each adds its table (PixArt-alpha, arXiv 2310.00426)
         self.modulation = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, 12 * d))
         self.layers = nn.ModuleList([Block(d, is_last=i == n_layers - 1) for i in range(n_layers)])
         self.norm, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * PATCH**2)
 
-    def forward(self, x: Tensor, source: Tensor, t: Tensor) -> Tensor:
-        """x, source [n, T, 48], t [n] from 0 (noise) to 1 (picture) -> picture [n, T, 48]"""
+    def forward(self, x: Tensor, source: Tensor, t: Tensor, example: Tensor | None = None) -> Tensor:
+        """x, source [n, T, 48], t [n] from 0 (noise) to 1 (picture), example [n, T, 96] -> picture [n, T, 48]
+
+        An example is another source beside its target.
+        """
         frequency = 100 * torch.exp(torch.arange(32) * -math.log(1000) / 32)
         angle = t[:, None] * frequency
         modulation = self.modulation(torch.cat([angle.sin(), angle.cos()], -1))
         modulation = modulation.view(len(x), 2, 6, 1, -1)
         x, source = self.embed(x) + self.position, self.embed_source(source) + self.position
+        if example is not None:
+            source = torch.cat([source, self.embed_example(example) + self.position], 1)  # [n, 2 T, d]
         for layer in self.layers:
             x, source = layer(x, source, modulation)
         return self.out(self.norm(x))
 
-def flow_loss(net: Transformer, source: Tensor, target: Tensor, t: Tensor) -> Tensor:
+def flow_loss(
+    net: Transformer, source: Tensor, target: Tensor, t: Tensor, example: Tensor | None = None
+) -> Tensor:
     """Rectified flow (arXiv 2209.03003) on the straight line from noise (t = 0) to the target (t = 1).
 
     The network predicts the end of the line and not its slope, which is (target - x) / (1 - t). Errors count
@@ -131,26 +143,27 @@ def flow_loss(net: Transformer, source: Tensor, target: Tensor, t: Tensor) -> Te
     """
     noise = torch.randn_like(target)
     x = noise + (target - noise) * t[:, None, None]
-    errors = (net(x, source, t).float() - target).square().mean((1, 2))  # [n]
+    errors = (net(x, source, t, example).float() - target).square().mean((1, 2))  # [n]
     return (errors / (1.1 - t)).mean()
 
 @torch.no_grad()
-def sample(net: Transformer, source: Tensor, seed: int = 0, steps: int = 16) -> Tensor:
+def sample(
+    net: Transformer, source: Tensor, example: Tensor | None = None, seed: int = 0, steps: int = 16
+) -> Tensor:
     """Edited pictures [n, 24, 24, 3] of source patches [n, T, 48], by Euler steps from noise."""
     x = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed))
     for i in range(steps):
         t = torch.full((len(x),), i / steps)
-        slope = (net(x, source, t).float() - x) / (1 - i / steps)
+        slope = (net(x, source, t, example).float() - x) / (1 - i / steps)
         x = x + slope / steps
     return to_images(x)
 
 # -------------------- Training --------------------
 
 TARGETS = ["to_q", "to_v", "to_out", "ff_up", "ff_down"]  # all in the stream of the picture that is drawn
-STEPS = {"base": 5500, "hypernet": 5200, "oracles": 400, "one": 150}
-LR = {"base": 2e-3, "hypernet": 3e-3, "oracles": 1e-2, "one": 1e-2}
-BATCH = 64  # pairs of pictures in a step
-EDITS_PER_BATCH = 32  # with a hypernetwork
+STEPS = {"base": 14000, "hypernet": 13500, "oracles": 600, "one": 300}
+LR = {"base": 2e-3, "hypernet": 1.5e-3, "oracles": 5e-3, "one": 5e-3}
+BATCH = 32  # pairs of pictures in a step
 
 def draw_pairs(edits: list[Edit], rng: random.Random) -> tuple[Tensor, Tensor]:
     """A pair of pictures for each edit, as patches [n, T, 48]: source and target."""
@@ -165,59 +178,58 @@ def load_base(folder: Path) -> Transformer:
     net.load_state_dict(lora.read_file(folder / "base.safetensors"))
     return lora.inject(net.requires_grad_(False).eval(), TARGETS)
 
-def make_trained(kind: str, base: Transformer) -> nn.Module:
+def make_trained(mode: str, base: Transformer) -> nn.Module:
     """What is trained: the base model, a hypernetwork, or ordinary LoRAs."""
-    if kind == "base":
+    if mode == "base":
         return base
     config = lora.config_for(base, TARGETS, "pictures", r=4, alpha=8.0)
-    if kind == "hypernet":
+    if mode == "hypernet":
         width = hash_encoder(["cat"]).shape[1]
         sizes = dict(input_size=width, latent_size=96, head_in_size=64)
         dropout = dict(trunk_dropout=0.0, input_dropout=0.2)
         net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), **sizes, **dropout))
         net.start_as_lora()
         return net
-    return lora.LoRABank(config, len(TEST) if kind == "oracles" else 1)
+    return lora.LoRABank(config, len(TEST) if mode == "oracles" else 1)
 
-def step_loss(kind: str, base: Transformer, trained: nn.Module, rng: random.Random) -> Tensor:
-    """The loss of a step. With adapters, each edit of the batch has its own, and several pictures."""
-    if kind == "base":
-        source, target = draw_pairs(rng.choices(TRAIN, k=BATCH), rng)
-        return flow_loss(base, source, target, torch.rand(BATCH))
-    if kind == "hypernet":
-        edits = rng.sample(TRAIN, EDITS_PER_BATCH)
+def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Random) -> Tensor:
+    """The loss of a step, on pairs of pictures of an edit each. With adapters, each edit has its own."""
+    edits = 2 * TEST if mode == "oracles" else rng.sample(TRAIN, BATCH)
+    source, target = draw_pairs(edits, rng)
+    t = torch.rand(len(edits))
+    if mode == "base":
+        if rng.random() < 0.25:
+            return flow_loss(base, source, target, t)
+        example = torch.cat(draw_pairs(edits, rng), -1)
+        return flow_loss(base, source, target, t.square(), example)
+    if mode == "hypernet":
         adapters = trained(hash_encoder([describe(edit, rng) for edit in edits]))
-    elif kind == "oracles":
-        edits = TEST
-        adapters = trained(torch.arange(len(TEST)))
+    elif mode == "oracles":
+        adapters = trained(torch.arange(len(TEST)).repeat(2))
     else:
-        edits = rng.choices(TRAIN, k=BATCH)
         adapters = trained(torch.tensor([0]))
     lora.set_adapter(base, adapters, trained.config.scaling)
-    repeated = [edit for edit in edits for _ in range(max(1, BATCH // len(edits)))]
-    source, target = draw_pairs(repeated, rng)
-    t = torch.rand(len(repeated)).square()  # early times: later ones show the edit to the base model
-    return flow_loss(base, source, target, t)
+    return flow_loss(base, source, target, t.square())  # early times: later ones show the edit themselves
 
-def train(kind: str, folder: Path, steps: int) -> None:
+def train(mode: str, folder: Path, steps: int) -> None:
     """Train one of STEPS, resume it if it was interrupted, and write it into the folder."""
-    file, state = folder / f"{kind}.safetensors", folder / f"{kind}-state.safetensors"
+    file, state = folder / f"{mode}.safetensors", folder / f"{mode}-state.safetensors"
     if file.exists():
         raise UserError(f"{file} is there already; choose another folder with --weights")
     torch.manual_seed(0)
-    base = Transformer() if kind == "base" else load_base(folder)
-    trained = make_trained(kind, base)
+    base = Transformer() if mode == "base" else load_base(folder)
+    trained = make_trained(mode, base)
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
     folder.mkdir(parents=True, exist_ok=True)
     first = load_state(state, trained, optimizer) if state.exists() else 0
     interrupts, mean = on_ctrl_c(), None
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=kind)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=mode)
     for step in bar:
-        lr = optimizer.param_groups[0]["lr"] = LR[kind] * min((step + 1) / 200, 1 - step / steps)
+        lr = optimizer.param_groups[0]["lr"] = LR[mode] * min((step + 1) / 200, 1 - step / steps)
         torch.manual_seed(step)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = step_loss(kind, base, trained, random.Random(f"{kind} {step}"))
+        with cpu_autocast():
+            loss = step_loss(mode, base, trained, random.Random(f"{mode} {step}"))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
@@ -226,12 +238,12 @@ def train(kind: str, folder: Path, steps: int) -> None:
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
         if step % 100 == 99 or interrupts:
             save_state(state, step + 1, trained, optimizer)
-            with open(folder / f"{kind}.jsonl", "a") as log:
+            with open(folder / f"{mode}.jsonl", "a") as log:
                 record = {"step": step + 1, "of": steps, "lr": lr, "loss": mean}
                 log.write(json.dumps(record) + "\n")
         if interrupts:
             raise KeyboardInterrupt
-    if kind == "hypernet":
+    if mode == "hypernet":
         hypernet.save_hypernet(trained, folder)
     else:
         lora.write_file(file, {name: tensor.bfloat16() for name, tensor in trained.state_dict().items()})
@@ -240,10 +252,12 @@ def train(kind: str, folder: Path, steps: int) -> None:
 # -------------------- The strip --------------------
 
 def sources_for(description: str) -> np.ndarray:
-    """Six source pictures in which a shape or a colour that the description names occurs. [6, 24, 24, 3]"""
-    named = [word for word in WHICH if word in description.lower()]
-    rng = random.Random(description)
-    return np.stack([render(draw_scene(Edit(rng.choice(named or WHICH), "", ""), rng)) for _ in range(6)])
+    """Six source pictures with the first shape, or else the first colour, of the description. [6, 24, 24, 3]"""
+    rng, named = random.Random(description), []
+    for word in re.findall(r"\w+", description.lower()):
+        named += [which for which in WHICH if word.startswith(which)]
+    named.sort(key=lambda which: which not in SHAPES)
+    return np.stack([render(draw_scene(Edit((named or WHICH)[0], "", ""), rng)) for _ in range(6)])
 
 def read_picture(path: str) -> np.ndarray:
     """One's own source picture, six times. [6, 24, 24, 3]"""

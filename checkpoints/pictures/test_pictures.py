@@ -34,7 +34,8 @@ def test_edits_of_pictures_do_what_they_say():
 def test_patches_are_the_picture():
     images = torch.rand(2, 24, 24, 3)
     patches = pictures.to_patches(images)
-    close(patches[1, 7], images[1, 4:8, 4:8].permute(2, 0, 1).flatten() * 2 - 1)  # the second patch of the second row
+    second = images[1, 4:8, 4:8].permute(2, 0, 1).flatten() * 2 - 1  # of the second row
+    close(patches[1, 7], second)
     close(pictures.to_images(patches), images)
 
 def test_a_step_through_the_flow_teaches_the_hypernetwork():
