@@ -157,7 +157,7 @@ def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkey
     file.write_bytes(file.read_bytes()[:5000])
     refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
 
-def test_a_published_hypernetwork_from_the_hub(tmp_path, server):
+def test_a_published_hypernetwork_from_the_hub(tmp_path, server):  # noqa: F811
     net = hypernet.load_hypernet(TINY / "sft_small")
     weights = in_published_layout(net, "sft")
     sent = published_folder(tmp_path / "sent", weights, emb_model="hash", order=net.names)
