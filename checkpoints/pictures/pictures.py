@@ -5,10 +5,10 @@
     python checkpoints/pictures/pictures.py --train hypernet --weights out/pictures  # 2. from descriptions
 
 The base model is a rectified flow from noise to the edited picture, given the source picture. It never reads
-what the edit is: mostly it sees an example of it, another pair of pictures, and otherwise draws any edit. Then
-it is frozen, and a hypernetwork learns to write LoRAs for it from descriptions of the edits, by the loss of
-the flow: they take the place of the example. `lora.py` and `hypernet.py` are used as they are: all they need
-is linear layers with names.
+what the edit is: mostly it sees an example, another pair of pictures, and otherwise draws any edit. Then it is
+frozen, and a hypernetwork learns to write LoRAs for it from descriptions of the edits, by the loss of the
+flow: they take the place of the example. `lora.py` and `hypernet.py` are used as they are: all they need is
+linear layers with names.
 """
 
 import json
@@ -252,7 +252,7 @@ def train(mode: str, folder: Path, steps: int) -> None:
 # -------------------- The strip --------------------
 
 def sources_for(description: str) -> np.ndarray:
-    """Six source pictures with the first shape, or else the first colour, of the description. [6, 24, 24, 3]"""
+    """Six pictures with the first shape, or else the first colour, of the description. [6, 24, 24, 3]"""
     rng, named = random.Random(description), []
     for word in re.findall(r"\w+", description.lower()):
         named += [which for which in WHICH if word.startswith(which)]
