@@ -5,7 +5,7 @@
     python checkpoints/pictures/pictures.py --train hypernet --weights out/pictures  # 2. from descriptions
 
 The base model is a rectified flow from noise to the edited picture, given the source picture. It never reads
-what the edit is: mostly it sees an example, another pair of pictures, and otherwise draws any edit. Then it is
+what the edit is: mostly it sees an example, another pair of pictures; otherwise it draws any edit. Then it is
 frozen, and a hypernetwork learns to write LoRAs for it from descriptions of the edits, by the loss of the
 flow: they take the place of the example. `lora.py` and `hypernet.py` are used as they are: all they need is
 linear layers with names.
