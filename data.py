@@ -1,11 +1,10 @@
 """Tasks: what a hypernetwork is trained on and judged by.
 
 A task is a name, descriptions of it in words, and examples (input, right answers). A document is a task, too:
-its text is the description, and its examples are questions about it. Tasks come from a module in tasks/, one
-for each source, or from a folder of JSON files in the format of Natural Instructions.
+its text is the description, and its examples are questions about it. Tasks come from a source in tasks/, or
+from a folder of JSON files in the format of Natural Instructions.
 """
 
-import importlib
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -14,10 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import model
-from lora import UserError, read_file
+from torch import nn
+from tqdm import tqdm
 
-SOURCES = sorted(path.stem for path in (Path(__file__).parent / "tasks").glob("[!_]*.py"))
+import model
+from support.files import UserError, read_file, write_file
 
 class Example(NamedTuple):
     """An input with its right answers."""
@@ -46,13 +46,6 @@ class Task:
     answer_tokens: int | None = None  # the longest answer, if the task knows it
 
 Splits = dict[str, list[Task]]  # {"train": [...], "val": [...], "test": [...]}
-
-def load_tasks(source: str | Path) -> Splits:
-    """The tasks of a source, `tasks/SOURCE.py`, or of a folder of task files, by split."""
-    name = str(source).replace("-", "_")
-    if name in SOURCES:
-        return importlib.import_module(f"tasks.{name}").load()
-    return load_folder(Path(source))
 
 def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     """The first n tasks of a split (0: all) in one fixed shuffled order, so fewer are a subset of more."""
@@ -93,18 +86,32 @@ def sample(rng: random.Random, values: Sequence, n: int) -> list:
 class TokenizedExample(NamedTuple):
     """One example as token ids."""
 
-    adapter: int  # the index of its task in the batch, and so of its adapter
+    task: int  # index of its task in the batch, and so of its adapter
     prompt: list[int]
     answer: list[int]  # up to the end mark
     teacher_prompt: list[int]  # for --distill: with the document in it
 
-def tokenize_batch(tokenizer, tasks: list[Task], batch: list[DrawnTask], args) -> list[TokenizedExample]:
-    """The examples of a batch, the shortest first.
+    @property
+    def n_tokens(self) -> int:
+        return max(len(self.prompt), len(self.teacher_prompt)) + len(self.answer)
 
-    Those over --max_tokens are left out, except for the shortest one if all of them are.
+@dataclass
+class Batch:
+    """What one process computes in a step."""
+
+    tasks: list[DrawnTask]
+    examples: list[TokenizedExample]  # of these tasks, the shortest first
+    task_fraction: float = 1.0  # these tasks, divided by those of all processes
+    example_fraction: float = 1.0
+
+def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=0, n_processes=1) -> Batch:
+    """One process's part of a step. `drawn` are the tasks of the whole step.
+
+    Examples over --max_tokens are left out, except for the shortest one if all of them are, and so are tasks
+    that lose all their examples. What is left is the same on every process; each takes every n-th task of it.
     """
-    tokenized = []
-    for k, item in enumerate(batch):
+    examples = []
+    for k, item in enumerate(drawn):
         instruction = ""
         if args.instruction:
             instruction = (tasks[item.index].definition or item.description) + model.SUFFIX
@@ -114,14 +121,22 @@ def tokenize_batch(tokenizer, tasks: list[Task], batch: list[DrawnTask], args) -
             teacher_prompt = []
             if args.distill:
                 teacher_prompt, _ = example_ids(tokenizer, question, right, item.description)
-            tokenized.append(TokenizedExample(k, prompt, answer, teacher_prompt))
-    tokenized.sort(key=lambda example: len(example.prompt) + len(example.answer))
-    short_enough = []
-    for example in tokenized:
-        longer_prompt = max(len(example.prompt), len(example.teacher_prompt))
-        if longer_prompt + len(example.answer) <= args.max_tokens:
-            short_enough.append(example)
-    return short_enough or tokenized[:1]
+            examples.append(TokenizedExample(k, prompt, answer, teacher_prompt))
+    examples.sort(key=lambda example: len(example.prompt) + len(example.answer))
+    kept = [example for example in examples if example.n_tokens <= args.max_tokens] or examples[:1]
+
+    kept_tasks = sorted({example.task for example in kept})
+    mine = kept_tasks[rank::n_processes]
+    is_idle = not mine  # there are more processes than tasks: this one repeats the first task, with weight 0
+    mine = mine or kept_tasks[:1]
+    my_examples = []
+    for example in kept:
+        if example.task in mine:
+            my_examples.append(example._replace(task=mine.index(example.task)))
+    batch = Batch([drawn[k] for k in mine], my_examples)
+    batch.task_fraction = 0.0 if is_idle else len(mine) / len(kept_tasks)
+    batch.example_fraction = 0.0 if is_idle else len(my_examples) / len(kept)
+    return batch
 
 def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its answer."""
@@ -137,7 +152,7 @@ def load_folder(folder: Path) -> Splits:
     """Read NAME.json files, split as splits.json says; without it all are training tasks."""
     files = sorted(path for path in folder.glob("*.json") if path.name != "splits.json")
     if not files:
-        raise UserError(f"--tasks {folder}: neither {', '.join(SOURCES)} nor a folder of NAME.json files")
+        raise UserError(f"--tasks {folder}: the folder holds no NAME.json files")
     if (folder / "splits.json").exists():
         names = read_file(folder / "splits.json")
     else:
@@ -185,3 +200,33 @@ def read_document(content: dict) -> Task:
     for entry in content["questions"]:
         examples.append(Example(entry["question"].strip(), as_list(entry.get("answer", []))))
     return Task("", [content["document"]], examples, examples, is_document=True)
+
+# -------------------- Answers to questions that have none --------------------
+
+def generate_answers(base: nn.Module, tokenizer, tasks: list[Task], file: Path) -> None:
+    """Generate missing answers with the base model, with the document in its prompt, as published.
+
+    They are kept in `file`, for other processes and for a run that starts again.
+    """
+    unanswered = []
+    for task in tasks:
+        if task.is_document:
+            unanswered += [(task, example) for example in task.train if not example.answers]
+    known = read_file(file) if file.exists() else {}
+
+    def key(task: Task, example: Example) -> str:
+        return f"{task.name}: {example.input}"
+
+    missing = [(task, example) for task, example in unanswered if key(task, example) not in known]
+    missing.sort(key=lambda pair: len(pair[0].descriptions[0]))
+    for i in tqdm(range(0, len(missing), 32), desc="answers", disable=not missing):
+        group = missing[i : i + 32]
+        chats = [model.chat(tokenizer, example.input, task.descriptions[0]) for task, example in group]
+        answers = model.answer(base, tokenizer, [model.render(tokenizer, chat) for chat in chats], 64)
+        for (task, example), answer in zip(group, answers):
+            known[key(task, example)] = answer
+        if i % 3200 == 0 or i + 32 >= len(missing):  # every 100 groups
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, known)
+    for task, example in unanswered:
+        example.answers.append(known[key(task, example)])

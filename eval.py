@@ -28,18 +28,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 import data
+import generate
 import hypernet
 import lora
 import model
-from assets.table import make_table
-from checkpoints import load
-from config import flags
 from data import Example, Task
-from lora import UserError
-from tasks import benchmarks, make_documents
+from support import flags, hub, processes
+from support.files import UserError, command, read_file, write_file
+from support.processes import Process
+from tasks import SOURCES, benchmarks, load_tasks, make_documents
 
 METHODS = "base icl prompt mt_lora oracle t2l t2l_reworded t2l_shuffled t2l_random recon".split()
 Results = dict[str, dict[str, float]]  # {method: {task, or length of document: share of right answers}}
@@ -71,8 +73,9 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=int, default=256, help="inputs that are answered at once")
     add("--out", help="write settings and scores to this JSON file")
     add("--plot", help="draw the scores into this PNG file (needs matplotlib)")
-    load.add_model_flags(parser)
+    generate.add_model_flags(parser)
     args = parser.parse_args()
+    processes.check_shard(args.shard)
     if args.n_examples is not None and args.n_examples < 1:
         raise UserError("--n_examples must be at least 1")
     return args
@@ -82,12 +85,11 @@ def parse_args() -> argparse.Namespace:
 def choose_tasks(args) -> list[Task]:
     """The tasks of --tasks and --split, with the descriptions of --descriptions."""
     names = benchmarks.names_in(args.tasks, args.run_code)
-    splits = benchmarks.load(names) if names else data.load_tasks(args.tasks)
+    splits = benchmarks.load(names) if names else load_tasks(args.tasks)
     tasks = data.pick(splits, args.split, args.n_tasks)
-    # each once: the training split of chores repeats single chores
-    tasks = list({task.name: task for task in tasks}.values())
+    tasks = list({id(task): task for task in tasks}.values())  # the training split of chores repeats some
     if args.descriptions:
-        descriptions = lora.read_file(args.descriptions)
+        descriptions = read_file(args.descriptions)
         tasks = [task for task in tasks if task.name in descriptions]
         if not tasks:
             raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
@@ -102,13 +104,29 @@ def choose_tasks(args) -> list[Task]:
             raise UserError(f"{task.name} cannot be scored: a question of it has no answer")
     return tasks
 
+def documents_by_length(args) -> dict[int, list[Task]]:
+    """For --lengths: {number of lines: documents}."""
+    source = importlib.import_module(f"tasks.{args.tasks}") if args.tasks in SOURCES else None
+    if not hasattr(source, "document"):
+        raise UserError("--lengths goes with --tasks facts or needle")
+    documents = {}
+    for n_lines in args.lengths:
+        one_length, seed = (n_lines, n_lines), f"{args.tasks} exam"
+        documents[n_lines] = make_documents(source.document, one_length, args.n_examples or 25, seed)
+    return documents
+
 def choose_methods(args, tasks: list[Task]) -> list[str]:
     """Those of --methods, or all that have what they need."""
     possible = {method: True for method in METHODS}
     possible["mt_lora"], possible["oracle"], possible["recon"] = args.mt_lora, args.oracles, args.recon
     possible["t2l_reworded"] = all(task.reworded for task in tasks)
     possible["t2l_shuffled"] = len(tasks) > 1
-    methods = args.methods.split(",") if args.methods else [m for m in METHODS if possible[m]]
+    if args.methods:
+        methods = args.methods.split(",")
+    elif args.lengths:
+        methods = ["base", "prompt", "t2l", "t2l_shuffled"]
+    else:
+        methods = [method for method in METHODS if possible[method]]
     for method in methods:
         if method not in METHODS:
             raise UserError(f"unknown method {method}; there are {', '.join(METHODS)}")
@@ -116,49 +134,67 @@ def choose_methods(args, tasks: list[Task]) -> list[str]:
             raise UserError(f"the method {method} lacks what it needs (see eval.py --help)")
     return methods
 
-def encoder_key(net: torch.nn.Module) -> tuple | None:
+def net_folder(method: str, reads: str, args) -> str | None:
+    """The folder of the hypernetwork that writes a method's adapters; None if there is none."""
+    if method in args.compare:
+        return method
+    if method == "recon":
+        return args.recon
+    if method.startswith("t2l"):
+        return args.hypernet or str(generate.shipped_hypernet(args.base_model or "tiny", reads))
+    return None
+
+def encoder_key(net: nn.Module) -> tuple | None:
     """What the text encoder of a hypernetwork depends on; None if it reads documents."""
     return (net.config.encoder, net.config.full_stop) if net.reads == "descriptions" else None
 
 class Models:
     """The base model, and where the adapters of each method come from."""
 
-    def __init__(self, args, methods: list[str], tasks: list[Task]):
-        self.args = args
+    def __init__(self, args, methods: list[str], tasks: list[Task], process: Process):
+        self.is_first = process.rank == 0
+        self.methods = list(dict.fromkeys([*methods, *args.compare]))
+
+        # 1. What was trained: hypernetworks, each loaded once, and adapters.
         reads = "documents" if tasks[0].is_document else "descriptions"
-        self.methods = methods + [folder for folder in args.compare if folder not in methods]
-        nets, self.nets = {}, {}  # by folder, by method
-        for method in self.methods:
-            if method in args.compare:
-                folder = method
-            elif method.startswith("t2l"):
-                folder = args.hypernet
-            elif method == "recon":
-                folder = args.recon
-            else:
-                continue
-            if folder not in nets:
-                nets[folder] = load.load_net(folder, args, reads)
-            self.nets[method] = nets[folder]
-        configs = [net.config for net in nets.values()]
+        self.folders, self.nets = {}, {}
+        with processes.first_goes_ahead(process):
+            for method in self.methods:
+                folder = self.folders[method] = net_folder(method, reads, args)
+                if folder and folder not in self.nets:
+                    self.nets[folder] = generate.load_net(folder, reads, args, process.device)
+        configs = [net.config for net in self.nets.values()]
         if "mt_lora" in methods:
-            self.mt_lora, self.mt_config = lora.load_adapters([Path(args.mt_lora)], load.DEVICE)
+            self.mt_lora, self.mt_config = lora.load_adapters([Path(args.mt_lora)], process.device)
             configs.append(self.mt_config)
         if "oracle" in methods:
             self.task_names = [task.name for task in tasks]
             oracle_folders = [Path(args.oracles) / name for name in self.task_names]
-            self.oracles, self.oracle_config = lora.load_adapters(oracle_folders, load.DEVICE)
+            self.oracles, self.oracle_config = lora.load_adapters(oracle_folders, process.device)
             configs.append(self.oracle_config)
-        self.base, self.tokenizer = load.load_base_for(configs, args)
-        self.encoders = {}  # by name, so that each is loaded once
-        for net in nets.values():
-            key = encoder_key(net)
-            if key not in self.encoders:
-                self.encoders[key] = load.load_encoder_for(net, self.base, self.tokenizer, args)
-        if args.base_model is None:
-            args.base_model = configs[0].base_model if configs else "tiny"
-        if args.instruction is None:
-            args.instruction = any(net.config.instruction for net in nets.values())
+
+        # 2. The base model of all of them, and their text encoders, each loaded once.
+        self.base_model = args.base_model or (configs[0].base_model if configs else "tiny")
+        with processes.first_goes_ahead(process):
+            hub.fetch_models(self.base_model, "base")
+        self.base, self.tokenizer = generate.load_base_for(configs, args, process)
+        self.encoders = {}
+        with processes.first_goes_ahead(process):
+            for net in self.nets.values():
+                if encoder_key(net) not in self.encoders:
+                    encode = generate.load_encoder_for(net, self.base, self.tokenizer, args)
+                    self.encoders[encoder_key(net)] = encode
+
+    def has_instruction(self, method: str, args) -> bool:
+        """Whether the instruction stands in a method's prompts: as a flag says, or as in training.
+
+        A method without a network goes by the first network.
+        """
+        if args.instruction is not None:
+            return args.instruction
+        nets = list(self.nets.values())
+        net = self.nets[self.folders[method]] if self.folders[method] else (nets[0] if nets else None)
+        return net is not None and net.config.instruction
 
     @torch.no_grad()
     def set_adapters(self, method: str, questions: list["Question"]) -> None:
@@ -172,7 +208,7 @@ class Models:
             adapters = lora.select(self.oracles, indices)
             lora.set_adapter(self.base, adapters, self.oracle_config.scaling)
         else:
-            net = self.nets[method]
+            net = self.nets[self.folders[method]]
             texts = list(dict.fromkeys(question.description for question in questions))  # read once each
             encode = self.encoders[encoder_key(net)]
             written = net(hypernet.make_condition(net, texts, self.base, self.tokenizer, encode))
@@ -200,7 +236,7 @@ def noise(seed: int) -> list[str]:
         sentences.append(" ".join(words))
     return sentences
 
-def make_questions(tasks: list[Task], method: str, args) -> list[Question]:
+def make_questions(tasks: list[Task], method: str, with_instruction: bool, args) -> list[Question]:
     """All test examples, each with one of the descriptions in turn.
 
     An example of a benchmark is asked with each of three descriptions, as published.
@@ -220,7 +256,7 @@ def make_questions(tasks: list[Task], method: str, args) -> list[Question]:
             instruction, shots = "", []
             if method == "prompt":
                 instruction = own_description
-            elif args.instruction and not task.is_benchmark:
+            elif with_instruction and not task.is_benchmark:
                 instruction = (task.definition or own_description) + model.SUFFIX
             if method == "icl":
                 others = [shot for shot in task.train[:4] if shot.input != example.input]
@@ -232,10 +268,10 @@ def make_questions(tasks: list[Task], method: str, args) -> list[Question]:
                 questions.append(Question(task, example, description, instruction, shots))
     return questions
 
-def score(models: Models, tasks: list[Task], method: str) -> dict[str, float]:
-    """{task: share of right answers}."""
-    args, tokenizer = models.args, models.tokenizer
-    questions = make_questions(tasks, method, args)
+def score(models: Models, tasks: list[Task], method: str, args) -> dict[str, float]:
+    """{name of a task: share of right answers}. Documents of equal names count as one task."""
+    tokenizer = models.tokenizer
+    questions = make_questions(tasks, method, models.has_instruction(method, args), args)
     model.check_known(tokenizer, [question.example.input for question in questions])
 
     def length(question: Question) -> tuple[int, int]:
@@ -244,7 +280,8 @@ def score(models: Models, tasks: list[Task], method: str) -> dict[str, float]:
 
     questions.sort(key=length)  # a batch takes as long as its longest answer
     hits = {task.name: [] for task in tasks}
-    for i in tqdm(range(0, len(questions), args.batch_size), desc=method, leave=False):
+    bar = tqdm(total=len(questions), desc=method, unit="answer", leave=False, disable=not models.is_first)
+    for i in range(0, len(questions), args.batch_size):
         batch = questions[i : i + args.batch_size]
         prompts = []
         for question in batch:
@@ -260,6 +297,8 @@ def score(models: Models, tasks: list[Task], method: str) -> dict[str, float]:
             else:
                 is_right = question.task.is_right(question.example, answer)
             hits[question.task.name].append(is_right)
+        bar.update(len(batch))
+    bar.close()
     return {name: statistics.fmean(hit) for name, hit in hits.items()}
 
 def answer_tokens(tokenizer, question: Question, args) -> int:
@@ -271,27 +310,17 @@ def answer_tokens(tokenizer, question: Question, args) -> int:
     longest = max(len(model.tokenize(tokenizer, right)) for right in question.example.answers)
     return min(args.max_new_tokens, longest + 2)  # a longer one is wrong anyway
 
-def evaluate_tasks(args) -> Results:
+def evaluate_tasks(models: Models, tasks: list[Task], args) -> Results:
     """The scores of all methods, by task."""
-    tasks = choose_tasks(args)
-    models = Models(args, choose_methods(args, tasks), tasks)
     results = {}
     for method in models.methods:
-        results[method] = score(models, tasks, method)
-        print(f"{method:24} {statistics.fmean(results[method].values()):.3f}", flush=True)
+        results[method] = score(models, tasks, method, args)
+        if models.is_first:
+            print(f"{method:24} {statistics.fmean(results[method].values()):.3f}", flush=True)
     return results
 
-def evaluate_lengths(args) -> Results:
+def evaluate_lengths(models: Models, documents: dict[int, list[Task]], args) -> Results:
     """The scores of all methods, by the number of tokens of the documents."""
-    source = importlib.import_module(f"tasks.{args.tasks}") if args.tasks in data.SOURCES else None
-    if not hasattr(source, "document"):
-        raise UserError("--lengths goes with --tasks facts or needle")
-    args.methods = args.methods or "base,prompt,t2l,t2l_shuffled"
-    documents = {}
-    for n_lines in args.lengths:
-        one_length, seed = (n_lines, n_lines), f"{args.tasks} exam"
-        documents[n_lines] = make_documents(source.document, one_length, args.n_examples or 25, seed)
-    models = Models(args, choose_methods(args, documents[n_lines]), documents[n_lines])
     window = models.base.config.get_text_config().max_position_embeddings
     results = {method: {} for method in models.methods}
     for n_lines, tasks in documents.items():
@@ -300,28 +329,104 @@ def evaluate_lengths(args) -> Results:
         n_tokens = max(len(model.tokenize(models.tokenizer, text)) for text in texts)
         for method in models.methods:
             if method != "prompt" or n_tokens + 64 <= window:  # question and answer have to fit, too
-                scores = score(models, tasks, method)
+                scores = score(models, tasks, method, args)
                 results[method][f"{n_tokens:,}"] = statistics.fmean(scores.values())
-        print(f"{n_lines} lines, {n_tokens} tokens", flush=True)
+        if models.is_first:
+            print(f"{n_lines} lines, {n_tokens} tokens", flush=True)
     return results
+
+# -------------------- Table and plot --------------------
+
+def interval(scores: list[float], n: int = 2000) -> str:
+    """95% interval of the mean: bootstrap over the tasks."""
+    rng = random.Random(0)
+    means = sorted(statistics.fmean(rng.choices(scores, k=len(scores))) for _ in range(n))
+    return f"{means[n // 40]:.2f} to {means[-1 - n // 40]:.2f}"
+
+def make_table(results: Results, base_model: str, args) -> str:
+    """The scores in markdown, one line per method; for lengths and benchmarks one column each."""
+    columns = []  # tasks, benchmarks or lengths
+    for scores in results.values():
+        columns += [name for name in scores if name not in columns]
+    if args.lengths:
+        lines = wide_table("tokens of the document", columns, results)
+    elif set(columns) <= set(benchmarks.BENCHMARKS):
+        with_published = benchmarks.beside_published(results, hub.preset_of(base_model))
+        lines = wide_table("method", sorted(columns) + ["average"], with_published)
+    else:
+        title = f"right answers on {len(columns)} {args.split} task{'s' if len(columns) > 1 else ''}"
+        lines = [["method", title, "95% interval", "worst task"]]
+        for method, scores in results.items():
+            values = list(scores.values())
+            lines.append([method, f"{statistics.fmean(values):.3f}", interval(values), f"{min(values):.2f}"])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+def wide_table(title: str, columns: list[str], results: Results) -> list[list[str]]:
+    """The cells of a table with one column per length or benchmark."""
+    lines = [[title, *columns]]
+    for method, scores in results.items():
+        cells = [f"{scores[name]:.2f}" if name in scores else "" for name in columns]
+        lines.append([method, *cells])
+    return lines
+
+def plot(path: str, results: Results, args) -> None:
+    """Bars of all methods; for lengths lines over the length."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    height = 3.6 if args.lengths else 0.8 + 0.34 * len(results)
+    fig, ax = plt.subplots(figsize=(7, height), layout="constrained")
+    if args.lengths:
+        for method, scores in results.items():
+            lengths = [int(n.replace(",", "")) for n in scores]
+            ax.plot(lengths, list(scores.values()), "o-", label=method)
+        ax.set(xscale="log", xlabel="tokens of the document", ylabel="right answers", ylim=(-0.03, 1.12))
+        ax.legend(frameon=False)
+    else:
+        means = {method: statistics.fmean(scores.values()) for method, scores in reversed(results.items())}
+        colors = ["#2f6db5" if method == "t2l" else "#b8c4d6" for method in means]
+        bars = ax.barh(list(means), list(means.values()), color=colors)
+        ax.bar_label(bars, fmt="%.2f", padding=3)
+        ax.set(xlim=(0, 1.12), xlabel=f"right answers on {args.split} tasks")
+    ax.spines[["top", "right"]].set_visible(False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
 
 # -------------------- The run --------------------
 
 def main() -> None:
     args = parse_args()
-    results = evaluate_lengths(args) if args.lengths else evaluate_tasks(args)
-    print("\n" + make_table(results, args))
-    if args.out:
-        scores = {}
-        for method, per_task in results.items():
-            if per_task:
-                scores[method] = {"mean": statistics.fmean(per_task.values()), "per_task": per_task}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        lora.write_file(Path(args.out), {"settings": vars(args), "results": scores})
-    if args.plot:
-        from assets.plot import plot  # needs matplotlib
-
-        plot(args.plot, results, args)
+    process = generate.start(args)
+    if args.lengths:
+        documents = documents_by_length(args)
+        tasks = documents[args.lengths[0]]
+    else:
+        with processes.first_goes_ahead(process):
+            tasks = choose_tasks(args)
+    models = Models(args, choose_methods(args, tasks), tasks, process)
+    if args.lengths:
+        results = evaluate_lengths(models, documents, args)
+    else:
+        results = evaluate_tasks(models, tasks, args)
+    if models.is_first:  # the other processes have computed the same
+        print("\n" + make_table(results, models.base_model, args))
+        if args.out:
+            scores = {}
+            for method, per_task in results.items():
+                if per_task:
+                    scores[method] = {"mean": statistics.fmean(per_task.values()), "per_task": per_task}
+            settings = vars(args) | {"base_model": models.base_model}
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            write_file(Path(args.out), {"settings": settings, "results": scores})
+        if args.plot:
+            plot(args.plot, results, args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
-    lora.command(main)
+    command(main)

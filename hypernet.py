@@ -18,7 +18,9 @@ network that reads something else, such as the states of all tokens of a descrip
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +29,10 @@ from torch import Tensor, nn
 
 import lora
 import model
-from checkpoints import shard
-from config.flags import setting
-from lora import Adapter, LoRAConfig, UserError
+from lora import Adapter, LoRAConfig
+from support import processes, published
+from support.files import UserError, read_file, write_file
+from support.flags import setting
 
 @dataclass
 class HypernetConfig(LoRAConfig):
@@ -40,7 +43,7 @@ class HypernetConfig(LoRAConfig):
 
 @dataclass
 class DescriptionConfig(HypernetConfig):
-    """What a hypernetwork that reads descriptions records besides."""
+    """Extra settings of a hypernetwork that reads descriptions."""
 
     encoder: str = "hash"  # the text encoder, see model.load_encoder
     full_stop: bool = setting(False, "append a full stop to descriptions that end in a letter")
@@ -55,10 +58,10 @@ class TextConfig(DescriptionConfig):
     """Text-to-LoRA's settings, with values for the tiny world. With z_score its heads have no bias."""
 
     size: str = setting("large", "large, medium or small: what one pass through a head writes")
-    latent_size: int = setting(128, "width of the trunk; half of it is the task embedding")
-    head_in_size: int = setting(256, "width of the input of the heads")
-    trunk_dropout: float = setting(0.1, "dropout in the trunk")
-    input_dropout: float = setting(0.3, "dropout of the text encoder's output (not published)")
+    latent_size: int = setting(128, "width of the trunk; half of it is the task embedding", least=4)
+    head_in_size: int = setting(256, "width of the input of the heads", least=1)
+    trunk_dropout: float = setting(0.1, "dropout in the trunk", most=1)
+    input_dropout: float = setting(0.3, "dropout of the text encoder's output (not published)", most=1)
     rotary: bool = setting(False, "small: rank positions are rotations instead of a learned table")
 
 class Residual(nn.Sequential):
@@ -229,11 +232,11 @@ class DocConfig(HypernetConfig):
     """Doc-to-LoRA's settings, with published values."""
 
     early_exit: bool = setting(False, "read the states after a quarter of the layers, not of each layer")
-    latent_size: int = setting(512, "width of the Perceiver")
-    n_latents: int = setting(8, "latent vectors of the Perceiver")
-    n_blocks: int = setting(9, "cross-attention blocks of the Perceiver")
-    n_heads: int = setting(16, "attention heads of size 128; a quarter as many for keys and values")
-    chunk_len: int = setting(512, "tokens that are read at once; longer documents are read in chunks")
+    latent_size: int = setting(512, "width of the Perceiver", least=1)
+    n_latents: int = setting(8, "latent vectors of the Perceiver", least=1)
+    n_blocks: int = setting(9, "cross-attention blocks of the Perceiver", least=1)
+    n_heads: int = setting(16, "attention heads of size 128; a quarter as many for keys and values", least=4)
+    chunk_len: int = setting(512, "tokens of a chunk; longer documents are read in chunks", least=1)
     random_chunks: bool = setting(False, "in training also split documents at random (published: stage 2)")
     chat: bool = setting(True, "read a chunk as a user turn of the base model's chat template")
 
@@ -343,19 +346,23 @@ class DocToLoRA(nn.Module):
             self.bias[f"{name}_B"].zero_()
             self.scaler[f"{name}_B"].zero_()
 
-    def forward(self, condition) -> Adapter:
-        """The condition of n documents (`read_documents`) -> A [n, L, R, in], B [n, L, out, R].
+    def forward(self, documents: "Documents") -> Adapter:
+        """n documents -> A [n, L, R, in], B [n, L, out, R].
 
         R is r for each chunk of the longest document, and r for the bias.
         """
-        groups, counts = condition
-        written = [self.write_chunks(features, mask) for features, mask in groups]
+        written = []
+        for group in documents.groups:
+            features, mask = documents.read(group)
+            written.append(self.write_chunks(features, mask))
+        for _ in range(documents.n_extra):
+            documents.read(documents.groups[0])
         chunks = {}
         for name in self.names:
             A = torch.cat([adapter[name][0] for adapter in written])  # [chunks, L, r, in]
             B = torch.cat([adapter[name][1] for adapter in written])
             chunks[name] = (A, B)
-        return self.join(chunks, counts)
+        return self.join(chunks, documents.counts)
 
     def write_chunks(self, features: Tensor, mask: Tensor) -> Adapter:
         """Chunks -> their adapters. features [n, L, T, f], with early_exit [n, T, f]; mask [n, T]."""
@@ -416,17 +423,29 @@ def make_condition(net: nn.Module, texts: list, base: nn.Module, tokenizer, enco
     """The condition from which `net` writes n adapters.
 
     For descriptions: the output of the text encoder `encode`, [n, E]. For documents, each a text or a list of
-    texts: the base model's states, see `read_documents`.
+    texts: `Documents`, which the base model reads when the network asks for it.
     """
     if net.reads == "documents":
-        return read_documents(net.config, base, tokenizer, texts, net.training)
+        return make_documents(net.config, texts, base, tokenizer, net.training)
     return encode(texts).to(next(net.parameters()).device)
 
-def read_documents(config: DocConfig, base: nn.Module, tokenizer, documents: list, training=False):
-    """(groups of chunks, number of chunks per document). The groups are a generator: use them once.
+Chunk = list[int]  # token ids
 
-    A group is features [n, L, T, f], with early_exit [n, T, f], and mask [n, T], of n chunks.
+@dataclass
+class Documents:
+    """What Doc-to-LoRA is given: n documents, split into chunks of tokens.
+
+    The base model reads a group of chunks at a time: the states of all chunks at once would take too much
+    memory.
     """
+
+    groups: list[list[Chunk]]  # chunks that are read together
+    counts: list[int]  # chunks of each document
+    read: Callable[[list[Chunk]], tuple[Tensor, Tensor]]  # a group -> features and mask, see `read_chunks`
+    n_extra: int = 0  # with --shard: reads to be done for the sake of processes that have more groups
+
+def make_documents(config: DocConfig, documents: list, base, tokenizer, training=False) -> Documents:
+    """Split documents into chunks, each a whole turn of the chat template, and group chunks for reading."""
     before, after = model.around_document(tokenizer) if config.chat else ("", "")
     before_ids, after_ids = model.tokenize(tokenizer, before), model.tokenize(tokenizer, after)
     chunks, counts = [], []
@@ -436,35 +455,31 @@ def read_documents(config: DocConfig, base: nn.Module, tokenizer, documents: lis
         for text in texts:
             ids = model.tokenize(tokenizer, before + text.strip() + after)
             pieces = split_document(ids, config, training)
-            for i, piece in enumerate(pieces):  # every chunk is a whole turn
+            for i, piece in enumerate(pieces):
                 start = before_ids if i > 0 else []
                 end = after_ids if i < len(pieces) - 1 else []
                 chunks.append(start + piece + end)
             count += len(pieces)
         counts.append(count)
     longest = max(len(chunk) for chunk in chunks)
-    group_size = max(1, 4096 // longest)  # the base model reads 4,096 tokens at a time, to save memory
+    group_size = max(1, TOKENS_AT_ONCE // longest)
+    groups = [chunks[i : i + group_size] for i in range(0, len(chunks), group_size)]
+    read = partial(read_chunks, config, base, tokenizer)
+    return Documents(groups, counts, read, processes.lockstep(base, len(groups)) - len(groups))
 
-    def groups():
-        """A group at a time, when the network asks for it."""
-        for i in range(shard.lockstep(base, math.ceil(len(chunks) / group_size))):
-            group = chunks[i * group_size : (i + 1) * group_size]
-            is_extra = not group  # if only other processes have chunks left
-            group = group or chunks[:1]
-            ids = model.pad(group, tokenizer.pad_token_id).to(base.device)  # [n, T]
-            mask = model.pad([[1] * len(chunk) for chunk in group], 0).to(base.device)
-            lora.set_adapter(base, None)
-            features = model.hidden_states(base, ids, mask, config.early_exit).float()
-            if not is_extra:
-                yield features, mask
+TOKENS_AT_ONCE = 4096  # of documents that the base model reads, to save memory
 
-    return groups(), counts
+def read_chunks(config: DocConfig, base, tokenizer, chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
+    """The base model's states of n chunks: features [n, L, T, f], with early_exit [n, T, f]; mask [n, T]."""
+    ids = model.pad(chunks, tokenizer.pad_token_id).to(base.device)  # [n, T]
+    mask = model.pad([[1] * len(chunk) for chunk in chunks], 0).to(base.device)
+    lora.set_adapter(base, None)
+    return model.hidden_states(base, ids, mask, config.early_exit).float(), mask
 
 # -------------------- Files --------------------
 
 ARCHS = {"t2l": TextToLoRA, "d2l": DocToLoRA}
-FILES = ["hypernet.safetensors", "config.json"]
-FILES += ["hypermod.pt", "args.yaml", "adapter_config.json", "pytorch_model.bin"]  # of published ones
+FILES = ["hypernet.safetensors", "config.json", *published.FILES]
 
 def save_hypernet(net: nn.Module, folder: str | Path) -> None:
     """Write hypernet.safetensors, in bfloat16 to halve the file, and config.json."""
@@ -472,25 +487,27 @@ def save_hypernet(net: nn.Module, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     arch = next(arch for arch in ARCHS if ARCHS[arch] is type(net))
     weights = {key: tensor.bfloat16() for key, tensor in net.state_dict().items()}
-    lora.write_file(folder / "hypernet.safetensors", weights)
-    lora.write_file(folder / "config.json", {"arch": arch, **asdict(net.config)})
+    write_file(folder / "hypernet.safetensors", weights)
+    write_file(folder / "config.json", {"arch": arch, **asdict(net.config)})
 
 def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> nn.Module:
     """Read a hypernetwork that train.py wrote, or a published one; in float32 and eval mode.
 
-    `module_order` is for published ones, see checkpoints/published.py.
+    `module_order` is for published ones, see support/published.py.
     """
     folder = Path(folder)
-    if (folder / "hypermod.pt").exists() or (folder / "pytorch_model.bin").exists():
-        from checkpoints import published  # it builds on this file
-
-        return published.load(folder, module_order)
-    config = lora.read_file(folder / "config.json")
-    weights = lora.read_file(folder / "hypernet.safetensors")
+    if published.is_published(folder):
+        arch, fields, weights = published.read_checkpoint(folder, module_order)
+    else:
+        fields = read_file(folder / "config.json")
+        arch = fields.pop("arch", None)
+        weights = read_file(folder / "hypernet.safetensors")
     try:
-        net_class = ARCHS[config.pop("arch")]
-        net = net_class(net_class.config_class(**config))
-        net.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
+        net_class = ARCHS[arch]
+        with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
+            net = net_class(net_class.config_class(**fields))
+        weights = {key: tensor.float().contiguous() for key, tensor in weights.items()}
+        net.load_state_dict(weights, assign=True)
     except (TypeError, KeyError, RuntimeError) as e:
-        raise UserError(f"{folder}: config.json does not describe hypernet.safetensors: {e}") from None
+        raise UserError(f"{folder}: the weights do not go with their settings: {e}") from None
     return net.eval()

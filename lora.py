@@ -10,23 +10,17 @@ dimensions are a batch of adapters. With an adapter a linear layer computes (LoR
     y = W x + scaling * B (A x)
 """
 
-import json
-import os
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-Adapter = dict[str, tuple[Tensor, Tensor]]
+from support.files import UserError, read_file, write_file
 
-class UserError(ValueError):
-    """An error the user can fix. The commands print it as one line and exit with code 2."""
+Adapter = dict[str, tuple[Tensor, Tensor]]
 
 # -------------------- Where an adapter goes --------------------
 
@@ -324,45 +318,3 @@ def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfi
         B = torch.stack([adapter[name][1] for adapter in adapters])
         batch[name] = (A.to(device), B.to(device))
     return batch, config
-
-# -------------------- Files and commands --------------------
-
-def write_file(path: Path, content: dict | list | str) -> None:
-    """Write tensors (.safetensors), text (a string) or JSON, whole or not at all."""
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".safetensors":
-            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
-            save_file(tensors, tmp, {"format": "pt"})
-        elif isinstance(content, str):
-            tmp.write_text(content, encoding="utf-8")
-        else:
-            tmp.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-def read_file(path: str | Path) -> dict:
-    """Read tensors (.safetensors) or JSON. Raises UserError if the file is missing or broken."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, SafetensorError) as e:
-        raise UserError(f"{path} cannot be read: {e}") from None
-
-def command(main) -> None:
-    """Run a command's main(). A UserError, or a file error, is one line on stderr and exit code 2."""
-    first_process = os.environ.get("LOCAL_RANK", "0") == "0"  # of torchrun's on this machine
-    try:
-        main()
-    except (UserError, OSError, SafetensorError) as e:
-        if first_process:
-            print("error:", " ".join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if first_process:
-            print("interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from checkpoints.locate import PRESETS, fetch, load, load_text_model
-from lora import UserError, read_file, set_adapter
+import lora
+from support import processes
+from support.files import UserError, read_file
+from support.hub import PRESETS, fetch, from_pretrained, load_text_model
+from support.processes import Process
 
 # -------------------- The base model --------------------
 
 def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     """(base model, tokenizer): frozen, in eval mode. dtype None is float32 on CPU and bfloat16 elsewhere."""
-    source = PRESETS[name][0] if name in PRESETS else name
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    tokenizer = load(AutoTokenizer, source)
-    base = load(AutoModelForCausalLM, source, dtype=dtype)
+    tokenizer = from_pretrained(AutoTokenizer, name)
+    base = from_pretrained(AutoModelForCausalLM, name, dtype=dtype or default_dtype(device))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -35,6 +35,24 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     eos = base.generation_config.eos_token_id or tokenizer.eos_token_id
     base.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     return base.to(device).requires_grad_(False).eval(), tokenizer
+
+def default_dtype(device) -> torch.dtype:
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+def load_injected(
+    name: str, target_modules: list[str], process: Process, dtype=None, dropout: float = 0.0, shard=False
+):
+    """(base model with LoRA layers, tokenizer). With `shard` its layers are spread over the processes."""
+    if not shard:
+        base, tokenizer = load_base(name, process.device, dtype)
+        return lora.inject(base, target_modules, dropout), tokenizer
+    mesh = processes.make_mesh(process)
+    with processes.in_turn(process):  # so that host memory holds the whole model only once
+        base, tokenizer = load_base(name, "cpu", dtype or default_dtype(process.device))
+        lora.inject(base, target_modules, dropout)
+        processes.shard_layers(base, mesh)
+        base.to(process.device)
+    return base, tokenizer
 
 PLAIN_TEMPLATE = (  # for a base model without a chat template: "input -> answer<eos>", one per line
     "{% for m in messages if m.content or m.role != 'system' %}"
@@ -202,7 +220,7 @@ class TransformerEncoder:
     """A text encoder of the hub, pooled as its own 1_Pooling/config.json says: mean, CLS or last token."""
 
     def __init__(self, name: str, device="cpu"):
-        self.tokenizer = load(AutoTokenizer, name)
+        self.tokenizer = from_pretrained(AutoTokenizer, name)
         self.model = load_text_model(name).to(device).requires_grad_(False).eval()
         self.max_length = min(8192, self.model.config.max_position_embeddings)  # tokens
         pooling = fetch(name) / "1_Pooling" / "config.json"
@@ -229,7 +247,7 @@ class TransformerEncoder:
 def base_encoder(base: nn.Module, tokenizer, texts: list[str]) -> Tensor:
     """The base model as text encoder: its last state at the last token (paper, section 3). [n, E]"""
     check_known(tokenizer, texts)
-    set_adapter(base, None)
+    lora.set_adapter(base, None)
     sequences = [tokenizer(text)["input_ids"] for text in texts]
     ids = pad(sequences, tokenizer.pad_token_id).to(base.device)  # [n, T]
     h = base.base_model(input_ids=ids).last_hidden_state.float()  # [n, T, E]

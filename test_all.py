@@ -1,10 +1,11 @@
-"""Tests of the method: python -m pytest -q (with those of checkpoints/ and assets/, which lie there)
+"""Tests of the method: python -m pytest -q (with those of support/, extras/ and pictures/, which lie there)
 
-assets/golden holds numbers of the published implementations; more of them may lie in ../shared/golden. PEFT
-is used where it is installed, a GPU where there is one, and real models where T2L_BASE and T2L_ENCODER name
-their folders.
+assets/golden holds numbers of the published implementations; more of them may lie in the folder that
+T2L_GOLDEN names. PEFT is used where it is installed, a GPU where there is one, and real models where T2L_BASE
+and T2L_ENCODER name their folders.
 """
 
+import ast
 import collections
 import http.server
 import importlib.util
@@ -38,14 +39,14 @@ import generate
 import hypernet
 import lora
 import model
-import tasks
 import train
-from assets import table
-from checkpoints import locate, published
 from data import Example
-from tasks import benchmarks, chores, lots_of_loras, tiny
+from extras import pretrain
+from support import files, flags, hub, processes, published
+from support.files import UserError, read_file, write_file
+from tasks import benchmarks, chores, load_tasks, lots_of_loras, tiny
 
-HERE, TINY = Path(__file__).parent, locate.CHECKPOINTS / "tiny"
+HERE, TINY = Path(__file__).parent, hub.CHECKPOINTS / "tiny"
 SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
 RECON_FILES = [f"llama_{size}_recon_{loss}" for size in ("L", "M", "S", "Srot") for loss in ("z", "dw")]
 RECON_FILES.append("llama_L_recon_f")
@@ -69,14 +70,14 @@ def seed():
     torch.manual_seed(0)
 
 def golden(file: str, folder: str = "t2l") -> Path:
-    """A golden file without its ending, of this repository or beside it. Skips the test if there is none."""
-    for path in (HERE / "assets" / "golden" / file, HERE.parent / "shared" / "golden" / folder / file):
+    """A golden file without its ending. Skips the test if there is none."""
+    for path in (HERE / "assets" / "golden" / file, Path(os.environ.get("T2L_GOLDEN", "")) / folder / file):
         if Path(f"{path}.safetensors").exists():
             return path
     pytest.skip(f"{file} is not here")
 
 def close(a, b, rtol=1e-5, atol=1e-5):
-    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+    torch.testing.assert_close(a, b, rtol=rtol, atol=float(atol))
 
 def tiny_llama(**changes) -> nn.Module:
     """A random Llama with grouped key-value heads and a head size that is not hidden / heads."""
@@ -103,29 +104,24 @@ def with_peft(base: nn.Module, folder: Path) -> nn.Module:
 def one_layer(linear: nn.Linear, name: str = "q_proj") -> nn.ModuleDict:
     return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({name: linear})])})
 
-def script(name: str):
-    """A script that stands beside the weights it was written for."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, HERE / "checkpoints" / name)
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
-
 def command(module, *words) -> int:
     """Run a command's main() in this process; its exit code."""
     sys.argv = [f"{module.__name__}.py", *map(str, words)]
     try:
-        lora.command(module.main)
+        files.command(module.main)
     except SystemExit as stop:
         return stop.code
     return 0
 
 def run_of(*words, device="cpu") -> train.Run:
     """What train.py prepares for these flags."""
-    sys.argv = ["train.py", "--out_dir", "unused", *map(str, words)]
-    return train.prepare(train.parse_args(), torch.device(device))
+    sys.argv = ["train.py", *map(str, words), "--out_dir", "unused"]
+    args = train.parse_args()
+    return train.prepare(args, processes.Process(torch.device(device)))
 
 def refused(message: str, action, *args) -> None:
     """The action ends in a UserError that says so."""
-    with pytest.raises(lora.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         action(*args)
 
 def losses_of(folder: Path, key: str = "loss") -> list[float]:
@@ -140,7 +136,28 @@ def fit(folder: Path, *words) -> list[float]:
 def evaluate(file: Path, *words) -> dict:
     """What eval.py writes to a file, by method."""
     assert command(evaluation, *words, "--out", file) == 0
-    return lora.read_file(file)["results"]
+    return read_file(file)["results"]
+
+# -------------------- The rooms --------------------
+BELOW = {"support": set(), "lora": {"support"}}  # what each may import of the project
+BELOW["model"] = BELOW["lora"] | {"lora"}
+BELOW["hypernet"] = BELOW["data"] = BELOW["model"] | {"model"}
+BELOW["tasks"] = BELOW["data"] | {"data"}
+BELOW["train"] = BELOW["generate"] = BELOW["tasks"] | {"hypernet", "tasks"}
+BELOW["eval"] = BELOW["generate"] | {"generate"}
+BELOW["extras"] = BELOW["pictures"] = BELOW["eval"] | {"eval", "train"}
+
+def test_imports_go_one_way():
+    """Each file imports only what stands below it, and files of its own folder; inside functions, too."""
+    for file in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
+        room = file.relative_to(HERE).parts[0].removesuffix(".py")
+        if file.name.startswith("test_"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            used = {name.split(".")[0] for name in names} & set(BELOW)
+            assert used <= BELOW[room] | {room}, f"{file} imports {used - BELOW[room]}"
 
 # -------------------- lora.py --------------------
 def test_injected_layer_is_the_equation_and_so_are_its_gradients():
@@ -225,7 +242,7 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     adapter = random_adapter(lora.config_for(tiny_llama(hidden_size=32), NAMES, "x"))
     refused("for another base model", lora.set_adapter, lora.inject(tiny_llama(), NAMES), adapter, 1.0)
     refused("is missing", lora.load_adapter, tmp_path)
-    lora.write_file(tmp_path / "adapter_config.json", {"peft_type": "LORA", "use_dora": True})
+    write_file(tmp_path / "adapter_config.json", {"peft_type": "LORA", "use_dora": True})
     refused("not a plain LoRA", lora.load_adapter, tmp_path)
 
 # -------------------- hypernet.py --------------------
@@ -296,8 +313,8 @@ def test_hypernet_files(tmp_path, size):
     again, emb = hypernet.load_hypernet(tmp_path), torch.randn(2, 7)
     assert again.config == net.config and not again.training
     assert all(torch.equal(a, b) for k in NAMES for a, b in zip(net(emb)[k], again(emb)[k]))
-    lora.write_file(tmp_path / "config.json", lora.read_file(tmp_path / "config.json") | {"latent_size": 32})
-    refused("does not describe", hypernet.load_hypernet, tmp_path)
+    write_file(tmp_path / "config.json", read_file(tmp_path / "config.json") | {"latent_size": 32})
+    refused("do not go with their settings", hypernet.load_hypernet, tmp_path)
 
 def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES, **args) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
@@ -305,20 +322,20 @@ def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES
     args = dict(emb_model="", training_task="sft", factorized=False, delta_w_scaling=10000) | args
     (folder / "args.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in args.items()))
     peft = dict(peft_type="LORA", r=8, lora_alpha=16, use_rslora=True, target_modules=order)
-    lora.write_file(folder / "adapter_config.json", peft | dict(base_model_name_or_path=base_model))
+    write_file(folder / "adapter_config.json", peft | dict(base_model_name_or_path=base_model))
     return folder
 
 def golden_net(file: str, folder: Path) -> tuple[hypernet.TextToLoRA, dict, dict]:
     """One golden file as (our network, from a folder in the published layout; its tensors; its json)."""
     path = golden(file)
-    tensors, info = load_file(f"{path}.safetensors"), lora.read_file(f"{path}.json")
+    tensors, info = load_file(f"{path}.safetensors"), read_file(f"{path}.json")
     args = {k: info["constructor_args"][k] for k in ("training_task", "factorized", "delta_w_scaling")}
     weights = {k[3:]: t for k, t in tensors.items() if k.startswith("sd/")}
-    return published.load_text_to_lora(published_folder(folder, weights, **args)), tensors, info
+    return hypernet.load_hypernet(published_folder(folder, weights, **args)), tensors, info
 
 def golden_base() -> nn.Module:
     path = golden("llama_base")
-    info = lora.read_file(f"{path}.json")["base_config"]
+    info = read_file(f"{path}.json")["base_config"]
     config = LlamaConfig(**{k: v for k, v in info.items() if k in LlamaConfig().to_dict()})
     base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
     base.load_state_dict({k[5:]: t for k, t in load_file(f"{path}.safetensors").items()})
@@ -393,14 +410,13 @@ def test_the_papers_sizes(size):
 def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
     """One golden Doc-to-LoRA file as (our network with its weights, its tensors)."""
     path = golden(file, "d2l")
-    tensors, info = load_file(f"{path}.safetensors"), lora.read_file(f"{path}.json")
+    tensors, info = load_file(f"{path}.safetensors"), read_file(f"{path}.json")
     shared = load_file(f"{golden('perceiver_shared', 'd2l')}.safetensors")
     sizes = dict(in_features=info["d_in"], out_features=info["d_out"], input_size=64, latent_size=64)
     sizes |= dict(paths={"down_proj": "model.layers.{}.mlp.down_proj"}, n_layers=4, n_blocks=3, alpha=128)
     net = hypernet.DocToLoRA(hypernet.DocConfig(**sizes, early_exit=file == "down_flat")).eval()
-    shapes = {k: t.shape for k, t in net.state_dict().items()}
     weights = {key: tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float() for key in info["state_dict"]}
-    net.load_state_dict(published.doc_weights(weights, shapes))
+    net.load_state_dict(published.doc_weights(weights))
     close(torch.tensor(net.config.scaling), torch.tensor(info["lora_forward_scaling"]))
     return net, tensors
 
@@ -425,14 +441,16 @@ def test_golden_documents(file):
     third = {"down_proj": tuple(x[:, 2:3] for x in documents)}  # the fixture's are of layer 2
     lora.set_adapter(holder, lora.select(third, [0, 0, 1, 2]), net.config.scaling)
     y = holder["layers"][0]["down_proj"](tensors["lora_forward/down_proj/x"])
-    close(y, tensors["lora_forward/down_proj/y"])
+    expected = tensors["lora_forward/down_proj/y"]
+    close(y, expected, 1e-5, 1e-5 * expected.abs().max())  # sums of large terms
 
     # from token ids to logits
     base, mask = golden_base(), tensors["e2e/ctx_attn_mask"]
     features = model.hidden_states(base, tensors["e2e/ctx_ids"], mask, net.config.early_exit)
     real = mask.bool()
     close(features.movedim(-2, 1)[real], tensors["e2e/features"].movedim(-2, 1)[real], 1e-4, 1e-4)
-    documents = net(([(features, mask)], tensors["e2e/n_ctx_chunks"].tolist()))
+    counts = tensors["e2e/n_ctx_chunks"].tolist()
+    documents = net(hypernet.Documents([[]], counts, lambda group: (features, mask)))
     rows = [i for i, n in enumerate(tensors["e2e/n_queries"].tolist()) for _ in range(n)]
     lora.set_adapter(lora.inject(base, ["down_proj"]), lora.select(documents, rows), net.config.scaling)
     asked = tensors["e2e/attention_mask"].bool()
@@ -479,9 +497,11 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     close(both, turned, 1e-4)
     bias = net.bias["down_proj_B"] @ net.bias["down_proj_A"]
     close(both, B[0] @ A[0] + B[1] @ A[1] - bias, 1e-4)
-    groups, counts = hypernet.read_documents(net.config, base, tokenizer, texts)
-    one_by_one = [(f[i : i + 1], m[i : i + 1]) for f, m in groups for i in range(len(f))]
-    close(net((one_by_one, counts))["down_proj"][0], A)
+    with monkeypatch.context() as patch:
+        patch.setattr(hypernet, "TOKENS_AT_ONCE", 1)
+        one_by_one = read(texts)
+    assert {len(group) for group in one_by_one.groups} == {1} and len(read(texts).groups) == 1
+    close(net(one_by_one)["down_proj"][0], A)
     net.start_as_lora()
     assert all(not (B @ A).any() for A, B in net(read(texts)).values())
 
@@ -491,7 +511,7 @@ def bert_folder(folder: Path) -> nn.Module:
     torch.manual_seed(0)
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] one two three four ."
     (folder / "vocab.txt").write_text(words.replace(" ", "\n"))
-    lora.write_file(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
+    write_file(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
     sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     bert = BertModel(BertConfig(vocab_size=10, **sizes)).eval()
     bert.save_pretrained(folder)
@@ -505,7 +525,7 @@ def test_transformer_encoder_pools_real_tokens_only(tmp_path):
     hidden = bert(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
     close(alone[0], F.normalize(hidden.mean(0), dim=0), 1e-5, 1e-6)
     (tmp_path / "1_Pooling").mkdir()
-    lora.write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
+    write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
     close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[0], dim=0), 1e-5, 1e-6)
 
 def test_gte_loads_without_its_own_code(tmp_path):
@@ -517,9 +537,9 @@ def test_gte_loads_without_its_own_code(tmp_path):
     new |= dict(vocab_size=10, type_vocab_size=2, layer_norm_eps=1e-12, layer_norm_type="layer_norm")
     new |= dict(rope_theta=160000, rope_scaling={"type": "ntk", "factor": 2.0}, max_position_embeddings=64)
     new |= dict(architectures=["NewModel"], pack_qkv=True, position_embedding_type="rope", pad_token_id=0)
-    lora.write_file(tmp_path / "config.json", new)
+    write_file(tmp_path / "config.json", new)
     (tmp_path / "1_Pooling").mkdir()
-    lora.write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
+    write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
     emb = "embeddings"
     shapes = {f"{emb}.word_embeddings.weight": (10, d), f"{emb}.token_type_embeddings.weight": (2, d)}
     shapes |= {f"{emb}.LayerNorm.weight": (d,), f"{emb}.LayerNorm.bias": (d,)}
@@ -607,7 +627,7 @@ def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
     own = {"<unk>": {"id": "<unk>", "ids": [plain.unk_token_id], "tokens": ["<unk>"]}}
     processor = dict(type="TemplateProcessing", single=[first, text], pair=[first, text], special_tokens=own)
     file = tmp_path / "tokenizer.json"
-    lora.write_file(file, lora.read_file(file) | {"post_processor": processor})
+    write_file(file, read_file(file) | {"post_processor": processor})
     _, tokenizer = model.load_base(str(tmp_path))
     question, answer = data.example_ids(tokenizer, "cat", "gato", "")
     assert question == tokenizer("cat ->")["input_ids"] and question[0] == plain.unk_token_id != question[1]
@@ -621,17 +641,16 @@ def test_held_out_tasks_are_nowhere_in_training():
     for kind, parts in enumerate((tiny.FILTERS, tiny.MAPS, tiny.LAYOUTS)):
         assert {task[kind] for task in splits["train"]} == set(parts)
     held_out = {"-".join(parts) for parts in splits["val"] + splits["test"]}
-    assert not held_out & {task.name for task in data.load_tasks("tiny")["train"]}
+    assert not held_out & {task.name for task in load_tasks("tiny")["train"]}
 
 def test_the_tiny_base_model_is_trained_on_what_the_chat_template_writes():
-    pretrain = script("tiny/pretrain.py")
     held_out = set(tiny.splits()["val"] + tiny.splits()["test"])
     assert not held_out & set(pretrain.TASKS)
-    texts = [text for step in range(0, 8000, 1000) for text in pretrain.draw(step)]
+    texts = [text for step in range(0, 8000, 1000) for text in pretrain.draw(step, 8000)]
     assert {len(example.input.split()) for text in texts for example in text} == {1, 2, 3, 4}
     _, tokenizer = model.load_base("tiny")
     for step in (8, 4001):  # of a task, and of facts that are looked up
-        for text in pretrain.draw(step)[:3]:
+        for text in pretrain.draw(step, 8000)[:3]:
             ids, labels = pretrain.tokenize(text)
             shots = [(example.input, example.answers[0]) for example in text[:-1]]
             chat = model.chat(tokenizer, text[-1].input, "", shots)
@@ -663,7 +682,7 @@ def test_tiny_answers_are_right_and_tell_tasks_apart():
                 assert other == layout or answer != write(ours, change, other)
 
 def test_reworded_descriptions_are_new():
-    tasks = data.load_tasks("tiny")
+    tasks = load_tasks("tiny")
     train_words = {d for task in tasks["train"] for d in task.descriptions}
     for task in tasks["test"]:
         assert len(task.descriptions) == 128 and not train_words & set(task.reworded)
@@ -676,18 +695,18 @@ def test_reworded_descriptions_are_new():
 def test_a_folder_of_task_files(tmp_path):
     instances = [{"id": str(i), "input": f" in {i}", "output": [f"out {i}", "x"]} for i in range(10)]
     content = {"name": "a", "descriptions": ["do a", "do it"], "Instances": instances}
-    lora.write_file(tmp_path / "a.json", content)
-    lora.write_file(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances})
-    assert [t.name for t in data.load_tasks(tmp_path)["train"]] == ["a", "b"]
-    lora.write_file(tmp_path / "splits.json", {"train": ["b"], "test": ["a"]})
-    tasks = data.load_tasks(tmp_path)
+    write_file(tmp_path / "a.json", content)
+    write_file(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances})
+    assert [t.name for t in load_tasks(tmp_path)["train"]] == ["a", "b"]
+    write_file(tmp_path / "splits.json", {"train": ["b"], "test": ["a"]})
+    tasks = load_tasks(tmp_path)
     assert [t.name for t in tasks["train"]] == ["b"] and not tasks["val"]
     assert tasks["train"][0].descriptions == ["do b"] and tasks["train"][0].definition == "do b"
     assert len(tasks["test"][0].train) == 8 and tasks["test"][0].test[0] == Example("in 8", ["out 8", "x"])
     refused("no split val", data.pick, tasks, "val")
     for wrong in {"Instances": [{"input": 3}]}, {"Instances": []}, {"Definition": " "}:
-        lora.write_file(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances} | wrong)
-        refused("not a task file", data.load_tasks, tmp_path)
+        write_file(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances} | wrong)
+        refused("not a task file", load_tasks, tmp_path)
 
 @pytest.mark.parametrize("chain, question, answer", [
     ("email-domain any-capitals", "ida.rossi@post.org", "POST.ORG"),
@@ -703,7 +722,7 @@ def test_a_chore_does_what_its_name_says(chain, question, answer):
     assert chores.answer(("", *chain.split()), question) == answer
 
 def test_what_the_chores_withhold_is_nowhere_in_training():
-    splits, unseen = data.load_tasks("chores"), set(chores.DATA["unseen"])
+    splits, unseen = load_tasks("chores"), set(chores.DATA["unseen"])
     train = {task.name for task in splits["train"]}
     chains = {chores.name_of(chain): chain for chain in chores.all_chains()}
     assert len(train) > 1500 and len(splits["test"]) == 100 and len(splits["unseen"]) == len(unseen) == 13
@@ -719,7 +738,7 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     assert len(seen) > 8000 and not withheld & seen
 
 def test_a_lazy_list_is_the_same_every_time():
-    tasks, again = data.load_tasks("chores")["train"][:40], data.load_tasks("chores")["train"][:40]
+    tasks, again = load_tasks("chores")["train"][:40], load_tasks("chores")["train"][:40]
     for task, other in zip(tasks, again):
         assert task.train[:3] == other.train[:3] and task.descriptions[:9] == other.descriptions[:9]
         assert len(set(task.descriptions[:30])) > 10
@@ -729,10 +748,10 @@ def test_a_lazy_list_is_the_same_every_time():
         task.train[len(task.train)]
 
 def test_what_is_shown_fits_the_description():
-    shown = lambda text: locate.example_inputs("smollm2-135m", text)[0]
+    shown = lambda text: generate.example_inputs("smollm2-135m", text)[0]
     assert "@" in shown("Give the domain of the e-mail address.") and "job:" in shown("Write it as JSON.")
     assert "," not in shown("Write the name in capital letters.") and "-" in shown("The month in words.")
-    assert locate.example_inputs("mistral-7b", DESC) == []
+    assert generate.example_inputs("mistral-7b", DESC) == []
 
 def test_documents_get_longer_as_the_training_goes():
     run = run_of(*D2L, "--max_steps", "100")
@@ -834,7 +853,7 @@ def test_help_shows_the_values_of_the_run(capsys):
     assert text["encoder"] == "Alibaba-NLP/gte-large-en-v1.5" and text["full_stop"] == "True"
     text = shown("@config/mistral-7b-recon.args")
     assert text["recon_loss"] == "delta_w" and text["size"] == "medium" and text["dtype"] == "float32"
-    text = shown("--seed", "5", *D2L)
+    text = shown(*D2L, "--seed", "5")
     assert (text["n_blocks"], text["target_modules"], text["seed"]) == ("1", "down_proj", "5")
     for module in (generate, evaluation):
         assert command(module, "--help") == 0 and "default: 64" in capsys.readouterr().out
@@ -843,12 +862,33 @@ def test_help_shows_the_values_of_the_run(capsys):
 def test_every_file_of_flags_is_a_run(file, monkeypatch, tmp_path):
     """Each setting is known, and what a run records is what it was given."""
     monkeypatch.chdir(HERE)
-    words = ["--out_dir", str(tmp_path / "new"), "--oracles", "x"]
+    config = lora.config_for(tiny_llama(), NAMES, "tiny")
+    lora.save_adapter(tmp_path / "oracles" / "one", random_adapter(config), config)
+    words = ["--out_dir", str(tmp_path / "new"), "--oracles", str(tmp_path / "oracles")]
     monkeypatch.setattr(sys, "argv", ["train.py", f"@{file}", *words])
     args = train.parse_args()
     (tmp_path / "train.args").write_text(args.recorded)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "7", f"@{tmp_path / 'train.args'}"])
+    monkeypatch.setattr(sys, "argv", ["train.py", f"@{tmp_path / 'train.args'}"])
     assert vars(train.parse_args()) == vars(args) and args.lr < 1
+    assert args.dtype != "auto" and args.encoder != "preset"
+
+def test_only_leading_words_name_files_of_flags(tmp_path, monkeypatch):
+    (tmp_path / "a.args").write_text("@b.args\n--lr 2  # a comment\n--out_dir 'a b'\n")
+    (tmp_path / "b.args").write_text("--lr 1 --seed 3\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["@a.args", "--desc", "@ sign, please"]
+    expected = "--lr 1 --seed 3 --lr 2 --out_dir".split() + ["a b", "--desc", "@ sign, please"]
+    assert flags.expand(words) == expected
+
+def test_a_run_by_reconstruction_records_what_its_oracles_are(tmp_path, monkeypatch):
+    config = lora.config_for(tiny_llama(), ["v_proj", "o_proj"], "tiny", r=3, alpha=5.0)
+    lora.save_adapter(tmp_path / "one", random_adapter(config, r=3), config)
+    start = ["train.py", "--mode", "recon", "--oracles", str(tmp_path)]
+    for given in [], ["--target_modules", "v_proj,o_proj", "--rank", "3"]:
+        monkeypatch.setattr(sys, "argv", [*start, *given])
+        args = train.parse_args()
+        assert (args.rank, args.alpha, args.target_modules) == (3, 5.0, "o_proj,v_proj")
+        assert "--rank 3\n" in args.recorded and "--target_modules o_proj,v_proj\n" in args.recorded
 
 def gradients(run: train.Run, step: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss and the gradients that a training step leaves in the network."""
@@ -867,7 +907,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
     for p in run.net.parameters():  # away from B = 0
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * p.requires_grad
     batch = data.draw(run.tasks, 0, run.args)
-    rows = data.tokenize_batch(run.tokenizer, run.tasks, batch, run.args)
+    rows = data.make_batch(run.tokenizer, run.tasks, batch, run.args).examples
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     assert lengths == sorted(lengths)
     written = run.net(train.batch_condition(run, batch))
@@ -979,7 +1019,7 @@ def test_validation_measures_what_greedy_answers_give():
         hits += [task.is_right(example, answer) for example, answer in zip(task.test, answers)]
     assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
 
-def processes(n: int, *words) -> str:
+def launch(n: int, *words) -> str:
     """Run a command on n processes; what it prints."""
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone"]
     settings = dict(cwd=HERE, check=True, capture_output=True, text=True, timeout=120)
@@ -987,7 +1027,7 @@ def processes(n: int, *words) -> str:
     return subprocess.run([*start, *map(str, words)], **settings).stdout
 
 def torchrun(n: int, folder: Path, *words) -> list[float]:
-    processes(n, "train.py", *words, "--max_steps", "5", "--out_dir", folder)
+    launch(n, "train.py", *words, "--max_steps", "5", "--out_dir", folder)
     return losses_of(folder)
 
 DOCS = [*D2L, "--tasks_per_batch", "4", "--latent_size", "32", "--l1", "0.1", "--l2", "0.1"]
@@ -1008,23 +1048,23 @@ def test_two_processes_are_one(tmp_path, words):
 def test_processes_with_unequal_work_share_a_sharded_base_model(tmp_path):
     words = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpointing"]
     run = run_of(*words)
-    def n_examples(batch: list) -> int:
-        return len(data.tokenize_batch(run.tokenizer, run.tasks, batch, run.args))
-    batches = [data.draw(run.tasks, step, run.args) for step in range(5)]
-    assert any(n_examples(batch[:2]) != n_examples(batch[2:]) for batch in batches)
+    def n_examples(step: int, rank: int) -> int:
+        drawn = data.draw(run.tasks, step, run.args)
+        return len(data.make_batch(run.tokenizer, run.tasks, drawn, run.args, rank, 2).examples)
+    assert any(n_examples(step, 0) != n_examples(step, 1) for step in range(5))
     assert len(torchrun(2, tmp_path / "run", *words, "--shard")) == 5
 
 def test_a_sharded_base_model_answers_as_a_whole_one(tmp_path):
     asked = [*SAY, "--input", "cat red dog shirt", "--out", tmp_path / "adapter"]
-    assert processes(2, "generate.py", *asked, "--shard").count("with adapter  chat chien") == 1
+    assert launch(2, "generate.py", *asked, "--shard").count("with adapter  chat chien") == 1
     asked = ["--methods", "t2l", "--split", "val", "--n_examples", "2"]
-    assert "| t2l | 1.000 |" in processes(2, "eval.py", *asked, "--shard")
+    assert "| t2l | 1.000 |" in launch(2, "eval.py", *asked, "--shard")
 
 def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatch, capsys):
     instances, folder = [{"input": "cat dog", "output": ["dog cat"]}] * 5, tmp_path / "tasks"
     folder.mkdir()
     task = {"Definition": "red hat", "descriptions": ["Swap them."], "Instances": instances}
-    lora.write_file(folder / "swap.json", task)
+    write_file(folder / "swap.json", task)
     seen, real = set(), model.chat
     monkeypatch.setattr(model, "chat", lambda *a: seen.add(real(*a)[-1]["content"]) or real(*a))
     def prompts_of(module, *words) -> set[str]:
@@ -1044,7 +1084,7 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
 
 def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     """A hypernetwork that learnt to write four oracles writes them back."""
-    oracles, tasks = tmp_path / "oracles", data.pick(data.load_tasks("tiny"), "train", 4)
+    oracles, tasks = tmp_path / "oracles", data.pick(load_tasks("tiny"), "train", 4)
     fit(oracles, *LORA, "--n_tasks", "4", "--max_steps", "10")
     targets, _ = lora.load_adapters([oracles / task.name for task in tasks])
     assert all(B.abs().amax((1, 2, 3)).min() > 0 for _, B in targets.values())
@@ -1078,7 +1118,7 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
     for name, fact in facts.items():
         text = " ".join(["red blue yellow black"] * 3 + [name, fact])
         asked = {"question": "horse", "answer": fact}
-        lora.write_file(docs / f"{name}.json", {"document": text, "questions": [asked]})
+        write_file(docs / f"{name}.json", {"document": text, "questions": [asked]})
         (tmp_path / f"{name}.txt").write_text(text)
     words = [*D2L, *"--latent_size 32 --chunk_len 5 --lr 3e-3 --tasks_per_batch 3 --max_steps".split()]
     fit(net, *words, "150", "--tasks", docs)
@@ -1132,8 +1172,9 @@ def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
     data.cached_ids.cache_clear()
     batch = [data.DrawnTask(0, "cat -> red <eos>", [Example("cat", ["red"])])]
     batch.append(data.DrawnTask(1, "cat dog cow pig\n" * 9, [Example("cat", ["red"])]))
-    rows = data.tokenize_batch(run.tokenizer, run.tasks, batch, run.args)
-    assert [row.adapter for row in rows] == [0] and len(rows[0].teacher_prompt) > len(rows[0].prompt)
+    kept = data.make_batch(run.tokenizer, run.tasks, batch, run.args)
+    assert kept.tasks == batch[:1] and [row.task for row in kept.examples] == [0]
+    assert len(kept.examples[0].teacher_prompt) > len(kept.examples[0].prompt)
     assert data.cached_ids.cache_info().currsize == 1  # the question without the document
 
 def test_questions_without_an_answer_get_the_base_models(tmp_path):
@@ -1142,12 +1183,12 @@ def test_questions_without_an_answer_get_the_base_models(tmp_path):
     for asked in base, None:  # the second time they are read, not asked again
         examples = [Example("cat", []), Example("dog", ["blue"])]
         task = data.Task("d", ["cat -> red <eos>"], examples, [], is_document=True)
-        tasks.generate_answers(asked, tokenizer, [task], tmp_path / "answers.json")
+        data.generate_answers(asked, tokenizer, [task], tmp_path / "answers.json")
         assert task.train[0].answers == model.answer(base, tokenizer, [told])
         assert task.train[1].answers == ["blue"]
 
 def test_missing_answers_are_written_without_dropout(tmp_path, monkeypatch):
-    lora.write_file(tmp_path / "d.json", {"document": "cat -> red <eos>", "questions": [{"question": "cat"}]})
+    write_file(tmp_path / "d.json", {"document": "cat -> red <eos>", "questions": [{"question": "cat"}]})
     modes, real = [], model.answer
     monkeypatch.setattr(model, "answer", lambda base, *a: modes.append(base.training) or real(base, *a))
     monkeypatch.chdir(tmp_path)
@@ -1210,7 +1251,7 @@ def server():
     server.shutdown()
 
 def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, server):
-    splits = lora.read_file(lots_of_loras.NAMES)
+    splits = read_file(lots_of_loras.NAMES)
     assert [len(splits[k]) for k in ("train", "val")] == [479, 11]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(lots_of_loras, "URL", server.url)
@@ -1219,12 +1260,12 @@ def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, serve
     server.files = {f"/{name}.json": (task, len(task)) for names in splits.values() for name in names}
     first, second = (f"/{name}.json" for name in splits["train"][:2])
     server.files[second] = (task[:-9], len(task))  # cut off
-    refused(f"of 490 task files are not in .*{server.url}{second}", data.load_tasks, "lots-of-loras")
+    refused(f"of 490 task files are not in .*{server.url}{second}", load_tasks, "lots-of-loras")
     server.files[second] = (task, len(task))
-    tasks = data.load_tasks("lots-of-loras")
+    tasks = load_tasks("lots-of-loras")
     assert [t.name for t in tasks["train"]] == splits["train"] and tasks["val"][0].definition == "Do it."
     assert server.asked.count(first) == 1 and server.asked.count(second) == 2
-    assert data.load_tasks("lots-of-loras") == tasks and server.asked.count(first) == 1
+    assert load_tasks("lots-of-loras") == tasks and server.asked.count(first) == 1
 
 # -------------------- The commands --------------------
 def test_generate_writes_what_it_shows(tmp_path, capsys):
@@ -1270,6 +1311,7 @@ def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
 
 NET, READER = ["--hypernet", "{net}"], ["--hypernet", "{reader}"]
 BASE, RECON = ["--base_model", "{base}"], ["--mode", "recon"]
+OF_ORACLES = [*RECON, "--oracles", "{tmp}/oracles"]
 METHOD_X, ORACLES = ["--methods", "x"], ["--mode", "lora"]
 BAD = {
     "no description": (generate, [], "say what to do"),
@@ -1301,23 +1343,36 @@ BAD = {
     "no examples": (evaluation, ["--n_examples", "0"], "--n_examples must be at least 1"),
     "fewer than no examples": (evaluation, ["--n_examples", "-3"], "--n_examples must be at least 1"),
     "unknown base": (train, ["--base_model", "./nowhere", "--tasks", "tiny"], "./nowhere is no folder"),
-    "unknown flag": (train, ["--depth", "3"], "unrecognized arguments: --depth"),
+    "unknown flag": (train, ["--depth", "3"], "--depth is not a setting of --arch t2l"),
     "shards without torchrun": (train, ["--shard"], "--shard needs several processes"),
     "shards to generate without torchrun": (generate, [*SAY, "--shard"], "--shard needs several processes"),
     "shards to merge": (generate, [*SAY, "--shard", "--merge", "{tmp}/m"], "--merge needs the whole"),
-    "not a number": (train, ["--lr", "fast"], "invalid float value"),
+    "not a number": (train, ["--lr", "fast"], "--lr: invalid number value: 'fast'"),
     "no file of flags": (train, ["@config/none.args"], "config/none.args"),
     "tasks of unknown words": (train, ["--tasks", "{tmp}/tasks"], "no token for Paris"),
     "documents as tasks": (train, ["--tasks", "facts"], "does not go with --arch t2l"),
     "tasks as documents": (train, ["--arch", "d2l"], "reads documents (see config/d2l.args)"),
     "a setting of the other network": (train, ["--n_latents", "3"], "is not a setting of --arch t2l"),
     "no oracles": (train, RECON, "needs --oracles"),
-    "empty oracles": (train, [*RECON, "--oracles", "{foreign}"], "holds no adapters of the train tasks"),
-    "oracles of another base": (train, [*RECON, "--oracles", "{tmp}/oracles"], "another base model"),
+    "empty oracles": (train, [*RECON, "--oracles", "{foreign}"], "holds no adapters; --mode lora writes"),
+    "oracles of another base": (train, OF_ORACLES, "another base model"),
     "another network to start from": (train, [*SHORT, "--init_from", "{net}"], "has other settings"),
     "a network for oracles": (train, [*ORACLES, "--init_from", "{net}"], "goes with --mode sft or recon"),
     "several tasks by sft": (train, ["--multi_task"], "--multi_task goes with --mode lora"),
-    "several tasks by recon": (train, [*RECON, "--oracles", "x", "--multi_task"], "goes with --mode lora"),
+    "several tasks by recon": (train, [*OF_ORACLES, "--multi_task"], "goes with --mode lora"),
+    "another rank than the oracles": (train, [*OF_ORACLES, "--rank", "4"], "--rank 4: the oracles in"),
+    "other modules": (train, [*OF_ORACLES, "--target_modules", "q_proj"], "have q_proj,v_proj"),
+    "no micro-batch": (train, ["--micro_batch", "0"], "--micro_batch: must be at least 1, not 0"),
+    "no validation": (train, ["--val_every", "0"], "--val_every: must be at least 1"),
+    "no rank": (train, ["--rank", "0"], "--rank: must be at least 1"),
+    "fewer than no tasks": (train, ["--tasks_per_batch", "-1"], "--tasks_per_batch: must be at least 0"),
+    "no examples in training": (train, ["--examples_per_task", "0"], "--examples_per_task: must be at least"),
+    "too much dropout": (train, ["--dropout", "1.5"], "--dropout: must be at most 1, not 1.5"),
+    "too much dropout in the trunk": (train, ["--trunk_dropout", "2"], "--trunk_dropout: must be at most 1"),
+    "a file of flags after a flag": (train, ["--lr", "1", "@x.args"], "@x.args is not a setting"),
+    "no such device": (train, ["--device", "cuda:7"], "--device cuda:7, but the number of GPUs"),
+    "unknown device": (generate, [*SAY, "--device", "gpu"], "--device gpu: there are auto, cpu, cuda"),
+    "merge into the adapter": (generate, [*SAY, "--merge", "{tmp}/m", "--out", "{tmp}/m"], "two folders"),
 }
 
 @pytest.fixture(scope="module")
@@ -1334,7 +1389,7 @@ def places(tmp_path_factory, reader):
         (tmp / file).parent.mkdir(exist_ok=True)
         (tmp / file).write_text(text)
     config = lora.config_for(tiny_llama(), NAMES, "base")
-    name = data.load_tasks("tiny")["train"][0].name
+    name = load_tasks("tiny")["train"][0].name
     lora.save_adapter(tmp / "oracles" / name, random_adapter(config), config)
     own = dict(base=tmp / "base", other=tmp / "other", foreign=tmp / "foreign", reader=reader)
     return own | dict(tmp=tmp, net=TINY / "sft_large")
@@ -1370,7 +1425,7 @@ def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
     words += ["--methods", "base,t2l,t2l_shuffled", "--compare", TINY / "sft_small", same_name]
     draws = ["--plot", picture] if importlib.util.find_spec("matplotlib") else []
     assert command(evaluation, *words, *draws) == 0
-    content, shown = lora.read_file(out), capsys.readouterr().out
+    content, shown = read_file(out), capsys.readouterr().out
     rows = ["base", "t2l", "t2l_shuffled", str(TINY / "sft_small"), str(same_name)]
     assert list(content["results"]) == rows
     assert content["settings"]["split"] == "val"
@@ -1378,7 +1433,7 @@ def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
         values = list(scores["per_task"].values())
         mean = sum(values) / 8
         assert len(values) == 8 and abs(scores["mean"] - mean) < 1e-9
-        assert f"| {row} | {mean:.3f} | {table.interval(values)} | {min(values):.2f} |" in shown
+        assert f"| {row} | {mean:.3f} | {evaluation.interval(values)} | {min(values):.2f} |" in shown
     assert not draws or picture.stat().st_size > 5000
 
 def test_a_text_encoder_is_loaded_once_for_all_methods(tmp_path, monkeypatch):
@@ -1417,16 +1472,16 @@ def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server)
     monkeypatch.setitem(benchmarks.BENCHMARKS, "piqa", benchmarks.BENCHMARKS["piqa"]._replace(n_records=150))
     waits, entry = [], {"row": ROWS["piqa"][0]}
     page = lambda n, total=150: {"num_rows_total": total, "rows": [entry] * n}
-    monkeypatch.setattr(tasks.time, "sleep", waits.append)
+    monkeypatch.setattr(files.time, "sleep", waits.append)
     send = lambda content, status=200: server.replies.append((json.dumps(content).encode(), status))
     cut, wrong, short = (json.dumps(page(100)).encode()[:-9], 200), page(100, 151), page(99)
     server.replies = [cut]
     send(wrong), send(short)
     for _ in range(3):  # cut off, of another length, too short
-        with pytest.raises(lora.UserError, match=f"rows 0 to 100 of 150 are not in {tmp_path}"):
+        with pytest.raises(UserError, match=f"rows 0 to 100 of 150 are not in {tmp_path}"):
             benchmarks.load(["piqa"])
     send({}, 429), send(page(100)), send({}, 500)
-    with pytest.raises(lora.UserError, match="rows 100 to 150 of 150"):
+    with pytest.raises(UserError, match="rows 100 to 150 of 150"):
         benchmarks.load(["piqa"])
     send(page(50))
     (task,) = benchmarks.load(["piqa"])["test"]
@@ -1460,11 +1515,12 @@ def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
         assert command(evaluation, *words) == 0
         shown = capsys.readouterr().out
         assert f"| method | {columns} |" in shown and ("without --run_code" in shown) == (not flags)
-        assert lora.read_file(tmp_path / "b.json")["results"]["base"]["per_task"]["piqa"] == 1.0
+        assert read_file(tmp_path / "b.json")["results"]["base"]["per_task"]["piqa"] == 1.0
     assert command(evaluation, "--tasks", "mbpp") == 2
     assert "error: mbpp is scored by running code" in capsys.readouterr().err
-    args = types.SimpleNamespace(lengths=None, base_model="mistral-7b")
-    assert "| t2l (published) | 0.82 |  |" in table.make_table({"base": {"piqa": 0.5}}, args)
+    args = types.SimpleNamespace(lengths=None)
+    beside = evaluation.make_table({"base": {"piqa": 0.5}}, "mistral-7b", args)
+    assert "| t2l (published) | 0.82 |  |" in beside
 
 # -------------------- A real model --------------------
 @needs_models
@@ -1484,7 +1540,7 @@ def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
 def test_a_real_model(tmp_path):
     pairs = itertools.product(("red", "blue", "green"), ("cat", "dog", "cow"))
     instances = [{"input": f"{a} {b}", "output": [f"{b} {a}"]} for a, b in pairs]
-    lora.write_file(tmp_path / "swap.json", {"descriptions": ["Swap the two words."], "Instances": instances})
+    write_file(tmp_path / "swap.json", {"descriptions": ["Swap the two words."], "Instances": instances})
     words = "--size small --dropout 0 --lr 3e-3 --max_steps 12".split()
     words += [*REAL, "--tasks", tmp_path, "--examples_per_task", "4", "--tasks_per_batch", "1"]
     losses = fit(tmp_path / "net", *words)

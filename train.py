@@ -35,49 +35,50 @@ import data
 import hypernet
 import lora
 import model
-from checkpoints import locate, shard
-from checkpoints.state import load_state, on_ctrl_c, save_state
-from config import flags
-from lora import Adapter, UserError
-from tasks import generate_answers
+from lora import Adapter
+from support import flags, hub, processes
+from support.files import UserError, command, write_file
+from support.processes import Process
+from support.state import load_state, on_ctrl_c, save_state
+from tasks import SOURCES, load_tasks
 
 # -------------------- Settings --------------------
 
-SETTINGS = [  # name, value in the tiny world, what it is
+SETTINGS = [  # name, value in the tiny world, what it is; for a number its least value, if that is not 0
     # what is trained
     ("mode", "sft", "lora, recon or sft, see above"),
     ("arch", "t2l", "hypernetwork: t2l is Text-to-LoRA, d2l Doc-to-LoRA (start from @config/d2l.args)"),
-    ("base_model", "tiny", f"{', '.join(locate.PRESETS)}, a hub id or a folder"),
+    ("base_model", "tiny", f"{', '.join(hub.PRESETS)}, a hub id or a folder"),
     ("encoder", "preset", "text encoder: the preset's, hash, base, a hub id or a folder; A+B joins two"),
     ("init_from", "", "start from the weights of this hypernetwork, of the same settings"),
     ("multi_task", False, "lora: one adapter for all tasks"),
-    ("oracles", "", "recon: the folder that --mode lora wrote"),
+    ("oracles", "", "recon: the folder that --mode lora wrote; it sets rank, alpha and target_modules"),
     # tasks
-    ("tasks", "tiny", f"{', '.join(data.SOURCES)}, or a folder of task files"),
+    ("tasks", "tiny", f"{', '.join(SOURCES)}, or a folder of task files"),
     ("split", "train", "tasks to train on: train, val or test"),
     ("n_tasks", 0, "use only so many of these tasks (0: all)"),
     ("instruction", False, "put the task's definition before each input, as published"),
     # adapters
     ("target_modules", "q_proj,v_proj", "linear layers that get an adapter"),
-    ("rank", 8, "rank of an adapter; d2l: of each chunk"),
+    ("rank", 8, "rank of an adapter; d2l: of each chunk", 1),
     ("alpha", 16.0, "scaling is alpha / sqrt(rank)"),
-    ("dropout", 0.1, "dropout on the input of the adapters"),
+    ("dropout", 0.1, "dropout on the input of the adapters", 0, 1),
     # steps
-    ("max_steps", 1000, "training steps"),
+    ("max_steps", 1000, "training steps", 1),
     ("tasks_per_batch", 128, "tasks of a step, over all processes (0: all)"),
-    ("examples_per_task", 1, "examples of each of these tasks"),
-    ("micro_batch", 64, "examples that go through the base model at once, on each process"),
-    ("max_tokens", 512, "longer examples are left out"),
+    ("examples_per_task", 1, "examples of each of these tasks", 1),
+    ("micro_batch", 64, "examples that go through the base model at once, on each process", 1),
+    ("max_tokens", 512, "longer examples are left out", 1),
     ("short_first", False, "d2l: short documents first, all of them from half-way on"),
     # optimizer: AdamW (betas 0.9, 0.999; eps 1e-8)
     ("lr", 3e-3, "highest learning rate"),
-    ("head_lr", 1 / 16, "learning rate of the network's heads, divided by lr"),
-    ("warmup", 0.1, "fraction of the steps in which the learning rate rises"),
+    ("head_lr", 1 / 16, "factor on lr for the network's heads"),
+    ("warmup", 0.1, "fraction of the steps in which the learning rate rises", 0, 1),
     ("schedule", "linear", "decay: linear; late: constant, then linear in the last third; cosine: to 1e-7"),
     ("weight_decay", 1e-2, "weight decay, not on scales, biases, norms and latents"),
     ("max_grad_norm", 1.0, "longer gradients are clipped to this length"),
     # loss
-    ("label_smoothing", 0.0, "label smoothing"),
+    ("label_smoothing", 0.0, "label smoothing", 0, 1),
     ("neftune_alpha", 0.0, "noise on the base model's input embeddings (NEFTune)"),
     ("l1", 0.0, "weight of the mean absolute value of the written A and B"),
     ("l2", 1e-3, "weight of the mean square of the written A and B"),
@@ -85,15 +86,18 @@ SETTINGS = [  # name, value in the tiny world, what it is
     ("recon_loss", "z_score", "recon: what is compared: z_score, plain or delta_w"),
     # the run
     ("seed", 0, "seed of all randomness"),
+    ("device", "auto", "cpu, cuda, cuda:1, mps; auto: a GPU if there is one, otherwise the CPU"),
     ("dtype", "auto", "computation in float32 or bfloat16; auto: bfloat16 on a GPU, except for recon"),
     ("gradient_checkpointing", False, "save memory in the base model"),
     ("shard", False, "shard the base model's layers over the processes, if it is larger than one GPU"),
-    ("val_every", 250, "steps between two validations, and between two saves of the state"),
+    ("val_every", 250, "steps between two validations, and between two saves of the state", 1),
     ("out_dir", "out/run", "a new folder"),
     ("wandb", False, "log to Weights & Biases as well"),
 ]
-# what --resume may change
-MAY_CHANGE = "resume help out_dir max_steps lr head_lr schedule dtype micro_batch val_every wandb".split()
+SETTINGS = [flags.Setting(*row) for row in SETTINGS]
+# what --resume may change: the length of the run, its speed, and where it runs
+MAY_CHANGE = "max_steps lr head_lr schedule device dtype micro_batch gradient_checkpointing shard".split()
+MAY_CHANGE += "val_every out_dir wandb".split()
 CHOICES = {
     "mode": ["lora", "recon", "sft"],
     "arch": list(hypernet.ARCHS),
@@ -105,41 +109,67 @@ CHOICES = {
 }
 
 def parse_args() -> argparse.Namespace:
-    """The settings, with defaults filled in, and checked as far as possible without loading anything."""
+    """The settings of the run, checked as far as possible without loading a model."""
     parser = flags.Parser(__doc__, add_help=False)
     parser.add_settings(SETTINGS, CHOICES)
-    for net_class in hypernet.ARCHS.values():  # the networks' settings have no value until --arch is known
-        parser.add_settings(flags.settings_of(net_class.config_class), CHOICES, with_default=False)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
-    args = parser.parse_run(MAY_CHANGE)
+    words = flags.expand(sys.argv[1:])
+    args, _ = parser.parse_known_args(words)
+    recorded = []
+    if args.resume:
+        recorded = recorded_flags(Path(args.out_dir))
+        args, _ = parser.parse_known_args(recorded + words)
+
+    # now --arch and --mode are known, and with them the other settings
     net_settings = flags.settings_of(hypernet.ARCHS[args.arch].config_class)
-    for name, default, _ in net_settings:
-        if not hasattr(args, name):
-            setattr(args, name, default)
-    args.recorded = flags.as_flags(SETTINGS + net_settings, args)
+    parser.add_settings(net_settings, CHOICES)
+    of_oracles = settings_of_oracles(args.oracles) if args.mode == "recon" and args.oracles else {}
+    parser.set_defaults(**of_oracles)
+    args, unknown = parser.parse_known_args(recorded + words)
+    if unknown:
+        raise UserError(f"{unknown[0]} is not a setting of --arch {args.arch}; --help lists them")
+    if args.resume:
+        before = parser.parse_args(recorded)
+        for name, value in vars(before).items():
+            if getattr(args, name) != value and name not in [*MAY_CHANGE, "resume", "help"]:
+                raise UserError(f"--resume: this run has --{name} {value}, not {getattr(args, name)}")
+
+    if set(args.target_modules.split(",")) == set(of_oracles.get("target_modules", "").split(",")):
+        args.target_modules = of_oracles["target_modules"]  # in another order
+    for name, value in of_oracles.items():
+        if getattr(args, name) != value:
+            raise UserError(f"--{name} {getattr(args, name)}: the oracles in {args.oracles} have {value}")
 
     # defaults that depend on other settings
     if args.encoder == "preset":
-        preset = locate.preset_of(args.base_model)
-        args.encoder = locate.PRESETS[preset][1] if preset else "base"
+        args.encoder = hub.preset_encoder(args.base_model)
     if args.dtype == "auto":
-        use_bfloat16 = torch.cuda.is_available() and args.mode != "recon"  # recon: float32, as published
-        args.dtype = "bfloat16" if use_bfloat16 else "float32"
+        on_cpu = processes.choose_device(args.device).type == "cpu"
+        args.dtype = "float32" if on_cpu or args.mode == "recon" else "bfloat16"  # recon: as published
     if args.help:
         print(__doc__)
-        print("--resume continues the interrupted run in --out_dir. The settings of this run:\n")
-        flags.print_settings(SETTINGS, args)
-        print(f"\nThose of its network (--arch {args.arch}):\n")
-        flags.print_settings(net_settings, args)
+        print("--resume continues the interrupted run in --out_dir.")
+        flags.print_settings("The settings of this run:", SETTINGS, args)
+        flags.print_settings(f"Those of its network (--arch {args.arch}):", net_settings, args)
         sys.exit(0)
-
-    known = [name for name, _, _ in SETTINGS + net_settings] + ["resume", "help", "recorded"]
-    for name in vars(args):
-        if name not in known:
-            raise UserError(f"--{name} is not a setting of --arch {args.arch}")
     check_settings(args)
+    args.recorded = flags.as_text(SETTINGS + net_settings, args)
     return args
+
+def recorded_flags(folder: Path) -> list[str]:
+    """The flags with which the interrupted run in a folder was started."""
+    if not (folder / "state.safetensors").exists():
+        raise UserError(f"--resume: {folder} holds no interrupted run")
+    return flags.expand([f"@{folder / 'train.args'}"])
+
+def settings_of_oracles(folder: str) -> dict:
+    """The settings that reconstruction takes from the adapters it imitates."""
+    adapters = sorted(Path(folder).glob("*/adapter_config.json"))
+    if not adapters:
+        raise UserError(f"--oracles {folder} holds no adapters; --mode lora writes them")
+    _, config = lora.load_adapter(adapters[0].parent)
+    return {"rank": config.r, "alpha": config.alpha, "target_modules": ",".join(config.paths)}
 
 def check_settings(args: argparse.Namespace) -> None:
     """Raise UserError for settings that do not go together."""
@@ -151,8 +181,9 @@ def check_settings(args: argparse.Namespace) -> None:
         raise UserError("--init_from takes a hypernetwork, and goes with --mode sft or recon")
     if args.multi_task and args.mode != "lora":
         raise UserError("--multi_task goes with --mode lora")
-    if args.shard and (args.mode == "recon" or "RANK" not in os.environ):
-        raise UserError("--shard needs several processes (torchrun), and a --mode other than recon")
+    if args.shard and args.mode == "recon":
+        raise UserError("--shard does not go with --mode recon, which runs no base model")
+    processes.check_shard(args.shard)
     if args.mode == "recon" and not args.oracles:
         raise UserError("--mode recon needs --oracles DIR, a folder that --mode lora wrote")
     folder = Path(args.out_dir)
@@ -233,43 +264,71 @@ class Run:
     """Everything a step needs."""
 
     args: argparse.Namespace
+    process: Process
     tasks: list[data.Task]
     val_tasks: list[data.Task]
     base: nn.Module  # the frozen model; for recon without weights, unless it is the text encoder
-    tokenizer: Any = None
+    tokenizer: Any
+    net: nn.Module  # what is trained: it writes adapters
     encode: Any = None  # the text encoder
     oracles: Adapter | None = None  # recon: the adapters to imitate, one per task
-    net: nn.Module | None = None  # what is trained: it writes adapters
 
-def prepare(args, device: torch.device) -> Run:
-    """Load the tasks and the frozen models, and make what is trained."""
-    tasks, val_tasks = choose_tasks(args)
-    dtype, names = getattr(torch, args.dtype), args.target_modules.split(",")
-    base_is_encoder = "base" in args.encoder.split("+")
-    if args.mode == "recon" and not base_is_encoder:
-        base, tokenizer = locate.load_skeleton(args.base_model), None
-    elif args.shard:
-        base, tokenizer = shard.load_sharded_base(args.base_model, names, args.dropout, device, dtype)
-    else:
-        base, tokenizer = model.load_base(args.base_model, device, dtype)
-    run = Run(args, tasks, val_tasks, base, tokenizer)
-    if args.mode == "recon":
-        config = load_oracles(run, device)
-    else:
-        if not args.shard:
-            lora.inject(base, names, args.dropout)
-        base_model = locate.full_name(args.base_model)
-        config = lora.config_for(base, names, base_model, r=args.rank, alpha=args.alpha)
-        prepare_base(run)
+def prepare(args, process: Process) -> Run:
+    """For SFT and ordinary LoRAs: load the tasks and the frozen models, and make what is trained."""
+    with processes.first_goes_ahead(process):
+        tasks, val_tasks = choose_tasks(args)
+        hub.fetch_models(args.base_model, args.encoder)
+    names, dtype = args.target_modules.split(","), getattr(torch, args.dtype)
+    base, tokenizer = model.load_injected(args.base_model, names, process, dtype, args.dropout, args.shard)
+    data.generate_answers(base, tokenizer, tasks + val_tasks, Path(args.out_dir) / "answers.json")
+    for task in tasks:
+        for example in task.train[:100]:
+            model.check_known(tokenizer, [example.input, example.answers[0]])
+    base.train()
+    if args.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if process.device.type == "cpu":
+        base.set_attn_implementation("eager")  # its backward pass is faster there
+
+    config = lora.config_for(base, names, hub.full_name(args.base_model), r=args.rank, alpha=args.alpha)
     if args.mode == "lora":
-        run.net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
-    else:
-        make_hypernet(run, config, device)
-    return run
+        net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(process.device)
+        return Run(args, process, tasks, val_tasks, base, tokenizer, net)
+    net, encode = make_hypernet(args, config, base, tokenizer, process.device)
+    net.start_as_lora()
+    if args.init_from:
+        copy_weights(args.init_from, net)
+    return Run(args, process, tasks, val_tasks, base, tokenizer, net, encode)
+
+def prepare_recon(args, process: Process) -> Run:
+    """For reconstruction: the same, with oracles in place of a base model."""
+    with processes.first_goes_ahead(process):
+        tasks, _ = choose_tasks(args)
+        hub.fetch_models(args.base_model, args.encoder)
+    tasks = [task for task in tasks if (Path(args.oracles) / task.name).exists()]
+    if not tasks:
+        raise UserError(f"{args.oracles} holds no adapters of the {args.split} tasks of {args.tasks}")
+    folders = [Path(args.oracles) / task.name for task in tasks]
+    oracles, config = lora.load_adapters(folders, process.device)
+
+    base, tokenizer = hub.load_skeleton(args.base_model), None
+    if "base" in args.encoder.split("+"):
+        base, tokenizer = model.load_base(args.base_model, process.device, getattr(torch, args.dtype))
+    lora.inject(base, list(config.paths))
+    lora.lora_layers(base, oracles)  # raises UserError if they do not fit
+    shape = lora.base_shape(base.config)
+    hub.check_base(args.base_model, shape, config.base_model, config.base_shape)
+    config.base_model, config.base_shape = hub.full_name(args.base_model), shape
+    net, encode = make_hypernet(args, config, base, tokenizer, process.device)
+    if net.config.z_score:
+        net.normalize(oracles)
+    if args.init_from:
+        copy_weights(args.init_from, net)
+    return Run(args, process, tasks, [], base, tokenizer, net, encode, oracles)
 
 def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
     """(tasks to train on, tasks to validate on)."""
-    splits = data.load_tasks(args.tasks)
+    splits = load_tasks(args.tasks)
     tasks = data.pick(splits, args.split, args.n_tasks)
     reads_documents = hypernet.ARCHS[args.arch].reads == "documents"
     if args.mode != "lora" and tasks[0].is_document != reads_documents:
@@ -277,65 +336,32 @@ def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
         raise UserError(f"--tasks {args.tasks} does not go with --arch {args.arch}, which reads {reads}")
     if args.short_first:
         tasks.sort(key=lambda task: len(task.descriptions[0]))
-    if args.mode == "recon":
-        tasks = [task for task in tasks if (Path(args.oracles) / task.name).exists()]
-        if not tasks:
-            raise UserError(f"{args.oracles} holds no adapters of the {args.split} tasks of {args.tasks}")
     val_tasks = []
     if args.mode == "sft" or args.multi_task:
         val_tasks = [task for task in splits.get("val", []) if task.test]
     return tasks, val_tasks
 
-def load_oracles(run: Run, device: torch.device) -> lora.LoRAConfig:
-    """Load the adapters to imitate; returns their config."""
-    args = run.args
-    folders = [Path(args.oracles) / task.name for task in run.tasks]
-    run.oracles, config = lora.load_adapters(folders, device)
-    shape = lora.base_shape(run.base.config)
-    locate.check_base(config, args.base_model, shape)
-    lora.inject(run.base, list(config.paths))
-    lora.lora_layers(run.base, run.oracles)  # raises UserError if they do not fit
-    config.base_model, config.base_shape = locate.full_name(args.base_model), shape
-    return config
-
-def prepare_base(run: Run) -> None:
-    """Generate missing answers with the base model, then get it ready to be trained through."""
-    args, base = run.args, run.base
-    answers_file = Path(args.out_dir) / "answers.json"
-    generate_answers(base, run.tokenizer, run.tasks + run.val_tasks, answers_file)
-    for task in run.tasks:
-        for example in task.train[:100]:
-            model.check_known(run.tokenizer, [example.input, example.answers[0]])
-    base.train()
-    if args.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    if base.device.type == "cpu":
-        base.set_attn_implementation("eager")  # its backward pass is faster there
-
-def make_hypernet(run: Run, lora_config: lora.LoRAConfig, device: torch.device) -> None:
-    """Make the network of --arch, for adapters of this config, and load the text encoder that it needs."""
-    args, net_class = run.args, hypernet.ARCHS[run.args.arch]
+def make_hypernet(args, lora_config: lora.LoRAConfig, base: nn.Module, tokenizer, device):
+    """(network of --arch, for adapters of this config; its text encoder, if it reads descriptions)."""
+    net_class, encode = hypernet.ARCHS[args.arch], None
     config = net_class.config_class(**vars(lora_config), instruction=args.instruction)
-    for name, _, _ in flags.settings_of(net_class.config_class):
-        setattr(config, name, getattr(args, name))
+    for setting in flags.settings_of(net_class.config_class):
+        setattr(config, setting.name, getattr(args, setting.name))
     if net_class.reads == "documents":
-        config.input_size = run.base.config.get_text_config().hidden_size
+        config.input_size = base.config.get_text_config().hidden_size
     else:
-        run.encode = model.load_encoder(args.encoder, device, (run.base, run.tokenizer), config.full_stop)
+        encode = model.load_encoder(args.encoder, device, (base, tokenizer), config.full_stop)
         config.encoder = args.encoder
-        config.input_size = run.encode(["cat"]).shape[1]  # any text shows it
+        config.input_size = encode(["cat"]).shape[1]  # any text shows it
         config.z_score = args.mode == "recon" and args.recon_loss == "z_score"
-    run.net = net_class(config).to(device)
-    if args.mode == "sft":
-        run.net.start_as_lora()
-    elif config.z_score:
-        run.net.normalize(run.oracles)
-    if args.init_from:
-        start = hypernet.load_hypernet(args.init_from)
-        try:
-            run.net.load_state_dict(start.state_dict())
-        except RuntimeError:
-            raise UserError(f"--init_from {args.init_from}: that network has other settings") from None
+    return net_class(config).to(device), encode
+
+def copy_weights(folder: str, net: nn.Module) -> None:
+    """Start from the weights of another hypernetwork."""
+    try:
+        net.load_state_dict(hypernet.load_hypernet(folder).state_dict())
+    except RuntimeError:
+        raise UserError(f"--init_from {folder}: that network has other settings") from None
 
 # -------------------- A training step --------------------
 
@@ -354,7 +380,7 @@ def autocast(run: Run):
 
 def set_adapters(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]) -> None:
     """Give each example of the base model's next batch the adapter of its task."""
-    selected = lora.select(adapters, [example.adapter for example in examples])  # A [examples, L, r, in]
+    selected = lora.select(adapters, [example.task for example in examples])  # A [examples, L, r, in]
     lora.set_adapter(run.base, selected, run.net.config.scaling)
 
 @torch.no_grad()
@@ -377,18 +403,19 @@ def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]
         return distill_loss(logits, example, teacher, args.distill)
     return answer_loss(logits, example, right, args.label_smoothing)
 
-def sft_step(run: Run, net: nn.Module, batch: list[data.DrawnTask]) -> Tensor:
+def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
     """One training step through the frozen base model, of a hypernetwork or of ordinary LoRAs (`LoRABank`).
 
     The adapters are the interface between the two networks: the step goes forward through the hypernetwork,
     forward and backward through the base model, then backward through the hypernetwork. It leaves gradients
-    in `net` and returns the loss. `net` is run.net, wrapped by DDP if there are several processes.
+    in `net` and returns the loss. `net` is run.net, wrapped by DDP if there are several processes; then each
+    returns its part of the loss, and the parts add up.
     """
-    args = run.args
-    examples = data.tokenize_batch(run.tokenizer, run.tasks, batch, args)
+    args, process = run.args, run.process
+    batch = data.make_batch(run.tokenizer, run.tasks, drawn, args, process.rank, process.count)
 
     # 1. One forward pass of the hypernetwork writes all adapters of the step.
-    condition = batch_condition(run, batch)
+    condition = batch_condition(run, batch.tasks)
     with autocast(run):
         written = net(condition)  # A [tasks, L, r, in], B [tasks, L, out, r]
 
@@ -397,16 +424,18 @@ def sft_step(run: Run, net: nn.Module, batch: list[data.DrawnTask]) -> Tensor:
     for name, (A, B) in written.items():
         leaves[name] = (A.detach().requires_grad_(), B.detach().requires_grad_())
     loss = args.l1 * mean_weight(leaves, torch.abs) + args.l2 * mean_weight(leaves, torch.square)
+    loss = loss * batch.task_fraction
     loss.backward()  # gives every leaf a gradient, zeros if l1 = l2 = 0
     loss = loss.detach()
 
     # 3. The examples go through the base model a few of like length at a time. Each backward pass frees the
     #    activations, so the memory of a step is that of one micro-batch.
-    n_micro_batches = shard.lockstep(run.base, math.ceil(len(examples) / args.micro_batch))
+    examples = batch.examples
+    n_micro_batches = processes.lockstep(run.base, math.ceil(len(examples) / args.micro_batch))
     for i in range(n_micro_batches):
         micro_batch = examples[i * args.micro_batch : (i + 1) * args.micro_batch]
-        weight = len(micro_batch) / len(examples)  # 0 if only other processes have examples left
-        with autocast(run):
+        weight = batch.example_fraction * len(micro_batch) / len(examples)
+        with autocast(run):  # with --shard, micro_batch is empty if only other processes have examples left
             micro_loss = task_loss(run, leaves, micro_batch or examples[:1]) * weight
         micro_loss.backward()
         loss += micro_loss.detach()
@@ -420,12 +449,15 @@ def sft_step(run: Run, net: nn.Module, batch: list[data.DrawnTask]) -> Tensor:
     torch.autograd.backward(outputs, gradients)
     return loss
 
-def recon_step(run: Run, net: nn.Module, batch: list[data.DrawnTask]) -> Tensor:
-    """One step of reconstruction, without a base model. Leaves gradients in `net`, returns the loss."""
+def recon_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
+    """One step of reconstruction, without a base model. As sft_step, it leaves gradients in `net`."""
+    mine = drawn[run.process.rank :: run.process.count]
+    weight = len(mine) / len(drawn)
+    mine = mine or drawn[:1]  # if there are more processes than tasks
     with autocast(run):
-        written = net(batch_condition(run, batch))
-    oracles = lora.select(run.oracles, [item.index for item in batch])
-    loss = recon_loss(run.args.recon_loss, written, oracles, run.net.deviation)
+        written = net(batch_condition(run, mine))
+    oracles = lora.select(run.oracles, [item.index for item in mine])
+    loss = recon_loss(run.args.recon_loss, written, oracles, run.net.deviation) * weight
     loss.backward()
     return loss.detach()
 
@@ -437,11 +469,11 @@ def validate(run: Run) -> dict[str, float]:
     """
     run.net.eval()
     run.base.eval()
-    batch = [data.DrawnTask(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
-    examples = data.tokenize_batch(run.tokenizer, run.val_tasks, batch, run.args)
-    loss, n_right = 0.0, 0
+    drawn = [data.DrawnTask(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
+    batch = data.make_batch(run.tokenizer, run.val_tasks, drawn, run.args)
+    examples, loss, n_right = batch.examples, 0.0, 0
     with autocast(run):
-        written = run.net(batch_condition(run, batch))
+        written = run.net(batch_condition(run, batch.tasks))
         for i in range(0, len(examples), run.args.micro_batch):
             micro_batch = examples[i : i + run.args.micro_batch]
             set_adapters(run, written, micro_batch)
@@ -495,17 +527,11 @@ def save(run: Run, folder: Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    process, local_process, n_processes, device = shard.start_processes()
+    process = processes.start(args.device)
+    is_first = process.rank == 0
     torch.manual_seed(args.seed)
-    if local_process > 0 and not args.shard:
-        dist.barrier()  # the first process of each machine downloads what has to be downloaded
-    run = prepare(args, device)
-    if local_process == 0 and n_processes > 1 and not args.shard:
-        dist.barrier()
-    per_process, remainder = divmod(args.tasks_per_batch or len(run.tasks), n_processes)
-    if remainder:
-        raise UserError(f"--tasks_per_batch must be a multiple of the number of processes ({n_processes})")
-    net = DistributedDataParallel(run.net) if n_processes > 1 else run.net
+    run = prepare_recon(args, process) if args.mode == "recon" else prepare(args, process)
+    net = DistributedDataParallel(run.net) if process.count > 1 else run.net
     take_step = recon_step if args.mode == "recon" else sft_step
     parameters = [p for p in run.net.parameters() if p.requires_grad]
     optimizer = make_optimizer(run.net, args)
@@ -517,9 +543,9 @@ def main() -> None:
         raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {step} steps")
     interrupts = on_ctrl_c()
     best = math.inf  # lowest validation loss
-    if process == 0:
+    if is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        lora.write_file(folder / "train.args", args.recorded)
+        write_file(folder / "train.args", args.recorded)
         if not args.resume:
             save_state(state, step, run.net, optimizer)  # from now on the run can be resumed
         lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []
@@ -533,33 +559,34 @@ def main() -> None:
 
             wandb.init(project="text-to-lora", name=folder.name, config=vars(args))
 
-    bar = tqdm(total=args.max_steps, initial=step, disable=process > 0, desc=args.mode)
+    bar = tqdm(total=args.max_steps, initial=step, disable=not is_first, desc=args.mode)
     measured = {}
     while step < args.max_steps:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
 
-        # All processes draw the same batch and take different parts of it; noise (dropout, NEFTune) differs.
-        batch = data.draw(run.tasks, step, args)[process * per_process : (process + 1) * per_process]
-        torch.manual_seed(random.Random(f"{args.seed} {step} {process}").getrandbits(63))
+        # All processes draw the same tasks and compute different parts; noise (dropout, NEFTune) differs.
+        drawn = data.draw(run.tasks, step, args)
+        torch.manual_seed(random.Random(f"{args.seed} {step} {process.rank}").getrandbits(63))
         optimizer.zero_grad()
-        loss = take_step(run, net, batch)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        interrupted = torch.tensor(float(len(interrupts)), device=device)
-        if n_processes > 1:
+        loss = take_step(run, net, drawn)
+        interrupted = torch.tensor(float(len(interrupts)), device=process.device)
+        if process.count > 1:
             dist.all_reduce(loss)
             dist.all_reduce(interrupted)  # all processes stop after the same step
-            loss /= n_processes
+            for p in parameters:
+                p.grad *= process.count  # DDP has averaged the gradients of the parts, which add up
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         if not torch.isfinite(loss + grad_norm):
             raise UserError(f"the loss is {loss.item()} in step {step}; try a lower --lr")
         optimizer.step()
         step += 1
 
         is_validated = run.val_tasks and (step % args.val_every == 0 or step == args.max_steps)
-        if is_validated and (process == 0 or args.shard):
+        if is_validated and (is_first or args.shard):
             measured = validate(run)
-        if process == 0:
+        if is_first:
             record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
             if is_validated:
                 record |= measured
@@ -579,7 +606,7 @@ def main() -> None:
     bar.close()
 
     finished = step == args.max_steps
-    if process == 0 and finished:
+    if is_first and finished:
         if not run.val_tasks:
             save(run, folder)
         state.unlink()
@@ -590,10 +617,10 @@ def main() -> None:
         gc.collect()
         dist.destroy_process_group()
     if not finished:
-        if process == 0:
+        if is_first:
             again = f"python train.py --resume --out_dir {folder}"
             print(f"interrupted after {step} steps; to continue: {again}", file=sys.stderr)
         sys.exit(130)
 
 if __name__ == "__main__":
-    lora.command(main)
+    command(main)

@@ -24,8 +24,7 @@ from urllib.parse import urlencode
 from tqdm import tqdm
 
 from data import Example, Splits, Task
-from lora import UserError, read_file, write_file
-from tasks import cache_folder, download
+from support.files import UserError, cache_folder, download, read_file, write_file
 
 ROWS_SERVICE = "https://datasets-server.huggingface.co/rows"
 TEXTS = Path(__file__).parent / "benchmarks.json"

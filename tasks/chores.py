@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 
 from data import Example, Splits, Task
-from lora import read_file
+from support.files import read_file
 
 DATA = read_file(Path(__file__).parent / "chores.json")
 WRITTEN = read_file(Path(__file__).parent / "chores_descriptions.json")

@@ -6,8 +6,7 @@ from tqdm import tqdm
 
 import data
 from data import Splits
-from lora import read_file, write_file
-from tasks import cache_folder, download
+from support.files import cache_folder, download, read_file, write_file
 
 URL = "https://raw.githubusercontent.com/allenai/natural-instructions/master/tasks"
 NAMES = Path(__file__).parent / "lots_of_loras.json"

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from data import Example, Splits, Task
-from lora import read_file
+from support.files import read_file
 
 WORLD = read_file(Path(__file__).parent / "tiny.json")
 CATEGORIES = {}  # {"animals": ["cat", ...], ...}

@@ -1,4 +1,4 @@
-"""A visitor of the page: python -m pytest -q assets (needs gradio, selenium and Chromium)"""
+"""A visitor of the page: python -m pytest -q extras (needs gradio, selenium and Chromium)"""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ def test_the_page_in_a_browser(browser, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start = [sys.executable, "generate.py", "--web", str(port)]
+    start = [sys.executable, "-m", "extras.web", "--port", str(port)]
     server = subprocess.Popen(start, cwd=HERE, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "0"})
     def wait_for(find):
         for _ in range(300):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora import read_file
+from support.files import read_file
 
 SIZE, PATCH = 24, 4  # pixels of a picture, and of the patches that the transformer sees
 OBJECT = 2 * PATCH  # of an object, which lies on whole patches

@@ -1,8 +1,8 @@
 """Text-to-LoRA for pictures: a small diffusion transformer that edits as it is told.
 
-    python checkpoints/pictures/pictures.py --desc "Paint the hearts white and flip it left to right."
-    python checkpoints/pictures/pictures.py --train base --weights out/pictures      # 1. edits without a name
-    python checkpoints/pictures/pictures.py --train hypernet --weights out/pictures  # 2. from descriptions
+    python -m pictures.pictures --desc "Paint the hearts white and flip it left to right."
+    python -m pictures.pictures --train base --weights out/pictures      # 1. edits without a name
+    python -m pictures.pictures --train hypernet --weights out/pictures  # 2. from descriptions
 
 The base model is a rectified flow from noise to the edited picture, given the source picture. It never reads
 what the edit is: mostly it sees an example, another pair of pictures; otherwise it draws any edit. Then it is
@@ -15,7 +15,6 @@ import json
 import math
 import random
 import re
-import sys
 import textwrap
 from pathlib import Path
 
@@ -26,16 +25,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
 import hypernet
 import lora
-from checkpoints.pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH
-from checkpoints.pictures.edits import Edit, apply, describe, draw_scene, render
-from checkpoints.state import cpu_autocast, load_state, on_ctrl_c, save_state
-from config import flags
-from lora import UserError
 from model import hash_encoder
+from pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH
+from pictures.edits import Edit, apply, describe, draw_scene, render
+from support import flags, processes
+from support.files import UserError, command, read_file, write_file
+from support.state import autocast, load_state, on_ctrl_c, save_state
+
+HERE = Path(__file__).parent
 
 # -------------------- The diffusion transformer --------------------
 
@@ -122,7 +121,7 @@ class Transformer(nn.Module):
 
         An example is another source beside its target.
         """
-        frequency = 100 * torch.exp(torch.arange(32) * -math.log(1000) / 32)
+        frequency = 100 * torch.exp(torch.arange(32, device=t.device) * -math.log(1000) / 32)
         angle = t[:, None] * frequency
         modulation = self.modulation(torch.cat([angle.sin(), angle.cos()], -1))
         modulation = modulation.view(len(x), 2, 6, 1, -1)
@@ -151,9 +150,9 @@ def sample(
     net: Transformer, source: Tensor, example: Tensor | None = None, seed: int = 0, steps: int = 16
 ) -> Tensor:
     """Edited pictures [n, 24, 24, 3] of source patches [n, T, 48], by Euler steps from noise."""
-    x = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source.device)
     for i in range(steps):
-        t = torch.full((len(x),), i / steps)
+        t = torch.full((len(x),), i / steps, device=x.device)
         slope = (net(x, source, t, example).float() - x) / (1 - i / steps)
         x = x + slope / steps
     return to_images(x)
@@ -172,11 +171,11 @@ def draw_pairs(edits: list[Edit], rng: random.Random) -> tuple[Tensor, Tensor]:
     target = np.stack([apply(edit, scene) for edit, scene in zip(edits, scenes)])
     return to_patches(torch.from_numpy(source)), to_patches(torch.from_numpy(target))
 
-def load_base(folder: Path) -> Transformer:
+def load_base(folder: Path, device="cpu") -> Transformer:
     """The frozen base model, ready for adapters."""
     net = Transformer()
-    net.load_state_dict(lora.read_file(folder / "base.safetensors"))
-    return lora.inject(net.requires_grad_(False).eval(), TARGETS)
+    net.load_state_dict(read_file(folder / "base.safetensors"))
+    return lora.inject(net.to(device).requires_grad_(False).eval(), TARGETS)
 
 def make_trained(mode: str, base: Transformer) -> nn.Module:
     """What is trained: the base model, a hypernetwork, or ordinary LoRAs."""
@@ -194,16 +193,17 @@ def make_trained(mode: str, base: Transformer) -> nn.Module:
 
 def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Random) -> Tensor:
     """The loss of a step, on pairs of pictures of an edit each. With adapters, each edit has its own."""
+    device = base.position.device
     edits = 2 * TEST if mode == "oracles" else rng.sample(TRAIN, BATCH)
-    source, target = draw_pairs(edits, rng)
-    t = torch.rand(len(edits))
+    source, target = [pictures.to(device) for pictures in draw_pairs(edits, rng)]
+    t = torch.rand(len(edits), device=device)
     if mode == "base":
         if rng.random() < 0.25:
             return flow_loss(base, source, target, t)
-        example = torch.cat(draw_pairs(edits, rng), -1)
+        example = torch.cat(draw_pairs(edits, rng), -1).to(device)
         return flow_loss(base, source, target, t.square(), example)
     if mode == "hypernet":
-        adapters = trained(hash_encoder([describe(edit, rng) for edit in edits]))
+        adapters = trained(hash_encoder([describe(edit, rng) for edit in edits]).to(device))
     elif mode == "oracles":
         adapters = trained(torch.arange(len(TEST)).repeat(2))
     else:
@@ -211,24 +211,26 @@ def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Rand
     lora.set_adapter(base, adapters, trained.config.scaling)
     return flow_loss(base, source, target, t.square())  # early times: later ones show the edit themselves
 
-def train(mode: str, folder: Path, steps: int) -> None:
+def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
     """Train one of STEPS, resume it if it was interrupted, and write it into the folder."""
     file, state = folder / f"{mode}.safetensors", folder / f"{mode}-state.safetensors"
     if file.exists():
         raise UserError(f"{file} is there already; choose another folder with --weights")
     torch.manual_seed(0)
-    base = Transformer() if mode == "base" else load_base(folder)
-    trained = make_trained(mode, base)
+    base = Transformer().to(device) if mode == "base" else load_base(folder, device)
+    trained = make_trained(mode, base).to(device)
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
     folder.mkdir(parents=True, exist_ok=True)
     first = load_state(state, trained, optimizer) if state.exists() else 0
+    if first >= steps:
+        raise UserError(f"--steps {steps}: the run in {folder} has done {first} steps")
     interrupts, mean = on_ctrl_c(), None
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=mode)
     for step in bar:
         lr = optimizer.param_groups[0]["lr"] = LR[mode] * min((step + 1) / 200, 1 - step / steps)
         torch.manual_seed(step)
-        with cpu_autocast():
+        with autocast(device):
             loss = step_loss(mode, base, trained, random.Random(f"{mode} {step}"))
         optimizer.zero_grad()
         loss.backward()
@@ -246,7 +248,7 @@ def train(mode: str, folder: Path, steps: int) -> None:
     if mode == "hypernet":
         hypernet.save_hypernet(trained, folder)
     else:
-        lora.write_file(file, {name: tensor.bfloat16() for name, tensor in trained.state_dict().items()})
+        write_file(file, {name: tensor.bfloat16() for name, tensor in trained.state_dict().items()})
     state.unlink(missing_ok=True)
 
 # -------------------- The strip --------------------
@@ -263,13 +265,16 @@ def read_picture(path: str) -> np.ndarray:
     """One's own source picture, six times. [6, 24, 24, 3]"""
     from matplotlib.image import imread
 
-    picture = imread(path)  # of a PNG: numbers from 0 to 1
+    try:
+        picture = imread(path)  # of a PNG: numbers from 0 to 1
+    except (OSError, SyntaxError, ValueError) as e:
+        raise UserError(f"--input {path} cannot be read as a picture: {e}") from None
     if picture.dtype != np.float32 or picture.ndim != 3 or picture.shape[:2] != (SIZE, SIZE):
         raise UserError(f"--input {path}: a PNG of {SIZE} x {SIZE} pixels in colour is needed")
     return np.repeat(picture[None, ..., :3], 6, 0)
 
 @torch.no_grad()
-def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, out: str) -> None:
+def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, out: str, device) -> None:
     """For each description: sources, what the base model makes of them, and the same with the adapter."""
     try:
         import matplotlib
@@ -278,8 +283,8 @@ def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, ou
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    base, net = load_base(folder), hypernet.load_hypernet(folder)
-    adapters = net(hash_encoder(descriptions))
+    base, net = load_base(folder, device), hypernet.load_hypernet(folder).to(device)
+    adapters = net(hash_encoder(descriptions).to(device))
     columns = min(2, len(descriptions))
     rows = math.ceil(len(descriptions) / columns)
     size = (5.2 * columns, 2.5 * rows)  # inches
@@ -291,7 +296,8 @@ def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, ou
         pictures = [sources]
         for adapter in (None, lora.select(adapters, [i])):
             lora.set_adapter(base, adapter, net.config.scaling)
-            pictures.append(sample(base, to_patches(torch.from_numpy(sources))).numpy())
+            drawn = sample(base, to_patches(torch.from_numpy(sources)).to(device))
+            pictures.append(drawn.cpu().numpy())
         gap = ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0))
         padded = np.pad(np.stack(pictures), gap, constant_values=1)  # [3, 6, 26, 26, 3]
         ax.imshow(padded.swapaxes(1, 2).reshape(3 * (SIZE + 2), -1, 3), interpolation="nearest")
@@ -310,13 +316,15 @@ def main() -> None:
     parser.add_argument("--train", choices=list(STEPS), help="base, hypernet; oracles, one: ordinary LoRAs")
     parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--weights", type=Path, default=HERE, help="folder of the weights")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
     args = parser.parse_args()
+    device = processes.choose_device(args.device)
     if args.train:
-        train(args.train, args.weights, args.steps or STEPS[args.train])
+        train(args.train, args.weights, args.steps or STEPS[args.train], device)
     elif args.desc and all(text.strip() for text in args.desc):
-        draw_strip(args.weights, args.desc, args.input, args.out)
+        draw_strip(args.weights, args.desc, args.input, args.out, device)
     else:
         raise UserError("what should be drawn? Give --desc a description, see --help")
 
 if __name__ == "__main__":
-    lora.command(main)
+    command(main)

@@ -1,4 +1,4 @@
-"""Read published checkpoints of Text-to-LoRA and Doc-to-LoRA as our networks.
+"""Read published checkpoints of Text-to-LoRA and Doc-to-LoRA as what our own files would hold.
 
     python generate.py --hypernet SakanaAI/text-to-lora/trained_t2l/gemma_2b_t2l --desc "..."
     python generate.py --hypernet SakanaAI/doc-to-lora/gemma_demo/checkpoint-80000 --doc notes.txt
@@ -13,15 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lora
-from hypernet import DocConfig, DocToLoRA, TextConfig, TextToLoRA
-from lora import UserError
+from support.files import UserError, read_file
 
-def load(folder: Path, module_order: list[str] | None = None) -> TextToLoRA | DocToLoRA:
+FILES = ["hypermod.pt", "args.yaml", "adapter_config.json", "pytorch_model.bin"]
+Checkpoint = tuple[str, dict[str, Any], dict[str, Tensor]]  # architecture, fields of its config, weights
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder holds a published checkpoint."""
+    return (folder / "hypermod.pt").exists() or (folder / "pytorch_model.bin").exists()
+
+
+def read_checkpoint(folder: Path, module_order: list[str] | None = None) -> Checkpoint:
     """Read a published checkpoint of either network. Raises UserError if its files are broken."""
     if (folder / "pytorch_model.bin").exists():
-        return load_doc_to_lora(folder)
-    return load_text_to_lora(folder, module_order)
+        return read_doc_to_lora(folder)
+    return read_text_to_lora(folder, module_order)
+
+
+def path_of(name: str) -> str:
+    """Where a target module is in the published base models."""
+    block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    return f"model.layers.{{}}.{block}.{name}"
+
 
 # -------------------- Text-to-LoRA (SakanaAI/text-to-lora) --------------------
 
@@ -38,7 +52,7 @@ NAMES = {  # published name: our name
     "heads": "heads",
 }
 
-def load_text_to_lora(folder: str | Path, module_order: list[str] | None = None) -> TextToLoRA:
+def read_text_to_lora(folder: Path, module_order: list[str] | None = None) -> Checkpoint:
     """Read a published checkpoint (hypermod.pt, args.yaml, adapter_config.json), of SFT or reconstruction.
 
     `module_order` names the target modules in the order of the rows of the module embedding. The published
@@ -48,68 +62,78 @@ def load_text_to_lora(folder: str | Path, module_order: list[str] | None = None)
     """
     import yaml  # comes with transformers; nothing else needs it
 
-    folder = Path(folder)
-    peft = lora.read_file(folder / "adapter_config.json")
+    peft = read_file(folder / "adapter_config.json")
     try:
         args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
         weights = torch.load(folder / "hypermod.pt", map_location="cpu", weights_only=True)
-        config = text_config(peft, args, weights, module_order or list(peft["target_modules"]))
-        net = TextToLoRA(config)
-        net.load_state_dict(our_weights(weights, config, args))
+        fields = text_fields(peft, args, weights, module_order or list(peft["target_modules"]))
+        return "t2l", fields, our_weights(weights, fields, args)
     except Exception as e:  # broken files raise arbitrary exceptions
         raise UserError(f"{folder} is no published checkpoint, or --module_order is wrong: {e!r}") from None
-    return net.eval()
 
-def text_config(peft: dict, args: dict, weights: dict[str, Tensor], names: list[str]) -> TextConfig:
-    """Our config of a published checkpoint, from its two config files and the shapes of its weights."""
-    config = TextConfig(base_model=peft["base_model_name_or_path"], full_stop=True, instruction=True)
-    config.encoder = args.get("emb_model") or "base"
-    config.alpha, config.rslora = peft["lora_alpha"], peft.get("use_rslora", False)
-    config.trunk_dropout, config.input_dropout = 0.05, 0.0
 
+def text_fields(peft: dict, args: dict, weights: dict[str, Tensor], names: list[str]) -> dict[str, Any]:
+    """The fields of our config, from the two config files and the shapes of the weights."""
     task_encoder = weights["task_encoder.mlp.0.weight"]  # [latent / 2, E]
     head = weights[f"heads.{names[0]}.weight"]  # [width, head_in]
-    config.latent_size, config.input_size = 2 * len(task_encoder), task_encoder.shape[1]
-    config.head_in_size = head.shape[1]
+    in_features, out_features = {}, {}
     for name in names:
         A, B = weights[f"AB_offset.A.{name}"], weights[f"AB_offset.B.{name}"]  # [L, r, in], [L, out, r]
-        config.n_layers, config.r, config.in_features[name] = A.shape
-        config.out_features[name] = B.shape[1]
-        block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-        config.paths[name] = f"model.layers.{{}}.{block}.{name}"
+        n_layers, r, in_features[name] = A.shape
+        out_features[name] = B.shape[1]
     if "out_emb_norm.weight" not in weights:
-        config.size = "large"
+        size = "large"
+    elif len(head) == max(in_features[names[0]], out_features[names[0]]):
+        size = "small"
     else:
-        width_of_small = max(config.in_features[names[0]], config.out_features[names[0]])
-        config.size = "small" if len(head) == width_of_small else "medium"
-    config.z_score = f"heads.{names[0]}.bias" not in weights
-    config.rotary = "pos_emb.0.weight" not in weights
-    return config
+        size = "medium"
+    return {
+        "base_model": peft["base_model_name_or_path"],
+        "n_layers": n_layers,
+        "paths": {name: path_of(name) for name in names},
+        "in_features": in_features,
+        "out_features": out_features,
+        "r": r,
+        "alpha": peft["lora_alpha"],
+        "rslora": peft.get("use_rslora", False),
+        "encoder": args.get("emb_model") or "base",
+        "input_size": task_encoder.shape[1],
+        "full_stop": True,
+        "instruction": True,
+        "z_score": f"heads.{names[0]}.bias" not in weights,
+        "size": size,
+        "latent_size": 2 * len(task_encoder),
+        "head_in_size": head.shape[1],
+        "trunk_dropout": 0.05,
+        "input_dropout": 0.0,
+        "rotary": "pos_emb.0.weight" not in weights,
+    }
 
-def our_weights(weights: dict[str, Tensor], config: TextConfig, args: dict) -> dict[str, Tensor]:
+
+def our_weights(weights: dict[str, Tensor], fields: dict[str, Any], args: dict) -> dict[str, Tensor]:
     """Published weights under our names."""
     ours = {}
     for published, our in NAMES.items():
         for key, tensor in weights.items():
             if key.startswith(f"{published}."):
                 ours[our + key.removeprefix(published)] = tensor
-    if config.size != "large":
+    if fields["size"] != "large":
         embeddings = []
-        for name in config.paths:
+        for name in fields["paths"]:
             embeddings.append(torch.stack([weights[f"out_emb.{name}.A"], weights[f"out_emb.{name}.B"]]))
         ours["AB_emb"] = torch.stack(embeddings)  # [M, 2, d]
 
     of_delta_w = args["training_task"] == "recon" and not args["factorized"]
-    for name in config.paths:
+    for name in fields["paths"]:
         for matrix in "AB":
             offset, deviation = weights[f"AB_offset.{matrix}.{name}"], torch.tensor(1.0)
             if of_delta_w:  # the target was B A times delta_w_scaling: A and B are divided by its root each
                 offset = torch.zeros_like(offset)
                 deviation = torch.tensor(args["delta_w_scaling"] ** -0.5)
-            elif config.z_score:
+            elif fields["z_score"]:
                 offset = offset + weights[f"mean_recon_target.{matrix}.{name}"]
                 deviation = weights[f"std_recon_target.{matrix}.{name}"] + 1e-10
-            if config.z_score:
+            if fields["z_score"]:
                 deviation = deviation.expand(offset.shape)
             ours[f"offset.{name}_{matrix}"] = offset
             ours[f"deviation.{name}_{matrix}"] = deviation
@@ -159,39 +183,41 @@ def read_pickle(path: Path) -> dict[str, Any]:
     with torch.serialization.safe_globals([(Record, name) for name in classes]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
-def load_doc_to_lora(folder: str | Path) -> DocToLoRA:
+def read_doc_to_lora(folder: Path) -> Checkpoint:
     """Read a published checkpoint (pytorch_model.bin). Everything that is needed is in the file."""
     try:
-        content = read_pickle(Path(folder) / "pytorch_model.bin")
-        net = DocToLoRA(doc_config(content))
-        shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
-        net.load_state_dict(doc_weights(content, shapes))
+        content = read_pickle(folder / "pytorch_model.bin")
+        return "d2l", doc_fields(content), doc_weights(content)
     except Exception as e:  # broken files raise arbitrary exceptions
         raise UserError(f"{folder} is no published Doc-to-LoRA checkpoint: {e!r}") from None
-    return net.eval()
 
-def doc_config(content: dict[str, Any]) -> DocConfig:
-    """Our config of a published checkpoint, from the records in its file."""
-    hypernet, lora_config = content["hypernet_config"], content["hypernet_config"].lora_config
-    aggregator, reader = hypernet.aggregator_config, content["ctx_encoder_args"]
-    if aggregator.num_self_attn_per_block or hypernet.num_pre_head_layers != 1 or hypernet.use_per_rank_bias:
+
+def doc_fields(content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of our config, from the records in the file."""
+    network, reader = content["hypernet_config"], content["ctx_encoder_args"]
+    aggregator, r = network.aggregator_config, network.lora_config.r
+    if aggregator.num_self_attn_per_block or network.num_pre_head_layers != 1 or network.use_per_rank_bias:
         raise ValueError("this variant of the network was not published")
-    config = DocConfig(base_model=content["base_model_name_or_path"])
-    config.in_features, config.out_features = hypernet.feature_sizes
-    config.n_layers = len(hypernet.layer_indices)
-    for name in config.in_features:
-        block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-        config.paths[name] = f"model.layers.{{}}.{block}.{name}"
-    config.r = lora_config.r
-    config.alpha = lora_config.lora_alpha * config.r**0.5  # there the scaling is lora_alpha itself
-    config.input_size, config.latent_size = aggregator.feature_size, hypernet.latent_size
-    config.n_latents, config.n_blocks = aggregator.n_latent_queries, aggregator.num_blocks
-    config.n_heads = 16
-    config.early_exit = reader.ctx_encoder_type == "early_exit"
-    config.chunk_len = 8192  # of the published evaluation
-    return config
+    in_features, out_features = network.feature_sizes
+    return {
+        "base_model": content["base_model_name_or_path"],
+        "n_layers": len(network.layer_indices),
+        "paths": {name: path_of(name) for name in in_features},
+        "in_features": in_features,
+        "out_features": out_features,
+        "r": r,
+        "alpha": network.lora_config.lora_alpha * r**0.5,  # there the scaling is lora_alpha itself
+        "input_size": aggregator.feature_size,
+        "early_exit": reader.ctx_encoder_type == "early_exit",
+        "latent_size": network.latent_size,
+        "n_latents": aggregator.n_latent_queries,
+        "n_blocks": aggregator.num_blocks,
+        "n_heads": 16,
+        "chunk_len": 8192,  # of the published evaluation
+    }
 
-def doc_weights(content: dict[str, Any], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+
+def doc_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     """Published weights under our names and in our shapes."""
     ours = {}
     for key, tensor in content.items():
@@ -203,7 +229,13 @@ def doc_weights(content: dict[str, Any], shapes: dict[str, torch.Size]) -> dict[
             for part in ("bias", "scaler"):
                 if key.startswith(f"{part}_{matrix}."):
                     key = f"{part}.{key.split('.')[1]}_{matrix}"
-        if key.startswith("bias.") and key.endswith("_B"):
-            tensor = tensor.mT  # [L, r, out] -> [L, out, r]
-        ours[key] = tensor.reshape(shapes[key])
+        if key in ("b1", "b2"):
+            tensor = tensor[0]  # [1, L, 1, 1, d] -> [L, 1, 1, d]
+        elif key.startswith("scaler."):
+            tensor = tensor[0]  # [1, L, r, 1] -> [L, r, 1]
+        elif key == "head" and tensor.dim() == 3:
+            tensor = tensor[:, None]  # with a single module: [L, d, width] -> [L, 1, d, width]
+        if key.endswith("_B"):
+            tensor = tensor.mT  # [L, r, out] -> [L, out, r]; scaler: [L, r, 1] -> [L, 1, r]
+        ours[key] = tensor
     return ours

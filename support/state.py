@@ -1,4 +1,4 @@
-"""What trainings share: the state that --resume continues from, Ctrl-C, which saves it, bfloat16 on a CPU."""
+"""What trainings share: the state that --resume continues from, Ctrl-C, which saves it, and autocast."""
 
 import signal
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora import read_file, write_file
+from support.files import read_file, write_file
+
 
 def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Everything the next step depends on, in one file. A step's randomness follows from its number."""
@@ -18,6 +19,7 @@ def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Opt
             tensors[f"{key} {name}"] = tensor
     write_file(path, tensors)
 
+
 def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put a saved state into net and optimizer; returns the number of steps done."""
     tensors = read_file(path)
@@ -28,6 +30,7 @@ def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> 
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 optimizer.state[p][key] = tensors[f"{key} {name}"].to(p.device)
     return step
+
 
 def on_ctrl_c() -> list:
     """Catch Ctrl-C once. Returns a list that it fills, so that the loop can end after a step."""
@@ -41,7 +44,8 @@ def on_ctrl_c() -> list:
     signal.signal(signal.SIGTERM, note)
     return interrupts
 
-def cpu_autocast() -> torch.autocast:
+
+def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 computation with float32 weights; float32 on CPUs without AVX-512, where it is much faster."""
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.autocast("cpu", torch.bfloat16, enabled=has_avx512)
+    is_fast = device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_fast)

@@ -1,4 +1,4 @@
-"""Published checkpoints, rebuilt in their layouts, and the golden one: python -m pytest -q checkpoints"""
+"""Published checkpoints, rebuilt in their layouts, and the golden one: python -m pytest -q support"""
 
 import collections
 import contextlib
@@ -17,7 +17,8 @@ from torch import nn
 import hypernet
 import lora
 import model
-from checkpoints import published
+from support import published
+from support.files import UserError, read_file
 from test_all import HERE, NAMES, SAY, SCALING, TINY, close, golden, published_folder, refused, small_config
 from test_all import seed, server  # noqa: F401 (fixtures)
 
@@ -69,7 +70,7 @@ def test_broken_published_checkpoints_are_refused_in_words(tmp_path):
     published_folder(tmp_path, weights)
     refused("no published checkpoint", load, tmp_path, ["q_proj", "k_proj"])
     published_folder(tmp_path, {k: t for k, t in weights.items() if "mixer" not in k})
-    refused("no published checkpoint", load, tmp_path)
+    refused("do not go with their settings", load, tmp_path)
     file.write_bytes(file.read_bytes()[:3000])
     refused("no published checkpoint", load, tmp_path)
     torch.save({"x": Path("/")}, file)  # a pickle that would have to call something
@@ -81,18 +82,18 @@ def test_broken_published_checkpoints_are_refused_in_words(tmp_path):
 @torch.no_grad()
 def test_golden_published_document_checkpoint():
     """From the published file and a document to A, B, logits and greedy answers."""
-    folder = HERE.parent / "shared" / "golden" / "d2l_published"
+    folder = Path(os.environ.get("T2L_GOLDEN", "")) / "d2l_published"
     if not folder.exists():
         pytest.skip("the golden checkpoint is not here")
-    tensors, info = load_file(folder / "golden.safetensors"), lora.read_file(folder / "golden.json")
+    tensors, info = load_file(folder / "golden.safetensors"), read_file(folder / "golden.json")
     net = hypernet.load_hypernet(folder / "small_d2l" / "checkpoint-80000")
     base, tokenizer = model.load_base(str(folder / "tiny-gemma2"))
     lora.inject(base, ["down_proj"])
     assert net.config.scaling == pytest.approx(info["scaling"])
     net.config.chunk_len = info["max_ctx_chunk_len"]
-    groups, counts = hypernet.read_documents(net.config, base, tokenizer, info["documents"])
-    documents = net((groups, counts))["down_proj"]
-    assert counts == tensors["batch/n_ctx_chunks"].tolist()
+    condition = hypernet.make_condition(net, info["documents"], base, tokenizer)
+    documents = net(condition)["down_proj"]
+    assert condition.counts == tensors["batch/n_ctx_chunks"].tolist()
     close(documents, (tensors["batch/A/down_proj"], tensors["batch/B/down_proj"].mT))
     for i in range(3):
         lora.set_adapter(base, lora.select({"down_proj": documents}, i), net.config.scaling)
@@ -108,7 +109,7 @@ class Settings:
 def published_doc_file(folder: Path, monkeypatch, **changes) -> tuple[dict, dict]:
     """A golden Doc-to-LoRA network as the published code saves one; returns its content and tensors."""
     path = golden("down_l2l", "d2l")
-    tensors, info = load_file(f"{path}.safetensors"), lora.read_file(f"{path}.json")
+    tensors, info = load_file(f"{path}.safetensors"), read_file(f"{path}.json")
     shared = load_file(f"{golden('perceiver_shared', 'd2l')}.safetensors")
     content = {key: tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float() for key in info["state_dict"]}
     monkeypatch.setattr(Settings, "__module__", "ctx_to_lora")
@@ -144,7 +145,7 @@ def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkey
     program = f"open({str(mark)!r}, 'w')"
     for call, *args in (os.system, f"touch {mark}"), (open, str(mark), "w"), (eval, program), (exec, program):
         published_doc_file(tmp_path, monkeypatch, extra=Hostile(call, *args))
-        with contextlib.suppress(lora.UserError):  # if it is read at all, as a record
+        with contextlib.suppress(UserError):  # if it is read at all, as a record
             hypernet.load_hypernet(tmp_path)
         published_doc_file(tmp_path, monkeypatch, hypernet_config=Hostile(call, *args))
         refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
@@ -152,7 +153,7 @@ def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkey
     content, _ = published_doc_file(tmp_path, monkeypatch)
     for missing in "hypernet_config", "head.weight", "ctx_encoder_args":
         torch.save({key: value for key, value in content.items() if key != missing}, file)
-        refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
+        refused("no published Doc-to-LoRA|do not go with", hypernet.load_hypernet, tmp_path)
     published_doc_file(tmp_path, monkeypatch)
     file.write_bytes(file.read_bytes()[:5000])
     refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)

@@ -1,4 +1,4 @@
-"""Teach a hypernetwork new words: python checkpoints/smollm2-135m/reword.py FROM OUT_DIR [STEPS]
+"""Teach a hypernetwork new words: python -m extras.reword FROM OUT_DIR
 
 FROM was trained by SFT on chores that are described by templates, and hears little else. A copy of it learns
 to write, from the descriptions of tasks/chores_descriptions.json, the adapters that FROM writes from
@@ -10,21 +10,18 @@ the squared length of W d.
 """
 
 import random
-import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 import hypernet
-import lora
 import model
-from checkpoints.state import cpu_autocast
+from support import flags, processes
+from support.files import command
+from support.state import autocast
 from tasks import chores
 
-STEPS = 1500
 BATCH = 64  # descriptions per step
 LAYERS = 8  # layers of the base model per step, drawn at random, to save time
 TEMPLATES = 12  # descriptions from templates that the targets of a task are averaged over
@@ -34,9 +31,9 @@ def metric(net: hypernet.TextToLoRA) -> list[Tensor]:
     """For each head W a matrix C [head_in, head_in] with |d C| = |W d| for every d."""
     factors = []
     for name in net.names:
-        W = net.heads[name].weight.detach().double()
+        W = net.heads[name].weight.detach().cpu().double()
         gram = W.T @ W + 1e-9 * torch.eye(W.shape[1])
-        factors.append(torch.linalg.cholesky(gram).float())
+        factors.append(torch.linalg.cholesky(gram).float().to(net.heads[name].weight.device))
     return factors
 
 def head_inputs(net: hypernet.TextToLoRA, factors: list[Tensor], text_emb: Tensor, layers) -> Tensor:
@@ -55,13 +52,16 @@ def make_targets(net, factors, encode, chains: list[chores.Chain]) -> dict[chore
     return targets
 
 def main() -> None:
-    if len(sys.argv) < 3:
-        raise lora.UserError("two folders are needed: FROM and OUT_DIR")
-    start, out_dir = Path(sys.argv[1]), Path(sys.argv[2])
-    steps = int(sys.argv[3]) if len(sys.argv) > 3 else STEPS
+    parser = flags.Parser(__doc__)
+    parser.add_argument("start", metavar="FROM", help="folder of the hypernetwork to start from")
+    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the new one")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
+    args = parser.parse_args()
+    steps, device = args.steps, processes.choose_device(args.device)
     torch.manual_seed(0)
-    net = hypernet.load_hypernet(start)  # in eval mode
-    encode = model.load_encoder(net.config.encoder)
+    net = hypernet.load_hypernet(args.start).to(device)  # in eval mode
+    encode = model.load_encoder(net.config.encoder, device)
     factors = metric(net)
     names = {task.name for task in chores.load()["train"]}
     chains = [chain for chain in chores.all_chains() if chores.name_of(chain) in names]
@@ -80,7 +80,7 @@ def main() -> None:
         batch = rng.choices(chains, weights, k=BATCH)
         layers = rng.sample(range(net.config.n_layers), LAYERS)
         text_emb = encode([chores.description(chain, rng.randrange(1000)) for chain in batch])
-        with cpu_autocast():
+        with autocast(device):
             x = head_inputs(net, factors, text_emb, layers).float()
         target = torch.stack([targets[chain][layers] for chain in batch])
         loss = (x - target).square().mean() / variance  # 1 for the mean adapter of all tasks
@@ -89,7 +89,7 @@ def main() -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    hypernet.save_hypernet(net, out_dir)
+    hypernet.save_hypernet(net, args.out_dir)
 
 if __name__ == "__main__":
-    lora.command(main)
+    command(main)

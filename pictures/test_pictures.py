@@ -1,4 +1,4 @@
-"""The edits of pictures, the step, the strip: python -m pytest -q checkpoints/pictures"""
+"""The edits of pictures, the step, the strip: python -m pytest -q pictures"""
 
 import os
 import random
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import hypernet
 import lora
 import model
-from checkpoints.pictures import edits, pictures
+from pictures import edits, pictures
 from test_all import close, command
 from test_all import seed  # noqa: F401 (a fixture)
 

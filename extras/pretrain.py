@@ -1,4 +1,4 @@
-"""Train the tiny base model from scratch: python checkpoints/tiny/pretrain.py OUT_DIR [STEPS]
+"""Train the tiny base model from scratch: python -m extras.pretrain OUT_DIR
 
 A Llama of 0.84M parameters. It is trained on two sorts of text in turn: 8 examples of one training task, so
 that it can do a task from examples in its prompt, and a document of facts with 8 questions, so that it can
@@ -7,7 +7,6 @@ minutes on two cores.
 """
 
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -16,14 +15,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import lora
 import model
-from checkpoints.state import cpu_autocast
 from data import Example
+from support import flags, processes
+from support.files import command, write_file
+from support.state import autocast
 from tasks import facts, tiny
 
-STEPS = 8000
 TEXTS = 16  # per step
 EXAMPLES = 8  # per text
 LR = 3e-3
@@ -32,9 +30,9 @@ IDS = {word: i for i, word in enumerate(tiny.VOCABULARY)}
 TASKS = tiny.splits()["train"]
 WEIGHTS = [2 if "reversed" in parts else 1 for parts in TASKS]  # the hardest layout to learn
 
-def draw(step: int) -> list[list[Example]]:
+def draw(step: int, steps: int) -> list[list[Example]]:
     """The texts of a step, each a list of examples. Long ones come late, otherwise little is learnt."""
-    rng, done = random.Random(f"0 {step}"), step / STEPS
+    rng, done = random.Random(f"0 {step}"), step / steps
     if step % 2:
         return facts_texts(rng, done)
     if done < 0.12:
@@ -83,15 +81,19 @@ def save(net: LlamaForCausalLM, folder: Path) -> None:
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     weights = {k: t for k, t in net.state_dict().items() if k != "lm_head.weight"}
-    lora.write_file(folder / "config.json", net.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    lora.write_file(folder / "model.safetensors", weights)
-    lora.write_file(folder / "tokenizer.json", tokenizer)
+    write_file(folder / "config.json", net.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    write_file(folder / "model.safetensors", weights)
+    write_file(folder / "tokenizer.json", tokenizer)
     tokens = {f"{word[1:-1]}_token": word for word in special}
-    lora.write_file(folder / "tokenizer_config.json", config | tokens)
+    write_file(folder / "tokenizer_config.json", config | tokens)
 
-def main(out_dir: Path, steps: int) -> None:
-    global STEPS
-    STEPS = steps
+def main() -> None:
+    parser = flags.Parser(__doc__)
+    parser.add_argument("out_dir", type=Path, help="folder for the model and its tokenizer")
+    parser.add_argument("--steps", type=int, default=8000, help="training steps")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
+    args = parser.parse_args()
+    steps, device = args.steps, processes.choose_device(args.device)
     torch.manual_seed(0)
     net = LlamaForCausalLM(
         LlamaConfig(
@@ -101,15 +103,15 @@ def main(out_dir: Path, steps: int) -> None:
             tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=IDS["<eos>"], pad_token_id=IDS["<pad>"],
         )
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup, bar = round(WARMUP * steps), tqdm(range(steps))
     for step in bar:
         optimizer.param_groups[0]["lr"] = LR * min((step + 1) / warmup, (steps - step) / (steps - warmup))
-        texts = [tokenize(text) for text in draw(step)]
-        ids = model.pad([ids for ids, _ in texts], IDS["<pad>"])  # [texts, T]
-        labels = model.pad([labels for _, labels in texts], -100)
-        with cpu_autocast():
+        texts = [tokenize(text) for text in draw(step, steps)]
+        ids = model.pad([ids for ids, _ in texts], IDS["<pad>"]).to(device)  # [texts, T]
+        labels = model.pad([labels for _, labels in texts], -100).to(device)
+        with autocast(device):
             logits = net(ids).logits[:, :-1].float()  # [texts, T - 1, vocabulary]
         losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")  # 0 for no label
         loss = (losses.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
@@ -118,7 +120,7 @@ def main(out_dir: Path, steps: int) -> None:
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    save(net, out_dir)
+    save(net, args.out_dir)
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else STEPS)
+    command(main)

@@ -1,4 +1,4 @@
-"""Measure the hypernetwork of pictures.py on unseen edits: python checkpoints/pictures/measure.py [FOLDER]"""
+"""Measure the hypernetwork of pictures.py on unseen edits: python -m pictures.measure [FOLDER]"""
 
 import random
 import sys
@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
 import hypernet
 import lora
-from checkpoints.pictures import pictures
-from checkpoints.pictures.edits import EDITS, TEST, Edit, apply, describe, draw_scene, render
 from model import hash_encoder
+from pictures import pictures
+from pictures.edits import EDITS, TEST, Edit, apply, describe, draw_scene, render
+from support import processes
+from support.files import command, read_file
 
 @torch.no_grad()
 def measure(
@@ -24,10 +24,13 @@ def measure(
     for i, edit in enumerate(TEST):
         rng = random.Random(f"measure {edit}")
         scenes = [draw_scene(edit, rng) for _ in range(8)]
-        source = pictures.to_patches(torch.from_numpy(np.stack([render(scene) for scene in scenes])))
+        images = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
+        source = pictures.to_patches(images).to(base.position.device)
         lora.set_adapter(base, adapters and lora.select(adapters, i), scaling)
-        example = torch.cat(pictures.draw_pairs([edit] * 8, rng), -1) if with_example else None
-        for scene, image in zip(scenes, pictures.sample(base, source, example).numpy()):
+        example = None
+        if with_example:
+            example = torch.cat(pictures.draw_pairs([edit] * 8, rng), -1).to(source.device)
+        for scene, image in zip(scenes, pictures.sample(base, source, example).cpu().numpy()):
             right = apply(edit, scene)
             results = np.stack([apply(other, scene) for other in EDITS])  # [564, 24, 24, 3]
             nearest = abs(results - image).mean((1, 2, 3)).argmin()
@@ -40,30 +43,31 @@ def measure(
 @torch.no_grad()
 def main() -> None:
     """Print the table: the hypernetwork on unseen edits, controls, and ordinary LoRAs if they are there."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
-    base, net = pictures.load_base(folder), hypernet.load_hypernet(folder)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else pictures.HERE
+    device = processes.choose_device("auto")
+    base, net = pictures.load_base(folder, device), hypernet.load_hypernet(folder).to(device)
     rng = random.Random(0)
 
     def write(edits: list[Edit], withheld: bool = False) -> lora.Adapter:
-        return net(hash_encoder([describe(edit, rng, withheld) for edit in edits]))
+        return net(hash_encoder([describe(edit, rng, withheld) for edit in edits]).to(device))
 
     meaningless = ["".join(rng.sample("abcdefghijklmnopqrstuvwxyz", 12)) for _ in TEST]
     rows = {
         "unseen edits": write(TEST),
         "unseen edits in withheld wordings": write(TEST, withheld=True),
         "another edit's description": write(TEST[1:] + TEST[:1]),
-        "meaningless text": net(hash_encoder(meaningless)),
+        "meaningless text": net(hash_encoder(meaningless).to(device)),
         "base model": None,
     }
     for mode, index in (("one", torch.zeros(len(TEST)).long()), ("oracles", torch.arange(len(TEST)))):
         file = folder / f"{mode}.safetensors"
         if file.exists():
-            bank = pictures.make_trained(mode, base)
-            bank.load_state_dict(lora.read_file(file))
+            bank = pictures.make_trained(mode, base).to(device)
+            bank.load_state_dict(read_file(file))
             rows[mode] = bank(index)
     for name, adapters in rows.items():
         print(f"{name:35} {measure(base, adapters, net.config.scaling)}", flush=True)
     print(f"{'base model, shown an example':35} {measure(base, None, 1.0, with_example=True)}")
 
 if __name__ == "__main__":
-    lora.command(main)
+    command(main)

@@ -1,0 +1,1 @@
+"""Commands that stand on the scripts: python -m extras.NAME"""

@@ -1,0 +1,104 @@
+"""A page to try it: describe a task, or paste a document, and see what the adapter does.
+
+    python -m extras.web --base_model smollm2-135m      # needs gradio: pip install gradio
+
+The page is for this machine only, unless GRADIO_SERVER_NAME names an address.
+"""
+
+import argparse
+import shutil
+import tempfile
+import threading
+from functools import partial
+from pathlib import Path
+
+import generate
+import lora
+import model
+from support import flags
+from support.files import UserError, command
+
+MOST_LINES, MOST_LETTERS = 32, 20_000  # of what a visitor may type
+
+
+def parse_args() -> argparse.Namespace:
+    parser = flags.Parser(__doc__)
+    parser.add_argument("--port", type=int, default=7860, help="port of this machine")
+    generate.add_model_flags(parser)
+    args = parser.parse_args()
+    if args.shard:
+        raise UserError("--shard does not go with the page")
+    return args
+
+
+def load_nets(args, device) -> list:
+    """The hypernetwork of --hypernet, or those that are shipped: one for descriptions, one for documents."""
+    nets, errors = [], []
+    for reads in ("descriptions", "documents"):
+        try:
+            nets.append(generate.load_net(args.hypernet, reads, args, device))
+        except UserError as e:
+            errors.append(e)
+    if not nets:
+        raise errors[0]
+    return nets
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("the page needs gradio: pip install gradio") from None
+    process = generate.start(args)
+    nets = load_nets(args, process.device)
+    base, tokenizer = generate.load_base_for([net.config for net in nets], args, process)
+    lock = threading.Lock()  # the base model holds one visitor's adapter at a time
+    folder = tempfile.TemporaryDirectory()  # of the latest adapters, one per tab
+
+    def answer(net, encode, text: str, inputs: str):
+        """(table, time, zip file) for what a visitor has typed."""
+        questions = [line for line in inputs.splitlines() if line.strip()]
+        if not text.strip() or not questions:
+            raise gradio.Error("Both boxes need a text.", print_exception=False)
+        if len(questions) > MOST_LINES or len(text) + len(inputs) > MOST_LETTERS:
+            message = f"At most {MOST_LINES} lines and {MOST_LETTERS:,} letters."
+            raise gradio.Error(message, print_exception=False)
+        reads_documents = net.reads == "documents"
+        its_args = argparse.Namespace(**vars(args) | {"doc": reads_documents})
+        if its_args.instruction is None:
+            its_args.instruction = net.config.instruction
+        with lock:
+            try:
+                model.check_known(tokenizer, questions + ([text] if reads_documents else []))
+                adapters, milliseconds = generate.write_adapters(net, [text], base, tokenizer, encode)
+                adapter, scaling = lora.select(adapters, 0), net.config.scaling
+                answers, _ = generate.compare(base, tokenizer, adapter, scaling, text, questions, its_args)
+                written = Path(folder.name, net.reads, "adapter")
+                lora.save_adapter(written, adapter, net.config)
+                archive = shutil.make_archive(str(written), "zip", written)
+            except UserError as e:
+                raise gradio.Error(str(e), print_exception=False) from None
+        table = [list(cells) for cells in zip(questions, answers["base model"], answers["with adapter"])]
+        return table, f"Written in {milliseconds:.1f} ms.", archive
+
+    tabs = {}
+    for net in nets:
+        title, second = ("Document", "Questions") if net.reads == "documents" else ("Description", "Inputs")
+        boxes = [gradio.Textbox(label=title), gradio.Textbox(label=f"{second}, one per line", lines=3)]
+        headers = ["input", "base model", "with adapter"]
+        table = gradio.Dataframe(headers=headers, datatype="str", label="Answers", wrap=True)
+        results = [table, gradio.Markdown(), gradio.File(label="The adapter, as PEFT loads it")]
+        function = partial(answer, net, generate.load_encoder_for(net, base, tokenizer, args))
+        examples = generate.examples(net.config.base_model)[net.reads]
+        settings = dict(examples=examples, flagging_mode="never", api_name=title.lower())
+        tabs[title] = gradio.Interface(function, boxes, results, submit_btn="Write an adapter", **settings)
+    page = gradio.TabbedInterface(list(tabs.values()), list(tabs), "Text-to-LoRA")
+    try:
+        page.launch(server_port=args.port)
+    except OSError as e:  # the port is in use
+        raise UserError(f"--port {args.port}: {e}") from None
+
+
+if __name__ == "__main__":
+    command(main)

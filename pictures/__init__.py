@@ -1,0 +1,1 @@
+"""The same method for a diffusion transformer: python -m pictures.pictures"""
