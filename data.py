@@ -17,7 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 import model
+from support import processes
 from support.files import UserError, read_file, write_file
+from support.processes import Process
+
 
 class Example(NamedTuple):
     """An input with its right answers."""
@@ -46,6 +49,10 @@ class Task:
     answer_tokens: int | None = None  # the longest answer, if the task knows it
 
 Splits = dict[str, list[Task]]  # {"train": [...], "val": [...], "test": [...]}
+
+def distinct(tasks: list[Task]) -> list[Task]:
+    """Each task once: a source may repeat some, so that they are drawn more often."""
+    return list({id(task): task for task in tasks}.values())
 
 def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     """The first n tasks of a split (0: all) in one fixed shuffled order, so fewer are a subset of more."""
@@ -139,28 +146,105 @@ def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=
     return batch
 
 def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of its answer."""
+    """Token ids of a prompt and of its answer.
+
+    They are tokenized together, if the prompt's tokens stay the same: alone, an answer may begin with another
+    token than the model would write there.
+    """
     messages = model.chat(tokenizer, question, instruction)
     prompt, target = model.render(tokenizer, messages), model.render(tokenizer, messages, answer)
-    return model.tokenize(tokenizer, prompt), model.tokenize(tokenizer, target)
+    prompt_ids, whole = model.tokenize(tokenizer, prompt), model.tokenize(tokenizer, prompt + target)
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return prompt_ids, whole[len(prompt_ids) :]
+    return prompt_ids, model.tokenize(tokenizer, target)
 
 cached_ids = lru_cache(2**16)(example_ids)  # rendering a chat template takes a millisecond
+
+def drop_long_tasks(tokenizer, tasks: list[Task], args, is_first: bool) -> list[Task]:
+    """The tasks that have an example of at most --max_tokens; prints the names of the others."""
+
+    def fits(task: Task, example: Example) -> bool:
+        description = task.descriptions[0] if args.instruction or args.distill else ""
+        text = task.definition + description + example.input + example.answers[0]
+        if len(text) + 64 <= args.max_tokens:  # it has at most as many tokens as letters, and some around it
+            return True
+        drawn = [DrawnTask(0, description, [example])]
+        return make_batch(tokenizer, [task], drawn, args).examples[0].n_tokens <= args.max_tokens
+
+    kept, dropped = [], []
+    for task in tasks:
+        has_short_example = any(fits(task, example) for example in task.train)
+        (kept if has_short_example else dropped).append(task)
+    names = ", ".join(task.name for task in dropped[:20]) + (", ..." if len(dropped) > 20 else "")
+    if not kept:
+        raise UserError(f"no example has at most --max_tokens {args.max_tokens} tokens")
+    if dropped and is_first:
+        print(f"left out, because no example has at most --max_tokens {args.max_tokens} tokens: {names}")
+    return kept
+
+def check_words(tokenizer, tasks: list[Task]) -> None:
+    """Raise UserError for a word in the examples that the base model has no token for."""
+    for task in tasks:
+        texts = []
+        for example in [*task.train[:100], *task.test[:100]]:
+            texts += [example.input, *example.answers[:1]]
+        model.check_known(tokenizer, texts)
 
 # -------------------- A folder of task files --------------------
 
 def load_folder(folder: Path) -> Splits:
-    """Read NAME.json files, split as splits.json says; without it all are training tasks."""
-    files = sorted(path for path in folder.glob("*.json") if path.name != "splits.json")
+    """Read NAME.json files, split as splits.json says; without it all are training tasks.
+
+    Raises UserError for a mistake in a file, with the file's name and what to write instead.
+    """
+    files = task_files(folder)
     if not files:
         raise UserError(f"--tasks {folder}: the folder holds no NAME.json files")
-    if (folder / "splits.json").exists():
-        names = read_file(folder / "splits.json")
-    else:
-        names = {"train": [path.stem for path in files]}
-    splits = {}
-    for split in ("train", "val", "test"):
-        splits[split] = [read_task(folder / f"{name}.json") for name in names.get(split, [])]
+    names = read_splits(folder / "splits.json", list(files)) if (folder / "splits.json").exists() else {}
+    splits = {split: [] for split in SPLITS}
+    file_of = {}  # of each task
+    for split in SPLITS:
+        for name in names.get(split, []) if names else (files if split == "train" else []):
+            task = read_task(files[name])
+            if task.name in file_of:
+                raise UserError(f'{file_of[task.name]} and {files[name]} have the same "name": {task.name}')
+            file_of[task.name] = files[name]
+            splits[split].append(task)
     return splits
+
+SPLITS = ("train", "val", "test")
+
+def task_files(folder: Path) -> dict[str, Path]:
+    """{name: file} of a folder's task files."""
+    return {path.stem: path for path in sorted(folder.glob("*.json")) if path.name != "splits.json"}
+
+def summary(source: str, splits: Splits) -> str:
+    """What a source of tasks holds, in one line."""
+    counts = ", ".join(f"{len(tasks)} {split}" for split, tasks in splits.items() if tasks)
+    n_tasks = sum(len(tasks) for tasks in splits.values())
+    n_unused = len(task_files(Path(source))) - n_tasks if Path(source).is_dir() else 0
+    unused = f"; splits.json does not name {n_unused} files" if n_unused > 0 else ""
+    return f"tasks in {source}: {counts}{unused}"
+
+def read_splits(file: Path, existing: list[str]) -> dict[str, list[str]]:
+    """The names in splits.json, checked."""
+    content, seen = read_file(file), {}
+    if not isinstance(content, dict):
+        raise UserError(f'{file} must be {{"train": [...], "val": [...], "test": [...]}}')
+    for split, names in content.items():
+        if split not in SPLITS:
+            raise UserError(f'{file}: there is no split "{split}", but train, val and test')
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f'{file}: "{split}" must be a list of file names without .json')
+        for name in names:
+            if name.endswith(".json"):
+                raise UserError(f'{file}: write "{name.removesuffix(".json")}" instead of "{name}"')
+            if name not in existing:
+                raise UserError(f'{file}: "{split}" names {name}, but {file.parent / name}.json is missing')
+            if name in seen:
+                raise UserError(f"{file}: {name} is both in {seen[name]} and in {split}; keep one")
+            seen[name] = split
+    return content
 
 def read_task(path: Path) -> Task:
     """One file: a task as in Natural Instructions, or a document.
@@ -169,64 +253,125 @@ def read_task(path: Path) -> Task:
     fifth is the test part; or {"document", "questions": [{"question", "answer" if known}, ...]}.
     """
     content = read_file(path)
-    try:
-        task = read_document(content) if "document" in content else read_instances(content)
-    except (AttributeError, KeyError, IndexError, TypeError) as e:
-        raise UserError(f"{path} is not a task file: {e!r}") from None
-    has_descriptions = all(description.strip() for description in task.descriptions)
-    has_answers = task.is_document or all(example.answers for example in [*task.train, *task.test])
-    if not (task.train and has_descriptions and has_answers):
-        raise UserError(f"{path} is not a task file: it lacks descriptions (or a document) or answers")
+    if not isinstance(content, dict):
+        raise UserError(f'{path} must be {{"descriptions": [...], "Instances": [...]}}')
+    task = read_document(content, path) if "document" in content else read_instances(content, path)
     task.name = content.get("name", path.stem)
+    if not isinstance(task.name, str) or Path(task.name).name != task.name:
+        raise UserError(f'{path}: "name" must be a text that can name a folder')
     return task
 
-def as_list(text: str | list[str]) -> list[str]:
-    return [text] if isinstance(text, str) else list(text)
+def as_texts(value, where: str) -> list[str]:
+    """A text, or a list of texts, as a list. Raises UserError for anything else, and for empty texts."""
+    texts = [value] if isinstance(value, str) else value
+    is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    if not is_list or not texts or not all(text.strip() for text in texts):
+        raise UserError(f"{where} must be a text or a list of texts, none of them empty")
+    return texts
 
-def read_instances(content: dict) -> Task:
+def as_text(value, where: str) -> str:
+    """A text, stripped; it may be empty. Raises UserError for anything else."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} must be a text, not {value!r}")
+    return value.strip()
+
+def as_objects(content: dict, key: str, path: Path, example: str) -> list[dict]:
+    """The list of objects under a key. Raises UserError if it is anything else."""
+    objects = content.get(key)
+    if not isinstance(objects, list) or not objects or not all(isinstance(entry, dict) for entry in objects):
+        raise UserError(f'{path}: "{key}" must be a list such as [{example}, ...]')
+    return objects
+
+def read_instances(content: dict, path: Path) -> Task:
     """The task of a file in the format of Natural Instructions."""
-    descriptions = as_list(content.get("descriptions") or content["Definition"])
-    definition = as_list(content.get("Definition") or "")[0]
+    if "descriptions" not in content and "Definition" not in content:
+        raise UserError(f'{path}: "descriptions" is missing: a list of texts that say what the task is')
+    key = "descriptions" if "descriptions" in content else "Definition"
+    descriptions = as_texts(content[key], f'{path}: "{key}"')
+    definition = ""
+    if content.get("Definition"):
+        definition = as_texts(content["Definition"], f'{path}: "Definition"')[0]
     examples = []
-    for instance in content["Instances"]:
-        answers = [answer.strip() for answer in as_list(instance["output"])]
-        examples.append(Example(instance["input"].strip(), answers))
+    for i, entry in enumerate(as_objects(content, "Instances", path, '{"input": "a", "output": ["b"]}')):
+        text, answers = as_text(entry.get("input"), f'{path}: "input" of instance {i}'), entry.get("output")
+        if not answers or not isinstance(answers, (str, list)):
+            raise UserError(f'{path}: "output" of instance {i} must be a list of right answers')
+        answers = [answers] if isinstance(answers, str) else answers
+        answers = [as_text(answer, f'{path}: an "output" of instance {i}') for answer in answers]
+        examples.append(Example(text, answers))
     n_train = len(examples) - len(examples) // 5
     return Task("", descriptions, examples[:n_train], examples[n_train:], definition=definition)
 
-def read_document(content: dict) -> Task:
+def read_document(content: dict, path: Path) -> Task:
     """The task of a file with a document. It is scored on the questions it is trained on."""
+    (document,) = as_texts([content["document"]], f'{path}: "document"')
     examples = []
-    for entry in content["questions"]:
-        examples.append(Example(entry["question"].strip(), as_list(entry.get("answer", []))))
-    return Task("", [content["document"]], examples, examples, is_document=True)
+    for i, entry in enumerate(as_objects(content, "questions", path, '{"question": "a?", "answer": "b"}')):
+        question = as_text(entry.get("question"), f'{path}: "question" of entry {i}')
+        answers = []
+        if "answer" in entry:
+            answers = as_texts(entry["answer"], f'{path}: "answer" of entry {i}')
+        examples.append(Example(question, [answer.strip() for answer in answers]))
+    return Task("", [document], examples, examples, is_document=True)
 
 # -------------------- Answers to questions that have none --------------------
 
-def generate_answers(base: nn.Module, tokenizer, tasks: list[Task], file: Path) -> None:
+TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
+
+def generate_answers(base: nn.Module, tokenizer, tasks: list[Task], file: Path, process: Process) -> None:
     """Generate missing answers with the base model, with the document in its prompt, as published.
 
-    They are kept in `file`, for other processes and for a run that starts again.
+    Each process answers a part. The answers are kept in `file`, for a run that starts again.
     """
     unanswered = []
     for task in tasks:
         if task.is_document:
             unanswered += [(task, example) for example in task.train if not example.answers]
-    known = read_file(file) if file.exists() else {}
+    if not unanswered:
+        return
 
     def key(task: Task, example: Example) -> str:
         return f"{task.name}: {example.input}"
 
-    missing = [(task, example) for task, example in unanswered if key(task, example) not in known]
-    missing.sort(key=lambda pair: len(pair[0].descriptions[0]))
-    for i in tqdm(range(0, len(missing), 32), desc="answers", disable=not missing):
-        group = missing[i : i + 32]
-        chats = [model.chat(tokenizer, example.input, task.descriptions[0]) for task, example in group]
-        answers = model.answer(base, tokenizer, [model.render(tokenizer, chat) for chat in chats], 64)
-        for (task, example), answer in zip(group, answers):
-            known[key(task, example)] = answer
-        if i % 3200 == 0 or i + 32 >= len(missing):  # every 100 groups
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(file, known)
+    known = processes.gather(process, read_file(file) if file.exists() else {})[0]  # the first process's
+    prompts = {}
+    for task, example in unanswered:
+        if key(task, example) not in known:
+            chat = model.chat(tokenizer, example.input, task.descriptions[0])
+            prompts[key(task, example)] = model.render(tokenizer, chat)
+    if prompts:
+        known |= answer_in_parts(base, tokenizer, prompts, known, file, process)
     for task, example in unanswered:
         example.answers.append(known[key(task, example)])
+
+def answer_in_parts(base, tokenizer, prompts: dict[str, str], known: dict, file: Path, process: Process):
+    """{question: answer}, each process answering a part. `known` and new answers go into the file."""
+    questions = sorted(prompts, key=lambda question: len(prompts[question]))
+    if not processes.is_sharded(base):  # if it is, all processes compute the same
+        questions = questions[process.rank :: process.count]
+    lengths = [len(model.tokenize(tokenizer, prompts[question])) for question in questions]
+    groups, answers = group_by_tokens(questions, lengths), {}
+    n_rounds = max(processes.gather(process, len(groups)))
+    for i in tqdm(range(n_rounds), desc="answers", disable=process.rank > 0):
+        new = {}
+        if i < len(groups):
+            texts = model.answer(base, tokenizer, [prompts[question] for question in groups[i]], 64)
+            new = dict(zip(groups[i], texts))
+        for part in processes.gather(process, new):
+            answers |= part
+        if process.rank == 0 and (i % 100 == 99 or i == n_rounds - 1):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, known | answers)
+    return answers
+
+def group_by_tokens(questions: list[str], lengths: list[int]) -> list[list[str]]:
+    """Neighbours that are answered together: at most TOKENS_AT_ONCE with their padding, or a single one."""
+    groups, longest = [], 0
+    for question, length in zip(questions, lengths):
+        longest = max(longest, length)
+        if groups and (len(groups[-1]) + 1) * longest <= TOKENS_AT_ONCE:
+            groups[-1].append(question)
+        else:
+            groups.append([question])
+            longest = length
+    return groups

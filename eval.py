@@ -21,6 +21,7 @@ The methods:
 
 import argparse
 import importlib
+import os
 import random
 import statistics
 import string
@@ -86,15 +87,16 @@ def choose_tasks(args) -> list[Task]:
     """The tasks of --tasks and --split, with the descriptions of --descriptions."""
     names = benchmarks.names_in(args.tasks, args.run_code)
     splits = benchmarks.load(names) if names else load_tasks(args.tasks)
-    tasks = data.pick(splits, args.split, args.n_tasks)
-    tasks = list({id(task): task for task in tasks}.values())  # the training split of chores repeats some
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(data.summary(args.tasks, splits))
+    tasks = data.distinct(data.pick(splits, args.split, args.n_tasks))
     if args.descriptions:
         descriptions = read_file(args.descriptions)
         tasks = [task for task in tasks if task.name in descriptions]
         if not tasks:
             raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
         for task in tasks:
-            task.descriptions, task.reworded = descriptions[task.name], []
+            task.descriptions, task.reworded = data.as_texts(descriptions[task.name], task.name), []
     if args.instruction and tasks[0].is_document:
         raise UserError("--instruction goes with descriptions, not with documents")
     for task in tasks:

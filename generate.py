@@ -26,6 +26,7 @@ from support import flags, hub, processes
 from support.files import UserError, command, read_file
 from support.processes import Process
 
+
 def parse_args() -> argparse.Namespace:
     """The flags, checked as far as that goes without a model."""
     parser = flags.Parser(__doc__)

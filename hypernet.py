@@ -8,6 +8,7 @@ To add a hypernetwork, write a module with the following members and add it to A
     net.config           what it was made from: net_class(config)
     net(condition)       -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, from the condition
                          of n texts, see `make_condition`
+    net.recompute        may be set to save memory: activations are computed again in the backward pass
     net.start_as_lora()  makes it write LoRA's initialisation, with B = 0, for every text; called before SFT
 
 All its trainable parameters must receive gradients (DDP requires it). The optimizer goes by their names:
@@ -18,6 +19,7 @@ network that reads something else, such as the states of all tokens of a descrip
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lora
 import model
@@ -33,6 +36,7 @@ from lora import Adapter, LoRAConfig
 from support import processes, published
 from support.files import UserError, read_file, write_file
 from support.flags import setting
+
 
 @dataclass
 class HypernetConfig(LoRAConfig):
@@ -299,7 +303,7 @@ class Perceiver(nn.Module):
         self.decoder = CrossAttention(d, config.n_heads)
         self.decoder_norm = nn.RMSNorm(d, eps=1e-6)
 
-    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """features [b, T, f], mask [b, T] -> [b, n_out, d]"""
         context = self.project(features)  # [b, T, d]
         latents = self.latents.expand(len(features), -1, -1)  # [b, n_latents, d]
@@ -318,6 +322,7 @@ class DocToLoRA(nn.Module):
         super().__init__()
         self.config = c = config
         self.names = sorted(c.paths)  # the order of the queries, as published
+        self.recompute = False  # True: compute the Perceiver again in the backward pass, to save memory
         L, M, d = c.n_layers, len(self.names), c.latent_size
         self.perceiver = Perceiver(c, M * c.r * (L if c.early_exit else 1))
 
@@ -354,7 +359,10 @@ class DocToLoRA(nn.Module):
         written = []
         for group in documents.groups:
             features, mask = documents.read(group)
-            written.append(self.write_chunks(features, mask))
+            if self.recompute:
+                written.append(checkpoint(self.write_chunks, features, mask, use_reentrant=False))
+            else:
+                written.append(self.write_chunks(features, mask))
         for _ in range(documents.n_extra):
             documents.read(documents.groups[0])
         chunks = {}
@@ -364,12 +372,13 @@ class DocToLoRA(nn.Module):
             chunks[name] = (A, B)
         return self.join(chunks, documents.counts)
 
-    def write_chunks(self, features: Tensor, mask: Tensor) -> Adapter:
+    def write_chunks(self, features: Tensor, mask: Tensor | None) -> Adapter:
         """Chunks -> their adapters. features [n, L, T, f], with early_exit [n, T, f]; mask [n, T]."""
         # in the einsums: n chunk, l layer, m module, r rank; d, e and w are widths
         c, L, M, n = self.config, self.config.n_layers, len(self.names), len(features)
         if not c.early_exit:  # the adapter of a layer is written from the states of that layer
-            features, mask = features.flatten(0, 1), mask.repeat_interleave(L, 0)  # [n * L, T, f]
+            features = features.flatten(0, 1)  # [n * L, T, f]
+            mask = mask if mask is None else mask.repeat_interleave(L, 0)  # [n * L, T]
         x = self.perceiver(features, mask).reshape(n, L, M, c.r, -1)  # [n, L, M, r, d]
         h = F.silu(torch.einsum("nlmrd,lde->nlmre", self.block_in(x), self.W1) + self.b1)
         x = x + self.block_out(torch.einsum("nlmre,led->nlmrd", h, self.W2) + self.b2)
@@ -441,7 +450,7 @@ class Documents:
 
     groups: list[list[Chunk]]  # chunks that are read together
     counts: list[int]  # chunks of each document
-    read: Callable[[list[Chunk]], tuple[Tensor, Tensor]]  # a group -> features and mask, see `read_chunks`
+    read: Callable[[list[Chunk]], tuple[Tensor, Tensor | None]]  # a group -> features, mask: `read_chunks`
     n_extra: int = 0  # with --shard: reads to be done for the sake of processes that have more groups
 
 def make_documents(config: DocConfig, documents: list, base, tokenizer, training=False) -> Documents:
@@ -469,10 +478,15 @@ def make_documents(config: DocConfig, documents: list, base, tokenizer, training
 
 TOKENS_AT_ONCE = 4096  # of documents that the base model reads, to save memory
 
-def read_chunks(config: DocConfig, base, tokenizer, chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
-    """The base model's states of n chunks: features [n, L, T, f], with early_exit [n, T, f]; mask [n, T]."""
+def read_chunks(config: DocConfig, base, tokenizer, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
+    """The base model's states of n chunks: features [n, L, T, f], with early_exit [n, T, f]; mask [n, T].
+
+    The mask is 1 for a token and 0 for padding, or None if nothing is padded.
+    """
     ids = model.pad(chunks, tokenizer.pad_token_id).to(base.device)  # [n, T]
-    mask = model.pad([[1] * len(chunk) for chunk in chunks], 0).to(base.device)
+    mask = None
+    if len({len(chunk) for chunk in chunks}) > 1:
+        mask = model.pad([[1] * len(chunk) for chunk in chunks], 0).to(base.device)
     lora.set_adapter(base, None)
     return model.hidden_states(base, ids, mask, config.early_exit).float(), mask
 
@@ -481,12 +495,12 @@ def read_chunks(config: DocConfig, base, tokenizer, chunks: list[Chunk]) -> tupl
 ARCHS = {"t2l": TextToLoRA, "d2l": DocToLoRA}
 FILES = ["hypernet.safetensors", "config.json", *published.FILES]
 
-def save_hypernet(net: nn.Module, folder: str | Path) -> None:
-    """Write hypernet.safetensors, in bfloat16 to halve the file, and config.json."""
+def save_hypernet(net: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write hypernet.safetensors and config.json. bfloat16 halves the file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arch = next(arch for arch in ARCHS if ARCHS[arch] is type(net))
-    weights = {key: tensor.bfloat16() for key, tensor in net.state_dict().items()}
+    weights = {key: tensor.to(dtype) for key, tensor in net.state_dict().items()}
     write_file(folder / "hypernet.safetensors", weights)
     write_file(folder / "config.json", {"arch": arch, **asdict(net.config)})
 
@@ -499,6 +513,8 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
     if published.is_published(folder):
         arch, fields, weights = published.read_checkpoint(folder, module_order)
     else:
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder} holds no hypernetwork: neither config.json nor a published checkpoint")
         fields = read_file(folder / "config.json")
         arch = fields.pop("arch", None)
         weights = read_file(folder / "hypernet.safetensors")
@@ -506,8 +522,16 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
         net_class = ARCHS[arch]
         with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
             net = net_class(net_class.config_class(**fields))
+        check_memory(net, folder)
         weights = {key: tensor.float().contiguous() for key, tensor in weights.items()}
         net.load_state_dict(weights, assign=True)
     except (TypeError, KeyError, RuntimeError) as e:
         raise UserError(f"{folder}: the weights do not go with their settings: {e}") from None
     return net.eval()
+
+def check_memory(net: nn.Module, folder: Path) -> None:
+    """Raise UserError if a network does not fit into memory: a small file can ask for terabytes."""
+    n_bytes = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if n_bytes > memory:
+        raise UserError(f"{folder}: that network would take {n_bytes:,} bytes, this machine has {memory:,}")

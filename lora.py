@@ -170,6 +170,12 @@ def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None 
             module.B = B.view(-1, *B.shape[-2:])  # [n, out, r]
             module.scaling = scaling
 
+def set_dropout(base: nn.Module, active: bool) -> None:
+    """Switch the dropout on the adapters' inputs on or off. The base model itself stays in eval mode."""
+    for module in base.modules():
+        if isinstance(module, LoRALinear):
+            module.train(active)
+
 @torch.no_grad()
 def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
     """Add one adapter to the weights, for good: W + scaling * B A."""

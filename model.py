@@ -5,12 +5,14 @@ Both come from a preset, a Hugging Face id or a folder. The preset `tiny` needs 
 
 import re
 import zlib
+from datetime import date
 from functools import cache, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lora
@@ -84,9 +86,14 @@ def takes_system_message(tokenizer) -> bool:
     except Exception:  # templates raise arbitrary exceptions
         return False
 
+DAY = date(2024, 7, 26)  # the default of Llama 3.1's template
+
+
 def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
     """The prompt as text; with `answer` the text that the model has to write after it, up to the end mark."""
     template = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+    # some templates print the date of today: the same one in training and in use
+    template = partial(template, date_string=f"{DAY:%d %b %Y}", strftime_now=DAY.strftime)
     text = template(messages, add_generation_prompt=True)
     if answer is None:
         return text
@@ -150,7 +157,7 @@ def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, st
     return [text.strip() if is_whole else text.lstrip() for text, is_whole in zip(texts, ended)]
 
 @torch.no_grad()
-def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor, early_exit: bool = False) -> Tensor:
+def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor | None, early_exit=False) -> Tensor:
     """The input of each of the L layers, for Doc-to-LoRA. input_ids, mask [n, T] -> [n, L, T, d].
 
     The input of the last layer is taken after the final norm, as published. With early_exit: only the states
@@ -159,12 +166,26 @@ def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor, early_exit: 
     decoder = base.get_decoder()
     layers = decoder.layers
     n_layers = len(layers) // 4 if early_exit else len(layers) - 1
+    inputs = []  # of the layers, [n, T, d] each
+
+    def note_input(layer, args, kwargs) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [layer.register_forward_pre_hook(note_input, with_kwargs=True) for layer in layers]
     decoder.layers = layers[:n_layers]  # the output of later layers is not needed
     try:
-        out = decoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        last = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     finally:
         decoder.layers = layers
-    return out.last_hidden_state if early_exit else torch.stack(out.hidden_states, 1)
+        for hook in hooks:
+            hook.remove()
+    return last if early_exit else torch.stack([*inputs, last], 1)
+
+
+def recompute_layers(base: nn.Module) -> None:
+    """Keep only the input of each decoder layer, and compute the layer again in the backward pass."""
+    for layer in base.get_decoder().layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 # -------------------- The text encoder: n descriptions -> [n, E] --------------------
 
@@ -216,13 +237,21 @@ def hash_encoder(texts: list[str], width: int = 8192) -> Tensor:
             vector[code % width] += sign * weight
     return F.normalize(torch.from_numpy(out), dim=-1)
 
+def longest_text(text_model: nn.Module) -> int:
+    """How many tokens a text encoder has positions for."""
+    n_positions = text_model.config.max_position_embeddings
+    table = getattr(getattr(text_model, "embeddings", None), "position_embeddings", None)
+    unused = getattr(table, "padding_idx", None)  # in RoBERTa's family positions start after that of padding
+    return n_positions if unused is None else n_positions - unused - 1
+
+
 class TransformerEncoder:
     """A text encoder of the hub, pooled as its own 1_Pooling/config.json says: mean, CLS or last token."""
 
     def __init__(self, name: str, device="cpu"):
         self.tokenizer = from_pretrained(AutoTokenizer, name)
         self.model = load_text_model(name).to(device).requires_grad_(False).eval()
-        self.max_length = min(8192, self.model.config.max_position_embeddings)  # tokens
+        self.max_length = min(8192, longest_text(self.model))  # tokens
         pooling = fetch(name) / "1_Pooling" / "config.json"
         self.pooling = read_file(pooling) if pooling.exists() else {}
 

@@ -1,4 +1,4 @@
-"""Tests of the method: python -m pytest -q (with those of support/, extras/ and pictures/, which lie there)
+"""Tests of the method: python -m pytest -q (with those of support/, tasks/, extras/ and pictures/, which lie there)
 
 assets/golden holds numbers of the published implementations; more of them may lie in the folder that
 T2L_GOLDEN names. PEFT is used where it is installed, a GPU where there is one, and real models where T2L_BASE
@@ -7,20 +7,22 @@ and T2L_ENCODER name their folders.
 
 import ast
 import collections
+import functools
 import http.server
 import importlib.util
 import itertools
 import json
 import math
 import os
-import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import types
+import warnings
 import zlib
 from pathlib import Path
 
@@ -29,9 +31,21 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, CohereConfig, Gemma2Config
-from transformers import Gemma3Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config
-from transformers import Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import data
 import eval as evaluation
@@ -41,10 +55,9 @@ import lora
 import model
 import train
 from data import Example
-from extras import pretrain
 from support import files, flags, hub, processes, published
 from support.files import UserError, read_file, write_file
-from tasks import benchmarks, chores, load_tasks, lots_of_loras, tiny
+from tasks import chores, facts, load_tasks, tiny
 
 HERE, TINY = Path(__file__).parent, hub.CHECKPOINTS / "tiny"
 SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
@@ -65,9 +78,16 @@ REAL = ["--base_model", os.environ.get("T2L_BASE"), "--encoder", os.environ.get(
 needs_models = pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE names no real model")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
+for source in (tiny, facts, chores):
+    source.load = functools.cache(source.load)  # making the tasks takes a second
+
 @pytest.fixture(autouse=True)
-def seed():
+def seed(request, monkeypatch):
+    """The same random numbers, and no GPU for a test that does not need one."""
     torch.manual_seed(0)
+    if needs_gpu.mark not in request.node.iter_markers():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 def golden(file: str, folder: str = "t2l") -> Path:
     """A golden file without its ending. Skips the test if there is none."""
@@ -99,7 +119,9 @@ def injected(base: nn.Module, names=NAMES) -> tuple[nn.Module, lora.LoRAConfig]:
 def with_peft(base: nn.Module, folder: Path) -> nn.Module:
     """The base model with the adapter of a folder, as PEFT reads it."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    return peft.PeftModel.from_pretrained(base, folder).eval()
+    with warnings.catch_warnings():  # of a deprecated name, and of layers of a vision tower
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base, folder).eval()
 
 def one_layer(linear: nn.Linear, name: str = "q_proj") -> nn.ModuleDict:
     return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({name: linear})])})
@@ -228,7 +250,9 @@ def test_we_read_pefts_adapter(tmp_path, alphas):
     patterns = {"v_proj": 6, "layers.1.self_attn.q_proj": 2}  # by module, and by layer
     ranks = dict(r=4, lora_alpha=8, use_rslora=True, rank_pattern=patterns, alpha_pattern=alphas)
     settings = peft.LoraConfig(target_modules=NAMES, init_lora_weights=False, **ranks)
-    theirs = peft.get_peft_model(tiny_llama(), settings).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(tiny_llama(), settings).eval()
     theirs.save_pretrained(tmp_path)
     adapter, config = lora.load_adapter(tmp_path)
     base, ids = lora.inject(tiny_llama(), NAMES), torch.randint(160, (2, 9))
@@ -634,64 +658,6 @@ def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
     assert answer == plain.convert_tokens_to_ids(["gato", "<eos>"])
 
 # -------------------- data.py --------------------
-def test_held_out_tasks_are_nowhere_in_training():
-    splits = tiny.splits()
-    assert [len(splits[k]) for k in ("train", "val", "test")] == [479, 8, 25]
-    assert len({parts for tasks in splits.values() for parts in tasks}) == 512
-    for kind, parts in enumerate((tiny.FILTERS, tiny.MAPS, tiny.LAYOUTS)):
-        assert {task[kind] for task in splits["train"]} == set(parts)
-    held_out = {"-".join(parts) for parts in splits["val"] + splits["test"]}
-    assert not held_out & {task.name for task in load_tasks("tiny")["train"]}
-
-def test_the_tiny_base_model_is_trained_on_what_the_chat_template_writes():
-    held_out = set(tiny.splits()["val"] + tiny.splits()["test"])
-    assert not held_out & set(pretrain.TASKS)
-    texts = [text for step in range(0, 8000, 1000) for text in pretrain.draw(step, 8000)]
-    assert {len(example.input.split()) for text in texts for example in text} == {1, 2, 3, 4}
-    _, tokenizer = model.load_base("tiny")
-    for step in (8, 4001):  # of a task, and of facts that are looked up
-        for text in pretrain.draw(step, 8000)[:3]:
-            ids, labels = pretrain.tokenize(text)
-            shots = [(example.input, example.answers[0]) for example in text[:-1]]
-            chat = model.chat(tokenizer, text[-1].input, "", shots)
-            prompt, answer = model.render(tokenizer, chat), model.render(tokenizer, chat, text[-1].answers[0])
-            assert ids == model.tokenize(tokenizer, prompt) + model.tokenize(tokenizer, answer)
-            n_answer_tokens = sum(len(example.answers[0].split()) + 1 for example in text)
-            assert sum(label != -100 for label in labels) == n_answer_tokens
-
-def test_tiny_answers_are_right_and_tell_tasks_apart():
-    rng, words = random.Random(0), "cat red dog shirt".split()
-    rules = {  # by hand
-        ("animals", "french", "reversed"): "chien chat",
-        ("all", "capitals", "joined"): "CAT and RED and DOG and SHIRT",
-        ("clothes", "italian", "numbered"): "1. camicia",
-        ("animals", "initial", "counted"): "c d (2)",
-    }
-    keep = lambda words, chosen: [w for w in words if chosen == "all" or w in tiny.CATEGORIES[chosen]]
-    write = lambda kept, change, layout: " ".join(tiny.LAYOUTS[layout]([tiny.FORMS[w][change] for w in kept]))
-    for (chosen, change, layout), right in rules.items():
-        assert write(keep(words, chosen), change, layout) == right
-    for parts in rng.sample(tiny.splits()["train"], 60):  # another part gives another answer
-        chosen, change, layout = parts
-        for _ in range(5):
-            question, (answer,), _ = tiny.example(parts, rng)
-            ours = keep(question.split(), chosen)
-            assert answer == write(ours, change, layout) and len(set(question.split())) == 4
-            assert all(other == change or answer != write(ours, other, layout) for other in tiny.MAPS)
-            for other in tiny.LAYOUTS if len(ours) > 1 and change != "initial" else ():
-                assert other == layout or answer != write(ours, change, other)
-
-def test_reworded_descriptions_are_new():
-    tasks = load_tasks("tiny")
-    train_words = {d for task in tasks["train"] for d in task.descriptions}
-    for task in tasks["test"]:
-        assert len(task.descriptions) == 128 and not train_words & set(task.reworded)
-    for part, styles in tiny.WORLD["say"].items():
-        for style in ("instruction", "phrase"):
-            seen, withheld = styles[style]["seen"], styles[style]["withheld"]
-            assert not set(seen) & set(withheld) and len(seen) + len(withheld) >= 14, part
-    assert tiny.task(tiny.splits()["test"][0]) in tasks["test"]
-
 def test_a_folder_of_task_files(tmp_path):
     instances = [{"id": str(i), "input": f" in {i}", "output": [f"out {i}", "x"]} for i in range(10)]
     content = {"name": "a", "descriptions": ["do a", "do it"], "Instances": instances}
@@ -704,48 +670,6 @@ def test_a_folder_of_task_files(tmp_path):
     assert tasks["train"][0].descriptions == ["do b"] and tasks["train"][0].definition == "do b"
     assert len(tasks["test"][0].train) == 8 and tasks["test"][0].test[0] == Example("in 8", ["out 8", "x"])
     refused("no split val", data.pick, tasks, "val")
-    for wrong in {"Instances": [{"input": 3}]}, {"Instances": []}, {"Definition": " "}:
-        write_file(tmp_path / "b.json", {"Definition": ["do b"], "Instances": instances} | wrong)
-        refused("not a task file", load_tasks, tmp_path)
-
-@pytest.mark.parametrize("chain, question, answer", [
-    ("email-domain any-capitals", "ida.rossi@post.org", "POST.ORG"),
-    ("name-comma", "Ida Rossi", "Rossi, Ida"),
-    ("date-long_us", "2024-03-05", "March 5, 2024"),
-    ("time-ampm", "00:05", "12:05 am"),
-    ("sentence-no_place sentence-did", "Al hid the red cup at school.", "Did Al hide the red cup?"),
-    ("record-name name-initials", "age: 30; job: cook; city: Bonn; name: Ida Rossi", "I.R."),
-    ("path-backslash", "a/b/c.txt", "a\\b\\c.txt"),
-    ("words-no_last words-quoted", "cat, dog, cow", '"cat", "dog"'),
-])  # fmt: skip
-def test_a_chore_does_what_its_name_says(chain, question, answer):
-    assert chores.answer(("", *chain.split()), question) == answer
-
-def test_what_the_chores_withhold_is_nowhere_in_training():
-    splits, unseen = load_tasks("chores"), set(chores.DATA["unseen"])
-    train = {task.name for task in splits["train"]}
-    chains = {chores.name_of(chain): chain for chain in chores.all_chains()}
-    assert len(train) > 1500 and len(splits["test"]) == 100 and len(splits["unseen"]) == len(unseen) == 13
-    assert not train & {task.name for split in ("test", "unseen") for task in splits[split]}
-    assert not train & {task.name for task in splits["val"]} and len(splits["val"]) == 96
-    for task in splits["val"][:64]:
-        assert len(chains[task.name.removesuffix("-voice")]) == 3
-    assert not any(unseen & set(chains[name]) for name in train) and not unseen & set(chores.WRITTEN["train"])
-    surnames = next(task.train for task in splits["train"] if task.name == "name-surname")
-    assert not {example.answers[0] for example in surnames[:500]} & set(chores.pool("last", True))
-    assert all(task.reworded for task in splits["test"] + splits["single"] + splits["unseen"])
-    seen, withheld = [set(sum(chores.WRITTEN[part].values(), [])) for part in ("train", "test")]
-    assert len(seen) > 8000 and not withheld & seen
-
-def test_a_lazy_list_is_the_same_every_time():
-    tasks, again = load_tasks("chores")["train"][:40], load_tasks("chores")["train"][:40]
-    for task, other in zip(tasks, again):
-        assert task.train[:3] == other.train[:3] and task.descriptions[:9] == other.descriptions[:9]
-        assert len(set(task.descriptions[:30])) > 10
-    rng, task = random.Random(0), tasks[0]
-    assert len({example.input for example in data.sample(rng, task.train, 50)}) > 40
-    with pytest.raises(IndexError):
-        task.train[len(task.train)]
 
 def test_what_is_shown_fits_the_description():
     shown = lambda text: generate.example_inputs("smollm2-135m", text)[0]
@@ -793,7 +717,7 @@ def test_an_adapter_on_every_architecture(tmp_path, make):
     base.get_submodule(config.paths[own[0]].format(0)).register_forward_hook(lambda *_: calls.append(1))
     for checkpointing in (False, True):
         if checkpointing:
-            base.train().gradient_checkpointing_enable({"use_reentrant": False})
+            model.recompute_layers(base)
         lora.set_adapter(base, adapter, SCALING)
         grads.append(torch.autograd.grad(train.answer_loss(*train.answer_logits(base, examples)), leaves))
     assert len(calls) == 1 + 2  # once without, and once more in the backward pass with checkpointing
@@ -916,7 +840,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
     expected = torch.autograd.grad(whole, [p for p in run.net.parameters() if p.requires_grad])
     for run.args.micro_batch in (1, 3, 100):
         if run.args.micro_batch == 3:
-            run.base.gradient_checkpointing_enable({"use_reentrant": False})
+            model.recompute_layers(run.base)
         loss, grads = gradients(run)
         close(loss, whole.detach(), 1e-4)
         close(grads, expected, 1e-3, 1e-5)
@@ -961,34 +885,40 @@ def test_resume_after_kill_is_exact(tmp_path, capsys):
     ours, theirs = (load_file(folder / "hypernet.safetensors") for folder in (cut, whole))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs) and not (cut / "state.safetensors").exists()
 
-def test_a_run_that_dies_in_its_first_step_can_be_resumed(tmp_path, monkeypatch):
-    words = [*SHORT, "--max_steps", "3"]
-    whole = fit(tmp_path / "whole", *words)
+def test_a_run_that_dies_in_its_first_step_leaves_nothing_behind(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "sft_step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            command(train, *words, "--out_dir", tmp_path / "cut")
-    assert fit(tmp_path / "cut", "--resume") == whole
+            command(train, *SHORT, "--out_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
-@pytest.mark.parametrize("launcher", [[], ["torchrun"]])
-def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, launcher):
-    words = [*SHORT, "--max_steps", "2000", "--out_dir", tmp_path / "run"]
-    if launcher:
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-        start += ["train.py", *map(str, words)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        run = subprocess.Popen(start, cwd=HERE, stderr=subprocess.PIPE, text=True, env=env)
-    else:
-        run = start_training(*words)
+def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, monkeypatch, capsys):
+    run, real, steps = tmp_path / "a run", train.sft_step, []
+    def third_is_interrupted(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(train, "sft_step", third_is_interrupted)
+    assert command(train, *SHORT, "--max_steps", "2000", "--out_dir", run) == 130
+    again = f"interrupted after 3 steps; to continue: python train.py --resume --out_dir '{run}'"
+    assert again in capsys.readouterr().err
+    assert int(load_file(run / "state.safetensors")["step"]) == len(losses_of(run)) == 3
+    assert len(fit(run, "--resume", "--max_steps", "5")) == 5
+
+def test_ctrl_c_under_torchrun(tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+    words = [*start, *SHORT, "--max_steps", "2000", "--out_dir", str(tmp_path / "run")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(words, cwd=HERE, stderr=subprocess.PIPE, text=True, env=env)
     wait_for_steps(run, tmp_path / "run", 5)
     run.send_signal(signal.SIGINT)
     _, said = run.communicate()
-    lines = [line for line in said.splitlines() if "interrupted after" in line]
-    assert len(lines) == 1 and f"train.py --resume --out_dir {tmp_path / 'run'}" in lines[0]
-    assert launcher or (run.returncode == 130 and "Traceback" not in said)
-    steps = int(load_file(tmp_path / "run" / "state.safetensors")["step"])
-    assert steps == len(losses_of(tmp_path / "run")) >= 5 and f"interrupted after {steps} steps" in lines[0]
-    assert len(fit(tmp_path / "run", "--resume", "--max_steps", steps + 2)) == steps + 2
+    (line,) = [line for line in said.splitlines() if "interrupted after" in line]
+    steps = len(losses_of(tmp_path / "run"))
+    again = f"torchrun --nproc_per_node=2 train.py --resume --out_dir {tmp_path / 'run'}"
+    assert f"interrupted after {steps} steps; to continue: {again}" in line
+    assert int(load_file(tmp_path / "run" / "state.safetensors")["step"]) == steps >= 5
 
 def test_training_starts_from_a_given_hypernetwork(tmp_path):
     fit(tmp_path / "first", *SHORT, "--max_steps", "2")
@@ -996,15 +926,27 @@ def test_training_starts_from_a_given_hypernetwork(tmp_path):
     saved = hypernet.load_hypernet(tmp_path / "first").state_dict()
     assert all(torch.equal(started[name], saved[name]) for name in saved)
 
+def test_a_resumed_run_does_not_read_again_what_it_started_from(tmp_path, monkeypatch):
+    fit(tmp_path / "first", *SHORT, "--max_steps", "1")
+    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": 1 / 0})  # ends the run in step 2
+    words = [*SHORT, "--max_steps", "3", "--val_every", "2", "--init_from", tmp_path / "first"]
+    with pytest.raises(ZeroDivisionError):
+        command(train, *words, "--out_dir", tmp_path / "run")
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "first")
+    assert len(fit(tmp_path / "run", "--resume")) == 3
+
 def test_the_best_weights_are_kept(tmp_path, monkeypatch):
-    seen, save, losses = [], train.save, iter([0.5, 0.2, 0.9])
-    note = lambda net: seen.append(net.mlp3[1].weight.clone())
-    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": next(losses), "val_accuracy": 0.0})
-    monkeypatch.setattr(train, "save", lambda run, folder: note(run.net) or save(run, folder))
-    fit(tmp_path / "run", *SHORT, "--max_steps", "6", "--val_every", "2")
-    assert losses_of(tmp_path / "run", "val_loss") == [0.5, 0.2, 0.9] and len(seen) == 2
+    """Those with the lowest validation loss, to the last bit; neither the first nor the last ones."""
+    seen, losses = [], iter([0.5, 0.2, 0.9, 0.4])
+    def validate(run) -> dict:
+        seen.append(run.net.mlp3[1].weight.clone())
+        return {"val_loss": next(losses), "val_accuracy": 0.0}
+    monkeypatch.setattr(train, "validate", validate)
+    fit(tmp_path / "run", *SHORT, "--max_steps", "8", "--val_every", "2")
+    assert losses_of(tmp_path / "run", "val_loss") == [0.5, 0.2, 0.9, 0.4]
     kept = load_file(tmp_path / "run" / "hypernet.safetensors")["mlp3.1.weight"]
-    assert torch.equal(kept, seen[1].bfloat16())
+    assert [torch.equal(kept, weights) for weights in seen] == [False, True, False, False]
 
 def test_validation_measures_what_greedy_answers_give():
     run = run_of()
@@ -1019,47 +961,6 @@ def test_validation_measures_what_greedy_answers_give():
         hits += [task.is_right(example, answer) for example, answer in zip(task.test, answers)]
     assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
 
-def launch(n: int, *words) -> str:
-    """Run a command on n processes; what it prints."""
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone"]
-    settings = dict(cwd=HERE, check=True, capture_output=True, text=True, timeout=120)
-    settings["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*start, *map(str, words)], **settings).stdout
-
-def torchrun(n: int, folder: Path, *words) -> list[float]:
-    launch(n, "train.py", *words, "--max_steps", "5", "--out_dir", folder)
-    return losses_of(folder)
-
-DOCS = [*D2L, "--tasks_per_batch", "4", "--latent_size", "32", "--l1", "0.1", "--l2", "0.1"]
-
-@pytest.mark.parametrize("words", [SHORT, [*SHORT, "--shard"], [*DOCS, "--shard"]])
-def test_two_processes_are_one(tmp_path, words):
-    torch.set_num_threads(1)  # as the processes have: no other rounding
-    one = fit(tmp_path / "one", *[word for word in words if word != "--shard"], "--max_steps", "5")
-    torch.set_num_threads(os.cpu_count())
-    two = torchrun(2, tmp_path / "two", *words)
-    assert len(one) == 5 and one[0] != one[-1]
-    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-5 * max(1, max(one))
-    values = [losses_of(tmp_path / n, "val_loss") for n in ("one", "two")]
-    assert values[0] == pytest.approx(values[1], rel=1e-4) and len(values[0]) == 1
-    ours, theirs = (load_file(tmp_path / n / "hypernet.safetensors") for n in ("one", "two"))
-    assert max((ours[k].float() - theirs[k].float()).abs().max() for k in ours) < 2e-3  # bfloat16
-
-def test_processes_with_unequal_work_share_a_sharded_base_model(tmp_path):
-    words = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpointing"]
-    run = run_of(*words)
-    def n_examples(step: int, rank: int) -> int:
-        drawn = data.draw(run.tasks, step, run.args)
-        return len(data.make_batch(run.tokenizer, run.tasks, drawn, run.args, rank, 2).examples)
-    assert any(n_examples(step, 0) != n_examples(step, 1) for step in range(5))
-    assert len(torchrun(2, tmp_path / "run", *words, "--shard")) == 5
-
-def test_a_sharded_base_model_answers_as_a_whole_one(tmp_path):
-    asked = [*SAY, "--input", "cat red dog shirt", "--out", tmp_path / "adapter"]
-    assert launch(2, "generate.py", *asked, "--shard").count("with adapter  chat chien") == 1
-    asked = ["--methods", "t2l", "--split", "val", "--n_examples", "2"]
-    assert "| t2l | 1.000 |" in launch(2, "eval.py", *asked, "--shard")
-
 def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatch, capsys):
     instances, folder = [{"input": "cat dog", "output": ["dog cat"]}] * 5, tmp_path / "tasks"
     folder.mkdir()
@@ -1071,10 +972,10 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
         seen.clear()
         assert command(module, *words) == 0
         return set(seen)
-    for flags, expected in ([], "cat dog"), (["--instruction"], f"red hat{model.SUFFIX}\n\ncat dog"):
-        net = tmp_path / f"net{len(flags)}"
+    for given, expected in ([], "cat dog"), (["--instruction"], f"red hat{model.SUFFIX}\n\ncat dog"):
+        net = tmp_path / f"net{len(given)}"
         data.cached_ids.cache_clear()
-        words = [*SHORT, "--max_steps", "1", "--tasks", folder, "--out_dir", net, *flags]
+        words = [*SHORT, "--max_steps", "1", "--tasks", folder, "--out_dir", net, *given]
         assert prompts_of(train, *words) == {expected}
         own = ["--hypernet", net, "--split", "train", "--methods", "base,t2l", "--tasks", folder]
         assert prompts_of(evaluation, *own) == {expected}  # as in training
@@ -1146,14 +1047,7 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     run.args.distill, run.args.l2 = 5, 0.0
     run.net = hypernet.load_hypernet(reader)
     document, example = run.tasks[0].descriptions[0], run.tasks[0].train[0]
-    modes, real = [], train.answer_logits
-    def note(base, *args):
-        modes.append(base.training)
-        return real(base, *args)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "answer_logits", note)
-        loss = train.sft_step(run, run.net, [data.DrawnTask(0, document, [example])])
-    assert modes == [False, True]  # the teacher has no dropout of its config
+    loss = train.sft_step(run, run.net, [data.DrawnTask(0, document, [example])])
     written = run.net(hypernet.make_condition(run.net, [document], run.base, run.tokenizer))
     logprobs = []
     for instruction, adapter in ((document, None), ("", written)):
@@ -1183,17 +1077,18 @@ def test_questions_without_an_answer_get_the_base_models(tmp_path):
     for asked in base, None:  # the second time they are read, not asked again
         examples = [Example("cat", []), Example("dog", ["blue"])]
         task = data.Task("d", ["cat -> red <eos>"], examples, [], is_document=True)
-        data.generate_answers(asked, tokenizer, [task], tmp_path / "answers.json")
+        one = processes.Process(torch.device("cpu"))
+        data.generate_answers(asked, tokenizer, [task], tmp_path / "answers.json", one)
         assert task.train[0].answers == model.answer(base, tokenizer, [told])
         assert task.train[1].answers == ["blue"]
 
-def test_missing_answers_are_written_without_dropout(tmp_path, monkeypatch):
-    write_file(tmp_path / "d.json", {"document": "cat -> red <eos>", "questions": [{"question": "cat"}]})
-    modes, real = [], model.answer
-    monkeypatch.setattr(model, "answer", lambda base, *a: modes.append(base.training) or real(base, *a))
-    monkeypatch.chdir(tmp_path)
-    run = run_of(f"@{HERE}/config/d2l.args", "--tasks", tmp_path)
-    assert modes == [False] and run.base.training and run.tasks[0].train[0].answers
+def test_a_frozen_base_model_has_no_dropout_of_its_own():
+    """In training only the adapters' inputs have dropout, and in validation nothing."""
+    run = run_of(*SHORT, "--dropout", "0.5")
+    training = {name for name, module in run.base.named_modules() if module.training}
+    assert training and all("q_proj" in name or "v_proj" in name for name in training)
+    train.validate(run)
+    assert training == {name for name, module in run.base.named_modules() if module.training}
 
 def test_documents_are_split_in_the_published_mixture():
     config, row = hypernet.DocConfig(random_chunks=True), list(range(400))
@@ -1203,21 +1098,6 @@ def test_documents_are_split_in_the_published_mixture():
     close(torch.tensor(share), torch.tensor([0.5, 0.125] + 6 * [0.0625]), 0, 0.03)
     assert all(len(part) >= 25 for _ in range(50) for part in hypernet.split_document(row[:60], config, True))
     assert [len(part) for part in hypernet.split_document(3 * row, config, False)] == [400, 400, 400]
-
-@needs_gpu
-def test_a_step_on_cuda_is_that_of_the_cpu():
-    words = [*SHORT, "--dropout", "0", "--dtype", "float32"]
-    runs = [run_of(*words, device=device) for device in ("cpu", "cuda")]
-    runs[1].net.load_state_dict(runs[0].net.state_dict())
-    (loss, grads), (cuda_loss, cuda_grads) = map(gradients, runs)
-    close(cuda_loss.cpu(), loss, 1e-4)
-    close([grad.cpu() for grad in cuda_grads], grads, 1e-3, 1e-5)
-
-@needs_gpu
-def test_train_and_generate_on_cuda(tmp_path):
-    fit(tmp_path / "run", *SHORT, "--max_steps", "12", "--val_every", "5", "--dtype", "bfloat16")
-    assert command(generate, *SAY, "--hypernet", tmp_path / "run", "--out", tmp_path / "adapter") == 0
-    assert len(torchrun(1, tmp_path / "nccl")) == 5
 
 # -------------------- The network: a server on this machine stands in for the hub --------------------
 @pytest.fixture
@@ -1249,23 +1129,6 @@ def server():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
-
-def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, server):
-    splits = read_file(lots_of_loras.NAMES)
-    assert [len(splits[k]) for k in ("train", "val")] == [479, 11]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(lots_of_loras, "URL", server.url)
-    task = {"Definition": ["Do it."], "Instances": [{"id": "1", "input": "a", "output": ["b"]}] * 5}
-    task = json.dumps(task).encode()
-    server.files = {f"/{name}.json": (task, len(task)) for names in splits.values() for name in names}
-    first, second = (f"/{name}.json" for name in splits["train"][:2])
-    server.files[second] = (task[:-9], len(task))  # cut off
-    refused(f"of 490 task files are not in .*{server.url}{second}", load_tasks, "lots-of-loras")
-    server.files[second] = (task, len(task))
-    tasks = load_tasks("lots-of-loras")
-    assert [t.name for t in tasks["train"]] == splits["train"] and tasks["val"][0].definition == "Do it."
-    assert server.asked.count(first) == 1 and server.asked.count(second) == 2
-    assert load_tasks("lots-of-loras") == tasks and server.asked.count(first) == 1
 
 # -------------------- The commands --------------------
 def test_generate_writes_what_it_shows(tmp_path, capsys):
@@ -1442,85 +1305,6 @@ def test_a_text_encoder_is_loaded_once_for_all_methods(tmp_path, monkeypatch):
     words = ["--methods", "t2l,t2l_shuffled,t2l_random", "--compare", TINY / "sft_small", "--split", "val"]
     results = evaluate(tmp_path / "e.json", *words, "--n_examples", "1")
     assert len(results) == 4 and loads == ["hash"]
-
-TWO = dict(label=["A", "B"], text=["two", "one"])
-FUNCTION = dict(prompt="def f(x):\n", canonical_solution="    return x\n", entry_point="f")
-ROWS = {  # a row of each kind of benchmark, an answer that is right and one that is wrong
-    "arc_easy": (dict(question="2?", choices=TWO, answerKey="A"), "a. two", "B"),
-    "openbookqa": (dict(question_stem="2?", choices=TWO, answerKey="B"), " b", "A"),
-    "hellaswag": (dict(ctx="He runs", endings=["a", "b", "c", "d"], label="3"), "3", "2"),
-    "piqa": (dict(goal="Sit", sol1="on a chair", sol2="on air", label=0), "0: on a chair", "1"),
-    "winogrande": (dict(sentence="_ ran", option1="Al", option2="Bo", answer="2"), "2", "1"),
-    "boolq": (dict(passage="Ice is cold.", question="is ice cold", answer=True), "Yes, it is.", "False"),
-    "gsm8k": (dict(question="2 + 1000?", answer="It is\n#### 1,002"), "2 + 1000 = 1002.", "1,002 is not 3"),
-    "humaneval": (FUNCTION | dict(test="def check(f):\n    assert f(3) == 3"), "    return x\n```", "    1"),
-    "mbpp": (dict(text="Add.", code="", test_list=["assert g(1) == 2"]), "def g(x): return x + 1", "g = 0"),
-}
-
-@pytest.mark.parametrize("name", ROWS)
-def test_a_benchmarks_row_as_prompt_and_score(name):
-    row, right, wrong = ROWS[name]
-    example, shown = benchmarks.BENCHMARKS[name].to_example(row)
-    is_right = benchmarks.BENCHMARKS[name].is_right
-    texts = {value for value in row.values() if isinstance(value, str) and value in example.input}
-    assert texts and is_right(example, right) and not is_right(example, wrong)
-    assert is_right is benchmarks.passes_tests or is_right(example, shown)
-
-def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(benchmarks, "ROWS_SERVICE", server.url + "/rows")
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "piqa", benchmarks.BENCHMARKS["piqa"]._replace(n_records=150))
-    waits, entry = [], {"row": ROWS["piqa"][0]}
-    page = lambda n, total=150: {"num_rows_total": total, "rows": [entry] * n}
-    monkeypatch.setattr(files.time, "sleep", waits.append)
-    send = lambda content, status=200: server.replies.append((json.dumps(content).encode(), status))
-    cut, wrong, short = (json.dumps(page(100)).encode()[:-9], 200), page(100, 151), page(99)
-    server.replies = [cut]
-    send(wrong), send(short)
-    for _ in range(3):  # cut off, of another length, too short
-        with pytest.raises(UserError, match=f"rows 0 to 100 of 150 are not in {tmp_path}"):
-            benchmarks.load(["piqa"])
-    send({}, 429), send(page(100)), send({}, 500)
-    with pytest.raises(UserError, match="rows 100 to 150 of 150"):
-        benchmarks.load(["piqa"])
-    send(page(50))
-    (task,) = benchmarks.load(["piqa"])["test"]
-    assert waits == [7] and not server.replies and len(task.test) == 150 and len(task.descriptions) == 3
-    assert [re.search(r"offset=(\d+)", path)[1] for path in server.asked] == ["0"] * 5 + ["100"] * 2
-    assert benchmarks.load(["piqa"])["test"] == [task] and len(server.asked) == 7
-
-HOSTILE = ["while True: pass", "import sys; sys.exit(0)", "import os; os._exit(0)", "input()", "1 / 0"]
-HOSTILE += ["while True: print('x' * 999)", "import os\nwhile True: os.fork()", "x = 'a' * 10**10"]
-HOSTILE += ["open('x', 'w').write('a' * 10**8)", "import os; os.environ['PATH']"]
-
-@pytest.mark.parametrize("program", HOSTILE)
-def test_generated_code_cannot_pass_or_hurt(program, monkeypatch):
-    assert benchmarks.run_program("from __future__ import annotations\nassert 1 + 1 == 2")
-    started = time.perf_counter()
-    assert not benchmarks.run_program(program, seconds=1) and time.perf_counter() - started < 5
-
-def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
-    """A base model's own answers are right; code is left out without --run_code."""
-    base, tokenizer = model.load_base("tiny")
-    (said,) = model.answer(base, tokenizer, ["cat ->"])
-    made = dict(descriptions=["d"] * 3, train=[], is_benchmark=True)
-    piqa = data.Task("piqa", test=[Example("cat", [said])], is_right=benchmarks.first_character, **made)
-    fails = [Example("cat", ["assert False"])]
-    mbpp = data.Task("mbpp", test=fails, is_right=benchmarks.passes_tests, **made)
-    both = {name: benchmarks.BENCHMARKS[name] for name in ("mbpp", "piqa")}
-    monkeypatch.setattr(benchmarks, "BENCHMARKS", both)
-    monkeypatch.setattr(benchmarks, "benchmark_task", {"piqa": piqa, "mbpp": mbpp}.get)
-    for flags, columns in ([], "piqa | average"), (["--run_code"], "mbpp | piqa | average"):
-        words = ["--tasks", "benchmarks", "--methods", "base,t2l", *flags, "--out", tmp_path / "b.json"]
-        assert command(evaluation, *words) == 0
-        shown = capsys.readouterr().out
-        assert f"| method | {columns} |" in shown and ("without --run_code" in shown) == (not flags)
-        assert read_file(tmp_path / "b.json")["results"]["base"]["per_task"]["piqa"] == 1.0
-    assert command(evaluation, "--tasks", "mbpp") == 2
-    assert "error: mbpp is scored by running code" in capsys.readouterr().err
-    args = types.SimpleNamespace(lengths=None)
-    beside = evaluation.make_table({"base": {"piqa": 0.5}}, "mistral-7b", args)
-    assert "| t2l (published) | 0.82 |  |" in beside
 
 # -------------------- A real model --------------------
 @needs_models

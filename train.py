@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,10 +119,10 @@ def parse_args() -> argparse.Namespace:
     args, _ = parser.parse_known_args(words)
     recorded = []
     if args.resume:
-        recorded = recorded_flags(Path(args.out_dir))
+        recorded = flags.recorded(Path(args.out_dir))
         args, _ = parser.parse_known_args(recorded + words)
 
-    # now --arch and --mode are known, and with them the other settings
+    # now --arch and --oracles are known, and with them the other settings
     net_settings = flags.settings_of(hypernet.ARCHS[args.arch].config_class)
     parser.add_settings(net_settings, CHOICES)
     of_oracles = settings_of_oracles(args.oracles) if args.mode == "recon" and args.oracles else {}
@@ -130,11 +131,7 @@ def parse_args() -> argparse.Namespace:
     if unknown:
         raise UserError(f"{unknown[0]} is not a setting of --arch {args.arch}; --help lists them")
     if args.resume:
-        before = parser.parse_args(recorded)
-        for name, value in vars(before).items():
-            if getattr(args, name) != value and name not in [*MAY_CHANGE, "resume", "help"]:
-                raise UserError(f"--resume: this run has --{name} {value}, not {getattr(args, name)}")
-
+        flags.refuse_changes(parser.parse_args(recorded), args, MAY_CHANGE)
     if set(args.target_modules.split(",")) == set(of_oracles.get("target_modules", "").split(",")):
         args.target_modules = of_oracles["target_modules"]  # in another order
     for name, value in of_oracles.items():
@@ -156,12 +153,6 @@ def parse_args() -> argparse.Namespace:
     check_settings(args)
     args.recorded = flags.as_text(SETTINGS + net_settings, args)
     return args
-
-def recorded_flags(folder: Path) -> list[str]:
-    """The flags with which the interrupted run in a folder was started."""
-    if not (folder / "state.safetensors").exists():
-        raise UserError(f"--resume: {folder} holds no interrupted run")
-    return flags.expand([f"@{folder / 'train.args'}"])
 
 def settings_of_oracles(folder: str) -> dict:
     """The settings that reconstruction takes from the adapters it imitates."""
@@ -196,16 +187,18 @@ def check_settings(args: argparse.Namespace) -> None:
 def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):
     """Run the base model, with the adapters that are set, on n examples (ids of prompt and answer).
 
-    Returns, for all answer tokens: logits [tokens, vocabulary], index of the example [tokens], and the right
-    token [tokens].
+    `neftune_alpha` adds noise to the input embeddings (NEFTune, arXiv 2310.05914). Returns, for all answer
+    tokens: logits [tokens, vocabulary], index of the example [tokens], and the right token [tokens].
     """
     sequences = [prompt + answer for prompt, answer in examples]
     labels = [[-1] * len(prompt) + answer for prompt, answer in examples]  # -1 is not part of the answer
     ids = model.pad(sequences, 0).to(base.device)  # [n, T], padded at the end: a causal model needs no mask
     labels = model.pad(labels, -1).to(base.device)  # [n, T]
-    x = base.get_input_embeddings()(ids)  # [n, T, d]
-    if neftune_alpha:  # NEFTune (arXiv 2310.05914): uniform noise of a size that does not depend on T and d
-        x = x + torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
+    embeddings = base.get_input_embeddings()
+    x = embeddings(ids)  # [n, T, d]
+    if neftune_alpha:  # uniform noise, scaled so that its expected norm does not grow with T and d
+        noise = torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
+        x = x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's layer has scaled x by it
     example, position = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # the position before each answer token
     # logits from the first to the last answer token of the batch only
     kept = torch.arange(position.min(), position.max() + 1, device=ids.device)
@@ -280,13 +273,13 @@ def prepare(args, process: Process) -> Run:
         hub.fetch_models(args.base_model, args.encoder)
     names, dtype = args.target_modules.split(","), getattr(torch, args.dtype)
     base, tokenizer = model.load_injected(args.base_model, names, process, dtype, args.dropout, args.shard)
-    data.generate_answers(base, tokenizer, tasks + val_tasks, Path(args.out_dir) / "answers.json")
-    for task in tasks:
-        for example in task.train[:100]:
-            model.check_known(tokenizer, [example.input, example.answers[0]])
-    base.train()
+    answers_file = Path(args.out_dir) / "answers.json"
+    data.generate_answers(base, tokenizer, tasks + val_tasks, answers_file, process)
+    tasks = data.drop_long_tasks(tokenizer, tasks, args, process.rank == 0)
+    data.check_words(tokenizer, tasks + val_tasks)
+    lora.set_dropout(base, True)
     if args.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        model.recompute_layers(base)
     if process.device.type == "cpu":
         base.set_attn_implementation("eager")  # its backward pass is faster there
 
@@ -295,8 +288,9 @@ def prepare(args, process: Process) -> Run:
         net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(process.device)
         return Run(args, process, tasks, val_tasks, base, tokenizer, net)
     net, encode = make_hypernet(args, config, base, tokenizer, process.device)
+    net.recompute = args.gradient_checkpointing
     net.start_as_lora()
-    if args.init_from:
+    if args.init_from and not args.resume:
         copy_weights(args.init_from, net)
     return Run(args, process, tasks, val_tasks, base, tokenizer, net, encode)
 
@@ -322,18 +316,22 @@ def prepare_recon(args, process: Process) -> Run:
     net, encode = make_hypernet(args, config, base, tokenizer, process.device)
     if net.config.z_score:
         net.normalize(oracles)
-    if args.init_from:
+    if args.init_from and not args.resume:
         copy_weights(args.init_from, net)
     return Run(args, process, tasks, [], base, tokenizer, net, encode, oracles)
 
 def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
     """(tasks to train on, tasks to validate on)."""
     splits = load_tasks(args.tasks)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(data.summary(args.tasks, splits))
     tasks = data.pick(splits, args.split, args.n_tasks)
     reads_documents = hypernet.ARCHS[args.arch].reads == "documents"
     if args.mode != "lora" and tasks[0].is_document != reads_documents:
         reads = "documents (see config/d2l.args)" if reads_documents else "descriptions"
         raise UserError(f"--tasks {args.tasks} does not go with --arch {args.arch}, which reads {reads}")
+    if args.mode == "lora":
+        tasks = data.distinct(tasks)
     if args.short_first:
         tasks.sort(key=lambda task: len(task.descriptions[0]))
     val_tasks = []
@@ -387,9 +385,7 @@ def set_adapters(run: Run, adapters: Adapter, examples: list[data.TokenizedExamp
 def teacher_logits(run: Run, examples: list[data.TokenizedExample]) -> Tensor:
     """The logits of the base model itself, with the document in its prompt. [tokens, vocabulary]"""
     lora.set_adapter(run.base, None)
-    run.base.eval()
     logits, _, _ = answer_logits(run.base, [(e.teacher_prompt, e.answer) for e in examples])
-    run.base.train()
     return logits
 
 def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]) -> Tensor:
@@ -454,8 +450,9 @@ def recon_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
     mine = drawn[run.process.rank :: run.process.count]
     weight = len(mine) / len(drawn)
     mine = mine or drawn[:1]  # if there are more processes than tasks
+    condition = batch_condition(run, mine)
     with autocast(run):
-        written = net(batch_condition(run, mine))
+        written = net(condition)
     oracles = lora.select(run.oracles, [item.index for item in mine])
     loss = recon_loss(run.args.recon_loss, written, oracles, run.net.deviation) * weight
     loss.backward()
@@ -468,12 +465,13 @@ def validate(run: Run) -> dict[str, float]:
     An answer is right if each token of it is the likeliest one: greedy decoding would give the same.
     """
     run.net.eval()
-    run.base.eval()
+    lora.set_dropout(run.base, False)
     drawn = [data.DrawnTask(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
     batch = data.make_batch(run.tokenizer, run.val_tasks, drawn, run.args)
     examples, loss, n_right = batch.examples, 0.0, 0
+    condition = batch_condition(run, batch.tasks)
     with autocast(run):
-        written = run.net(batch_condition(run, batch.tasks))
+        written = run.net(condition)
         for i in range(0, len(examples), run.args.micro_batch):
             micro_batch = examples[i : i + run.args.micro_batch]
             set_adapters(run, written, micro_batch)
@@ -482,7 +480,7 @@ def validate(run: Run) -> dict[str, float]:
             wrong_examples = example[logits.argmax(-1) != right].unique()
             n_right += len(micro_batch) - len(wrong_examples)
     run.net.train()
-    run.base.train()
+    lora.set_dropout(run.base, True)
     return {"val_loss": loss / len(examples), "val_accuracy": n_right / len(examples)}
 
 # -------------------- Optimizer, files --------------------
@@ -541,26 +539,20 @@ def main() -> None:
     step = load_state(state, run.net, optimizer) if args.resume else 0
     if step >= args.max_steps:
         raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {step} steps")
-    interrupts = on_ctrl_c()
+    earlier = metrics.read_text().splitlines(keepends=True)[:step] if args.resume else []
     best = math.inf  # lowest validation loss
+    for line in earlier:
+        best = min(best, json.loads(line).get("val_loss", math.inf))
     if is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "train.args", args.recorded)
-        if not args.resume:
-            save_state(state, step, run.net, optimizer)  # from now on the run can be resumed
-        lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []
-        for line in lines:
-            best = min(best, json.loads(line).get("val_loss", math.inf))
-        log = metrics.open("w")
-        log.writelines(lines)
         print(f"{args.mode}: {sum(p.numel() for p in parameters):,} parameters, into {folder}/", flush=True)
         if args.wandb:
             import wandb
 
             wandb.init(project="text-to-lora", name=folder.name, config=vars(args))
 
+    interrupts, log = on_ctrl_c(), None
     bar = tqdm(total=args.max_steps, initial=step, disable=not is_first, desc=args.mode)
-    measured = {}
+    measured, n_examples = {}, (args.tasks_per_batch or len(run.tasks)) * args.examples_per_task
     while step < args.max_steps:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -587,6 +579,12 @@ def main() -> None:
         if is_validated and (is_first or args.shard):
             measured = validate(run)
         if is_first:
+            is_new = log is None
+            if is_new:  # a run that fails in its first step leaves nothing behind
+                folder.mkdir(parents=True, exist_ok=True)
+                write_file(folder / "train.args", args.recorded)
+                log = metrics.open("w")
+                log.writelines(earlier)
             record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
             if is_validated:
                 record |= measured
@@ -595,11 +593,12 @@ def main() -> None:
                     save(run, folder)
             log.write(json.dumps(record) + "\n")
             log.flush()
-            bar.set_postfix({"loss": record["loss"]} | measured, refresh=False)
+            speed = {"examples/s": f"{(bar.format_dict['rate'] or 0) * n_examples:.1f}"}
+            bar.set_postfix({"loss": record["loss"]} | measured | speed, refresh=False)
             bar.update()
             if args.wandb:
                 wandb.log(record, step=step)
-            if step % args.val_every == 0 or interrupted:
+            if is_new or step % args.val_every == 0 or interrupted:
                 save_state(state, step, run.net, optimizer)
         if interrupted and step < args.max_steps:
             break
@@ -618,7 +617,10 @@ def main() -> None:
         dist.destroy_process_group()
     if not finished:
         if is_first:
-            again = f"python train.py --resume --out_dir {folder}"
+            launcher = "python"
+            if process.count > 1:
+                launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+            again = f"{launcher} train.py --resume --out_dir {shlex.quote(str(folder))}"
             print(f"interrupted after {step} steps; to continue: {again}", file=sys.stderr)
         sys.exit(130)
 

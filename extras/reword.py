@@ -65,7 +65,7 @@ def main() -> None:
     factors = metric(net)
     names = {task.name for task in chores.load()["train"]}
     chains = [chain for chain in chores.all_chains() if chores.name_of(chain) in names]
-    weights = [chores.COPIES if len(chain) == 2 else 1 for chain in chains]  # as in training
+    weights = [chores.weight(chain) for chain in chains]
     targets = make_targets(net, factors, encode, chains)
     stacked = torch.stack(list(targets.values()))
     variance = (stacked - stacked.mean(0)).square().mean()

@@ -12,6 +12,7 @@ import pytest
 
 from test_all import DESC, HERE
 
+
 @pytest.fixture
 def browser():
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")

@@ -6,6 +6,7 @@ The page is for this machine only, unless GRADIO_SERVER_NAME names an address.
 """
 
 import argparse
+import html
 import shutil
 import tempfile
 import threading
@@ -78,7 +79,7 @@ def main() -> None:
                 lora.save_adapter(written, adapter, net.config)
                 archive = shutil.make_archive(str(written), "zip", written)
             except UserError as e:
-                raise gradio.Error(str(e), print_exception=False) from None
+                raise gradio.Error(html.escape(str(e)), print_exception=False) from None
         table = [list(cells) for cells in zip(questions, answers["base model"], answers["with adapter"])]
         return table, f"Written in {milliseconds:.1f} ms.", archive
 

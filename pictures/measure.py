@@ -15,6 +15,7 @@ from pictures.edits import EDITS, TEST, Edit, apply, describe, draw_scene, rende
 from support import processes
 from support.files import command, read_file
 
+
 @torch.no_grad()
 def measure(
     base: pictures.Transformer, adapters: lora.Adapter | None, scaling: float, with_example: bool = False

@@ -28,8 +28,7 @@ from transformers import PretrainedConfig
 import hypernet
 import lora
 from model import hash_encoder
-from pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH
-from pictures.edits import Edit, apply, describe, draw_scene, render
+from pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
 from support import flags, processes
 from support.files import UserError, command, read_file, write_file
 from support.state import autocast, load_state, on_ctrl_c, save_state

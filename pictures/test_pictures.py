@@ -12,8 +12,12 @@ import hypernet
 import lora
 import model
 from pictures import edits, pictures
-from test_all import close, command
-from test_all import seed  # noqa: F401 (a fixture)
+from test_all import (
+    close,
+    command,
+    seed,  # noqa: F401 (a fixture)
+)
+
 
 def test_edits_of_pictures_do_what_they_say():
     things = [edits.Object("square", "red", 1, 1), edits.Object("circle", "blue", 13, 1)]

@@ -38,7 +38,10 @@ def write_file(path: Path, content: dict | list | str) -> None:
     try:
         if path.suffix == ".safetensors":
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
+            tmp.touch()
+            mode = tmp.stat().st_mode  # save_file would make it readable for its owner only
             save_file(tensors, tmp, {"format": "pt"})
+            tmp.chmod(mode)
         elif isinstance(content, str):
             tmp.write_text(content, encoding="utf-8")
         else:
@@ -83,4 +86,5 @@ def download(url: str, needed_for: str):
             asked_to_wait = isinstance(e, HTTPError) and e.code == 429
             if not asked_to_wait or wait is None:
                 raise UserError(f"{needed_for}, and {url} cannot be read: {e or type(e).__name__}") from None
-            time.sleep(float(e.headers.get("Retry-After") or wait))
+            said = e.headers.get("Retry-After", "")  # seconds, or a date
+            time.sleep(int(said) if said.isdigit() else wait)

@@ -88,6 +88,20 @@ def expand(words: list[str]) -> list[str]:
     return expand(in_file) + expand(words[1:])
 
 
+def recorded(folder: Path) -> list[str]:
+    """The flags of the interrupted run in a folder."""
+    if not (folder / "state.safetensors").exists():
+        raise UserError(f"--resume: {folder} holds no interrupted run")
+    return expand([f"@{folder / 'train.args'}"])
+
+
+def refuse_changes(before: argparse.Namespace, args: argparse.Namespace, may_change: list[str]) -> None:
+    """Raise UserError if a resumed run has other settings than before, except for those in may_change."""
+    for name, value in vars(before).items():
+        if getattr(args, name) != value and name not in [*may_change, "resume", "help"]:
+            raise UserError(f"--resume: this run has --{name} {value}, not {getattr(args, name)}")
+
+
 def as_text(settings: list[Setting], args: argparse.Namespace) -> str:
     """The settings as the text of a file of flags."""
     lines = []

@@ -75,6 +75,15 @@ def first_goes_ahead(process: Process):
         dist.barrier()
 
 
+def gather(process: Process, value) -> list:
+    """What this value is on each process."""
+    if process.count == 1:
+        return [value]
+    values = [None] * process.count
+    dist.all_gather_object(values, value)
+    return values
+
+
 # -------------------- A base model that is sharded over the processes --------------------
 
 

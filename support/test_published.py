@@ -19,8 +19,21 @@ import lora
 import model
 from support import published
 from support.files import UserError, read_file
-from test_all import HERE, NAMES, SAY, SCALING, TINY, close, golden, published_folder, refused, small_config
-from test_all import seed, server  # noqa: F401 (fixtures)
+from test_all import (  # noqa: F401 (fixtures)
+    HERE,
+    NAMES,
+    SAY,
+    SCALING,
+    TINY,
+    close,
+    golden,
+    published_folder,
+    refused,
+    seed,
+    server,
+    small_config,
+)
+
 
 def in_published_layout(net: hypernet.TextToLoRA, kind: str) -> dict[str, torch.Tensor]:
     """The weights of one of our networks under the published names."""

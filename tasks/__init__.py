@@ -9,7 +9,7 @@ from pathlib import Path
 from data import Splits, Task, load_folder
 from support.files import UserError
 
-SOURCES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+SOURCES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if not path.stem.startswith("test"))
 
 
 def load_tasks(source: str | Path) -> Splits:

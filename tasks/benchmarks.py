@@ -111,7 +111,7 @@ RUNNER = """import os, shutil, subprocess
 for name in ("fork", "forkpty", "posix_spawn", "kill", "killpg", "system", "setsid", "chmod", "rmdir"):
     setattr(os, name, None)
 subprocess.Popen = shutil.rmtree = None
-exec(compile(open("program.py").read(), "program.py", "exec"), {"__name__": "__main__"})
+exec(compile(open("program.py").read(), "program.py", "exec"), {"__name__": "program"})
 open(TOKEN, "w")
 """
 
@@ -124,7 +124,6 @@ def run_program(program: str, seconds: int = 10) -> bool:
         resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_AS: 2**31,
         resource.RLIMIT_FSIZE: 2**20,
-        resource.RLIMIT_NPROC: 8,
         resource.RLIMIT_CORE: 0,
     }
 

@@ -379,6 +379,13 @@ def description(chain: Chain, i: int) -> str:
     x, y = [rng.choice(descriptions) for descriptions in parts]
     return rng.choice(JOINED).format(x=x.rstrip("."), y=y)
 
+def weight(chain: Chain) -> int:
+    """How often training draws a task, compared with a chain of two chores.
+
+    Single chores for any text have a task for each sort of input already.
+    """
+    return COPIES if len(chain) == 2 and not chain[1].startswith("any") else 1
+
 def make_task(chain: Chain, voice: str = "") -> Task:
     """The task as data. Training examples and descriptions are drawn afresh in each step.
 
@@ -407,8 +414,7 @@ def load() -> Splits:
     val, test, train = double[:N_VAL], double[N_VAL : N_VAL + N_TEST], double[N_VAL + N_TEST :]
     single_tasks, copies = [make_task(chain) for chain in single], []
     for chain, task in zip(single, single_tasks):
-        if not chain[1].startswith("any"):  # those for any text have a task for each sort of input
-            copies += [task] * (COPIES - 1)
+        copies += [task] * (weight(chain) - 1)
     splits = {
         "train": single_tasks + [make_task(chain) for chain in train] + copies,
         "val": [make_task(chain) for chain in val],

@@ -6,6 +6,7 @@ from data import Example, Splits, Task
 from tasks import document_splits
 from tasks.tiny import FORMS, MAPS
 
+
 def document(rng: random.Random, n_lines: int) -> Task:
     """Lines of four words. One to eight of them are facts instead.
 

@@ -1,0 +1,243 @@
+"""Several processes, sharding and GPUs: python -m pytest -q support"""
+
+import contextlib
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+import data
+import eval as evaluation
+import generate
+import model
+from support import processes
+from support.files import read_file, write_file
+from test_all import (  # noqa: F401 (a fixture)
+    D2L,
+    HERE,
+    LORA,
+    SAY,
+    SHORT,
+    TINY,
+    close,
+    command,
+    fit,
+    gradients,
+    losses_of,
+    needs_gpu,
+    run_of,
+    seed,
+)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def on_two_processes(folder: Path, commands: dict[str, list]) -> dict[str, str]:
+    """Run commands {name: [module, words ...]}, each on the same two processes; what the first one prints.
+
+    They are started as torchrun would start them, once for all commands, since that takes most of the time.
+    """
+    write_file(folder / "commands.json", {name: [*map(str, words)] for name, words in commands.items()})
+    write_file(folder / "ports.json", [free_port() for _ in commands])
+    env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    start = [sys.executable, "-c", "from support.test_processes import work; work()", str(folder)]
+    ranks = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    running = [subprocess.Popen(start, cwd=HERE, env=rank) for rank in ranks]
+    try:
+        assert [process.wait(150) for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
+    said = {name: (folder / f"{name}-0.txt").read_text() for name in commands}
+    for name in commands:
+        assert "exit code 0" in said[name], said[name] + (folder / f"{name}-1.txt").read_text()
+    return said
+
+
+def work() -> None:
+    """One of the two processes."""
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    commands, ports = read_file(folder / "commands.json"), read_file(folder / "ports.json")
+    for (name, (module, *words)), port in zip(commands.items(), ports):
+        os.environ["MASTER_PORT"] = str(port)
+        with open(folder / f"{name}-{rank}.txt", "w") as out:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                print("exit code", command(importlib.import_module(module), *words))
+
+
+def main() -> None:
+    """Count the layers of a sharded base model that are whole, and the bytes of its layers."""
+    process = processes.start("auto")
+    base, _ = model.load_injected("tiny", ["q_proj"], process, shard=True)
+    layers = base.get_decoder().layers
+
+    def n_whole() -> int:
+        return sum(not any(isinstance(p, DTensor) for p in layer.parameters()) for layer in layers)
+
+    whole = [n_whole()]
+    for with_gradients in (False, True):
+        with torch.set_grad_enabled(with_gradients):
+            base(torch.tensor([[1, 2, 3]], device=process.device))
+        whole.append(n_whole())
+    local = sum(p.to_local().nbytes for p in layers.parameters() if isinstance(p, DTensor))
+    print(json.dumps({"whole": whole, "bytes": local, "dtype": str(base.dtype)}))
+    torch.distributed.destroy_process_group()
+
+
+DOCS = [*D2L, "--tasks_per_batch", "4", "--latent_size", "32", "--l1", "0.1", "--l2", "0.1"]
+LONG = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpointing"]  # leaves some out
+ODD = [*SHORT, "--tasks_per_batch", "3"]
+ALONE = [*SHORT, "--tasks_per_batch", "1"]  # there is nothing for the second process
+RUNS = {"sft": SHORT, "sharded": [*SHORT, "--shard"], "documents": [*DOCS, "--shard"], "long": LONG}
+RUNS |= {"long_sharded": [*LONG, "--shard"], "odd": ODD, "alone": ALONE}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(folder, what each command has printed) of everything that is tested on two processes."""
+    folder, commands = tmp_path_factory.mktemp("pair"), {}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for name, words in RUNS.items():
+        commands[name] = ["train", *words, "--max_steps", "5", "--out_dir", folder / name]
+    documents = folder / "unanswered"
+    documents.mkdir()
+    for name in ("cat", "dog", "cow", "sun", "wolf"):
+        content = {"document": f"{name} -> red <eos>", "questions": [{"question": name}]}
+        write_file(documents / f"{name}.json", content)
+    answering = ["--tasks", documents, "--tasks_per_batch", "2", "--max_steps", "1"]
+    commands["answers"] = ["train", *D2L, *answering, "--out_dir", folder / "answers"]
+    asked = [*SAY, "--input", "cat red dog shirt", "--out", folder / "adapter", "--shard"]
+    commands["generate"] = ["generate", *asked]
+    asked = ["--methods", "t2l", "--split", "val", "--n_examples", "2", "--shard"]
+    commands["eval"] = ["eval", *asked]
+    commands["layers"] = ["support.test_processes"]
+    said = on_two_processes(folder, commands)
+    del os.environ["CUDA_VISIBLE_DEVICES"]
+    return folder, said
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_are_one(pair, tmp_path, name):
+    """Losses, validation and weights; also with shards, and with unequal parts of a step."""
+    folder, _ = pair
+    torch.set_num_threads(1)  # as the processes have: no other rounding
+    words = [word for word in RUNS[name] if word != "--shard"]
+    one, two = fit(tmp_path / "one", *words, "--max_steps", "5"), losses_of(folder / name)
+    torch.set_num_threads(os.cpu_count())
+    assert len(one) == 5 and one[0] != one[-1]
+    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-5 * max(1, max(one))
+    values = [losses_of(place, "val_loss") for place in (tmp_path / "one", folder / name)]
+    assert values[0] == pytest.approx(values[1], rel=1e-4) and len(values[0]) == 1
+    files = [load_file(place / "hypernet.safetensors") for place in (tmp_path / "one", folder / name)]
+    assert max((files[0][key] - files[1][key]).abs().max() for key in files[0]) < 1e-4
+
+
+def test_parts_of_a_step_are_unequal_where_that_is_tested():
+    run = run_of(*LONG)
+
+    def n_examples(step: int, rank: int) -> int:
+        drawn = data.draw(run.tasks, step, run.args)
+        return len(data.make_batch(run.tokenizer, run.tasks, drawn, run.args, rank, 2).examples)
+
+    assert any(n_examples(step, 0) != n_examples(step, 1) for step in range(5))
+    alone = data.draw(run.tasks, 0, run_of(*ALONE).args)
+    idle = data.make_batch(run.tokenizer, run.tasks, alone, run.args, 1, 2)
+    assert idle.tasks == alone and idle.task_fraction == idle.example_fraction == 0
+
+
+def test_missing_answers_are_generated_in_parts(pair):
+    folder, _ = pair
+    answers = read_file(folder / "answers" / "answers.json")
+    base, tokenizer = model.load_base("tiny")
+    assert len(answers) == 5
+    for question, answer in answers.items():
+        name = question.split(": ")[1]
+        prompt = model.render(tokenizer, model.chat(tokenizer, name, f"{name} -> red <eos>"))
+        assert model.answer(base, tokenizer, [prompt]) == [answer]
+
+
+def test_a_sharded_base_model_answers_as_a_whole_one(pair):
+    folder, said = pair
+    assert said["generate"].count("with adapter  chat chien") == 1
+    assert "with adapter" not in (folder / "generate-1.txt").read_text()
+    assert "| t2l | 1.000 |" in said["eval"] and (folder / "adapter" / "description.txt").exists()
+
+
+def test_a_sharded_base_model_is_never_whole(pair):
+    """After a forward pass at most one layer is gathered; each process keeps half of the bytes."""
+    seen = json.loads(pair[1]["layers"].splitlines()[0])
+    assert seen["whole"][0] == 0 and max(seen["whole"]) <= 1
+    whole = sum(p.nbytes for p in model.load_base("tiny")[0].get_decoder().layers.parameters())
+    assert whole / 2 <= seen["bytes"] < 0.55 * whole
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="3 processes, but the number of GPUs on this machine is 2"):
+        processes.choose_device("auto")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert processes.choose_device("auto") == torch.device("cuda", 1)
+    assert processes.choose_device("cpu") == torch.device("cpu")
+
+
+# -------------------- On a GPU --------------------
+
+
+@needs_gpu
+def test_a_step_on_cuda_is_that_of_the_cpu():
+    words = [*SHORT, "--dropout", "0", "--dtype", "float32"]
+    runs = [run_of(*words, device=device) for device in ("cpu", "cuda")]
+    runs[1].net.load_state_dict(runs[0].net.state_dict())
+    (loss, grads), (cuda_loss, cuda_grads) = map(gradients, runs)
+    close(cuda_loss.cpu(), loss, 1e-4)
+    close([grad.cpu() for grad in cuda_grads], grads, 1e-3, 1e-5)
+
+
+@needs_gpu
+def test_every_command_on_cuda(tmp_path):
+    steps = ["--max_steps", "4", "--val_every", "2"]
+    for name, words in {"sft": SHORT, "documents": DOCS, "mt": [*LORA, "--multi_task", *SHORT[:4]]}.items():
+        assert len(fit(tmp_path / name, *words, *steps)) == 4
+    fit(tmp_path / "oracles", *LORA, "--n_tasks", "4", *steps)
+    recon = ["@config/recon.args", "--oracles", tmp_path / "oracles", "--tasks_per_batch", "4", *steps]
+    fit(tmp_path / "recon", *recon)
+    assert command(generate, *SAY, "--hypernet", tmp_path / "sft", "--out", tmp_path / "adapter") == 0
+    methods = ["--methods", "base,icl,t2l,mt_lora,recon", "--mt_lora", tmp_path / "mt", "--split", "val"]
+    methods += ["--recon", tmp_path / "recon", "--n_examples", "2"]
+    assert command(evaluation, *methods) == 0
+    lengths = ["--tasks", "facts", "--lengths", "4", "--n_examples", "3"]
+    assert command(evaluation, *lengths, "--hypernet", TINY / "d2l") == 0
+
+
+@needs_gpu
+def test_two_gpus_and_shards_are_one(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    commands, float32 = {}, ["--max_steps", "5", "--dtype", "float32", "--dropout", "0"]
+    for name, words in {"plain": SHORT, "sharded": [*SHORT, "--shard"]}.items():
+        commands[name] = ["train", *words, *float32, "--out_dir", tmp_path / name]
+    commands["generate"] = ["generate", *SAY, "--shard", "--out", tmp_path / "adapter"]
+    commands["eval"] = ["eval", "--methods", "t2l", "--split", "val", "--n_examples", "2", "--shard"]
+    commands["layers"] = ["support.test_processes"]
+    said = on_two_processes(tmp_path, commands)
+    one = fit(tmp_path / "one", *SHORT, *float32)
+    for name in ("plain", "sharded"):
+        assert losses_of(tmp_path / name) == pytest.approx(one, rel=1e-3)
+    assert json.loads(said["layers"].splitlines()[0])["whole"] == [0, 0, 0]
