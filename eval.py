@@ -25,7 +25,7 @@ import os
 import random
 import statistics
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -95,8 +95,9 @@ def choose_tasks(args) -> list[Task]:
         tasks = [task for task in tasks if task.name in descriptions]
         if not tasks:
             raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
-        for task in tasks:
-            task.descriptions, task.reworded = data.as_texts(descriptions[task.name], task.name), []
+        for i, task in enumerate(tasks):
+            texts = data.as_texts(descriptions[task.name], f"{args.descriptions}: {task.name}")
+            tasks[i] = replace(task, descriptions=texts, reworded=[])
     if args.instruction and tasks[0].is_document:
         raise UserError("--instruction goes with descriptions, not with documents")
     for task in tasks:

@@ -5,7 +5,6 @@ Both come from a preset, a Hugging Face id or a folder. The preset `tiny` needs 
 
 import re
 import zlib
-from datetime import date
 from functools import cache, partial
 
 import numpy as np
@@ -86,21 +85,25 @@ def takes_system_message(tokenizer) -> bool:
     except Exception:  # templates raise arbitrary exceptions
         return False
 
-DAY = date(2024, 7, 26)  # the default of Llama 3.1's template
+# some templates print the date: the same one in training and in use, the default of Llama 3.1
+DAY = "26 Jul 2024"
+FIXED_DAY = "{%- macro strftime_now(format) %}" + DAY + "{%- endmacro +%}"
 
 
 def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
     """The prompt as text; with `answer` the text that the model has to write after it, up to the end mark."""
-    template = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
-    # some templates print the date of today: the same one in training and in use
-    template = partial(template, date_string=f"{DAY:%d %b %Y}", strftime_now=DAY.strftime)
-    text = template(messages, add_generation_prompt=True)
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = FIXED_DAY + template
+    settings = dict(chat_template=template, date_string=DAY, enable_thinking=False, tokenize=False)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **settings)
     if answer is None:
-        return text
-    whole = template(messages + [{"role": "assistant", "content": answer}])
-    if not whole.startswith(text):
+        return prompt
+    messages = [*messages, {"role": "assistant", "content": answer}]
+    whole = tokenizer.apply_chat_template(messages, **settings)
+    if not whole.startswith(prompt):
         raise UserError("the chat template of this base model does not put answers where it asks for them")
-    return whole.removeprefix(text).rstrip("\n")
+    return whole.removeprefix(prompt).rstrip("\n")
 
 def around_document(tokenizer) -> tuple[str, str]:
     """The text before and after a document: a user turn, as published after an empty system message.

@@ -1,4 +1,4 @@
-"""Tests of the method: python -m pytest -q (with those of support/, tasks/, extras/ and pictures/, which lie there)
+"""Tests of the method: python -m pytest -q (those of support/, tasks/, extras/ and pictures/ lie there)
 
 assets/golden holds numbers of the published implementations; more of them may lie in the folder that
 T2L_GOLDEN names. PEFT is used where it is installed, a GPU where there is one, and real models where T2L_BASE
@@ -27,6 +27,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -43,8 +44,11 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
+    RobertaModel,
 )
 
 import data
@@ -657,6 +661,44 @@ def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
     assert question == tokenizer("cat ->")["input_ids"] and question[0] == plain.unk_token_id != question[1]
     assert answer == plain.convert_tokens_to_ids(["gato", "<eos>"])
 
+def test_the_answer_is_tokenized_as_the_model_would_write_it():
+    """With a space mark before every text, an answer alone would begin with another token."""
+    words = "<unk> </s> ▁ ▁[I] ▁[/I] ▁Paris ▁where".split()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    marks = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(marks)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    user, assistant = "[I] {{ m.content }} [/I]", " {{ m.content }}</s>"
+    turn = "{% if m.role == 'user' %}" + user + "{% elif m.content %}" + assistant + "{% endif %}"
+    fast.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    assert fast(" Paris</s>")["input_ids"] == [2, 5, 1]  # alone
+    assert data.example_ids(fast, "where", "Paris", "") == ([3, 6, 4], [5, 1])
+
+def test_a_prompt_does_not_depend_on_the_day():
+    tokenizer = model.load_base("tiny")[1]
+    today = "{{ date_string }} {{ strftime_now('%d %b %Y') }} {{ messages[-1].content }}"
+    tokenizer.chat_template = today
+    assert model.render(tokenizer, [{"role": "user", "content": "x"}]) == "26 Jul 2024 26 Jul 2024 x"
+
+def test_a_text_encoder_with_fewer_positions_than_it_says(tmp_path):
+    bert_folder(tmp_path)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    RobertaModel(RobertaConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=1, **sizes)).save_pretrained(
+        tmp_path
+    )
+    longest = model.load_encoder(str(tmp_path))(["one two three four " * 9])  # more than it has positions for
+    assert longest.shape == (1, 16) and longest.isfinite().all()
+
+def test_early_exit_is_after_a_quarter_of_the_layers():
+    base, ids = tiny_llama(num_hidden_layers=8), torch.randint(160, (2, 5))
+    states = base.model(ids, output_hidden_states=True).hidden_states  # input of each layer, output
+    early = model.hidden_states(base, ids, None, early_exit=True)
+    close(early, base.model.norm(states[2]))
+    every = model.hidden_states(base, ids, None)  # after an early exit, too
+    close(every[:, :7], torch.stack(states[:7], 1))
+    close(every[:, 7], base.model.norm(states[7]))
+
 # -------------------- data.py --------------------
 def test_a_folder_of_task_files(tmp_path):
     instances = [{"id": str(i), "input": f" in {i}", "output": [f"out {i}", "x"]} for i in range(10)]
@@ -676,6 +718,31 @@ def test_what_is_shown_fits_the_description():
     assert "@" in shown("Give the domain of the e-mail address.") and "job:" in shown("Write it as JSON.")
     assert "," not in shown("Write the name in capital letters.") and "-" in shown("The month in words.")
     assert generate.example_inputs("mistral-7b", DESC) == []
+
+def test_too_long_examples_and_tasks_are_left_out(capsys):
+    run = run_of(*SHORT)
+    short, long = Example("cat", ["red"]), Example("cat dog cow pig sun " * 9, ["red"])
+    mixed, too_long = data.Task("mixed", ["x"], [long, short], []), data.Task("long", ["x"], [long], [])
+    run.args.max_tokens = 12
+    assert data.drop_long_tasks(run.tokenizer, [mixed, too_long], run.args, True) == [mixed]
+    assert "left out, because no example has at most --max_tokens 12 tokens: long" in capsys.readouterr().out
+    refused("no example has at most", data.drop_long_tasks, run.tokenizer, [too_long], run.args, True)
+    drawn = [data.DrawnTask(0, "x", [long, short]), data.DrawnTask(1, "x", [long])]
+    batch = data.make_batch(run.tokenizer, [mixed, too_long], drawn, run.args)
+    assert batch.tasks == drawn[:1] and len(batch.examples) == 1 and batch.example_fraction == 1
+    batch = data.make_batch(run.tokenizer, [mixed, too_long], drawn[1:], run.args)
+    assert len(batch.examples) == 1  # the shortest, if all are too long
+
+def test_questions_of_like_length_are_answered_together(monkeypatch):
+    monkeypatch.setattr(data, "TOKENS_AT_ONCE", 12)
+    groups = data.group_by_tokens(list("abcdefg"), [3, 3, 4, 4, 6, 20, 30])
+    assert groups == [["a", "b", "c"], ["d", "e"], ["f"], ["g"]]
+
+def test_repeated_tasks_are_trained_once_as_ordinary_loras():
+    args = types.SimpleNamespace(tasks="chores", split="train", n_tasks=0, arch="t2l", mode="lora")
+    args.short_first = args.multi_task = False
+    names = [task.name for task in train.choose_tasks(args)[0]]
+    assert len(names) == len(set(names)) < len(load_tasks("chores")["train"])
 
 def test_documents_get_longer_as_the_training_goes():
     run = run_of(*D2L, "--max_steps", "100")
@@ -749,6 +816,15 @@ def test_neftune_noise_has_the_published_size():
     noise = seen[0] - base.get_input_embeddings()(ids)
     assert 0.99 * 5 / (25 * 64) ** 0.5 < noise.abs().max() <= 5 / (25 * 64) ** 0.5
 
+def test_neftune_noise_is_as_large_as_the_embeddings_of_gemma():
+    base, seen = small_decoder(GemmaConfig), []
+    note = lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"])
+    base.model.register_forward_pre_hook(note, with_kwargs=True)
+    ids = torch.randint(1, 50, (2, 25))
+    train.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], neftune_alpha=5.0)
+    noise = (seen[0] - base.get_input_embeddings()(ids)).abs().max() / 32**0.5  # its layer multiplies by it
+    assert 0.98 * 5 / (25 * 32) ** 0.5 < noise <= 1.01 * 5 / (25 * 32) ** 0.5
+
 def test_learning_rates():
     args = types.SimpleNamespace(lr=2.0, warmup=0.1, max_steps=100, schedule="linear")
     rates = [train.learning_rate(step, args) for step in range(100)]
@@ -813,6 +889,23 @@ def test_a_run_by_reconstruction_records_what_its_oracles_are(tmp_path, monkeypa
         args = train.parse_args()
         assert (args.rank, args.alpha, args.target_modules) == (3, 5.0, "o_proj,v_proj")
         assert "--rank 3\n" in args.recorded and "--target_modules o_proj,v_proj\n" in args.recorded
+
+def test_z_scores_have_the_deviation_of_a_sample():
+    net = hypernet.TextToLoRA(small_config("large", z_score=True))
+    oracles = random_adapter(net.config, 5, r=4)
+    net.normalize(oracles)
+    for name, (A, B) in oracles.items():
+        for key, values in ((f"{name}_A", A), (f"{name}_B", B)):
+            close(net.offset[key], values.mean(0))
+            close(net.deviation[key].numpy(), values.numpy().std(0, ddof=1), 1e-4)
+
+def test_text_encoders_compute_in_float32_in_validation_as_in_training():
+    run, seen = run_of(*SHORT, "--dtype", "bfloat16"), []
+    real = run.encode
+    run.encode = lambda texts: seen.append(torch.is_autocast_enabled("cpu")) or real(texts)
+    train.validate(run)
+    train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args))
+    assert seen == [False, False]
 
 def gradients(run: train.Run, step: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss and the gradients that a training step leaves in the network."""
@@ -982,6 +1075,8 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
         words = ["--desc", "red hat", "--input", "cat dog", "--hypernet", net, "--out", tmp_path / "out"]
         assert prompts_of(generate, *words) == {expected}
     assert prompts_of(evaluation, *own, "--no-instruction") == {"cat dog"}
+    both = ["--compare", tmp_path / "net0", "--tasks", folder, "--split", "train", "--methods", "t2l"]
+    assert len(prompts_of(evaluation, "--hypernet", net, *both)) == 2  # each as it was trained
 
 def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     """A hypernetwork that learnt to write four oracles writes them back."""
@@ -1041,6 +1136,40 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
     base, tokenizer = model.load_base("tiny")
     prompt = [model.render(tokenizer, model.chat(tokenizer, "horse"))]
     assert model.answer(with_peft(base, tmp_path / "cow"), tokenizer, prompt, 8) == ["mucca"]
+
+def test_readers_of_some_and_of_all_layers_are_compared(reader, tmp_path):
+    net = hypernet.load_hypernet(reader)
+    early = hypernet.DocToLoRA(hypernet.DocConfig(**vars(net.config) | {"early_exit": True}))
+    hypernet.save_hypernet(early, tmp_path / "early")
+    words = ["--tasks", "facts", "--methods", "t2l", "--n_tasks", "3", "--n_examples", "1"]
+    for first, second in (tmp_path / "early", reader), (reader, tmp_path / "early"):
+        assert command(evaluation, *words, "--hypernet", first, "--compare", second) == 0
+
+def test_all_documents_are_scored_also_those_of_equal_names(tmp_path, monkeypatch):
+    asked, real = [], evaluation.make_questions
+    monkeypatch.setattr(evaluation, "make_questions", lambda *a: asked.extend(real(*a)) or real(*a))
+    results = evaluate(tmp_path / "f.json", "--tasks", "facts", "--methods", "base", "--n_examples", "1")
+    assert len(asked) == 100 and len(results["base"]["per_task"]) == 6
+
+def test_examples_in_the_prompt_are_not_those_asked():
+    args = types.SimpleNamespace(n_examples=None)
+    task = load_tasks("tiny")["test"][0]
+    task = data.Task("x", ["d"], task.train[:4], [*task.test[:9], task.train[0]])  # one is in both parts
+    for question in evaluation.make_questions([task], "icl", False, args):
+        shown = [text for text, _ in question.shots]
+        assert len(shown) == 3 and set(shown) <= {example.input for example in task.train}
+        assert question.example.input not in shown
+
+def test_a_description_may_stand_for_a_list_of_them(tmp_path):
+    name = load_tasks("tiny")["test"][0].name
+    write_file(tmp_path / "d.json", {name: "Reverse the words."})
+    args = types.SimpleNamespace(tasks="tiny", split="test", n_tasks=0, run_code=False, instruction=None)
+    args.descriptions = tmp_path / "d.json"
+    (task,) = evaluation.choose_tasks(args)
+    assert task.descriptions == ["Reverse the words."]
+    assert load_tasks("tiny")["test"][0].descriptions != task.descriptions  # the source keeps its own
+    write_file(tmp_path / "d.json", {name: [3]})
+    refused("must be a text or a list of texts", evaluation.choose_tasks, args)
 
 def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
     run = run_of(*D2L)
@@ -1201,6 +1330,7 @@ BAD = {
     "no length": (evaluation, ["--tasks", "facts", "--lengths", "4,0"], "invalid numbers value"),
     "unknown method for lengths": (evaluation, ["--tasks", "facts", "--lengths", "4", *METHOD_X], "method x"),
     "no test part": (evaluation, ["--tasks", "{tmp}/tasks", "--split", "train"], "has no test part"),
+    "an adapter for a network": (evaluation, ["--recon", "{tmp}/oracles"], "holds no hypernetwork"),
     "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither benchmarks, chores"),
     "unknown split": (evaluation, ["--split", "middle"], "no split middle, but train, val, test"),
     "no examples": (evaluation, ["--n_examples", "0"], "--n_examples must be at least 1"),

@@ -105,7 +105,7 @@ def main() -> None:
         )
     ).to(device)  # fmt: skip
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    warmup, bar = round(WARMUP * steps), tqdm(range(steps))
+    warmup, bar = max(1, round(WARMUP * steps)), tqdm(range(steps))
     for step in bar:
         optimizer.param_groups[0]["lr"] = LR * min((step + 1) / warmup, (steps - step) / (steps - warmup))
         texts = [tokenize(text) for text in draw(step, steps)]

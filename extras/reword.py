@@ -56,12 +56,13 @@ def main() -> None:
     parser.add_argument("start", metavar="FROM", help="folder of the hypernetwork to start from")
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the new one")
     parser.add_argument("--steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--encoder", help="where the text encoder is, if not under its name in training")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
     args = parser.parse_args()
     steps, device = args.steps, processes.choose_device(args.device)
     torch.manual_seed(0)
     net = hypernet.load_hypernet(args.start).to(device)  # in eval mode
-    encode = model.load_encoder(net.config.encoder, device)
+    encode = model.load_encoder(args.encoder or net.config.encoder, device)
     factors = metric(net)
     names = {task.name for task in chores.load()["train"]}
     chains = [chain for chain in chores.all_chains() if chores.name_of(chain) in names]

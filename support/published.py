@@ -7,6 +7,8 @@ Not tested against the published weights, which we could not download; tested on
 layout, written by the published code. Pickles are read by torch's restricted unpickler: nothing in them runs.
 """
 
+import pickletools
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,30 @@ def path_of(name: str) -> str:
     return f"model.layers.{{}}.{block}.{name}"
 
 
+class Record:
+    """An object of a class that is not here: its fields, and nothing that runs."""
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, fields: dict) -> None:
+        self.__dict__.update(fields)
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """Read a file of torch.save. Tensors and plain containers are rebuilt; other objects become Records."""
+    with zipfile.ZipFile(path) as archive:
+        program = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        for opcode, argument, _ in pickletools.genops(archive.read(program)):
+            if opcode.name == "GLOBAL" and argument.endswith(" bytearray"):  # allowed by torch, of any length
+                raise ValueError("it holds a bytearray")
+    classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(Record, name) for name in classes]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 # -------------------- Text-to-LoRA (SakanaAI/text-to-lora) --------------------
 
 NAMES = {  # published name: our name
@@ -65,7 +91,7 @@ def read_text_to_lora(folder: Path, module_order: list[str] | None = None) -> Ch
     peft = read_file(folder / "adapter_config.json")
     try:
         args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
-        weights = torch.load(folder / "hypermod.pt", map_location="cpu", weights_only=True)
+        weights = read_pickle(folder / "hypermod.pt")
         fields = text_fields(peft, args, weights, module_order or list(peft["target_modules"]))
         return "t2l", fields, our_weights(weights, fields, args)
     except Exception as e:  # broken files raise arbitrary exceptions
@@ -165,24 +191,6 @@ DOC_NAMES = [  # (published part of a name, our part), to be replaced in this or
     ("layers.0.layers.3.bias", "b2"),
 ]
 
-class Record:
-    """An object of a class that is not here: its fields, and nothing that runs."""
-
-    def __new__(cls, *args):
-        return super().__new__(cls)
-
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, fields: dict) -> None:
-        self.__dict__.update(fields)
-
-def read_pickle(path: Path) -> dict[str, Any]:
-    """Read a .bin file. Tensors and plain containers are rebuilt; other objects become Records."""
-    classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(Record, name) for name in classes]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
 def read_doc_to_lora(folder: Path) -> Checkpoint:
     """Read a published checkpoint (pytorch_model.bin). Everything that is needed is in the file."""
     try:
@@ -211,7 +219,7 @@ def doc_fields(content: dict[str, Any]) -> dict[str, Any]:
         "early_exit": reader.ctx_encoder_type == "early_exit",
         "latent_size": network.latent_size,
         "n_latents": aggregator.n_latent_queries,
-        "n_blocks": aggregator.num_blocks,
+        "n_blocks": sum("encoder.layers" in key and key.endswith("q_proj.weight") for key in content),
         "n_heads": 16,
         "chunk_len": 8192,  # of the published evaluation
     }

@@ -171,6 +171,17 @@ def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkey
     file.write_bytes(file.read_bytes()[:5000])
     refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
 
+def test_a_checkpoint_that_asks_for_terabytes_is_refused_in_words(tmp_path, monkeypatch):
+    weights = in_published_layout(hypernet.TextToLoRA(small_config("large", r=8)), "sft")
+    for name in NAMES:  # a few bytes in the file
+        weights[f"heads.{name}.weight"] = torch.zeros(1).expand(8 * 20, 10**12)
+    published_folder(tmp_path, weights)
+    refused("that network would take .* bytes, this machine has", hypernet.load_hypernet, tmp_path)
+    (tmp_path / "hypermod.pt").unlink()
+    published_doc_file(tmp_path, monkeypatch, extra=Hostile(bytearray, 10**11))
+    refused("holds a bytearray", hypernet.load_hypernet, tmp_path)
+
+
 def test_a_published_hypernetwork_from_the_hub(tmp_path, server):  # noqa: F811
     net = hypernet.load_hypernet(TINY / "sft_small")
     weights = in_published_layout(net, "sft")

@@ -1,5 +1,6 @@
 """Sources of tasks: python -m pytest -q tasks"""
 
+import collections
 import json
 import random
 import re
@@ -16,7 +17,8 @@ from extras import pretrain
 from support import files
 from support.files import UserError, read_file
 from tasks import benchmarks, chores, load_tasks, lots_of_loras, tiny
-from test_all import command, refused, seed, server  # noqa: F401 (fixtures)
+from test_all import command, refused
+from test_all import seed, server  # noqa: F401 (fixtures)
 
 
 def test_held_out_tasks_are_nowhere_in_training():
@@ -116,7 +118,7 @@ def test_a_lazy_list_is_the_same_every_time():
     with pytest.raises(IndexError):
         task.train[len(task.train)]
 
-def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, server):
+def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, server):  # noqa: F811
     splits = read_file(lots_of_loras.NAMES)
     assert [len(splits[k]) for k in ("train", "val")] == [479, 11]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -132,6 +134,62 @@ def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, serve
     assert [t.name for t in tasks["train"]] == splits["train"] and tasks["val"][0].definition == "Do it."
     assert server.asked.count(first) == 1 and server.asked.count(second) == 2
     assert load_tasks("lots-of-loras") == tasks and server.asked.count(first) == 1
+
+def test_a_chore_is_learnt_from_words_as_often_as_by_sft():
+    counts = collections.Counter(task.name for task in load_tasks("chores")["train"])
+    for chain in chores.all_chains():
+        if chores.name_of(chain) in counts:
+            assert counts[chores.name_of(chain)] == chores.weight(chain)
+
+
+SWAP = {"descriptions": ["Swap."], "Instances": [{"input": "a b", "output": ["b a"]}]}
+MISTAKES = {  # files, and what the one line of error says; {f} is the folder
+    "splits as a list": ({"splits.json": ["a"]}, 'splits.json must be {"train": [...], "val"'),
+    "a text for a list": ({"splits.json": {"train": "a"}}, '"train" must be a list of file names'),
+    "names with .json": ({"splits.json": {"train": ["a.json"]}}, 'write "a" instead of "a.json"'),
+    "unknown split": ({"splits.json": {"dev": ["a"]}}, 'there is no split "dev", but train, val and test'),
+    "in two splits": ({"splits.json": {"train": ["a"], "val": ["a"]}}, "a is both in train and in val"),
+    "missing file": ({"splits.json": {"train": ["b"]}}, "b.json is missing"),
+    "two of a name": ({"b.json": SWAP | {"name": "a"}}, 'have the same "name": a'),
+    "name of no folder": ({"a.json": SWAP | {"name": "../a"}}, '"name" must be a text that can name a folder'),
+    "number for a name": ({"a.json": SWAP | {"name": 3}}, '"name" must be a text'),
+    "no descriptions": ({"a.json": {"Instances": SWAP["Instances"]}}, '"descriptions" is missing'),
+    "empty list": ({"a.json": SWAP | {"descriptions": []}}, '"descriptions" must be a text or a list'),
+    "an empty one": ({"a.json": SWAP | {"descriptions": ["x", " "]}}, "none of them empty"),
+    "numbers": ({"a.json": SWAP | {"descriptions": [1]}}, '"descriptions" must be a text or a list'),
+    "no instances": ({"a.json": SWAP | {"Instances": []}}, '"Instances" must be a list such as [{"input"'),
+    "no output": ({"a.json": SWAP | {"Instances": [{"input": "x"}]}}, '"output" of instance 0 must be'),
+    "a number as input": ({"a.json": SWAP | {"Instances": [{"input": 3}]}}, "must be a text, not 3"),
+    "document of a number": ({"a.json": {"document": 5, "questions": [{"question": "x"}]}}, '"document" must'),
+    "no questions": ({"a.json": {"document": "x"}}, '"questions" must be a list such as'),
+    "a list": ({"a.json": [SWAP]}, 'a.json must be {"descriptions": [...], "Instances"'),
+    "trailing comma": ({"a.json": '{"descriptions": ["x"],\n}'}, "line 2 column 1"),
+    "nothing": ({"a.json": None}, "holds no NAME.json files"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_in_a_task_file_is_one_line_that_names_it(tmp_path, case):
+    made, message = MISTAKES[case]
+    for name, content in ({"a.json": SWAP} | made).items():
+        if content is not None:
+            (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError) as error:
+        load_tasks(tmp_path)
+    text = str(error.value)
+    assert message in text and str(tmp_path) in text and "\n" not in text
+
+
+def test_what_a_folder_holds_is_said_in_one_line(tmp_path):
+    for name in "abcd":
+        (tmp_path / f"{name}.json").write_text(json.dumps(SWAP | {"name": name}))
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["a", "b"], "val": ["c"]}))
+    said = data.summary(str(tmp_path), load_tasks(tmp_path))
+    assert said == f"tasks in {tmp_path}: 2 train, 1 val; splits.json does not name 1 files"
+    document = {"document": " x ", "questions": [{"question": "q ", "answer": "Paris "}]}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    assert load_tasks(tmp_path)["train"][0].train == [Example("q", ["Paris"])]
+
 
 TWO = dict(label=["A", "B"], text=["two", "one"])
 FUNCTION = dict(prompt="def f(x):\n", canonical_solution="    return x\n", entry_point="f")
@@ -156,7 +214,7 @@ def test_a_benchmarks_row_as_prompt_and_score(name):
     assert texts and is_right(example, right) and not is_right(example, wrong)
     assert is_right is benchmarks.passes_tests or is_right(example, shown)
 
-def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server):
+def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server):  # noqa: F811
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(benchmarks, "ROWS_SERVICE", server.url + "/rows")
     monkeypatch.setitem(benchmarks.BENCHMARKS, "piqa", benchmarks.BENCHMARKS["piqa"]._replace(n_records=150))
@@ -178,6 +236,13 @@ def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server)
     assert waits == [7] and not server.replies and len(task.test) == 150 and len(task.descriptions) == 3
     assert [re.search(r"offset=(\d+)", path)[1] for path in server.asked] == ["0"] * 5 + ["100"] * 2
     assert benchmarks.load(["piqa"])["test"] == [task] and len(server.asked) == 7
+
+def test_right_code_passes_whatever_its_main_block_does():
+    program = 'import sys\ndef f(): return 3\nif __name__ == "__main__":\n    f(input()); sys.exit(1)\n'
+    assert benchmarks.run_program(program + "assert f() == 3")
+    threads = "import threading\nfor _ in range(20): threading.Thread(target=print).start()\n"
+    assert benchmarks.run_program(threads)  # however many processes the user has
+
 
 HOSTILE = ["while True: pass", "import sys; sys.exit(0)", "import os; os._exit(0)", "input()", "1 / 0"]
 HOSTILE += ["while True: print('x' * 999)", "import os\nwhile True: os.fork()", "x = 'a' * 10**10"]
