@@ -29,9 +29,11 @@ class Example(NamedTuple):
     answers: list[str]  # the first one is learnt; a question about a document may have none yet
     start: str = ""  # how the answer starts, if that is given
 
+
 def exact_match(example: Example, answer: str) -> bool:
     """Whether an answer is one of the right ones."""
     return answer in example.answers
+
 
 @dataclass
 class Task:
@@ -48,11 +50,14 @@ class Task:
     is_right: Callable[[Example, str], bool] = exact_match
     answer_tokens: int | None = None  # the longest answer, if the task knows it
 
+
 Splits = dict[str, list[Task]]  # {"train": [...], "val": [...], "test": [...]}
+
 
 def distinct(tasks: list[Task]) -> list[Task]:
     """Each task once: a source may repeat some, so that they are drawn more often."""
     return list({id(task): task for task in tasks}.values())
+
 
 def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     """The first n tasks of a split (0: all) in one fixed shuffled order, so fewer are a subset of more."""
@@ -63,7 +68,9 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     random.Random(0).shuffle(tasks)
     return tasks[:n_tasks] if n_tasks else tasks
 
+
 # -------------------- The batch of a training step --------------------
+
 
 class DrawnTask(NamedTuple):
     """A task drawn for a step, with one of its descriptions and some of its examples."""
@@ -71,6 +78,7 @@ class DrawnTask(NamedTuple):
     index: int  # of the task in the list that it was drawn from
     description: str
     examples: list[Example]
+
 
 def draw(tasks: list[Task], step: int, args) -> list[DrawnTask]:
     """The batch of a step: --tasks_per_batch tasks (0: all), and a description and examples of each."""
@@ -86,9 +94,11 @@ def draw(tasks: list[Task], step: int, args) -> list[DrawnTask]:
         batch.append(DrawnTask(i, description, sample(rng, tasks[i].train, args.examples_per_task)))
     return batch
 
+
 def sample(rng: random.Random, values: Sequence, n: int) -> list:
     """n of the values: without repetition if there are enough."""
     return rng.sample(values, n) if n <= len(values) else rng.choices(values, k=n)
+
 
 class TokenizedExample(NamedTuple):
     """One example as token ids."""
@@ -102,6 +112,7 @@ class TokenizedExample(NamedTuple):
     def n_tokens(self) -> int:
         return max(len(self.prompt), len(self.teacher_prompt)) + len(self.answer)
 
+
 @dataclass
 class Batch:
     """What one process computes in a step."""
@@ -110,6 +121,7 @@ class Batch:
     examples: list[TokenizedExample]  # of these tasks, the shortest first
     task_fraction: float = 1.0  # these tasks, divided by those of all processes
     example_fraction: float = 1.0
+
 
 def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=0, n_processes=1) -> Batch:
     """One process's part of a step. `drawn` are the tasks of the whole step.
@@ -145,6 +157,7 @@ def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=
     batch.example_fraction = 0.0 if is_idle else len(my_examples) / len(kept)
     return batch
 
+
 def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its answer.
 
@@ -158,7 +171,9 @@ def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tupl
         return prompt_ids, whole[len(prompt_ids) :]
     return prompt_ids, model.tokenize(tokenizer, target)
 
+
 cached_ids = lru_cache(2**16)(example_ids)  # rendering a chat template takes a millisecond
+
 
 def drop_long_tasks(tokenizer, tasks: list[Task], args, is_first: bool) -> list[Task]:
     """The tasks that have an example of at most --max_tokens; prints the names of the others."""
@@ -182,6 +197,7 @@ def drop_long_tasks(tokenizer, tasks: list[Task], args, is_first: bool) -> list[
         print(f"left out, because no example has at most --max_tokens {args.max_tokens} tokens: {names}")
     return kept
 
+
 def check_words(tokenizer, tasks: list[Task]) -> None:
     """Raise UserError for a word in the examples that the base model has no token for."""
     for task in tasks:
@@ -190,7 +206,9 @@ def check_words(tokenizer, tasks: list[Task]) -> None:
             texts += [example.input, *example.answers[:1]]
         model.check_known(tokenizer, texts)
 
+
 # -------------------- A folder of task files --------------------
+
 
 def load_folder(folder: Path) -> Splits:
     """Read NAME.json files, split as splits.json says; without it all are training tasks.
@@ -212,11 +230,14 @@ def load_folder(folder: Path) -> Splits:
             splits[split].append(task)
     return splits
 
+
 SPLITS = ("train", "val", "test")
+
 
 def task_files(folder: Path) -> dict[str, Path]:
     """{name: file} of a folder's task files."""
     return {path.stem: path for path in sorted(folder.glob("*.json")) if path.name != "splits.json"}
+
 
 def summary(source: str, splits: Splits) -> str:
     """What a source of tasks holds, in one line."""
@@ -225,6 +246,7 @@ def summary(source: str, splits: Splits) -> str:
     n_unused = len(task_files(Path(source))) - n_tasks if Path(source).is_dir() else 0
     unused = f"; splits.json does not name {n_unused} files" if n_unused > 0 else ""
     return f"tasks in {source}: {counts}{unused}"
+
 
 def read_splits(file: Path, existing: list[str]) -> dict[str, list[str]]:
     """The names in splits.json, checked."""
@@ -246,6 +268,7 @@ def read_splits(file: Path, existing: list[str]) -> dict[str, list[str]]:
             seen[name] = split
     return content
 
+
 def read_task(path: Path) -> Task:
     """One file: a task as in Natural Instructions, or a document.
 
@@ -261,6 +284,7 @@ def read_task(path: Path) -> Task:
         raise UserError(f'{path}: "name" must be a text that can name a folder')
     return task
 
+
 def as_texts(value, where: str) -> list[str]:
     """A text, or a list of texts, as a list. Raises UserError for anything else, and for empty texts."""
     texts = [value] if isinstance(value, str) else value
@@ -269,11 +293,13 @@ def as_texts(value, where: str) -> list[str]:
         raise UserError(f"{where} must be a text or a list of texts, none of them empty")
     return texts
 
+
 def as_text(value, where: str) -> str:
     """A text, stripped; it may be empty. Raises UserError for anything else."""
     if not isinstance(value, str):
         raise UserError(f"{where} must be a text, not {value!r}")
     return value.strip()
+
 
 def as_objects(content: dict, key: str, path: Path, example: str) -> list[dict]:
     """The list of objects under a key. Raises UserError if it is anything else."""
@@ -281,6 +307,7 @@ def as_objects(content: dict, key: str, path: Path, example: str) -> list[dict]:
     if not isinstance(objects, list) or not objects or not all(isinstance(entry, dict) for entry in objects):
         raise UserError(f'{path}: "{key}" must be a list such as [{example}, ...]')
     return objects
+
 
 def read_instances(content: dict, path: Path) -> Task:
     """The task of a file in the format of Natural Instructions."""
@@ -302,6 +329,7 @@ def read_instances(content: dict, path: Path) -> Task:
     n_train = len(examples) - len(examples) // 5
     return Task("", descriptions, examples[:n_train], examples[n_train:], definition=definition)
 
+
 def read_document(content: dict, path: Path) -> Task:
     """The task of a file with a document. It is scored on the questions it is trained on."""
     (document,) = as_texts([content["document"]], f'{path}: "document"')
@@ -314,9 +342,11 @@ def read_document(content: dict, path: Path) -> Task:
         examples.append(Example(question, [answer.strip() for answer in answers]))
     return Task("", [document], examples, examples, is_document=True)
 
+
 # -------------------- Answers to questions that have none --------------------
 
 TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
+
 
 def generate_answers(base: nn.Module, tokenizer, tasks: list[Task], file: Path, process: Process) -> None:
     """Generate missing answers with the base model, with the document in its prompt, as published.
@@ -344,6 +374,7 @@ def generate_answers(base: nn.Module, tokenizer, tasks: list[Task], file: Path, 
     for task, example in unanswered:
         example.answers.append(known[key(task, example)])
 
+
 def answer_in_parts(base, tokenizer, prompts: dict[str, str], known: dict, file: Path, process: Process):
     """{question: answer}, each process answering a part. `known` and new answers go into the file."""
     questions = sorted(prompts, key=lambda question: len(prompts[question]))
@@ -363,6 +394,7 @@ def answer_in_parts(base, tokenizer, prompts: dict[str, str], known: dict, file:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_file(file, known | answers)
     return answers
+
 
 def group_by_tokens(questions: list[str], lengths: list[int]) -> list[list[str]]:
     """Neighbours that are answered together: at most TOKENS_AT_ONCE with their padding, or a single one."""

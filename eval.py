@@ -47,12 +47,14 @@ from tasks import SOURCES, benchmarks, load_tasks, make_documents
 METHODS = "base icl prompt mt_lora oracle t2l t2l_reworded t2l_shuffled t2l_random recon".split()
 Results = dict[str, dict[str, float]]  # {method: {task, or length of document: share of right answers}}
 
+
 def numbers(text: str) -> list[int]:
-    """ "4,16" -> [4, 16] """
+    """ "4,16" -> [4, 16]"""
     values = [int(n) for n in text.split(",")]
     if min(values) < 1:
         raise ValueError(text)
     return values
+
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
@@ -81,7 +83,9 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--n_examples must be at least 1")
     return args
 
+
 # -------------------- What is evaluated --------------------
+
 
 def choose_tasks(args) -> list[Task]:
     """The tasks of --tasks and --split, with the descriptions of --descriptions."""
@@ -107,6 +111,7 @@ def choose_tasks(args) -> list[Task]:
             raise UserError(f"{task.name} cannot be scored: a question of it has no answer")
     return tasks
 
+
 def documents_by_length(args) -> dict[int, list[Task]]:
     """For --lengths: {number of lines: documents}."""
     source = importlib.import_module(f"tasks.{args.tasks}") if args.tasks in SOURCES else None
@@ -117,6 +122,7 @@ def documents_by_length(args) -> dict[int, list[Task]]:
         one_length, seed = (n_lines, n_lines), f"{args.tasks} exam"
         documents[n_lines] = make_documents(source.document, one_length, args.n_examples or 25, seed)
     return documents
+
 
 def choose_methods(args, tasks: list[Task]) -> list[str]:
     """Those of --methods, or all that have what they need."""
@@ -137,6 +143,7 @@ def choose_methods(args, tasks: list[Task]) -> list[str]:
             raise UserError(f"the method {method} lacks what it needs (see eval.py --help)")
     return methods
 
+
 def net_folder(method: str, reads: str, args) -> str | None:
     """The folder of the hypernetwork that writes a method's adapters; None if there is none."""
     if method in args.compare:
@@ -147,9 +154,11 @@ def net_folder(method: str, reads: str, args) -> str | None:
         return args.hypernet or str(generate.shipped_hypernet(args.base_model or "tiny", reads))
     return None
 
+
 def encoder_key(net: nn.Module) -> tuple | None:
     """What the text encoder of a hypernetwork depends on; None if it reads documents."""
     return (net.config.encoder, net.config.full_stop) if net.reads == "descriptions" else None
+
 
 class Models:
     """The base model, and where the adapters of each method come from."""
@@ -218,7 +227,9 @@ class Models:
             indices = [texts.index(question.description) for question in questions]
             lora.set_adapter(self.base, lora.select(written, indices), net.config.scaling)
 
+
 # -------------------- Scores --------------------
+
 
 @dataclass
 class Question:
@@ -230,6 +241,7 @@ class Question:
     instruction: str  # stands in the prompt before the input
     shots: list[tuple[str, str]]
 
+
 def noise(seed: int) -> list[str]:
     """Text without meaning: 8 sentences of random letters."""
     rng = random.Random(seed)
@@ -238,6 +250,7 @@ def noise(seed: int) -> list[str]:
         words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(12)]
         sentences.append(" ".join(words))
     return sentences
+
 
 def make_questions(tasks: list[Task], method: str, with_instruction: bool, args) -> list[Question]:
     """All test examples, each with one of the descriptions in turn.
@@ -270,6 +283,7 @@ def make_questions(tasks: list[Task], method: str, with_instruction: bool, args)
             for description in used:
                 questions.append(Question(task, example, description, instruction, shots))
     return questions
+
 
 def score(models: Models, tasks: list[Task], method: str, args) -> dict[str, float]:
     """{name of a task: share of right answers}. Documents of equal names count as one task."""
@@ -304,6 +318,7 @@ def score(models: Models, tasks: list[Task], method: str, args) -> dict[str, flo
     bar.close()
     return {name: statistics.fmean(hit) for name, hit in hits.items()}
 
+
 def answer_tokens(tokenizer, question: Question, args) -> int:
     """How long an answer may get."""
     if question.task.answer_tokens:
@@ -313,6 +328,7 @@ def answer_tokens(tokenizer, question: Question, args) -> int:
     longest = max(len(model.tokenize(tokenizer, right)) for right in question.example.answers)
     return min(args.max_new_tokens, longest + 2)  # a longer one is wrong anyway
 
+
 def evaluate_tasks(models: Models, tasks: list[Task], args) -> Results:
     """The scores of all methods, by task."""
     results = {}
@@ -321,6 +337,7 @@ def evaluate_tasks(models: Models, tasks: list[Task], args) -> Results:
         if models.is_first:
             print(f"{method:24} {statistics.fmean(results[method].values()):.3f}", flush=True)
     return results
+
 
 def evaluate_lengths(models: Models, documents: dict[int, list[Task]], args) -> Results:
     """The scores of all methods, by the number of tokens of the documents."""
@@ -338,13 +355,16 @@ def evaluate_lengths(models: Models, documents: dict[int, list[Task]], args) -> 
             print(f"{n_lines} lines, {n_tokens} tokens", flush=True)
     return results
 
+
 # -------------------- Table and plot --------------------
+
 
 def interval(scores: list[float], n: int = 2000) -> str:
     """95% interval of the mean: bootstrap over the tasks."""
     rng = random.Random(0)
     means = sorted(statistics.fmean(rng.choices(scores, k=len(scores))) for _ in range(n))
     return f"{means[n // 40]:.2f} to {means[-1 - n // 40]:.2f}"
+
 
 def make_table(results: Results, base_model: str, args) -> str:
     """The scores in markdown, one line per method; for lengths and benchmarks one column each."""
@@ -365,6 +385,7 @@ def make_table(results: Results, base_model: str, args) -> str:
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
+
 def wide_table(title: str, columns: list[str], results: Results) -> list[list[str]]:
     """The cells of a table with one column per length or benchmark."""
     lines = [[title, *columns]]
@@ -372,6 +393,7 @@ def wide_table(title: str, columns: list[str], results: Results) -> list[list[st
         cells = [f"{scores[name]:.2f}" if name in scores else "" for name in columns]
         lines.append([method, *cells])
     return lines
+
 
 def plot(path: str, results: Results, args) -> None:
     """Bars of all methods; for lengths lines over the length."""
@@ -400,7 +422,9 @@ def plot(path: str, results: Results, args) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
 
+
 # -------------------- The run --------------------
+
 
 def main() -> None:
     args = parse_args()
@@ -430,6 +454,7 @@ def main() -> None:
             plot(args.plot, results, args)
     if dist.is_initialized():
         dist.destroy_process_group()
+
 
 if __name__ == "__main__":
     command(main)

@@ -55,6 +55,7 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"{folder} holds something that generate.py did not write; choose another folder")
     return args
 
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which models answer, and how; eval.py has them, too."""
     add = parser.add_argument
@@ -69,11 +70,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, otherwise float32")
     add("--shard", action="store_true", help="shard the base model over the processes of torchrun")
 
+
 def may_overwrite(folder: Path) -> bool:
     """Whether a folder may be overwritten: it is new, empty, or made by generate.py."""
     if not folder.exists() or not any(folder.iterdir()):
         return True
     return (folder / "description.txt").exists() or (folder / "0" / "description.txt").exists()
+
 
 def remove_adapters(folder: Path) -> None:
     """Remove the adapters that an earlier call has written into a folder."""
@@ -84,13 +87,16 @@ def remove_adapters(folder: Path) -> None:
         if old.exists() and not any(old.iterdir()):
             old.rmdir()
 
+
 # -------------------- Loading what was trained --------------------
+
 
 def start(args) -> Process:
     """The device; with --shard also the processes of torchrun, which all compute the same."""
     if args.shard:
         return processes.start(args.device)
     return Process(processes.choose_device(args.device))
+
 
 def load_net(name: str | None, reads: str, args, device: torch.device) -> nn.Module:
     """The hypernetwork of a folder, or of a folder on the hub; without a name the shipped one."""
@@ -100,6 +106,7 @@ def load_net(name: str | None, reads: str, args, device: torch.device) -> nn.Mod
     if net.reads != reads:
         raise UserError(f"the hypernetwork in {folder} reads {net.reads}, not {reads}")
     return net
+
 
 def shipped_hypernet(base_model: str, reads: str) -> Path:
     """The folder of the hypernetwork in checkpoints/ for a base model; UserError if there is none."""
@@ -114,6 +121,7 @@ def shipped_hypernet(base_model: str, reads: str) -> Path:
             return file.parent
     raise UserError(f"no hypernetwork for {base_model} is shipped; train one and pass it with --hypernet")
 
+
 def load_base_for(configs: list[lora.LoRAConfig], args, process: Process):
     """Load the base model of these configs, or --base_model, and inject LoRA layers: (base, tokenizer)."""
     base_model = args.base_model or (configs[0].base_model if configs else "tiny")
@@ -125,6 +133,7 @@ def load_base_for(configs: list[lora.LoRAConfig], args, process: Process):
         hub.check_base(base_model, shape, config.base_model, config.base_shape)
     return base, tokenizer
 
+
 def load_encoder_for(net: nn.Module, base: nn.Module, tokenizer, args):
     """The text encoder of a hypernetwork that reads descriptions; None for documents."""
     if net.reads == "documents":
@@ -132,12 +141,15 @@ def load_encoder_for(net: nn.Module, base: nn.Module, tokenizer, args):
     name = args.encoder or net.config.encoder
     return model.load_encoder(name, base.device, (base, tokenizer), net.config.full_stop)
 
+
 # -------------------- What to show --------------------
+
 
 def examples(base_model: str) -> dict[str, list]:
     """What to show for a base model, from examples.json beside what is shipped for it."""
     path = hub.CHECKPOINTS / hub.preset_of(base_model) / "examples.json"
     return read_file(path) if path.exists() else {"descriptions": [], "documents": [], "sorts": []}
+
 
 def example_inputs(base_model: str, description: str) -> list[str]:
     """Inputs to show an adapter on: of the sort that the description names most, otherwise the first."""
@@ -148,7 +160,9 @@ def example_inputs(base_model: str, description: str) -> list[str]:
             best, most_named = sort["inputs"], len(named)
     return best
 
+
 # -------------------- What an adapter does --------------------
+
 
 def answer_inputs(base, tokenizer, inputs: list[str], instruction: str, args) -> tuple[list[str], str]:
     """(answers, time they took) with the adapter that is set."""
@@ -156,6 +170,7 @@ def answer_inputs(base, tokenizer, inputs: list[str], instruction: str, args) ->
     started = time.perf_counter()
     answers = model.answer(base, tokenizer, prompts, args.max_new_tokens)
     return answers, f"{(time.perf_counter() - started) * 1000:.0f} ms"
+
 
 def compare(base, tokenizer, adapter: Adapter, scaling: float, text: str, inputs: list[str], args):
     """({label: answers}, {label: time}) of the base model and of an adapter, written from `text`.
@@ -175,6 +190,7 @@ def compare(base, tokenizer, adapter: Adapter, scaling: float, text: str, inputs
     answers["with adapter"], times["with adapter"] = answer_inputs(base, tokenizer, inputs, instruction, args)
     return answers, times
 
+
 def show(answers: dict[str, list[str]], inputs: list[str], times: dict[str, str]) -> None:
     """Print the answers to each input, one below the other, and how long all of them took."""
     for i, question in enumerate(inputs):
@@ -185,6 +201,7 @@ def show(answers: dict[str, list[str]], inputs: list[str], times: dict[str, str]
     if times:
         taken = ", ".join(f"{label} {time}" for label, time in times.items())
         print(f"\n  time of all answers: {taken}")
+
 
 def save_merged(folder: Path, base, tokenizer, description: str) -> None:
     """Write the merged model into a temporary folder, then move it into place, file by file."""
@@ -198,6 +215,7 @@ def save_merged(folder: Path, base, tokenizer, description: str) -> None:
         for file in Path(tmp).iterdir():
             file.replace(folder / file.name)
 
+
 def read_documents(files: list[str]) -> list[str]:
     """The texts of --doc files."""
     try:
@@ -207,6 +225,7 @@ def read_documents(files: list[str]) -> list[str]:
     if not all(text.strip() for text in documents):
         raise UserError("--doc is empty")
     return documents
+
 
 @torch.no_grad()
 def write_adapters(net, texts: list, base, tokenizer, encode) -> tuple[Adapter, float]:
@@ -218,6 +237,7 @@ def write_adapters(net, texts: list, base, tokenizer, encode) -> tuple[Adapter, 
     milliseconds = (time.perf_counter() - started) * 1000
     lora.lora_layers(base, adapters)  # refuses what does not fit, before any file is written
     return adapters, milliseconds
+
 
 def main() -> None:
     args = parse_args()
@@ -265,6 +285,7 @@ def main() -> None:
         print(f"\nmerged model: {args.merge}/")
     if dist.is_initialized():
         dist.destroy_process_group()
+
 
 if __name__ == "__main__":
     command(main)

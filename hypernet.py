@@ -45,6 +45,7 @@ class HypernetConfig(LoRAConfig):
     input_size: int = 1024  # width of the input: E of the text encoder, or f of the base model's states
     instruction: bool = False  # training prompts contained the task's instruction
 
+
 @dataclass
 class DescriptionConfig(HypernetConfig):
     """Extra settings of a hypernetwork that reads descriptions."""
@@ -53,9 +54,11 @@ class DescriptionConfig(HypernetConfig):
     full_stop: bool = setting(False, "append a full stop to descriptions that end in a letter")
     z_score: bool = False  # trained by reconstruction of z-scores over the oracles
 
+
 # -------------------- Text-to-LoRA (arXiv 2506.06105, section 3) --------------------
 
 SIZES = ("large", "medium", "small")  # 55M, 34M and 5M parameters for Mistral-7B (paper, section 4)
+
 
 @dataclass
 class TextConfig(DescriptionConfig):
@@ -68,15 +71,18 @@ class TextConfig(DescriptionConfig):
     input_dropout: float = setting(0.3, "dropout of the text encoder's output (not published)", most=1)
     rotary: bool = setting(False, "small: rank positions are rotations instead of a learned table")
 
+
 class Residual(nn.Sequential):
     """x + f(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
+
 def mlp(n_in: int, n_out: int, dropout: float) -> list[nn.Module]:
     """Two linear layers, four times as wide in between, with SiLU after both, as published."""
     return [nn.Linear(n_in, 4 * n_in), nn.SiLU(), nn.Dropout(dropout), nn.Linear(4 * n_in, n_out), nn.SiLU()]
+
 
 def rotate(x: Tensor, positions: int) -> Tensor:
     """A copy of every row per rank, rotated by its position (RoPE, base 10000). [..., d] -> [..., r, d]"""
@@ -85,6 +91,7 @@ def rotate(x: Tensor, positions: int) -> Tensor:
     angle = torch.arange(positions, device=x.device)[:, None] * frequency  # [r, d/2]
     x1, x2 = x[..., None, :half], x[..., None, half:]  # [..., 1, d/2]
     return torch.cat([x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()], -1)
+
 
 class TextToLoRA(nn.Module):
     """Writes adapters from descriptions. There is one row for each (description, layer, module):
@@ -229,7 +236,9 @@ class TextToLoRA(nn.Module):
                 self.offset[key].copy_(target.double().mean(0))  # exact if all are equal
                 self.deviation[key].copy_(target.std(0, correction=correction) + 1e-10)
 
+
 # -------------------- Doc-to-LoRA (arXiv 2602.15902) --------------------
+
 
 @dataclass
 class DocConfig(HypernetConfig):
@@ -244,6 +253,7 @@ class DocConfig(HypernetConfig):
     random_chunks: bool = setting(False, "in training also split documents at random (published: stage 2)")
     chat: bool = setting(True, "read a chunk as a user turn of the base model's chat template")
 
+
 class SwiGLU(nn.Module):
     """Down(SiLU(Gate x) * Up x)."""
 
@@ -255,6 +265,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
 
 class CrossAttention(nn.Module):
     """Latents attend to the context, then an MLP. The context has no positions: its order does not matter."""
@@ -289,6 +300,7 @@ class CrossAttention(nn.Module):
         latents = latents + self.norm_post(self.o_proj(h.transpose(1, 2).flatten(2)))
         return latents + self.norm_postff(self.mlp(self.norm_preff(latents)))
 
+
 class Perceiver(nn.Module):
     """Any number of vectors -> n_out vectors: latents read the context, then queries read the latents."""
 
@@ -311,6 +323,7 @@ class Perceiver(nn.Module):
             latents = block(latents, context, mask)
         queries = self.queries.expand(len(features), -1, -1)
         return self.decoder_norm(self.decoder(queries, self.encoder_norm(latents), None))  # [b, n_out, d]
+
 
 class DocToLoRA(nn.Module):
     """Writes adapters from documents: one per chunk of text, joined along the rank for each document."""
@@ -412,6 +425,7 @@ class DocToLoRA(nn.Module):
             joined[name] = (torch.stack(documents_A), torch.stack(documents_B))
         return joined
 
+
 def split_document(ids: list[int], config: DocConfig, training: bool) -> list[list[int]]:
     """Split the token ids of a document into as few chunks as possible, of like length.
 
@@ -426,7 +440,9 @@ def split_document(ids: list[int], config: DocConfig, training: bool) -> list[li
     size = math.ceil(len(ids) / n)
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
+
 # -------------------- What a network is given --------------------
+
 
 def make_condition(net: nn.Module, texts: list, base: nn.Module, tokenizer, encode=None):
     """The condition from which `net` writes n adapters.
@@ -438,7 +454,9 @@ def make_condition(net: nn.Module, texts: list, base: nn.Module, tokenizer, enco
         return make_documents(net.config, texts, base, tokenizer, net.training)
     return encode(texts).to(next(net.parameters()).device)
 
+
 Chunk = list[int]  # token ids
+
 
 @dataclass
 class Documents:
@@ -452,6 +470,7 @@ class Documents:
     counts: list[int]  # chunks of each document
     read: Callable[[list[Chunk]], tuple[Tensor, Tensor | None]]  # a group -> features, mask: `read_chunks`
     n_extra: int = 0  # with --shard: reads to be done for the sake of processes that have more groups
+
 
 def make_documents(config: DocConfig, documents: list, base, tokenizer, training=False) -> Documents:
     """Split documents into chunks, each a whole turn of the chat template, and group chunks for reading."""
@@ -476,7 +495,9 @@ def make_documents(config: DocConfig, documents: list, base, tokenizer, training
     read = partial(read_chunks, config, base, tokenizer)
     return Documents(groups, counts, read, processes.lockstep(base, len(groups)) - len(groups))
 
+
 TOKENS_AT_ONCE = 4096  # of documents that the base model reads, to save memory
+
 
 def read_chunks(config: DocConfig, base, tokenizer, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
     """The base model's states of n chunks: features [n, L, T, f], with early_exit [n, T, f]; mask [n, T].
@@ -490,10 +511,12 @@ def read_chunks(config: DocConfig, base, tokenizer, chunks: list[Chunk]) -> tupl
     lora.set_adapter(base, None)
     return model.hidden_states(base, ids, mask, config.early_exit).float(), mask
 
+
 # -------------------- Files --------------------
 
 ARCHS = {"t2l": TextToLoRA, "d2l": DocToLoRA}
 FILES = ["hypernet.safetensors", "config.json", *published.FILES]
+
 
 def save_hypernet(net: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write hypernet.safetensors and config.json. bfloat16 halves the file."""
@@ -503,6 +526,7 @@ def save_hypernet(net: nn.Module, folder: str | Path, dtype: torch.dtype = torch
     weights = {key: tensor.to(dtype) for key, tensor in net.state_dict().items()}
     write_file(folder / "hypernet.safetensors", weights)
     write_file(folder / "config.json", {"arch": arch, **asdict(net.config)})
+
 
 def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> nn.Module:
     """Read a hypernetwork that train.py wrote, or a published one; in float32 and eval mode.
@@ -528,6 +552,7 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
     except (TypeError, KeyError, RuntimeError) as e:
         raise UserError(f"{folder}: the weights do not go with their settings: {e}") from None
     return net.eval()
+
 
 def check_memory(net: nn.Module, folder: Path) -> None:
     """Raise UserError if a network does not fit into memory: a small file can ask for terabytes."""

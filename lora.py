@@ -24,6 +24,7 @@ Adapter = dict[str, tuple[Tensor, Tensor]]
 
 # -------------------- Where an adapter goes --------------------
 
+
 @dataclass
 class LoRAConfig:
     """Adapter metadata: the layers it belongs to, and how it is scaled."""
@@ -45,14 +46,18 @@ class LoRAConfig:
     def scaling_divisor(self, r: int) -> float:
         return r**0.5 if self.rslora else r
 
+
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # the first number in a module's path is its layer
+
 
 def layer_number(path: str) -> int:
     return int(LAYER_NUMBER.search(path)[1])
 
+
 def without_layer(path: str) -> str:
     """ "model.layers.3.self_attn.q_proj" -> "model.layers.{}.self_attn.q_proj" """
     return LAYER_NUMBER.sub(".{}.", path, count=1)
+
 
 def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, list[tuple[str, nn.Linear]]]:
     """{module name: [(path, linear layer) of layer 0, of layer 1, ...]}.
@@ -80,6 +85,7 @@ def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, list[t
             raise UserError(f"{name} must be in every layer, in one place and with one shape; found {found}")
     return targets
 
+
 def config_for(base: nn.Module, target_modules: list[str], base_model: str, **settings) -> LoRAConfig:
     """The LoRAConfig of adapters for these modules of `base`; `settings` are r, alpha and rslora."""
     config = LoRAConfig(base_model=base_model, base_shape=base_shape(base.config), **settings)
@@ -91,17 +97,21 @@ def config_for(base: nn.Module, target_modules: list[str], base_model: str, **se
         config.out_features[name] = module.out_features
     return config
 
+
 def base_shape(config) -> list[int]:
     """[layers, hidden size, vocabulary]: identifies a base model that is stored in a folder."""
     text = config.get_text_config()
     return [text.num_hidden_layers, text.hidden_size, text.vocab_size]
 
+
 # -------------------- The layer that applies it --------------------
+
 
 def init_A_(A: Tensor) -> Tensor:
     """LoRA's initialisation of A [..., r, in]: uniform up to 1 / sqrt(in). B begins as zero."""
     bound = A.shape[-1] ** -0.5
     return A.uniform_(-bound, bound)
+
 
 class LoRALinear(nn.Linear):
     """A frozen linear layer with an optional adapter. Its weight is the base model's tensor, not a copy."""
@@ -127,6 +137,7 @@ class LoRALinear(nn.Linear):
         update = self.scaling * (x @ self.A.mT) @ self.B.mT  # [n, batch/n * T, out]
         return y + update.view_as(y).to(y.dtype)
 
+
 def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> nn.Module:
     """Replace each linear layer that has one of these names by a LoRALinear; returns the model.
 
@@ -137,6 +148,7 @@ def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> 
             parent, child = path.rsplit(".", 1)
             setattr(base.get_submodule(parent), child, LoRALinear(linear, name, layer, dropout))
     return base
+
 
 def lora_layers(base: nn.Module, adapter: Adapter) -> list[LoRALinear]:
     """The injected layers of `base`. Raises UserError if `adapter` does not fit them."""
@@ -149,6 +161,7 @@ def lora_layers(base: nn.Module, adapter: Adapter) -> list[LoRALinear]:
             message = "the adapter is for another base model (layers, in, out):"
             raise UserError(f"{message} {name} {shape}, in this one {shapes.get(name)}")
     return layers
+
 
 def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None = None) -> None:
     """Use this adapter in `base`, at this scaling, from now on; None removes it.
@@ -170,11 +183,13 @@ def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None 
             module.B = B.view(-1, *B.shape[-2:])  # [n, out, r]
             module.scaling = scaling
 
+
 def set_dropout(base: nn.Module, active: bool) -> None:
     """Switch the dropout on the adapters' inputs on or off. The base model itself stays in eval mode."""
     for module in base.modules():
         if isinstance(module, LoRALinear):
             module.train(active)
+
 
 @torch.no_grad()
 def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
@@ -185,7 +200,9 @@ def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
             update = scaling * B[module.layer].float() @ A[module.layer].float()  # [out, in]
             module.weight.data = (module.weight.float() + update).to(module.weight.dtype)
 
+
 # -------------------- Several adapters --------------------
+
 
 def concat_rank(adapters: list[Adapter]) -> Adapter:
     """One adapter that does what all of these do together, at the same scaling: the ranks add up.
@@ -203,9 +220,11 @@ def concat_rank(adapters: list[Adapter]) -> Adapter:
         joined[name] = (A, B)
     return joined
 
+
 def select(adapter: Adapter, index) -> Adapter:
     """Adapters of a batch: an integer takes one, a list or index tensor a new batch, with repetition."""
     return {name: (A[index], B[index]) for name, (A, B) in adapter.items()}
+
 
 class LoRABank(nn.Module):
     """Ordinary LoRAs, trained as a batch, all from the same random A.
@@ -226,7 +245,9 @@ class LoRABank(nn.Module):
     def forward(self, index) -> Adapter:
         return {name: (self.A[name][index], self.B[name][index]) for name in self.A}
 
+
 # -------------------- Adapter folders, in PEFT's format --------------------
+
 
 def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> None:
     """Write one adapter as PEFT does. If its rank is not config.r, lora_alpha is set to keep the scaling."""
@@ -257,7 +278,9 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
     write_file(folder / "adapter_model.safetensors", tensors)
     write_file(folder / "adapter_config.json", peft)
 
+
 ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+\.\d+\..+)\.lora_(?P<matrix>[AB])\.weight")
+
 
 def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     """Read an adapter folder in PEFT's format: A [L, r, in], B [L, out, r] per module, and its config.
@@ -305,12 +328,14 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
         config.in_features[name], config.out_features[name] = A.shape[-1], B.shape[-2]
     return adapter, config
 
+
 def peft_alpha(peft: dict, path: str) -> float:
     """lora_alpha of one layer: PEFT's alpha_pattern holds regular expressions for the end of its path."""
     for pattern, alpha in (peft.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", path):
             return alpha
     return peft["lora_alpha"]
+
 
 def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfig]:
     """Several adapter folders of one training run, as a batch: A [n, L, r, in], B [n, L, out, r]."""

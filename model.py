@@ -22,6 +22,7 @@ from support.processes import Process
 
 # -------------------- The base model --------------------
 
+
 def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     """(base model, tokenizer): frozen, in eval mode. dtype None is float32 on CPU and bfloat16 elsewhere."""
     tokenizer = from_pretrained(AutoTokenizer, name)
@@ -37,8 +38,10 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     base.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     return base.to(device).requires_grad_(False).eval(), tokenizer
 
+
 def default_dtype(device) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
 
 def load_injected(
     name: str, target_modules: list[str], process: Process, dtype=None, dropout: float = 0.0, shard=False
@@ -55,12 +58,14 @@ def load_injected(
         base.to(process.device)
     return base, tokenizer
 
+
 PLAIN_TEMPLATE = (  # for a base model without a chat template: "input -> answer<eos>", one per line
     "{% for m in messages if m.content or m.role != 'system' %}"
     "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}\n{% else %}{{ m.content }} ->{% endif %}"
     "{% endfor %}"
 )
 SUFFIX = " Please complete the task without any explanation."  # appended to the instruction, as published
+
 
 def chat(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str]] = ()) -> list[dict]:
     """The messages that ask the base model: an empty system message, then `text` as a user turn (published).
@@ -77,6 +82,7 @@ def chat(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str
     messages.append({"role": "user", "content": f"{instruction}\n\n{text}".strip()})
     return messages
 
+
 @cache
 def takes_system_message(tokenizer) -> bool:
     """Some chat templates (Gemma's) refuse a system message."""
@@ -84,6 +90,7 @@ def takes_system_message(tokenizer) -> bool:
         return bool(render(tokenizer, [{"role": "system", "content": ""}, {"role": "user", "content": "x"}]))
     except Exception:  # templates raise arbitrary exceptions
         return False
+
 
 # some templates print the date: the same one in training and in use, the default of Llama 3.1
 DAY = "26 Jul 2024"
@@ -105,6 +112,7 @@ def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
         raise UserError("the chat template of this base model does not put answers where it asks for them")
     return whole.removeprefix(prompt).rstrip("\n")
 
+
 def around_document(tokenizer) -> tuple[str, str]:
     """The text before and after a document: a user turn, as published after an empty system message.
 
@@ -114,9 +122,11 @@ def around_document(tokenizer) -> tuple[str, str]:
     before, after = render(tokenizer, chat(tokenizer, "<<>>")).split("<<>>")
     return before if takes_system_message(tokenizer) else before + "\n\n", after
 
+
 def tokenize(tokenizer, text: str) -> list[int]:
     """Token ids of a rendered text, which has its special tokens from the template."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
 
 def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
     """Sequences of different lengths as one tensor [n, T]."""
@@ -126,6 +136,7 @@ def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
         padding = [value] * (T - len(sequence))
         padded.append(padding + sequence if left else sequence + padding)
     return torch.tensor(padded)
+
 
 def check_known(tokenizer, texts: list[str]) -> None:
     """Raise UserError for a word that the tokenizer has no token for (the tiny one knows few)."""
@@ -137,6 +148,7 @@ def check_known(tokenizer, texts: list[str]) -> None:
     for word in words:
         if tokenizer.unk_token_id in tokenize(tokenizer, word):
             raise UserError(f"the base model has no token for {word} (the tiny one: see tasks/tiny.json)")
+
 
 @torch.no_grad()
 def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, strip=True) -> list[str]:
@@ -158,6 +170,7 @@ def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, st
     ended = torch.isin(new, eos).any(1)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.strip() if is_whole else text.lstrip() for text, is_whole in zip(texts, ended)]
+
 
 @torch.no_grad()
 def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor | None, early_exit=False) -> Tensor:
@@ -190,7 +203,9 @@ def recompute_layers(base: nn.Module) -> None:
     for layer in base.get_decoder().layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
+
 # -------------------- The text encoder: n descriptions -> [n, E] --------------------
+
 
 def load_encoder(name: str, device="cpu", base_and_tokenizer: tuple = (), full_stop: bool = False):
     """A text encoder, as a callable: list of n descriptions -> [n, E].
@@ -216,9 +231,11 @@ def load_encoder(name: str, device="cpu", base_and_tokenizer: tuple = (), full_s
 
     return encode
 
+
 FUNCTION_WORDS = """a an the of to in on at by for from with or but is are was were be been it its this that
     these those them they their there you your i me my we our as then than so what which who whatever any some
     please into out up down . , ; : - ?""".split()  # they say little about the task
+
 
 def hash_encoder(texts: list[str], width: int = 8192) -> Tensor:
     """Feature hashing, no network: signed sums of words, pairs of near words and 3- to 5-letter pieces."""
@@ -239,6 +256,7 @@ def hash_encoder(texts: list[str], width: int = 8192) -> Tensor:
             sign = 1 if code >> 31 else -1
             vector[code % width] += sign * weight
     return F.normalize(torch.from_numpy(out), dim=-1)
+
 
 def longest_text(text_model: nn.Module) -> int:
     """How many tokens a text encoder has positions for."""
@@ -274,6 +292,7 @@ class TransformerEncoder:
                 h = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             out.append(F.normalize(h, dim=-1))  # [n, E]
         return torch.cat(out)
+
 
 @torch.no_grad()
 def base_encoder(base: nn.Module, tokenizer, texts: list[str]) -> Tensor:

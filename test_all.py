@@ -85,6 +85,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 for source in (tiny, facts, chores):
     source.load = functools.cache(source.load)  # making the tasks takes a second
 
+
 @pytest.fixture(autouse=True)
 def seed(request, monkeypatch):
     """The same random numbers, and no GPU for a test that does not need one."""
@@ -93,6 +94,7 @@ def seed(request, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
+
 def golden(file: str, folder: str = "t2l") -> Path:
     """A golden file without its ending. Skips the test if there is none."""
     for path in (HERE / "assets" / "golden" / file, Path(os.environ.get("T2L_GOLDEN", "")) / folder / file):
@@ -100,8 +102,10 @@ def golden(file: str, folder: str = "t2l") -> Path:
             return path
     pytest.skip(f"{file} is not here")
 
+
 def close(a, b, rtol=1e-5, atol=1e-5):
     torch.testing.assert_close(a, b, rtol=rtol, atol=float(atol))
+
 
 def tiny_llama(**changes) -> nn.Module:
     """A random Llama with grouped key-value heads and a head size that is not hidden / heads."""
@@ -110,15 +114,18 @@ def tiny_llama(**changes) -> nn.Module:
     config = LlamaConfig(**sizes | dict(num_attention_heads=4, num_key_value_heads=2) | changes)
     return AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
 
+
 def random_adapter(config: lora.LoRAConfig, *batch: int, r: int = 8) -> lora.Adapter:
     n_in, n_out = config.in_features, config.out_features
     draw = lambda *shape: torch.randn(*batch, config.n_layers, *shape) * 0.1
     return {name: (draw(r, n_in[name]), draw(n_out[name], r)) for name in config.paths}
 
+
 def injected(base: nn.Module, names=NAMES) -> tuple[nn.Module, lora.LoRAConfig]:
     """The base model, ready for adapters of these modules, and their configuration."""
     config = lora.config_for(base, names, "x")
     return lora.inject(base, names), config
+
 
 def with_peft(base: nn.Module, folder: Path) -> nn.Module:
     """The base model with the adapter of a folder, as PEFT reads it."""
@@ -127,8 +134,10 @@ def with_peft(base: nn.Module, folder: Path) -> nn.Module:
         warnings.simplefilter("ignore")
         return peft.PeftModel.from_pretrained(base, folder).eval()
 
+
 def one_layer(linear: nn.Linear, name: str = "q_proj") -> nn.ModuleDict:
     return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({name: linear})])})
+
 
 def command(module, *words) -> int:
     """Run a command's main() in this process; its exit code."""
@@ -139,30 +148,36 @@ def command(module, *words) -> int:
         return stop.code
     return 0
 
+
 def run_of(*words, device="cpu") -> train.Run:
     """What train.py prepares for these flags."""
     sys.argv = ["train.py", *map(str, words), "--out_dir", "unused"]
     args = train.parse_args()
     return train.prepare(args, processes.Process(torch.device(device)))
 
+
 def refused(message: str, action, *args) -> None:
     """The action ends in a UserError that says so."""
     with pytest.raises(UserError, match=message):
         action(*args)
 
+
 def losses_of(folder: Path, key: str = "loss") -> list[float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row[key] for row in rows if key in row]
+
 
 def fit(folder: Path, *words) -> list[float]:
     """Train into a folder; the losses."""
     assert command(train, *words, "--out_dir", folder) == 0
     return losses_of(folder)
 
+
 def evaluate(file: Path, *words) -> dict:
     """What eval.py writes to a file, by method."""
     assert command(evaluation, *words, "--out", file) == 0
     return read_file(file)["results"]
+
 
 # -------------------- The rooms --------------------
 BELOW = {"support": set(), "lora": {"support"}}  # what each may import of the project
@@ -172,6 +187,7 @@ BELOW["tasks"] = BELOW["data"] | {"data"}
 BELOW["train"] = BELOW["generate"] = BELOW["tasks"] | {"hypernet", "tasks"}
 BELOW["eval"] = BELOW["generate"] | {"generate"}
 BELOW["extras"] = BELOW["pictures"] = BELOW["eval"] | {"eval", "train"}
+
 
 def test_imports_go_one_way():
     """Each file imports only what stands below it, and files of its own folder; inside functions, too."""
@@ -184,6 +200,7 @@ def test_imports_go_one_way():
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             used = {name.split(".")[0] for name in names} & set(BELOW)
             assert used <= BELOW[room] | {room}, f"{file} imports {used - BELOW[room]}"
+
 
 # -------------------- lora.py --------------------
 def test_injected_layer_is_the_equation_and_so_are_its_gradients():
@@ -200,6 +217,7 @@ def test_injected_layer_is_the_equation_and_so_are_its_gradients():
     lora.set_adapter(holder, None)
     close(layer(x), F.linear(x, W, bias), 0, 0)
 
+
 def test_one_adapter_per_row_equals_a_loop_over_rows():
     base, config = injected(tiny_llama())
     assert list(base.state_dict()) == list(tiny_llama().state_dict())
@@ -214,6 +232,7 @@ def test_one_adapter_per_row_equals_a_loop_over_rows():
     close(repeated[1], repeated[2], 0, 0)
     assert (repeated[0] - repeated[1]).abs().max() > 0.01
 
+
 def test_dropout_is_on_the_lora_branch_in_training_only():
     holder = lora.inject(one_layer(nn.Linear(50, 50)), ["q_proj"], dropout=0.5)
     layer, x = holder["layers"][0]["q_proj"], torch.ones(1, 50)
@@ -222,6 +241,7 @@ def test_dropout_is_on_the_lora_branch_in_training_only():
     assert set((layer(x) - plain).round(decimals=3).unique().tolist()) == {0.0, 2.0}
     close(layer.eval()(x) - plain, torch.ones(1, 50))
 
+
 def test_rank_concatenation_adds_the_updates():
     config = lora.config_for(tiny_llama(), NAMES, "x")
     one, two = random_adapter(config, r=3), random_adapter(config, r=5)
@@ -229,6 +249,7 @@ def test_rank_concatenation_adds_the_updates():
         close(B @ A, one[name][1] @ one[name][0] + two[name][1] @ two[name][0])
     only_q = lora.concat_rank([one, {"q_proj": two["q_proj"]}])
     assert only_q["q_proj"][0].shape[-2] == 8 and torch.equal(only_q["v_proj"][0], one["v_proj"][0])
+
 
 @pytest.mark.parametrize("rslora", [True, False])
 @pytest.mark.parametrize("joined", ["", "all", "v_proj"])
@@ -248,6 +269,7 @@ def test_peft_reads_our_adapter(tmp_path, rslora, joined):
         lora.set_adapter(base, ours, its_config.scaling)
         close(base(ids).logits, theirs)
 
+
 @pytest.mark.parametrize("alphas", [{"v_proj": 3}, {"layers.0.self_attn.q_proj": 64}, {r"layers\.1\..*": 2}])
 def test_we_read_pefts_adapter(tmp_path, alphas):
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -263,6 +285,7 @@ def test_we_read_pefts_adapter(tmp_path, alphas):
     lora.set_adapter(base, adapter, config.scaling)
     close(base(ids).logits, theirs(ids).logits)
 
+
 def test_what_does_not_fit_is_refused_in_words(tmp_path):
     refused("no linear layers named qkv, but down_proj, gate_proj", lora.inject, tiny_llama(), ["qkv"])
     odd = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(4, n)}) for n in (4, 6))})
@@ -273,12 +296,14 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     write_file(tmp_path / "adapter_config.json", {"peft_type": "LORA", "use_dora": True})
     refused("not a plain LoRA", lora.load_adapter, tmp_path)
 
+
 # -------------------- hypernet.py --------------------
 def small_config(size: str, **changes) -> hypernet.TextConfig:
     paths = {name: f"model.layers.{{}}.self_attn.{name}" for name in NAMES}
     sizes = dict(in_features=dict(q_proj=10, v_proj=10), out_features=dict(q_proj=10, v_proj=6), n_layers=3)
     sizes |= dict(paths=paths, r=4, input_size=7, latent_size=24, head_in_size=20, size=size)
     return hypernet.TextConfig(**sizes | changes)
+
 
 def naive_adapter(net: hypernet.TextToLoRA, emb: torch.Tensor, layer: int, m: int):
     """A and B of one layer and module from the published description, one row, matrix and rank at a time."""
@@ -310,6 +335,7 @@ def naive_adapter(net: hypernet.TextToLoRA, emb: torch.Tensor, layer: int, m: in
     offset, deviation = (lambda k: p[f"offset.{name}_{k}"][layer]), (lambda k: p[f"deviation.{name}_{k}"])
     return offset("A") + deviation("A") * A, offset("B") + deviation("B") * B
 
+
 @pytest.mark.parametrize("size", hypernet.SIZES)
 def test_hypernet_equals_one_row_at_a_time(size):
     net = hypernet.TextToLoRA(small_config(size)).eval()
@@ -321,6 +347,7 @@ def test_hypernet_equals_one_row_at_a_time(size):
         A, B = adapter[NAMES[m]]
         close((A[i, layer], B[i, layer]), naive_adapter(net, emb[i], layer, m), 1e-4)
 
+
 @pytest.mark.parametrize("size", hypernet.SIZES)
 def test_sft_starts_as_a_fresh_lora_and_learns(size):
     net = hypernet.TextToLoRA(small_config(size))
@@ -331,6 +358,7 @@ def test_sft_starts_as_a_fresh_lora_and_learns(size):
         assert not torch.equal(A[0, 0], A[0, 1]) and not torch.equal(A[0, 0, 0], A[0, 0, 1])
     sum((A.sum() + B.sum()) for A, B in adapter.values()).backward()
     assert all(head.weight.grad.abs().sum() > 0 for head in net.heads.values())
+
 
 @pytest.mark.parametrize("size", hypernet.SIZES)
 def test_hypernet_files(tmp_path, size):
@@ -344,6 +372,7 @@ def test_hypernet_files(tmp_path, size):
     write_file(tmp_path / "config.json", read_file(tmp_path / "config.json") | {"latent_size": 32})
     refused("do not go with their settings", hypernet.load_hypernet, tmp_path)
 
+
 def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES, **args) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(weights, folder / "hypermod.pt")
@@ -353,6 +382,7 @@ def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES
     write_file(folder / "adapter_config.json", peft | dict(base_model_name_or_path=base_model))
     return folder
 
+
 def golden_net(file: str, folder: Path) -> tuple[hypernet.TextToLoRA, dict, dict]:
     """One golden file as (our network, from a folder in the published layout; its tensors; its json)."""
     path = golden(file)
@@ -361,6 +391,7 @@ def golden_net(file: str, folder: Path) -> tuple[hypernet.TextToLoRA, dict, dict
     weights = {k[3:]: t for k, t in tensors.items() if k.startswith("sd/")}
     return hypernet.load_hypernet(published_folder(folder, weights, **args)), tensors, info
 
+
 def golden_base() -> nn.Module:
     path = golden("llama_base")
     info = read_file(f"{path}.json")["base_config"]
@@ -368,6 +399,7 @@ def golden_base() -> nn.Module:
     base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
     base.load_state_dict({k[5:]: t for k, t in load_file(f"{path}.safetensors").items()})
     return base
+
 
 @pytest.mark.parametrize("file", SFT_FILES + RECON_FILES)
 def test_golden_adapters(tmp_path, file):
@@ -381,6 +413,7 @@ def test_golden_adapters(tmp_path, file):
         close(adapter[name][1][i, layer], tensors[f"{key}B.weight"])
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert trainable == info["param_count"]["trainable_requires_grad"]
+
 
 @pytest.mark.parametrize("file", SFT_FILES)
 def test_golden_sft_losses_and_gradients(tmp_path, file):
@@ -407,6 +440,7 @@ def test_golden_sft_losses_and_gradients(tmp_path, file):
             grad = ours[new + key[len(f"grad/{old}") :]].grad
             assert (grad - tensors[key]).abs().max() < 1e-3 * tensors[key].abs().max(), key
 
+
 @pytest.mark.parametrize("file", RECON_FILES)
 def test_golden_reconstruction_losses(tmp_path, file):
     net, tensors, _ = golden_net(file, tmp_path)
@@ -419,6 +453,7 @@ def test_golden_reconstruction_losses(tmp_path, file):
     kind = {"recon_dw": "delta_w", "recon_z": "z_score", "recon_f": "plain"}[re.search("recon_.*", file)[0]]
     close(train.recon_loss(kind, adapter, target, net.deviation), tensors["recon/loss"][0], 1e-5, 5e-6)
 
+
 @pytest.mark.parametrize("size", hypernet.SIZES)
 def test_the_papers_sizes(size):
     """The number of trained parameters for the paper's base models, rank 8 on q_proj and v_proj."""
@@ -426,14 +461,17 @@ def test_the_papers_sizes(size):
     mistral = [[55_424_000, 55_317_504], [34_412_288, 34_346_752], [4_996_096, 4_987_904]][i]
     gemma = [[137_706_752, 137_645_312], [87_353_600, 87_316_736], [21_266_176, 21_261_568]][i]
     trained = lambda net: sum(p.numel() for p in net.parameters() if p.requires_grad)
+
     def counts(L: int, d: int, q: int, v: int, latent: int, head_in: int) -> list[int]:
         widths = dict(in_features=dict(q_proj=d, v_proj=d), out_features=dict(q_proj=q, v_proj=v))
         sizes = dict(n_layers=L, size=size, r=8, input_size=1024, latent_size=latent, head_in_size=head_in)
         with torch.device("meta"):
             nets = [hypernet.TextToLoRA(small_config(**sizes | widths, z_score=z)) for z in (False, True)]
         return [sum(p.numel() for p in nets[0].offset.values()), *map(trained, nets)]
+
     assert counts(32, 4096, 4096, 1024, 128, 512) == [3_407_872, *mistral]
     assert counts(26, 2304, 2048, 1024, 512, 2048) == [1_597_440, *gemma]
+
 
 def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
     """One golden Doc-to-LoRA file as (our network with its weights, its tensors)."""
@@ -447,6 +485,7 @@ def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
     net.load_state_dict(published.doc_weights(weights))
     close(torch.tensor(net.config.scaling), torch.tensor(info["lora_forward_scaling"]))
     return net, tensors
+
 
 @pytest.mark.parametrize("file", ["down_l2l", "down_flat"])
 @torch.no_grad()
@@ -486,6 +525,7 @@ def test_golden_documents(file):
     close(logits[asked], tensors["e2e/logits"][asked], 1e-4, 5e-4)
     assert (tensors["e2e/logits"] - tensors["e2e/logits_base"])[asked].abs().max() > 0.1
 
+
 def test_the_perceivers_size():
     """That of the published one for gemma-2-2b."""
     sizes = dict(n_layers=26, paths={"down_proj": ""}, in_features={"down_proj": 9216}, input_size=2304)
@@ -494,6 +534,7 @@ def test_the_perceivers_size():
         with torch.device("meta"):
             net = hypernet.DocToLoRA(hypernet.DocConfig(**sizes, **changes))
         assert sum(p.numel() for p in net.parameters()) == n
+
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory) -> Path:
@@ -508,6 +549,7 @@ def reader(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     hypernet.save_hypernet(net, folder)
     return folder
+
 
 def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch):
     """Neither the other documents of a batch, nor how many chunks are read at once, nor their order."""
@@ -533,6 +575,7 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     net.start_as_lora()
     assert all(not (B @ A).any() for A, B in net(read(texts)).values())
 
+
 # -------------------- model.py --------------------
 def bert_folder(folder: Path) -> nn.Module:
     """A random BERT with a vocabulary of ten."""
@@ -545,6 +588,7 @@ def bert_folder(folder: Path) -> nn.Module:
     bert.save_pretrained(folder)
     return bert
 
+
 def test_transformer_encoder_pools_real_tokens_only(tmp_path):
     bert, texts = bert_folder(tmp_path), ["one", "two three four one two"]
     encode = model.load_encoder(str(tmp_path))
@@ -555,6 +599,7 @@ def test_transformer_encoder_pools_real_tokens_only(tmp_path):
     (tmp_path / "1_Pooling").mkdir()
     write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
     close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[0], dim=0), 1e-5, 1e-6)
+
 
 def test_gte_loads_without_its_own_code(tmp_path):
     """A folder like Alibaba-NLP/gte-large-en-v1.5: type "new", fused projections, NTK-scaled rotary, CLS."""
@@ -579,6 +624,7 @@ def test_gte_loads_without_its_own_code(tmp_path):
         shapes |= {f"encoder.layer.{i}.{k}": shape for k, shape in own.items()}
     w = {k: torch.randn(shape) * 0.3 for k, shape in shapes.items()}
     save_file(w, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
     def published(ids: list[int]) -> torch.Tensor:
         """The state at [CLS], from the published description of the network."""
         ln = lambda x, key: F.layer_norm(x, (d,), w[f"{key}.weight"], w[f"{key}.bias"], 1e-12)
@@ -597,13 +643,16 @@ def test_gte_loads_without_its_own_code(tmp_path):
             up, gate = lin(x, f"{block}.mlp.up_gate_proj").chunk(2, -1)
             x = ln(x + lin(up * F.gelu(gate), f"{block}.mlp.down_proj"), f"{block}.mlp_ln")
         return F.normalize(x[0], dim=0)
+
     ours = model.load_encoder(str(tmp_path), full_stop=True)(["one two", "three four one ."])
     close(ours[0], published([2, 5, 6, 9, 3]), 1e-4)  # with the full stop
     close(ours[1], published([2, 7, 8, 5, 9, 3]), 1e-4)
     close(model.load_encoder(str(tmp_path))(["one two"])[0], published([2, 5, 6, 3]), 1e-4)
 
+
 def test_text_encoders_side_by_side():
     assert torch.equal(model.load_encoder("hash+hash")(["x"]), model.load_encoder("hash")(["x"]).repeat(1, 2))
+
 
 def test_base_encoder_reads_the_last_token():
     base, tokenizer = model.load_base("tiny")
@@ -612,6 +661,7 @@ def test_base_encoder_reads_the_last_token():
     close(encode(["cat dog", "cat dog red hat"])[0], alone, 1e-5, 1e-6)
     hidden = base.model(torch.tensor([tokenizer("cat dog")["input_ids"]])).last_hidden_state
     close(alone, F.normalize(hidden[0, -1], dim=0))
+
 
 def test_a_batch_of_answers_is_that_of_each_prompt_alone():
     base, tokenizer = model.load_base("tiny")
@@ -622,6 +672,7 @@ def test_a_batch_of_answers_is_that_of_each_prompt_alone():
     assert model.render(tokenizer, model.chat(tokenizer, "cat"), "") == " <eos>"
     alone = [model.answer(base, tokenizer, [text], 5)[0] for text in prompts]
     assert model.answer(base, tokenizer, prompts, 5) == alone
+
 
 def test_chat_templates_with_and_without_a_system_message():
     tokenizer = model.load_base("tiny")[1]
@@ -644,6 +695,7 @@ def test_chat_templates_with_and_without_a_system_message():
     chat = [{"role": "user", "content": "hello"}]
     refused("does not put answers where it asks for them", model.render, tokenizer, chat, "bye")
 
+
 def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     plain = model.load_base("tiny")[1]
@@ -661,10 +713,13 @@ def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
     assert question == tokenizer("cat ->")["input_ids"] and question[0] == plain.unk_token_id != question[1]
     assert answer == plain.convert_tokens_to_ids(["gato", "<eos>"])
 
+
 def test_the_answer_is_tokenized_as_the_model_would_write_it():
     """With a space mark before every text, an answer alone would begin with another token."""
     words = "<unk> </s> ▁ ▁[I] ▁[/I] ▁Paris ▁where".split()
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>")
+    )
     marks = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = tokenizers.normalizers.Sequence(marks)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
@@ -675,20 +730,23 @@ def test_the_answer_is_tokenized_as_the_model_would_write_it():
     assert fast(" Paris</s>")["input_ids"] == [2, 5, 1]  # alone
     assert data.example_ids(fast, "where", "Paris", "") == ([3, 6, 4], [5, 1])
 
+
 def test_a_prompt_does_not_depend_on_the_day():
     tokenizer = model.load_base("tiny")[1]
     today = "{{ date_string }} {{ strftime_now('%d %b %Y') }} {{ messages[-1].content }}"
     tokenizer.chat_template = today
     assert model.render(tokenizer, [{"role": "user", "content": "x"}]) == "26 Jul 2024 26 Jul 2024 x"
 
+
 def test_a_text_encoder_with_fewer_positions_than_it_says(tmp_path):
     bert_folder(tmp_path)
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    RobertaModel(RobertaConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=1, **sizes)).save_pretrained(
-        tmp_path
-    )
+    RobertaModel(
+        RobertaConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=1, **sizes)
+    ).save_pretrained(tmp_path)
     longest = model.load_encoder(str(tmp_path))(["one two three four " * 9])  # more than it has positions for
     assert longest.shape == (1, 16) and longest.isfinite().all()
+
 
 def test_early_exit_is_after_a_quarter_of_the_layers():
     base, ids = tiny_llama(num_hidden_layers=8), torch.randint(160, (2, 5))
@@ -698,6 +756,7 @@ def test_early_exit_is_after_a_quarter_of_the_layers():
     every = model.hidden_states(base, ids, None)  # after an early exit, too
     close(every[:, :7], torch.stack(states[:7], 1))
     close(every[:, 7], base.model.norm(states[7]))
+
 
 # -------------------- data.py --------------------
 def test_a_folder_of_task_files(tmp_path):
@@ -713,11 +772,13 @@ def test_a_folder_of_task_files(tmp_path):
     assert len(tasks["test"][0].train) == 8 and tasks["test"][0].test[0] == Example("in 8", ["out 8", "x"])
     refused("no split val", data.pick, tasks, "val")
 
+
 def test_what_is_shown_fits_the_description():
     shown = lambda text: generate.example_inputs("smollm2-135m", text)[0]
     assert "@" in shown("Give the domain of the e-mail address.") and "job:" in shown("Write it as JSON.")
     assert "," not in shown("Write the name in capital letters.") and "-" in shown("The month in words.")
     assert generate.example_inputs("mistral-7b", DESC) == []
+
 
 def test_too_long_examples_and_tasks_are_left_out(capsys):
     run = run_of(*SHORT)
@@ -733,10 +794,12 @@ def test_too_long_examples_and_tasks_are_left_out(capsys):
     batch = data.make_batch(run.tokenizer, [mixed, too_long], drawn[1:], run.args)
     assert len(batch.examples) == 1  # the shortest, if all are too long
 
+
 def test_questions_of_like_length_are_answered_together(monkeypatch):
     monkeypatch.setattr(data, "TOKENS_AT_ONCE", 12)
     groups = data.group_by_tokens(list("abcdefg"), [3, 3, 4, 4, 6, 20, 30])
     assert groups == [["a", "b", "c"], ["d", "e"], ["f"], ["g"]]
+
 
 def test_repeated_tasks_are_trained_once_as_ordinary_loras():
     args = types.SimpleNamespace(tasks="chores", split="train", n_tasks=0, arch="t2l", mode="lora")
@@ -744,11 +807,13 @@ def test_repeated_tasks_are_trained_once_as_ordinary_loras():
     names = [task.name for task in train.choose_tasks(args)[0]]
     assert len(names) == len(set(names)) < len(load_tasks("chores")["train"])
 
+
 def test_documents_get_longer_as_the_training_goes():
     run = run_of(*D2L, "--max_steps", "100")
     lines = lambda i: run.tasks[i].descriptions[0].count("\n") + 1
     longest = lambda step: max(lines(item.index) for item in data.draw(run.tasks, step, run.args))
     assert longest(0) <= 4 and longest(99) == 32
+
 
 # -------------------- train.py --------------------
 def small_decoder(make) -> nn.Module:
@@ -764,6 +829,7 @@ def small_decoder(make) -> nn.Module:
     for p in base.requires_grad_(False).eval().parameters():
         p.data *= 3
     return base
+
 
 @pytest.mark.parametrize("make", DECODERS)
 def test_an_adapter_on_every_architecture(tmp_path, make):
@@ -797,6 +863,7 @@ def test_an_adapter_on_every_architecture(tmp_path, make):
     close(merged(ids).logits, ours, 1e-4, 1e-4)
     close(ours, with_peft(small_decoder(make), tmp_path / "adapter")(ids).logits)
 
+
 def test_answer_loss_equals_the_naive_one():
     base, smoothing, examples, naive = small_decoder(LlamaConfig), 0.2, [], []
     for n, k in ((9, 4), (5, 2), (7, 6)):  # tokens, of which prompt
@@ -807,6 +874,7 @@ def test_answer_loss_equals_the_naive_one():
         naive.append(sum(each) / len(each))
     close(train.answer_loss(*train.answer_logits(base, examples), smoothing), sum(naive) / 3)
 
+
 def test_neftune_noise_has_the_published_size():
     base, seen = tiny_llama(), []
     note = lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"])
@@ -816,6 +884,7 @@ def test_neftune_noise_has_the_published_size():
     noise = seen[0] - base.get_input_embeddings()(ids)
     assert 0.99 * 5 / (25 * 64) ** 0.5 < noise.abs().max() <= 5 / (25 * 64) ** 0.5
 
+
 def test_neftune_noise_is_as_large_as_the_embeddings_of_gemma():
     base, seen = small_decoder(GemmaConfig), []
     note = lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"])
@@ -824,6 +893,7 @@ def test_neftune_noise_is_as_large_as_the_embeddings_of_gemma():
     train.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], neftune_alpha=5.0)
     noise = (seen[0] - base.get_input_embeddings()(ids)).abs().max() / 32**0.5  # its layer multiplies by it
     assert 0.98 * 5 / (25 * 32) ** 0.5 < noise <= 1.01 * 5 / (25 * 32) ** 0.5
+
 
 def test_learning_rates():
     args = types.SimpleNamespace(lr=2.0, warmup=0.1, max_steps=100, schedule="linear")
@@ -843,11 +913,13 @@ def test_learning_rates():
     assert set(kinds) == {(0.5, 0.01), (0.5, 0.0), (1.0, 0.01), (1.0, 0.0)}
     assert kinds[0.5, 0.01] == kinds[0.5, 0.0] == 2
 
+
 def test_help_shows_the_values_of_the_run(capsys):
     def shown(*words):
         assert command(train, *words, "--help") == 0
         text = capsys.readouterr().out
         return dict(re.findall(r"^  --(\w+) +(\S+)  ", text, re.M))
+
     text = shown("@config/gemma-2-2b.args", "--lr", "1e-3")
     assert (text["max_steps"], text["lr"], text["latent_size"]) == ("1180000", "0.001", "512")
     assert text["encoder"] == "Alibaba-NLP/gte-large-en-v1.5" and text["full_stop"] == "True"
@@ -857,6 +929,7 @@ def test_help_shows_the_values_of_the_run(capsys):
     assert (text["n_blocks"], text["target_modules"], text["seed"]) == ("1", "down_proj", "5")
     for module in (generate, evaluation):
         assert command(module, "--help") == 0 and "default: 64" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize("file", [*HERE.glob("config/*.args"), *HERE.glob("checkpoints/*/*/train.args")])
 def test_every_file_of_flags_is_a_run(file, monkeypatch, tmp_path):
@@ -872,6 +945,7 @@ def test_every_file_of_flags_is_a_run(file, monkeypatch, tmp_path):
     assert vars(train.parse_args()) == vars(args) and args.lr < 1
     assert args.dtype != "auto" and args.encoder != "preset"
 
+
 def test_only_leading_words_name_files_of_flags(tmp_path, monkeypatch):
     (tmp_path / "a.args").write_text("@b.args\n--lr 2  # a comment\n--out_dir 'a b'\n")
     (tmp_path / "b.args").write_text("--lr 1 --seed 3\n")
@@ -879,6 +953,7 @@ def test_only_leading_words_name_files_of_flags(tmp_path, monkeypatch):
     words = ["@a.args", "--desc", "@ sign, please"]
     expected = "--lr 1 --seed 3 --lr 2 --out_dir".split() + ["a b", "--desc", "@ sign, please"]
     assert flags.expand(words) == expected
+
 
 def test_a_run_by_reconstruction_records_what_its_oracles_are(tmp_path, monkeypatch):
     config = lora.config_for(tiny_llama(), ["v_proj", "o_proj"], "tiny", r=3, alpha=5.0)
@@ -890,6 +965,7 @@ def test_a_run_by_reconstruction_records_what_its_oracles_are(tmp_path, monkeypa
         assert (args.rank, args.alpha, args.target_modules) == (3, 5.0, "o_proj,v_proj")
         assert "--rank 3\n" in args.recorded and "--target_modules o_proj,v_proj\n" in args.recorded
 
+
 def test_z_scores_have_the_deviation_of_a_sample():
     net = hypernet.TextToLoRA(small_config("large", z_score=True))
     oracles = random_adapter(net.config, 5, r=4)
@@ -899,6 +975,7 @@ def test_z_scores_have_the_deviation_of_a_sample():
             close(net.offset[key], values.mean(0))
             close(net.deviation[key].numpy(), values.numpy().std(0, ddof=1), 1e-4)
 
+
 def test_text_encoders_compute_in_float32_in_validation_as_in_training():
     run, seen = run_of(*SHORT, "--dtype", "bfloat16"), []
     real = run.encode
@@ -907,12 +984,14 @@ def test_text_encoders_compute_in_float32_in_validation_as_in_training():
     train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args))
     assert seen == [False, False]
 
+
 def gradients(run: train.Run, step: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss and the gradients that a training step leaves in the network."""
     run.net.zero_grad()
     torch.manual_seed(0)
     loss = train.sft_step(run, run.net, data.draw(run.tasks, step, run.args))
     return loss, [p.grad.clone() for p in run.net.parameters() if p.requires_grad]
+
 
 @pytest.mark.parametrize("words", [SHORT, [*D2L, "--tasks_per_batch", "3"], [*LORA, "--n_tasks", "3"]])
 def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
@@ -938,6 +1017,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
         close(loss, whole.detach(), 1e-4)
         close(grads, expected, 1e-3, 1e-5)
 
+
 def test_the_size_of_weights_does_not_depend_on_padding():
     """A short document's penalty is the same beside a long one as alone."""
     A, B = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 4)
@@ -946,14 +1026,17 @@ def test_the_size_of_weights_does_not_depend_on_padding():
     means = [A[0, :, :2].abs().mean() + B[0, ..., :2].abs().mean(), A[1].abs().mean() + B[1].abs().mean()]
     close(together, sum(means) / 2)
 
+
 def start_training(*words) -> subprocess.Popen:
     start = [sys.executable, "train.py", *map(str, words)]
     return subprocess.Popen(start, cwd=HERE, stderr=subprocess.PIPE, text=True)
+
 
 def wait_for_steps(run: subprocess.Popen, folder: Path, n: int) -> None:
     metrics = folder / "metrics.jsonl"
     while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= n):
         time.sleep(0.01)
+
 
 def test_resume_after_kill_is_exact(tmp_path, capsys):
     words = [*SHORT, "--dropout", "0.1", "--neftune_alpha", "5", "--max_steps", "60", "--val_every", "7"]
@@ -978,6 +1061,7 @@ def test_resume_after_kill_is_exact(tmp_path, capsys):
     ours, theirs = (load_file(folder / "hypernet.safetensors") for folder in (cut, whole))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs) and not (cut / "state.safetensors").exists()
 
+
 def test_a_run_that_dies_in_its_first_step_leaves_nothing_behind(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "sft_step", lambda *_: 1 / 0)
@@ -985,19 +1069,23 @@ def test_a_run_that_dies_in_its_first_step_leaves_nothing_behind(tmp_path, monke
             command(train, *SHORT, "--out_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
+
 def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, monkeypatch, capsys):
     run, real, steps = tmp_path / "a run", train.sft_step, []
+
     def third_is_interrupted(*args):
         steps.append(1)
         if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
+
     monkeypatch.setattr(train, "sft_step", third_is_interrupted)
     assert command(train, *SHORT, "--max_steps", "2000", "--out_dir", run) == 130
     again = f"interrupted after 3 steps; to continue: python train.py --resume --out_dir '{run}'"
     assert again in capsys.readouterr().err
     assert int(load_file(run / "state.safetensors")["step"]) == len(losses_of(run)) == 3
     assert len(fit(run, "--resume", "--max_steps", "5")) == 5
+
 
 def test_ctrl_c_under_torchrun(tmp_path):
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
@@ -1013,11 +1101,13 @@ def test_ctrl_c_under_torchrun(tmp_path):
     assert f"interrupted after {steps} steps; to continue: {again}" in line
     assert int(load_file(tmp_path / "run" / "state.safetensors")["step"]) == steps >= 5
 
+
 def test_training_starts_from_a_given_hypernetwork(tmp_path):
     fit(tmp_path / "first", *SHORT, "--max_steps", "2")
     started = run_of(*SHORT, "--init_from", tmp_path / "first").net.state_dict()
     saved = hypernet.load_hypernet(tmp_path / "first").state_dict()
     assert all(torch.equal(started[name], saved[name]) for name in saved)
+
 
 def test_a_resumed_run_does_not_read_again_what_it_started_from(tmp_path, monkeypatch):
     fit(tmp_path / "first", *SHORT, "--max_steps", "1")
@@ -1029,17 +1119,21 @@ def test_a_resumed_run_does_not_read_again_what_it_started_from(tmp_path, monkey
     shutil.rmtree(tmp_path / "first")
     assert len(fit(tmp_path / "run", "--resume")) == 3
 
+
 def test_the_best_weights_are_kept(tmp_path, monkeypatch):
     """Those with the lowest validation loss, to the last bit; neither the first nor the last ones."""
     seen, losses = [], iter([0.5, 0.2, 0.9, 0.4])
+
     def validate(run) -> dict:
         seen.append(run.net.mlp3[1].weight.clone())
         return {"val_loss": next(losses), "val_accuracy": 0.0}
+
     monkeypatch.setattr(train, "validate", validate)
     fit(tmp_path / "run", *SHORT, "--max_steps", "8", "--val_every", "2")
     assert losses_of(tmp_path / "run", "val_loss") == [0.5, 0.2, 0.9, 0.4]
     kept = load_file(tmp_path / "run" / "hypernet.safetensors")["mlp3.1.weight"]
     assert [torch.equal(kept, weights) for weights in seen] == [False, True, False, False]
+
 
 def test_validation_measures_what_greedy_answers_give():
     run = run_of()
@@ -1054,6 +1148,7 @@ def test_validation_measures_what_greedy_answers_give():
         hits += [task.is_right(example, answer) for example, answer in zip(task.test, answers)]
     assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
 
+
 def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatch, capsys):
     instances, folder = [{"input": "cat dog", "output": ["dog cat"]}] * 5, tmp_path / "tasks"
     folder.mkdir()
@@ -1061,10 +1156,12 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
     write_file(folder / "swap.json", task)
     seen, real = set(), model.chat
     monkeypatch.setattr(model, "chat", lambda *a: seen.add(real(*a)[-1]["content"]) or real(*a))
+
     def prompts_of(module, *words) -> set[str]:
         seen.clear()
         assert command(module, *words) == 0
         return set(seen)
+
     for given, expected in ([], "cat dog"), (["--instruction"], f"red hat{model.SUFFIX}\n\ncat dog"):
         net = tmp_path / f"net{len(given)}"
         data.cached_ids.cache_clear()
@@ -1077,6 +1174,7 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
     assert prompts_of(evaluation, *own, "--no-instruction") == {"cat dog"}
     both = ["--compare", tmp_path / "net0", "--tasks", folder, "--split", "train", "--methods", "t2l"]
     assert len(prompts_of(evaluation, "--hypernet", net, *both)) == 2  # each as it was trained
+
 
 def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     """A hypernetwork that learnt to write four oracles writes them back."""
@@ -1106,6 +1204,7 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
         words += ["--split", "train", "--n_tasks", "4", "--n_examples", "2"]
         results = evaluate(tmp_path / "e.json", *words)
     assert set(results) == {"mt_lora", "oracle"} and len(reads) == 1 + 4  # each adapter is read once
+
 
 def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys):
     """Trained on documents with one fact each, the hypernetwork writes adapters that know them."""
@@ -1137,6 +1236,7 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
     prompt = [model.render(tokenizer, model.chat(tokenizer, "horse"))]
     assert model.answer(with_peft(base, tmp_path / "cow"), tokenizer, prompt, 8) == ["mucca"]
 
+
 def test_readers_of_some_and_of_all_layers_are_compared(reader, tmp_path):
     net = hypernet.load_hypernet(reader)
     early = hypernet.DocToLoRA(hypernet.DocConfig(**vars(net.config) | {"early_exit": True}))
@@ -1145,11 +1245,13 @@ def test_readers_of_some_and_of_all_layers_are_compared(reader, tmp_path):
     for first, second in (tmp_path / "early", reader), (reader, tmp_path / "early"):
         assert command(evaluation, *words, "--hypernet", first, "--compare", second) == 0
 
+
 def test_all_documents_are_scored_also_those_of_equal_names(tmp_path, monkeypatch):
     asked, real = [], evaluation.make_questions
     monkeypatch.setattr(evaluation, "make_questions", lambda *a: asked.extend(real(*a)) or real(*a))
     results = evaluate(tmp_path / "f.json", "--tasks", "facts", "--methods", "base", "--n_examples", "1")
     assert len(asked) == 100 and len(results["base"]["per_task"]) == 6
+
 
 def test_examples_in_the_prompt_are_not_those_asked():
     args = types.SimpleNamespace(n_examples=None)
@@ -1159,6 +1261,7 @@ def test_examples_in_the_prompt_are_not_those_asked():
         shown = [text for text, _ in question.shots]
         assert len(shown) == 3 and set(shown) <= {example.input for example in task.train}
         assert question.example.input not in shown
+
 
 def test_a_description_may_stand_for_a_list_of_them(tmp_path):
     name = load_tasks("tiny")["test"][0].name
@@ -1170,6 +1273,7 @@ def test_a_description_may_stand_for_a_list_of_them(tmp_path):
     assert load_tasks("tiny")["test"][0].descriptions != task.descriptions  # the source keeps its own
     write_file(tmp_path / "d.json", {name: [3]})
     refused("must be a text or a list of texts", evaluation.choose_tasks, args)
+
 
 def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
     run = run_of(*D2L)
@@ -1189,6 +1293,7 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     close(loss, expected, 1e-4)
     assert expected > 0.1
 
+
 def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
     run = run_of(*D2L)
     run.args.distill, run.args.max_tokens = 5, 12
@@ -1199,6 +1304,7 @@ def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
     assert kept.tasks == batch[:1] and [row.task for row in kept.examples] == [0]
     assert len(kept.examples[0].teacher_prompt) > len(kept.examples[0].prompt)
     assert data.cached_ids.cache_info().currsize == 1  # the question without the document
+
 
 def test_questions_without_an_answer_get_the_base_models(tmp_path):
     base, tokenizer = model.load_base("tiny")
@@ -1211,6 +1317,7 @@ def test_questions_without_an_answer_get_the_base_models(tmp_path):
         assert task.train[0].answers == model.answer(base, tokenizer, [told])
         assert task.train[1].answers == ["blue"]
 
+
 def test_a_frozen_base_model_has_no_dropout_of_its_own():
     """In training only the adapters' inputs have dropout, and in validation nothing."""
     run = run_of(*SHORT, "--dropout", "0.5")
@@ -1218,6 +1325,7 @@ def test_a_frozen_base_model_has_no_dropout_of_its_own():
     assert training and all("q_proj" in name or "v_proj" in name for name in training)
     train.validate(run)
     assert training == {name for name, module in run.base.named_modules() if module.training}
+
 
 def test_documents_are_split_in_the_published_mixture():
     config, row = hypernet.DocConfig(random_chunks=True), list(range(400))
@@ -1228,13 +1336,16 @@ def test_documents_are_split_in_the_published_mixture():
     assert all(len(part) >= 25 for _ in range(50) for part in hypernet.split_document(row[:60], config, True))
     assert [len(part) for part in hypernet.split_document(3 * row, config, False)] == [400, 400, 400]
 
+
 # -------------------- The network: a server on this machine stands in for the hub --------------------
 @pytest.fixture
 def server():
     """Serves server.files {path: (content, announced length)}; notes the paths asked for in server.asked."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         log_message = lambda *_: None
+
         def do_HEAD(self):
             self.server.asked.append(self.path)
             content, length = self.server.files.get(self.path.split("?")[0], (None, 0))
@@ -1249,15 +1360,18 @@ def server():
                 self.send_header(name, value)
             self.end_headers()
             return content
+
         def do_GET(self):
             self.wfile.write(self.do_HEAD() or b"")
             self.close_connection = True
+
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.replies, server.files, server.asked = [], {}, []
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
+
 
 # -------------------- The commands --------------------
 def test_generate_writes_what_it_shows(tmp_path, capsys):
@@ -1287,7 +1401,9 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     assert model.answer(*model.load_base(str(tmp_path / "merged")), prompts, 64) == answers[:2]
     assert (tmp_path / "merged" / "description.txt").read_text() == DESC + "\n"
 
+
 README_SCORES = {"sft_large": 0.99, "sft_medium": 0.97, "sft_small": 0.95, "recon": 0.3}
+
 
 @pytest.mark.parametrize("name", README_SCORES)
 def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path, name):
@@ -1295,11 +1411,13 @@ def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path, name):
     assert results["t2l"]["mean"] >= README_SCORES[name] - 0.03
     assert len(results["t2l"]["per_task"]) == 25 and results["t2l_random"]["mean"] < 0.1
 
+
 def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
     results = evaluate(tmp_path / "d.json", "--tasks", "facts", "--lengths", "8,128", "--n_examples", "25")
     for tokens, expected in {"32": 0.85, "512": 0.75}.items():
         assert results["t2l"]["per_task"][tokens] >= expected
         assert results["t2l_shuffled"]["per_task"][tokens] < 0.3  # chance is one of seven
+
 
 NET, READER = ["--hypernet", "{net}"], ["--hypernet", "{reader}"]
 BASE, RECON = ["--base_model", "{base}"], ["--mode", "recon"]
@@ -1368,6 +1486,7 @@ BAD = {
     "merge into the adapter": (generate, [*SAY, "--merge", "{tmp}/m", "--out", "{tmp}/m"], "two folders"),
 }
 
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, reader):
     tmp = tmp_path_factory.mktemp("mistakes")
@@ -1387,6 +1506,7 @@ def places(tmp_path_factory, reader):
     own = dict(base=tmp / "base", other=tmp / "other", foreign=tmp / "foreign", reader=reader)
     return own | dict(tmp=tmp, net=TINY / "sft_large")
 
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(places, monkeypatch, capsys, case, tmp_path):
     module, words, message = BAD[case]
@@ -1398,17 +1518,21 @@ def test_bad_input_is_one_line_and_exit_code_2(places, monkeypatch, capsys, case
     assert message in error and "Traceback" not in error and len(lines) == 1
     assert sorted(places["tmp"].rglob("*")) == before and not list(tmp_path.iterdir())
 
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     words = [*SHORT, "--max_steps", "9", "--val_every", "2", "--out_dir", tmp_path / "run"]
     real, calls = train.task_loss, []
+
     def sixth_is_nan(*a):
         calls.append(1)
         return real(*a) * (float("nan") if len(calls) == 6 else 1.0)
+
     monkeypatch.setattr(train, "task_loss", sixth_is_nan)
     assert command(train, *words) == 2 and "the loss is nan in step 5" in capsys.readouterr().err
     assert int(load_file(tmp_path / "run" / "state.safetensors")["step"]) == 4
     monkeypatch.setattr(train, "task_loss", real)
     assert len(fit(tmp_path / "run", "--resume", "--lr", "1e-3")) == 9
+
 
 def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
     out, picture = tmp_path / "scores.json", tmp_path / "scores.png"
@@ -1429,12 +1553,14 @@ def test_eval_writes_the_promised_json_and_picture(tmp_path, capsys):
         assert f"| {row} | {mean:.3f} | {evaluation.interval(values)} | {min(values):.2f} |" in shown
     assert not draws or picture.stat().st_size > 5000
 
+
 def test_a_text_encoder_is_loaded_once_for_all_methods(tmp_path, monkeypatch):
     loads, real = [], model.load_encoder
     monkeypatch.setattr(model, "load_encoder", lambda name, *words: loads.append(name) or real(name, *words))
     words = ["--methods", "t2l,t2l_shuffled,t2l_random", "--compare", TINY / "sft_small", "--split", "val"]
     results = evaluate(tmp_path / "e.json", *words, "--n_examples", "1")
     assert len(results) == 4 and loads == ["hash"]
+
 
 # -------------------- A real model --------------------
 @needs_models
@@ -1449,6 +1575,7 @@ def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
         assert command(generate, *words, "--desc", description, "--input", text) == 0
     said = re.findall(r"with adapter  (.*)", capsys.readouterr().out)
     assert said == [answer for _, answer in asked.values()]
+
 
 @needs_models
 def test_a_real_model(tmp_path):

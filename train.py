@@ -109,6 +109,7 @@ CHOICES = {
     "dtype": ["auto", "float32", "bfloat16"],
 }
 
+
 def parse_args() -> argparse.Namespace:
     """The settings of the run, checked as far as possible without loading a model."""
     parser = flags.Parser(__doc__, add_help=False)
@@ -154,6 +155,7 @@ def parse_args() -> argparse.Namespace:
     args.recorded = flags.as_text(SETTINGS + net_settings, args)
     return args
 
+
 def settings_of_oracles(folder: str) -> dict:
     """The settings that reconstruction takes from the adapters it imitates."""
     adapters = sorted(Path(folder).glob("*/adapter_config.json"))
@@ -161,6 +163,7 @@ def settings_of_oracles(folder: str) -> dict:
         raise UserError(f"--oracles {folder} holds no adapters; --mode lora writes them")
     _, config = lora.load_adapter(adapters[0].parent)
     return {"rank": config.r, "alpha": config.alpha, "target_modules": ",".join(config.paths)}
+
 
 def check_settings(args: argparse.Namespace) -> None:
     """Raise UserError for settings that do not go together."""
@@ -182,7 +185,9 @@ def check_settings(args: argparse.Namespace) -> None:
     if not args.resume and files not in ([], ["answers.json"]):  # which is written before training starts
         raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
 
+
 # -------------------- The losses --------------------
+
 
 def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):
     """Run the base model, with the adapters that are set, on n examples (ids of prompt and answer).
@@ -205,20 +210,24 @@ def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], 
     logits = base(inputs_embeds=x, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
     return logits[example, position - position.min()].float(), example, labels[example, position + 1]
 
+
 def example_mean(losses: Tensor, example: Tensor) -> Tensor:
     """Losses of tokens, averaged over each example, then over the examples: every example counts equally."""
     length = torch.bincount(example)
     return (losses / length[example]).sum() / len(length)
 
+
 def answer_loss(logits: Tensor, example: Tensor, right: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of the answers, from `answer_logits`."""
     return example_mean(F.cross_entropy(logits, right, reduction="none", label_smoothing=smoothing), example)
+
 
 def distill_loss(logits: Tensor, example: Tensor, teacher: Tensor, k: int) -> Tensor:
     """KL divergence from a teacher, over its k likeliest tokens. logits, teacher [tokens, vocabulary]."""
     log_p, tokens = teacher.log_softmax(-1).topk(k)  # [tokens, k]
     log_q = logits.log_softmax(-1).gather(-1, tokens)
     return example_mean((log_p.exp() * (log_p - log_q)).sum(-1), example)
+
 
 def mean_weight(adapter: Adapter, measure) -> Tensor:
     """Mean of measure(A) and of measure(B), torch.abs or torch.square, summed over the modules.
@@ -232,6 +241,7 @@ def mean_weight(adapter: Adapter, measure) -> Tensor:
         mean_B = measure(B).sum((1, 2, 3)) / (n_ranks * B.shape[-2])
         total = total + mean_A.mean() + mean_B.mean()
     return total
+
 
 def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, deviation: dict[str, Tensor]) -> Tensor:
     """L1 between written adapters and oracles, averaged over the modules.
@@ -250,7 +260,9 @@ def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, deviation: dict[
             losses.append((loss_A + loss_B) / 2)
     return sum(losses) / len(losses)
 
+
 # -------------------- What is trained --------------------
+
 
 @dataclass
 class Run:
@@ -265,6 +277,7 @@ class Run:
     net: nn.Module  # what is trained: it writes adapters
     encode: Any = None  # the text encoder
     oracles: Adapter | None = None  # recon: the adapters to imitate, one per task
+
 
 def prepare(args, process: Process) -> Run:
     """For SFT and ordinary LoRAs: load the tasks and the frozen models, and make what is trained."""
@@ -294,6 +307,7 @@ def prepare(args, process: Process) -> Run:
         copy_weights(args.init_from, net)
     return Run(args, process, tasks, val_tasks, base, tokenizer, net, encode)
 
+
 def prepare_recon(args, process: Process) -> Run:
     """For reconstruction: the same, with oracles in place of a base model."""
     with processes.first_goes_ahead(process):
@@ -320,6 +334,7 @@ def prepare_recon(args, process: Process) -> Run:
         copy_weights(args.init_from, net)
     return Run(args, process, tasks, [], base, tokenizer, net, encode, oracles)
 
+
 def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
     """(tasks to train on, tasks to validate on)."""
     splits = load_tasks(args.tasks)
@@ -339,6 +354,7 @@ def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
         val_tasks = [task for task in splits.get("val", []) if task.test]
     return tasks, val_tasks
 
+
 def make_hypernet(args, lora_config: lora.LoRAConfig, base: nn.Module, tokenizer, device):
     """(network of --arch, for adapters of this config; its text encoder, if it reads descriptions)."""
     net_class, encode = hypernet.ARCHS[args.arch], None
@@ -354,6 +370,7 @@ def make_hypernet(args, lora_config: lora.LoRAConfig, base: nn.Module, tokenizer
         config.z_score = args.mode == "recon" and args.recon_loss == "z_score"
     return net_class(config).to(device), encode
 
+
 def copy_weights(folder: str, net: nn.Module) -> None:
     """Start from the weights of another hypernetwork."""
     try:
@@ -361,7 +378,9 @@ def copy_weights(folder: str, net: nn.Module) -> None:
     except RuntimeError:
         raise UserError(f"--init_from {folder}: that network has other settings") from None
 
+
 # -------------------- A training step --------------------
+
 
 def batch_condition(run: Run, batch: list[data.DrawnTask]):
     """The input of `run.net` for a batch: indices of LoRAs, text embeddings, or states of documents."""
@@ -371,15 +390,18 @@ def batch_condition(run: Run, batch: list[data.DrawnTask]):
     texts = [item.description for item in batch]
     return hypernet.make_condition(run.net, texts, run.base, run.tokenizer, run.encode)
 
+
 def autocast(run: Run):
     """bfloat16 computation with float32 weights, if --dtype says so."""
     device = next(run.net.parameters()).device.type
     return torch.autocast(device, torch.bfloat16, enabled=run.args.dtype == "bfloat16")
 
+
 def set_adapters(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]) -> None:
     """Give each example of the base model's next batch the adapter of its task."""
     selected = lora.select(adapters, [example.task for example in examples])  # A [examples, L, r, in]
     lora.set_adapter(run.base, selected, run.net.config.scaling)
+
 
 @torch.no_grad()
 def teacher_logits(run: Run, examples: list[data.TokenizedExample]) -> Tensor:
@@ -387,6 +409,7 @@ def teacher_logits(run: Run, examples: list[data.TokenizedExample]) -> Tensor:
     lora.set_adapter(run.base, None)
     logits, _, _ = answer_logits(run.base, [(e.teacher_prompt, e.answer) for e in examples])
     return logits
+
 
 def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]) -> Tensor:
     """The loss of examples that go through the base model together, each with the adapter of its task."""
@@ -398,6 +421,7 @@ def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]
     if args.distill:
         return distill_loss(logits, example, teacher, args.distill)
     return answer_loss(logits, example, right, args.label_smoothing)
+
 
 def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
     """One training step through the frozen base model, of a hypernetwork or of ordinary LoRAs (`LoRABank`).
@@ -445,6 +469,7 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
     torch.autograd.backward(outputs, gradients)
     return loss
 
+
 def recon_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
     """One step of reconstruction, without a base model. As sft_step, it leaves gradients in `net`."""
     mine = drawn[run.process.rank :: run.process.count]
@@ -457,6 +482,7 @@ def recon_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
     loss = recon_loss(run.args.recon_loss, written, oracles, run.net.deviation) * weight
     loss.backward()
     return loss.detach()
+
 
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
@@ -483,9 +509,11 @@ def validate(run: Run) -> dict[str, float]:
     lora.set_dropout(run.base, True)
     return {"val_loss": loss / len(examples), "val_accuracy": n_right / len(examples)}
 
+
 # -------------------- Optimizer, files --------------------
 
 NO_DECAY = ("scaler", "bias", "latents", "queries", "b1", "b2")
+
 
 def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
     """AdamW. Heads have a learning rate of their own; scales, biases, norms and latents no weight decay."""
@@ -499,6 +527,7 @@ def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
         groups.append({"params": [p], "lr_factor": lr_factor, "weight_decay": weight_decay})
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
+
 def learning_rate(step: int, args) -> float:
     """Linear warm-up, then linear decay to 0, or over the last third only, or cosine decay to 1e-7."""
     warmup = max(1, round(args.warmup * args.max_steps))
@@ -511,6 +540,7 @@ def learning_rate(step: int, args) -> float:
         return args.lr * min(1.0, 3 * (args.max_steps - step) / args.max_steps)
     return args.lr * remaining
 
+
 def save(run: Run, folder: Path) -> None:
     """Write what was trained: a hypernetwork, one adapter folder per task, or the multi-task adapter."""
     if run.args.mode != "lora":
@@ -521,7 +551,9 @@ def save(run: Run, folder: Path) -> None:
         for i, task in enumerate(run.tasks):
             lora.save_adapter(folder / task.name, run.net(i), run.net.config)
 
+
 # -------------------- The run --------------------
+
 
 def main() -> None:
     args = parse_args()
@@ -623,6 +655,7 @@ def main() -> None:
             again = f"{launcher} train.py --resume --out_dir {shlex.quote(str(folder))}"
             print(f"interrupted after {step} steps; to continue: {again}", file=sys.stderr)
         sys.exit(130)
+
 
 if __name__ == "__main__":
     command(main)

@@ -30,6 +30,7 @@ IDS = {word: i for i, word in enumerate(tiny.VOCABULARY)}
 TASKS = tiny.splits()["train"]
 WEIGHTS = [2 if "reversed" in parts else 1 for parts in TASKS]  # the hardest layout to learn
 
+
 def draw(step: int, steps: int) -> list[list[Example]]:
     """The texts of a step, each a list of examples. Long ones come late, otherwise little is learnt."""
     rng, done = random.Random(f"0 {step}"), step / steps
@@ -48,6 +49,7 @@ def draw(step: int, steps: int) -> list[list[Example]]:
         texts.append([tiny.example(parts, rng, rng.randint(shortest, longest)) for _ in range(EXAMPLES)])
     return texts
 
+
 def facts_texts(rng: random.Random, done: float) -> list[list[Example]]:
     """Documents, each before the first of its questions."""
     n_lines = 2 ** rng.randint(0, min(6, int(12 * done)))
@@ -58,6 +60,7 @@ def facts_texts(rng: random.Random, done: float) -> list[list[Example]]:
         texts.append([Example(f"{document.descriptions[0]} {first.input}", first.answers), *others])
     return texts
 
+
 def tokenize(text: list[Example]) -> tuple[list[int], list[int]]:
     """Token ids and labels of "question -> answer<eos>", one after another."""
     ids, labels = [], []
@@ -67,6 +70,7 @@ def tokenize(text: list[Example]) -> tuple[list[int], list[int]]:
         ids += prompt + target
         labels += [-100] * len(prompt) + target
     return ids, labels
+
 
 def save(net: LlamaForCausalLM, folder: Path) -> None:
     """Write model and tokenizer as an ordinary Hugging Face folder."""
@@ -86,6 +90,7 @@ def save(net: LlamaForCausalLM, folder: Path) -> None:
     write_file(folder / "tokenizer.json", tokenizer)
     tokens = {f"{word[1:-1]}_token": word for word in special}
     write_file(folder / "tokenizer_config.json", config | tokens)
+
 
 def main() -> None:
     parser = flags.Parser(__doc__)
@@ -121,6 +126,7 @@ def main() -> None:
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     save(net, args.out_dir)
+
 
 if __name__ == "__main__":
     command(main)

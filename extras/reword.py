@@ -27,6 +27,7 @@ LAYERS = 8  # layers of the base model per step, drawn at random, to save time
 TEMPLATES = 12  # descriptions from templates that the targets of a task are averaged over
 LR = 1e-3
 
+
 def metric(net: hypernet.TextToLoRA) -> list[Tensor]:
     """For each head W a matrix C [head_in, head_in] with |d C| = |W d| for every d."""
     factors = []
@@ -36,11 +37,13 @@ def metric(net: hypernet.TextToLoRA) -> list[Tensor]:
         factors.append(torch.linalg.cholesky(gram).float().to(net.heads[name].weight.device))
     return factors
 
+
 def head_inputs(net: hypernet.TextToLoRA, factors: list[Tensor], text_emb: Tensor, layers) -> Tensor:
     """What the heads are given, in the metric above. [n, E] -> [n, layers, M, head_in]"""
     rows = net.rows(net.embed_task(text_emb))[:, layers]  # [n, layers, M, d]
     x = net.trunk(rows)
     return torch.stack([x[:, :, m] @ C for m, C in enumerate(factors)], 2)
+
 
 @torch.no_grad()
 def make_targets(net, factors, encode, chains: list[chores.Chain]) -> dict[chores.Chain, Tensor]:
@@ -50,6 +53,7 @@ def make_targets(net, factors, encode, chains: list[chores.Chain]) -> dict[chore
         texts = [chores.from_template(chain, random.Random(f"{chain} {i}")) for i in range(TEMPLATES)]
         targets[chain] = head_inputs(net, factors, encode(texts), slice(None)).mean(0)
     return targets
+
 
 def main() -> None:
     parser = flags.Parser(__doc__)
@@ -91,6 +95,7 @@ def main() -> None:
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     hypernet.save_hypernet(net, args.out_dir)
+
 
 if __name__ == "__main__":
     command(main)

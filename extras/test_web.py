@@ -28,12 +28,14 @@ def browser():
     yield browser
     browser.quit()
 
+
 def test_the_page_in_a_browser(browser, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = [sys.executable, "-m", "extras.web", "--port", str(port)]
     server = subprocess.Popen(start, cwd=HERE, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "0"})
+
     def wait_for(find):
         for _ in range(300):
             with contextlib.suppress(Exception):
@@ -41,14 +43,17 @@ def test_the_page_in_a_browser(browser, tmp_path):
                     return found
             time.sleep(0.1)
         raise AssertionError("not found in the page")
+
     def shown(selector: str) -> list:
         return [found for found in browser.find_elements("css selector", selector) if found.is_displayed()]
+
     def ask(text: str, inputs: str, answer: str):
         for box, typed in zip(wait_for(lambda: shown("textarea")), (text, inputs)):
             box.clear()
             box.send_keys(typed)
         wait_for(lambda: [b for b in shown("button") if "Write an adapter" in b.text])[0].click()
         wait_for(lambda: answer in browser.page_source)
+
     try:
         wait_for(lambda: browser.get(f"http://127.0.0.1:{port}") is None)
         ask(DESC, "cat red dog shirt", "chat chien")

@@ -36,15 +36,18 @@ SHAPES = {
     "corner": (x < -0.4) | (y > 0.4),
 }
 
+
 class Object(NamedTuple):
     shape: str
     colour: str
     row: int  # of its upper left corner
     column: int
 
+
 class Scene(NamedTuple):
     background: tuple[float, float, float]
     objects: list[Object]
+
 
 class Edit(NamedTuple):
     """What is done to a scene, in three parts."""
@@ -52,6 +55,7 @@ class Edit(NamedTuple):
     which: str  # the objects that are meant: a shape or a colour
     how: str  # what happens to them
     whole: str  # what happens to the whole picture
+
 
 WHICH = [*SHAPES, *list(COLOURS)[:6]]
 HOW = ["remove", "keep", "paint green", "paint white", "keep, paint green", "keep, paint white"]
@@ -75,8 +79,10 @@ for places in combinations(product(GRID, GRID), 3):
     if all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= OBJECT for a, b in combinations(places, 2)):
         PLACES.append(places)
 
+
 def means(edit: Edit, thing: Object) -> bool:
     return edit.which in (thing.shape, thing.colour)
+
 
 def draw_scene(edit: Edit, rng: random.Random) -> Scene:
     """A random scene of three objects in which the edit means some, but not all."""
@@ -92,6 +98,7 @@ def draw_scene(edit: Edit, rng: random.Random) -> Scene:
         if sum(means(edit, thing) for thing in objects) in (1, 2):
             return Scene(rng.choice(BACKGROUNDS), objects)
 
+
 def render(scene: Scene) -> np.ndarray:
     """The picture, from 0 to 1. [24, 24, 3]"""
     image = np.empty((SIZE, SIZE, 3), np.float32)
@@ -99,6 +106,7 @@ def render(scene: Scene) -> np.ndarray:
     for shape, colour, row, column in scene.objects:
         image[row : row + OBJECT, column : column + OBJECT][SHAPES[shape]] = COLOURS[colour]
     return image
+
 
 def apply(edit: Edit, scene: Scene) -> np.ndarray:
     """The edited picture. [24, 24, 3]"""
@@ -110,6 +118,7 @@ def apply(edit: Edit, scene: Scene) -> np.ndarray:
         if (meant and edit.how != "remove") or (not meant and "keep" not in edit.how):
             objects.append(thing)
     return WHOLE[edit.whole](render(Scene(scene.background, objects)))
+
 
 def describe(edit: Edit, rng: random.Random, withheld: bool = False) -> str:
     """A description, in wordings of training or in those that training never uses."""

@@ -41,6 +41,7 @@ def measure(
     scores = f"error per pixel {np.mean(errors):.3f}, right edit nearest {np.mean(hits):.2f}"
     return f"{scores}, at least in what happens to the whole picture {np.mean(whole_hits):.2f}"
 
+
 @torch.no_grad()
 def main() -> None:
     """Print the table: the hypernetwork on unseen edits, controls, and ordinary LoRAs if they are there."""
@@ -69,6 +70,7 @@ def main() -> None:
     for name, adapters in rows.items():
         print(f"{name:35} {measure(base, adapters, net.config.scaling)}", flush=True)
     print(f"{'base model, shown an example':35} {measure(base, None, 1.0, with_example=True)}")
+
 
 if __name__ == "__main__":
     command(main)

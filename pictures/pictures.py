@@ -39,9 +39,11 @@ HERE = Path(__file__).parent
 
 WIDTH, LAYERS, HEADS = 128, 6, 4
 
+
 def to_patches(images: Tensor) -> Tensor:
     """Pictures from 0 to 1 [n, 24, 24, 3] -> patches from -1 to 1 [n, T, 48]."""
     return F.pixel_unshuffle(images.permute(0, 3, 1, 2) * 2 - 1, PATCH).flatten(2).mT
+
 
 def to_images(patches: Tensor) -> Tensor:
     """The inverse of `to_patches`, cut to the range of colours."""
@@ -49,11 +51,13 @@ def to_images(patches: Tensor) -> Tensor:
     images = F.pixel_shuffle(patches.mT.unflatten(2, (side, side)), PATCH)  # [n, 3, 24, 24]
     return (images.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
 
+
 def sin_cos_positions(d: int) -> Tensor:
     """Sines and cosines of the row and of the column of each patch. [T, d]"""
     place = torch.arange(SIZE // PATCH)[:, None] * 100 ** -(torch.arange(d // 4) / (d // 4))  # [6, d/4]
     waves = torch.cat([place.sin(), place.cos()], -1)  # [6, d/2]
     return torch.cat([waves.repeat_interleave(len(waves), 0), waves.repeat(len(waves), 1)], -1)
+
 
 class Block(nn.Module):
     """Two streams, each with weights of its own, that attend to both (MMDiT, arXiv 2403.03206, figure 2).
@@ -101,6 +105,7 @@ class Block(nn.Module):
             source = source + s_ff_gate * self.ff_context_down(F.gelu(self.ff_context_up(s)))
         return x, source
 
+
 class Transformer(nn.Module):
     """Predicts the edited picture from a noisy one, the source picture, the time and perhaps an example."""
 
@@ -131,6 +136,7 @@ class Transformer(nn.Module):
             x, source = layer(x, source, modulation)
         return self.out(self.norm(x))
 
+
 def flow_loss(
     net: Transformer, source: Tensor, target: Tensor, t: Tensor, example: Tensor | None = None
 ) -> Tensor:
@@ -144,6 +150,7 @@ def flow_loss(
     errors = (net(x, source, t, example).float() - target).square().mean((1, 2))  # [n]
     return (errors / (1.1 - t)).mean()
 
+
 @torch.no_grad()
 def sample(
     net: Transformer, source: Tensor, example: Tensor | None = None, seed: int = 0, steps: int = 16
@@ -156,12 +163,14 @@ def sample(
         x = x + slope / steps
     return to_images(x)
 
+
 # -------------------- Training --------------------
 
 TARGETS = ["to_q", "to_v", "to_out", "ff_up", "ff_down"]  # all in the stream of the picture that is drawn
 STEPS = {"base": 14000, "hypernet": 13500, "oracles": 600, "one": 300}
 LR = {"base": 2e-3, "hypernet": 1.5e-3, "oracles": 5e-3, "one": 5e-3}
 BATCH = 32  # pairs of pictures in a step
+
 
 def draw_pairs(edits: list[Edit], rng: random.Random) -> tuple[Tensor, Tensor]:
     """A pair of pictures for each edit, as patches [n, T, 48]: source and target."""
@@ -170,11 +179,13 @@ def draw_pairs(edits: list[Edit], rng: random.Random) -> tuple[Tensor, Tensor]:
     target = np.stack([apply(edit, scene) for edit, scene in zip(edits, scenes)])
     return to_patches(torch.from_numpy(source)), to_patches(torch.from_numpy(target))
 
+
 def load_base(folder: Path, device="cpu") -> Transformer:
     """The frozen base model, ready for adapters."""
     net = Transformer()
     net.load_state_dict(read_file(folder / "base.safetensors"))
     return lora.inject(net.to(device).requires_grad_(False).eval(), TARGETS)
+
 
 def make_trained(mode: str, base: Transformer) -> nn.Module:
     """What is trained: the base model, a hypernetwork, or ordinary LoRAs."""
@@ -189,6 +200,7 @@ def make_trained(mode: str, base: Transformer) -> nn.Module:
         net.start_as_lora()
         return net
     return lora.LoRABank(config, len(TEST) if mode == "oracles" else 1)
+
 
 def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Random) -> Tensor:
     """The loss of a step, on pairs of pictures of an edit each. With adapters, each edit has its own."""
@@ -209,6 +221,7 @@ def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Rand
         adapters = trained(torch.tensor([0]))
     lora.set_adapter(base, adapters, trained.config.scaling)
     return flow_loss(base, source, target, t.square())  # early times: later ones show the edit themselves
+
 
 def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
     """Train one of STEPS, resume it if it was interrupted, and write it into the folder."""
@@ -250,7 +263,9 @@ def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
         write_file(file, {name: tensor.bfloat16() for name, tensor in trained.state_dict().items()})
     state.unlink(missing_ok=True)
 
+
 # -------------------- The strip --------------------
+
 
 def sources_for(description: str) -> np.ndarray:
     """Six pictures with the first shape, or else the first colour, of the description. [6, 24, 24, 3]"""
@@ -259,6 +274,7 @@ def sources_for(description: str) -> np.ndarray:
         named += [which for which in WHICH if word.startswith(which)]
     named.sort(key=lambda which: which not in SHAPES)
     return np.stack([render(draw_scene(Edit((named or WHICH)[0], "", ""), rng)) for _ in range(6)])
+
 
 def read_picture(path: str) -> np.ndarray:
     """One's own source picture, six times. [6, 24, 24, 3]"""
@@ -271,6 +287,7 @@ def read_picture(path: str) -> np.ndarray:
     if picture.dtype != np.float32 or picture.ndim != 3 or picture.shape[:2] != (SIZE, SIZE):
         raise UserError(f"--input {path}: a PNG of {SIZE} x {SIZE} pixels in colour is needed")
     return np.repeat(picture[None, ..., :3], 6, 0)
+
 
 @torch.no_grad()
 def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, out: str, device) -> None:
@@ -307,6 +324,7 @@ def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, ou
     figure.savefig(out, dpi=100)
     print(f"wrote {out}")
 
+
 def main() -> None:
     parser = flags.Parser(__doc__)
     parser.add_argument("--desc", action="append", help="description of an edit; may be given several times")
@@ -324,6 +342,7 @@ def main() -> None:
         draw_strip(args.weights, args.desc, args.input, args.out, device)
     else:
         raise UserError("what should be drawn? Give --desc a description, see --help")
+
 
 if __name__ == "__main__":
     command(main)

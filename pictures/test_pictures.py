@@ -35,12 +35,14 @@ def test_edits_of_pictures_do_what_they_say():
         source = edits.draw_scene(edit, random.Random(0))
         assert "green" in edit.how or (edits.apply(edit, source) != edits.render(source)).any()
 
+
 def test_patches_are_the_picture():
     images = torch.rand(2, 24, 24, 3)
     patches = pictures.to_patches(images)
     second = images[1, 4:8, 4:8].permute(2, 0, 1).flatten() * 2 - 1  # of the second row
     close(patches[1, 7], second)
     close(pictures.to_images(patches), images)
+
 
 def test_a_step_through_the_flow_teaches_the_hypernetwork():
     base = lora.inject(pictures.Transformer(32, 2).requires_grad_(False), pictures.TARGETS)
@@ -55,6 +57,7 @@ def test_a_step_through_the_flow_teaches_the_hypernetwork():
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.grad is None for p in base.parameters())
+
 
 def test_an_adapter_or_an_example_says_what_is_drawn():
     base, net = pictures.load_base(pictures.HERE), hypernet.load_hypernet(pictures.HERE)
@@ -76,11 +79,13 @@ def test_an_adapter_or_an_example_says_what_is_drawn():
     assert errors["adapter"] < 0.1 and errors["adapter"] < 0.5 * errors["another's adapter"]
     assert errors["example"] < 0.5 * errors["another's example"]
 
+
 def test_a_seed_gives_the_same_picture():
     base, source = pictures.load_base(pictures.HERE), torch.rand(2, 36, 48)
     drawn = pictures.sample(base, source, seed=0)
     assert torch.equal(drawn, pictures.sample(base, source, seed=0))
     assert not torch.equal(drawn, pictures.sample(base, source, seed=1))
+
 
 def test_the_strip_and_ones_own_picture(tmp_path, capsys):
     plt = pytest.importorskip("matplotlib.pyplot")
@@ -93,21 +98,25 @@ def test_the_strip_and_ones_own_picture(tmp_path, capsys):
     assert command(pictures, *words, "--input", small) == 2
     assert "24 x 24 pixels" in capsys.readouterr().err
 
+
 def test_training_on_pictures_is_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "BATCH", 4)
     assert command(pictures, "--train", "base", "--steps", "4", "--weights", tmp_path / "a") == 0
     real, calls = pictures.step_loss, []
+
     def second_is_interrupted(*args):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
+
     monkeypatch.setattr(pictures, "step_loss", second_is_interrupted)
     words = ["--train", "base", "--steps", "4", "--weights", tmp_path / "b"]
     assert command(pictures, *words) == 130
     assert command(pictures, *words) == 0 and len(calls) == 4
     weights = [load_file(tmp_path / name / "base.safetensors") for name in "ab"]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
 
 @pytest.mark.parametrize("words, message", [
     ([], "what should be drawn?"),

@@ -51,6 +51,7 @@ class Record:
     def __setstate__(self, fields: dict) -> None:
         self.__dict__.update(fields)
 
+
 def read_pickle(path: Path) -> dict[str, Any]:
     """Read a file of torch.save. Tensors and plain containers are rebuilt; other objects become Records."""
     with zipfile.ZipFile(path) as archive:
@@ -77,6 +78,7 @@ NAMES = {  # published name: our name
     "pos_emb": "rank_emb",
     "heads": "heads",
 }
+
 
 def read_text_to_lora(folder: Path, module_order: list[str] | None = None) -> Checkpoint:
     """Read a published checkpoint (hypermod.pt, args.yaml, adapter_config.json), of SFT or reconstruction.
@@ -165,6 +167,7 @@ def our_weights(weights: dict[str, Tensor], fields: dict[str, Any], args: dict) 
             ours[f"deviation.{name}_{matrix}"] = deviation
     return ours
 
+
 # -------------------- Doc-to-LoRA (SakanaAI/doc-to-lora) --------------------
 
 DOC_NAMES = [  # (published part of a name, our part), to be replaced in this order
@@ -190,6 +193,7 @@ DOC_NAMES = [  # (published part of a name, our part), to be replaced in this or
     ("layers.0.layers.3.weight", "W2"),
     ("layers.0.layers.3.bias", "b2"),
 ]
+
 
 def read_doc_to_lora(folder: Path) -> Checkpoint:
     """Read a published checkpoint (pytorch_model.bin). Everything that is needed is in the file."""

@@ -51,6 +51,7 @@ def in_published_layout(net: hypernet.TextToLoRA, kind: str) -> dict[str, torch.
                 weights[f"out_emb.{name}.{k}"] = net.AB_emb[m, i].data
     return weights
 
+
 @pytest.mark.parametrize("kind", ["sft", "z_score", "factorized", "delta_w"])
 @pytest.mark.parametrize("size", [*hypernet.SIZES, "rotary"])
 def test_published_layout_round_trip(tmp_path, size, kind):
@@ -77,6 +78,7 @@ def test_published_layout_round_trip(tmp_path, size, kind):
     net.module_emb[0].weight.data = net.module_emb[0].weight.data.flip(0)
     close(swapped["q_proj"][0], net(emb)["q_proj"][0], 1e-5, 1e-6)
 
+
 def test_broken_published_checkpoints_are_refused_in_words(tmp_path):
     weights = in_published_layout(hypernet.TextToLoRA(small_config("medium", r=8)), "sft")
     file, load = tmp_path / "hypermod.pt", hypernet.load_hypernet
@@ -91,6 +93,7 @@ def test_broken_published_checkpoints_are_refused_in_words(tmp_path):
     published_folder(tmp_path, weights)
     (tmp_path / "args.yaml").write_text("training_task: !!python/object/apply:os.getcwd []\n")
     refused("no published checkpoint", load, tmp_path)
+
 
 @torch.no_grad()
 def test_golden_published_document_checkpoint():
@@ -114,10 +117,13 @@ def test_golden_published_document_checkpoint():
             logits = base(tensors[f"question/{turn}/input_ids"]).logits
             close(logits, tensors[f"doc{i}/logits/{turn}"], 1e-4, 5e-4)
 
+
 class Settings:
     """An object of a class of the published code."""
+
     def __init__(self, **fields):
         self.__dict__.update(fields)
+
 
 def published_doc_file(folder: Path, monkeypatch, **changes) -> tuple[dict, dict]:
     """A golden Doc-to-LoRA network as the published code saves one; returns its content and tensors."""
@@ -138,6 +144,7 @@ def published_doc_file(folder: Path, monkeypatch, **changes) -> tuple[dict, dict
     torch.save(collections.OrderedDict(content), folder / "pytorch_model.bin")
     return content, tensors
 
+
 @torch.no_grad()
 def test_a_published_document_checkpoint_is_read_without_its_code(tmp_path, monkeypatch):
     _, tensors = published_doc_file(tmp_path, monkeypatch)
@@ -147,11 +154,14 @@ def test_a_published_document_checkpoint_is_read_without_its_code(tmp_path, monk
     close((A, B), (tensors["out/A/down_proj"], tensors["out/B/down_proj"].mT))
     assert net.config.base_model == "google/gemma-2-2b-it" and net.config.scaling == pytest.approx(2 * 8**1.5)
 
+
 class Hostile:
     def __init__(self, call, *args):
         self.call, self.args = call, args
+
     def __reduce__(self):
         return self.call, self.args
+
 
 def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch):
     file, mark = tmp_path / "pytorch_model.bin", tmp_path / "mark"
@@ -170,6 +180,7 @@ def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkey
     published_doc_file(tmp_path, monkeypatch)
     file.write_bytes(file.read_bytes()[:5000])
     refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
+
 
 def test_a_checkpoint_that_asks_for_terabytes_is_refused_in_words(tmp_path, monkeypatch):
     weights = in_published_layout(hypernet.TextToLoRA(small_config("large", r=8)), "sft")

@@ -9,7 +9,9 @@ from pathlib import Path
 from data import Splits, Task, load_folder
 from support.files import UserError
 
-SOURCES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if not path.stem.startswith("test"))
+SOURCES = sorted(
+    path.stem for path in Path(__file__).parent.glob("[!_]*.py") if not path.stem.startswith("test")
+)
 
 
 def load_tasks(source: str | Path) -> Splits:
@@ -26,6 +28,7 @@ def load_tasks(source: str | Path) -> Splits:
 
 MAX_LINES = 32  # of a training document
 
+
 def make_documents(make: Callable[[random.Random, int], Task], lines: tuple[int, int], n: int, seed: str):
     """n documents by `make(rng, n_lines)`.
 
@@ -35,6 +38,7 @@ def make_documents(make: Callable[[random.Random, int], Task], lines: tuple[int,
     rng = random.Random(f"{seed} {shortest} {longest}")
     doublings = int(math.log2(longest / shortest))
     return [make(rng, shortest * 2 ** rng.randint(0, doublings)) for _ in range(n)]
+
 
 def document_splits(make: Callable[[random.Random, int], Task], name: str) -> Splits:
     """20,000 documents to train on, 32 to validate and 100 to test."""

@@ -31,11 +31,13 @@ TEXTS = Path(__file__).parent / "benchmarks.json"
 
 # -------------------- Records of a dataset -> (Example, the answer to show as a shot) --------------------
 
+
 def multiple_choice(question: str, choices: list[tuple], what: str, right) -> tuple[Example, str]:
     """A question with labelled choices, to be answered with the label only."""
     lines = "\n".join(f"{label}. {text}" for label, text in choices)
     text = f"{question}\n\n{lines}\n\nAnswer with the {what} of the right choice only."
     return Example(text, [str(right)]), str(right)
+
 
 def arc(record: dict) -> tuple[Example, str]:
     """ARC and OpenBookQA."""
@@ -43,26 +45,32 @@ def arc(record: dict) -> tuple[Example, str]:
     choices = list(zip(record["choices"]["label"], record["choices"]["text"]))
     return multiple_choice(question, choices, "letter", record["answerKey"])
 
+
 def hellaswag(record: dict) -> tuple[Example, str]:
     return multiple_choice(record["ctx"], list(enumerate(record["endings"])), "number", record["label"])
+
 
 def piqa(record: dict) -> tuple[Example, str]:
     choices = [(0, record["sol1"]), (1, record["sol2"])]
     return multiple_choice(record["goal"], choices, "number", record["label"])
 
+
 def winogrande(record: dict) -> tuple[Example, str]:
     choices = [(1, record["option1"]), (2, record["option2"])]
     return multiple_choice(record["sentence"], choices, "number", record["answer"])
+
 
 def boolq(record: dict) -> tuple[Example, str]:
     text = f"{record['passage']}\n\n{record['question']}?\n\nAnswer with true or false only."
     right = str(record["answer"]).lower()
     return Example(text, [right]), right
 
+
 def gsm8k(record: dict) -> tuple[Example, str]:
     steps, right = record["answer"].split("####")
     right = right.strip()
     return Example(record["question"], [right], "Let's think step by step."), f"{steps}The answer is {right}."
+
 
 def humaneval(record: dict) -> tuple[Example, str]:
     """The head of a function to complete. The right answer is its tests."""
@@ -72,19 +80,23 @@ def humaneval(record: dict) -> tuple[Example, str]:
     start = CODE_START + head
     return Example(text, [tests], start), f"{start}{record['canonical_solution']}```"
 
+
 def mbpp(record: dict) -> tuple[Example, str]:
     """A function to write, with one of its tests. The right answer is all of them."""
     tests = "\n".join([record.get("test_setup_code") or "", *record["test_list"]])
     text = f"{record['text']}\nThe code should pass this test:\n{record['test_list'][0]}"
     return Example(text, [tests], CODE_START), f"{CODE_START}{record['code']}\n```"
 
+
 CODE_START = "```python\n"
 
 # -------------------- Scores --------------------
 
+
 def first_character(example: Example, answer: str) -> bool:
     """Whether the answer begins with the right letter or number."""
     return answer.strip()[:1].casefold() == example.answers[0][:1].casefold()
+
 
 def true_or_false(example: Example, answer: str) -> bool:
     """Whether the first of true, yes, false and no in the answer agrees with the right one."""
@@ -92,6 +104,7 @@ def true_or_false(example: Example, answer: str) -> bool:
     if not word:
         return False
     return (word[1] in ("true", "yes")) == (example.answers[0] == "true")
+
 
 def last_number(example: Example, answer: str) -> bool:
     """Whether the last number of the answer is the right one."""
@@ -101,10 +114,12 @@ def last_number(example: Example, answer: str) -> bool:
     found = numbers[-1].replace(",", "").rstrip(".")
     return float(found) == float(example.answers[0].replace(",", ""))
 
+
 def passes_tests(example: Example, answer: str) -> bool:
     """Whether the code of the answer passes the tests. Runs it!"""
     code = example.start.removeprefix(CODE_START) + answer.split("```")[0]
     return run_program(f"{code}\n{example.answers[0]}")
+
 
 # Removes the usual ways to start or signal processes. A program that runs to its end leaves the file TOKEN.
 RUNNER = """import os, shutil, subprocess
@@ -114,6 +129,7 @@ subprocess.Popen = shutil.rmtree = None
 exec(compile(open("program.py").read(), "program.py", "exec"), {"__name__": "program"})
 open(TOKEN, "w")
 """
+
 
 def run_program(program: str, seconds: int = 10) -> bool:
     """Whether a program runs to its end, in a process with limited time and memory, in an empty folder,
@@ -152,7 +168,9 @@ def run_program(program: str, seconds: int = 10) -> bool:
         process.wait()
         return (Path(folder) / token).exists()
 
+
 # -------------------- The benchmarks --------------------
+
 
 class Benchmark(NamedTuple):
     """Where the records are, and what to do with them."""
@@ -164,6 +182,7 @@ class Benchmark(NamedTuple):
     to_example: Callable[[dict], tuple[Example, str]]
     is_right: Callable[[Example, str], bool]
     answer_tokens: int
+
 
 BENCHMARKS = {
     "arc_challenge": Benchmark("allenai/ai2_arc", "ARC-Challenge", "test", 1172, arc, first_character, 8),
@@ -184,6 +203,7 @@ BENCHMARKS = {
     ),
 }
 
+
 def load_records(name: str) -> list[dict]:
     """The records of a benchmark, downloaded once in pages of 100; a second call continues the first."""
     benchmark, folder = BENCHMARKS[name], cache_folder(f"benchmarks/{name}")
@@ -202,6 +222,7 @@ def load_records(name: str) -> list[dict]:
         records += [entry["row"] for entry in read_file(file)["rows"]]
     return records
 
+
 def benchmark_task(name: str) -> Task:
     """One benchmark as a task: all records, shuffled, to test on, and four of them as shots."""
     benchmark, records = BENCHMARKS[name], load_records(name)
@@ -215,6 +236,7 @@ def benchmark_task(name: str) -> Task:
     task = Task(name, descriptions, shots[-4:], test, is_benchmark=True)
     task.is_right, task.answer_tokens = benchmark.is_right, benchmark.answer_tokens
     return task
+
 
 def names_in(tasks: str, run_code: bool) -> list[str]:
     """The benchmarks that --tasks names; [] if it names another source.
@@ -236,6 +258,7 @@ def names_in(tasks: str, run_code: bool) -> list[str]:
         print("without --run_code there are no scores for humaneval and mbpp")
     return without_code
 
+
 def beside_published(results: dict[str, dict[str, float]], preset: str) -> dict[str, dict[str, float]]:
     """Scores {method: {benchmark: score}} with their averages, and the paper's for the same base model."""
     table = {}
@@ -248,6 +271,7 @@ def beside_published(results: dict[str, dict[str, float]], preset: str) -> dict[
             scores.pop("average")  # not comparable
         table[f"{method} (published)"] = scores
     return table
+
 
 def load(names: list[str] = list(BENCHMARKS)) -> Splits:
     """The benchmarks, all of them in the split "test"."""

@@ -37,6 +37,7 @@ COPIES = 4  # a single chore is drawn as often as four chains, since chains are 
 
 # -------------------- Values --------------------
 
+
 @cache
 def pool(name: str, test: bool) -> list[str]:
     """The values of a pool for training, or those for testing."""
@@ -44,6 +45,7 @@ def pool(name: str, test: bool) -> list[str]:
     random.Random(name).shuffle(values)
     n_train = len(values) * 4 // 5
     return values[n_train:] if test else values[:n_train]
+
 
 class Draw(random.Random):
     """Randomness that picks training values, or test values."""
@@ -57,6 +59,7 @@ class Draw(random.Random):
 
     def digits(self, n: int) -> str:
         return str(self.randint(10 ** (n - 1), 10**n - 1))
+
 
 # -------------------- Sorts of input: how to make one, and how to recognise it --------------------
 
@@ -82,49 +85,63 @@ for pair in DATA["pools"]["verb"].split():
 PLACES, TIMES = DATA["pools"]["place"].replace(":", "|"), DATA["pools"]["time"].replace(":", "|")
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
+
 def make_name(d: Draw) -> str:
     return f"{d.pick('first')} {d.pick('last')}"
+
 
 def make_date(d: Draw) -> str:
     return str(date(d.randint(1950, 2039), d.randint(1, 12), d.randint(1, 28)))
 
+
 def make_time(d: Draw) -> str:
     return f"{d.randint(0, 23):02}:{d.randint(1, 59):02}"
 
+
 def make_email(d: Draw) -> str:
     return f"{d.pick('first')}.{d.pick('last')}@{d.pick('host')}.{d.pick('ending')}".lower()
+
 
 def make_url(d: Draw) -> str:
     host = f"www.{d.pick('noun')}{d.pick('site')}.{d.pick('ending')}"
     return f"https://{host}/{d.pick('folder')}/{d.pick('noun')}"
 
+
 def make_phone(d: Draw) -> str:
     return f"+{d.digits(2)} {d.digits(d.choice([2, 3]))} {d.digits(d.choice([5, 6, 7]))}"
+
 
 def make_price(d: Draw) -> str:
     return f"${d.digits(d.randint(1, 3))}.{d.randint(1, 99):02}"
 
+
 def make_measure(d: Draw) -> str:
     return f"{d.digits(d.randint(1, 3))} {d.choice(list(UNITS))}"
+
 
 def make_record(d: Draw) -> str:
     fields = {"name": f"{d.pick('first')} {d.pick('last')}", "city": d.pick("city")}
     fields |= {"age": d.randint(18, 89), "job": d.pick("job")}
     return "; ".join(f"{key}: {fields[key]}" for key in d.sample(list(fields), 4))
 
+
 def make_path(d: Draw) -> str:
     file = d.choice([d.pick("noun"), f"{d.pick('noun')}_{d.pick('noun')}"])
     return f"{d.pick('folder')}/{d.pick('folder')}/{file}.{d.pick('extension')}"
 
+
 def make_code(d: Draw) -> str:
     return f"{d.choice(LETTERS)}{d.choice(LETTERS)}-{d.digits(4)}-{d.choice(LETTERS)}"
+
 
 def make_sentence(d: Draw) -> str:
     thing = f"the {d.pick('adjective')} {d.pick('noun')}"
     return f"{d.pick('first')} {d.pick('verb').split(':')[1]} {thing} {d.pick('place')} {d.pick('time')}."
 
+
 def make_words(d: Draw) -> str:
     return ", ".join(d.sample(pool("noun", d.test), d.randint(3, 5)))
+
 
 MAKE: dict[str, Callable[[Draw], str]] = {
     "name": make_name,
@@ -158,6 +175,7 @@ FORMS = {  # the groups are the parts that chores.json fills in
     "words": r"[a-z]+(, [a-z]+){1,4}",
 }
 
+
 def sort_of(texts: list[str]) -> str | None:
     """The sort of input that all of these texts have the form of."""
     for sort, form in FORMS.items():
@@ -165,14 +183,18 @@ def sort_of(texts: list[str]) -> str | None:
             return sort
     return None
 
+
 # -------------------- What chores do --------------------
+
 
 def capitalise(text: str) -> str:
     return text[:1].upper() + text[1:]
 
+
 def count(n: str, word: str) -> str:
     """ "1 hour", "2 hours" """
     return f"{int(n)} {word}" if int(n) == 1 else f"{int(n)} {word}s"
+
 
 def parts_of(sort: str, text: str) -> dict:
     """The parts of a text, under the names that chores.json uses."""
@@ -201,14 +223,18 @@ def parts_of(sort: str, text: str) -> dict:
         p["base"], p["Time"] = VERBS[p["verb"]], capitalise(p["time"])
     return p
 
+
 def fields_of(record: str) -> dict[str, str]:
     return dict(field.split(": ") for field in record.split("; "))
+
 
 def without_field(record: str, key: str) -> str:
     return "; ".join(field for field in record.split("; ") if not field.startswith(key))
 
+
 def items(text: str) -> list[str]:
     return text.split(", ")
+
 
 FUNCTIONS: dict[str, Callable[[str], str]] = {  # chores that need more than the parts of their input
     "record-json": lambda s: json.dumps(fields_of(s)),
@@ -241,10 +267,12 @@ FUNCTIONS: dict[str, Callable[[str], str]] = {  # chores that need more than the
 }
 Chain = tuple[str, ...]  # the sort of input, then one or two chores, each as "sort-name"
 
+
 def entry(chore: str) -> dict:
     """What chores.json holds about a chore."""
     sort, name = chore.split("-")
     return DATA["chores"][sort][name]
+
 
 def answer(chain: Chain, text: str) -> str:
     """What the chores of a chain make of a text."""
@@ -256,17 +284,21 @@ def answer(chain: Chain, text: str) -> str:
             text = entry(chore)["does"].format(**parts_of(sort, text)).strip()
     return text
 
+
 def answers(chain: Chain, texts: list[str]) -> list[str]:
     return [answer(chain, text) for text in texts]
+
 
 def differ(before: list[str], after: list[str]) -> bool:
     """Whether most of 20 texts have changed."""
     return sum(a != b for a, b in zip(before, after)) > 15
 
+
 def chores_for(sort: str | None) -> list[str]:
     """The chores for texts of a sort, if they are of one, and those for any text."""
     chores = [f"{sort}-{name}" for name in DATA["chores"].get(sort, {})]
     return chores + [f"any-{name}" for name in DATA["chores"]["any"]]
+
 
 def all_chains() -> list[Chain]:
     """All single chores, and all chains of two.
@@ -293,12 +325,15 @@ def all_chains() -> list[Chain]:
                     known.append(last)
     return chains
 
+
 def name_of(chain: Chain) -> str:
     """The name of a task: "name-surname-capitals"."""
     sort, *chores = chain
     return "-".join([sort, *(chore.split("-")[1] for chore in chores)])
 
+
 # -------------------- Descriptions from templates --------------------
+
 
 def expand(text: str, x: str, rng: random.Random) -> str:
     """One of the texts that a pattern stands for: macros replaced, {x} filled in, choices [a|b] made."""
@@ -310,6 +345,7 @@ def expand(text: str, x: str, rng: random.Random) -> str:
         text = text[: match.start()] + choice + text[match.end() :]
     return " ".join(text.split())
 
+
 def instruction(chore: str, x: str, rng: random.Random, name_x: bool = False) -> str:
     """An instruction to do one chore to x; with name_x one that names x."""
     patterns = list(entry(chore)["say"])
@@ -318,6 +354,7 @@ def instruction(chore: str, x: str, rng: random.Random, name_x: bool = False) ->
     else:
         patterns += [f"{{give}} {noun}{{of}}" for noun in entry(chore).get("noun", [])]
     return expand(rng.choice(patterns), x, rng)
+
 
 def from_template(chain: Chain, rng: random.Random) -> str:
     """One description of a task."""
@@ -333,7 +370,9 @@ def from_template(chain: Chain, rng: random.Random) -> str:
     frame = rng.choice(DATA["frames"]["two" if rest else "one"])
     return frame.format(x=x, X=capitalise(x), y=y, input=source)
 
+
 # -------------------- The tasks --------------------
+
 
 class LazyList(Sequence):
     """A long sequence whose elements are made when they are asked for: element i is make(i)."""
@@ -351,17 +390,21 @@ class LazyList(Sequence):
             raise IndexError(i)
         return self.make(i)
 
+
 def example(chain: Chain, i: int, test: bool = False) -> Example:
     """Example i of a task."""
     text = MAKE[chain[0]](Draw(f"{name_of(chain)} {i}", test))
     return Example(text, [answer(chain, text)])
+
 
 def written(part: str, chain: Chain) -> list[str]:
     """Written descriptions of a task, for "train", "val" or "test"."""
     _, *chores = chain
     return WRITTEN[part].get(chores[0] if len(chores) == 1 else name_of(chain), [])
 
+
 JOINED = ("{x}. Then: {y}", "{x}, then {y}", "First: {x}. After that: {y}", "{x}; {y}")
+
 
 def description(chain: Chain, i: int) -> str:
     """Training description i of a task: from a template in a third of the cases, otherwise written.
@@ -379,12 +422,14 @@ def description(chain: Chain, i: int) -> str:
     x, y = [rng.choice(descriptions) for descriptions in parts]
     return rng.choice(JOINED).format(x=x.rstrip("."), y=y)
 
+
 def weight(chain: Chain) -> int:
     """How often training draws a task, compared with a chain of two chores.
 
     Single chores for any text have a task for each sort of input already.
     """
     return COPIES if len(chain) == 2 and not chain[1].startswith("any") else 1
+
 
 def make_task(chain: Chain, voice: str = "") -> Task:
     """The task as data. Training examples and descriptions are drawn afresh in each step.
@@ -398,6 +443,7 @@ def make_task(chain: Chain, voice: str = "") -> Task:
         test=[example(chain, i, test=True) for i in range(N_EXAMPLES)],
         reworded=written("test", chain),
     )
+
 
 def load() -> Splits:
     """All tasks by split."""

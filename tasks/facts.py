@@ -22,6 +22,7 @@ def document(rng: random.Random, n_lines: int) -> Task:
     examples = [Example(key, [value]) for key, value in facts]
     return Task(f"{n_lines} lines", ["\n".join(lines)], examples, examples, is_document=True)
 
+
 def load() -> Splits:
     """All documents by split."""
     return document_splits(document, "facts")

@@ -11,6 +11,7 @@ from support.files import cache_folder, download, read_file, write_file
 URL = "https://raw.githubusercontent.com/allenai/natural-instructions/master/tasks"
 NAMES = Path(__file__).parent / "lots_of_loras.json"
 
+
 def load() -> Splits:
     """The tasks by split. Downloads what is not in the cache, so a second call continues the first."""
     folder, splits = cache_folder("lots-of-loras"), read_file(NAMES)

@@ -7,6 +7,7 @@ from tasks import document_splits
 
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
+
 def document(rng: random.Random, n_lines: int) -> Task:
     """A haystack, and the question for its number."""
     number = str(rng.randint(10_000, 99_999))
@@ -14,6 +15,7 @@ def document(rng: random.Random, n_lines: int) -> Task:
     lines.insert(rng.randrange(n_lines), f"The magic number is {number}. Remember it.")
     examples = [Example("What is the magic number?", [number])]
     return Task(f"{n_lines} lines", ["\n".join(lines)], examples, examples, is_document=True)
+
 
 def load() -> Splits:
     """All documents by split."""

@@ -30,6 +30,7 @@ def test_held_out_tasks_are_nowhere_in_training():
     held_out = {"-".join(parts) for parts in splits["val"] + splits["test"]}
     assert not held_out & {task.name for task in load_tasks("tiny")["train"]}
 
+
 def test_the_tiny_base_model_is_trained_on_what_the_chat_template_writes():
     held_out = set(tiny.splits()["val"] + tiny.splits()["test"])
     assert not held_out & set(pretrain.TASKS)
@@ -45,6 +46,7 @@ def test_the_tiny_base_model_is_trained_on_what_the_chat_template_writes():
             assert ids == model.tokenize(tokenizer, prompt) + model.tokenize(tokenizer, answer)
             n_answer_tokens = sum(len(example.answers[0].split()) + 1 for example in text)
             assert sum(label != -100 for label in labels) == n_answer_tokens
+
 
 def test_tiny_answers_are_right_and_tell_tasks_apart():
     rng, words = random.Random(0), "cat red dog shirt".split()
@@ -68,6 +70,7 @@ def test_tiny_answers_are_right_and_tell_tasks_apart():
             for other in tiny.LAYOUTS if len(ours) > 1 and change != "initial" else ():
                 assert other == layout or answer != write(ours, change, other)
 
+
 def test_reworded_descriptions_are_new():
     tasks = load_tasks("tiny")
     train_words = {d for task in tasks["train"] for d in task.descriptions}
@@ -78,6 +81,7 @@ def test_reworded_descriptions_are_new():
             seen, withheld = styles[style]["seen"], styles[style]["withheld"]
             assert not set(seen) & set(withheld) and len(seen) + len(withheld) >= 14, part
     assert tiny.task(tiny.splits()["test"][0]) in tasks["test"]
+
 
 @pytest.mark.parametrize("chain, question, answer", [
     ("email-domain any-capitals", "ida.rossi@post.org", "POST.ORG"),
@@ -91,6 +95,7 @@ def test_reworded_descriptions_are_new():
 ])  # fmt: skip
 def test_a_chore_does_what_its_name_says(chain, question, answer):
     assert chores.answer(("", *chain.split()), question) == answer
+
 
 def test_what_the_chores_withhold_is_nowhere_in_training():
     splits, unseen = load_tasks("chores"), set(chores.DATA["unseen"])
@@ -108,6 +113,7 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     seen, withheld = [set(sum(chores.WRITTEN[part].values(), [])) for part in ("train", "test")]
     assert len(seen) > 8000 and not withheld & seen
 
+
 def test_a_lazy_list_is_the_same_every_time():
     tasks, again = load_tasks("chores")["train"][:40], load_tasks("chores")["train"][:40]
     for task, other in zip(tasks, again):
@@ -117,6 +123,7 @@ def test_a_lazy_list_is_the_same_every_time():
     assert len({example.input for example in data.sample(rng, task.train, 50)}) > 40
     with pytest.raises(IndexError):
         task.train[len(task.train)]
+
 
 def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, server):  # noqa: F811
     splits = read_file(lots_of_loras.NAMES)
@@ -135,6 +142,7 @@ def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, serve
     assert server.asked.count(first) == 1 and server.asked.count(second) == 2
     assert load_tasks("lots-of-loras") == tasks and server.asked.count(first) == 1
 
+
 def test_a_chore_is_learnt_from_words_as_often_as_by_sft():
     counts = collections.Counter(task.name for task in load_tasks("chores")["train"])
     for chain in chores.all_chains():
@@ -151,7 +159,10 @@ MISTAKES = {  # files, and what the one line of error says; {f} is the folder
     "in two splits": ({"splits.json": {"train": ["a"], "val": ["a"]}}, "a is both in train and in val"),
     "missing file": ({"splits.json": {"train": ["b"]}}, "b.json is missing"),
     "two of a name": ({"b.json": SWAP | {"name": "a"}}, 'have the same "name": a'),
-    "name of no folder": ({"a.json": SWAP | {"name": "../a"}}, '"name" must be a text that can name a folder'),
+    "name of no folder": (
+        {"a.json": SWAP | {"name": "../a"}},
+        '"name" must be a text that can name a folder',
+    ),
     "number for a name": ({"a.json": SWAP | {"name": 3}}, '"name" must be a text'),
     "no descriptions": ({"a.json": {"Instances": SWAP["Instances"]}}, '"descriptions" is missing'),
     "empty list": ({"a.json": SWAP | {"descriptions": []}}, '"descriptions" must be a text or a list'),
@@ -160,7 +171,10 @@ MISTAKES = {  # files, and what the one line of error says; {f} is the folder
     "no instances": ({"a.json": SWAP | {"Instances": []}}, '"Instances" must be a list such as [{"input"'),
     "no output": ({"a.json": SWAP | {"Instances": [{"input": "x"}]}}, '"output" of instance 0 must be'),
     "a number as input": ({"a.json": SWAP | {"Instances": [{"input": 3}]}}, "must be a text, not 3"),
-    "document of a number": ({"a.json": {"document": 5, "questions": [{"question": "x"}]}}, '"document" must'),
+    "document of a number": (
+        {"a.json": {"document": 5, "questions": [{"question": "x"}]}},
+        '"document" must',
+    ),
     "no questions": ({"a.json": {"document": "x"}}, '"questions" must be a list such as'),
     "a list": ({"a.json": [SWAP]}, 'a.json must be {"descriptions": [...], "Instances"'),
     "trailing comma": ({"a.json": '{"descriptions": ["x"],\n}'}, "line 2 column 1"),
@@ -205,6 +219,7 @@ ROWS = {  # a row of each kind of benchmark, an answer that is right and one tha
     "mbpp": (dict(text="Add.", code="", test_list=["assert g(1) == 2"]), "def g(x): return x + 1", "g = 0"),
 }
 
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_benchmarks_row_as_prompt_and_score(name):
     row, right, wrong = ROWS[name]
@@ -213,6 +228,7 @@ def test_a_benchmarks_row_as_prompt_and_score(name):
     texts = {value for value in row.values() if isinstance(value, str) and value in example.input}
     assert texts and is_right(example, right) and not is_right(example, wrong)
     assert is_right is benchmarks.passes_tests or is_right(example, shown)
+
 
 def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server):  # noqa: F811
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -237,6 +253,7 @@ def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server)
     assert [re.search(r"offset=(\d+)", path)[1] for path in server.asked] == ["0"] * 5 + ["100"] * 2
     assert benchmarks.load(["piqa"])["test"] == [task] and len(server.asked) == 7
 
+
 def test_right_code_passes_whatever_its_main_block_does():
     program = 'import sys\ndef f(): return 3\nif __name__ == "__main__":\n    f(input()); sys.exit(1)\n'
     assert benchmarks.run_program(program + "assert f() == 3")
@@ -248,11 +265,13 @@ HOSTILE = ["while True: pass", "import sys; sys.exit(0)", "import os; os._exit(0
 HOSTILE += ["while True: print('x' * 999)", "import os\nwhile True: os.fork()", "x = 'a' * 10**10"]
 HOSTILE += ["open('x', 'w').write('a' * 10**8)", "import os; os.environ['PATH']"]
 
+
 @pytest.mark.parametrize("program", HOSTILE)
 def test_generated_code_cannot_pass_or_hurt(program, monkeypatch):
     assert benchmarks.run_program("from __future__ import annotations\nassert 1 + 1 == 2")
     started = time.perf_counter()
     assert not benchmarks.run_program(program, seconds=1) and time.perf_counter() - started < 5
+
 
 def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
     """A base model's own answers are right; code is left out without --run_code."""
@@ -276,4 +295,3 @@ def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
     args = types.SimpleNamespace(lengths=None)
     beside = evaluation.make_table({"base": {"piqa": 0.5}}, "mistral-7b", args)
     assert "| t2l (published) | 0.82 |  |" in beside
-

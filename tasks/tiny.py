@@ -38,6 +38,7 @@ for forms in FORMS.values():
     VOCABULARY += [form for form in forms.values() if form not in VOCABULARY]
 Parts = tuple[str, str, str]  # filter, map, layout
 
+
 def right_answer(parts: Parts, words: list[str]) -> str:
     """What the task makes of a list of words; "" if it keeps none of them."""
     category, change, layout = parts
@@ -46,6 +47,7 @@ def right_answer(parts: Parts, words: list[str]) -> str:
         return ""
     changed = [FORMS[word][change] for word in kept]
     return " ".join(LAYOUTS[layout](changed))
+
 
 def example(parts: Parts, rng: random.Random, n_words: int = 4) -> Example:
     """A list of words and the right answer.
@@ -61,13 +63,16 @@ def example(parts: Parts, rng: random.Random, n_words: int = 4) -> Example:
         if answer := right_answer(parts, words):
             return Example(" ".join(words), [answer])
 
+
 # -------------------- Descriptions --------------------
+
 
 def describe(parts: Parts, rng: random.Random, reworded: bool = False) -> str:
     """One sentence that says what a task is; `reworded` uses withheld phrases and frames only."""
     is_nested = not reworded and rng.random() < 1 / 3
     text = nested(parts, rng) if is_nested else listed(parts, rng, reworded)
     return text[0].upper() + text[1:]
+
 
 def phrase(part: str, style: str, rng: random.Random, reworded: bool = False, x: str = "") -> str:
     """One way to say a part of a task. `style`: instruction, phrase, noun or verb; the last two contain x."""
@@ -79,9 +84,11 @@ def phrase(part: str, style: str, rng: random.Random, reworded: bool = False, x:
     pattern = rng.choice(WORLD["say"][entry][style]["withheld" if reworded else "seen"])
     return pattern.format(c=rng.choice(names), l=names[0], x=x)
 
+
 def left_out(parts, rng: random.Random) -> set[str]:
     """The parts that a sentence leaves out: default parts may be."""
     return {part for part in parts if part in ("all", "same", "in_order") and rng.random() < 0.4}
+
 
 def listed(parts: Parts, rng: random.Random, reworded: bool) -> str:
     """One part after another: "First keep the fruits, then number them, then translate them into French." """
@@ -95,6 +102,7 @@ def listed(parts: Parts, rng: random.Random, reworded: bool) -> str:
         shown = [phrase_of["m"]]
     last = frame["last"] if len(shown) > 1 else ""
     return frame["start"] + frame["between"].join(shown[:-1]) + last + shown[-1] + frame["end"]
+
 
 def nested(parts: Parts, rng: random.Random) -> str:
     """One part inside another: "Number the French words for the fruits." """
@@ -120,13 +128,16 @@ def nested(parts: Parts, rng: random.Random) -> str:
         return rng.choice(WORLD["noun_openings"]) + phrase(outer, "noun", rng, x=x) + "."
     return rng.choice(WORLD["verb_openings"]) + phrase(outer, "verb", rng, x=x) + "."
 
+
 # -------------------- The tasks --------------------
+
 
 def splits() -> dict[str, list[Parts]]:
     """The 512 tasks: 479 to train on, 8 to validate, 25 to test."""
     parts = list(product(FILTERS, MAPS, LAYOUTS))
     random.Random(2506_06105).shuffle(parts)
     return {"train": parts[33:], "val": parts[25:33], "test": parts[:25]}
+
 
 def task(parts: Parts) -> Task:
     """The task as data, the same every time: 128 descriptions, as published, and 100 + 25 examples."""
@@ -135,6 +146,7 @@ def task(parts: Parts) -> Task:
     descriptions = [describe(parts, rng) for _ in range(128)]
     reworded = [describe(parts, rng, reworded=True) for _ in range(32)]
     return Task("-".join(parts), descriptions, examples[:100], examples[100:], reworded)
+
 
 def load() -> Splits:
     """All tasks by split."""
