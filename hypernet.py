@@ -554,6 +554,14 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
     return net.eval()
 
 
+def copy_weights(folder: str, net: nn.Module) -> None:
+    """Start a network from the weights of another one, of the same settings."""
+    try:
+        net.load_state_dict(load_hypernet(folder).state_dict())
+    except RuntimeError:
+        raise UserError(f"--init_from {folder}: that network has other settings") from None
+
+
 def check_memory(net: nn.Module, folder: Path) -> None:
     """Raise UserError if a network does not fit into memory: a small file can ask for terabytes."""
     n_bytes = 4 * sum(tensor.numel() for tensor in net.state_dict().values())

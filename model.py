@@ -172,6 +172,28 @@ def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, st
     return [text.strip() if is_whole else text.lstrip() for text, is_whole in zip(texts, ended)]
 
 
+def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):
+    """Run the base model, with the adapters that are set, on n examples (ids of prompt and answer).
+
+    `neftune_alpha` adds noise to the input embeddings (NEFTune, arXiv 2310.05914). Returns, for all answer
+    tokens: logits [tokens, vocabulary], index of the example [tokens], and the right token [tokens].
+    """
+    sequences = [prompt + answer for prompt, answer in examples]
+    labels = [[-1] * len(prompt) + answer for prompt, answer in examples]  # -1 is not part of the answer
+    ids = pad(sequences, 0).to(base.device)  # [n, T], padded at the end: a causal model needs no mask
+    labels = pad(labels, -1).to(base.device)  # [n, T]
+    embeddings = base.get_input_embeddings()
+    x = embeddings(ids)  # [n, T, d]
+    if neftune_alpha:  # uniform noise, scaled so that its expected norm does not grow with T and d
+        noise = torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
+        x = x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's layer has scaled x by it
+    example, position = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # the position before each answer token
+    # logits from the first to the last answer token of the batch only
+    kept = torch.arange(position.min(), position.max() + 1, device=ids.device)
+    logits = base(inputs_embeds=x, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
+    return logits[example, position - position.min()].float(), example, labels[example, position + 1]
+
+
 @torch.no_grad()
 def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor | None, early_exit=False) -> Tensor:
     """The input of each of the L layers, for Doc-to-LoRA. input_ids, mask [n, T] -> [n, L, T, d].

@@ -427,7 +427,7 @@ def test_golden_sft_losses_and_gradients(tmp_path, file):
     lora.set_adapter(base, adapter, SCALING)
     real = tensors["sft/in/attention_mask"].bool()
     close(base(ids).logits[real], tensors["sft/logits"][real], 1e-4, 1e-3)
-    answers = train.answer_logits(base, examples)
+    answers = model.answer_logits(base, examples)
     for smoothing in (0.0, 0.1):
         loss = train.answer_loss(*answers, smoothing)
         close(loss, tensors[f"sft/ls{smoothing}_sample/sft_loss"][0], 0, 5e-5)
@@ -843,7 +843,7 @@ def test_an_adapter_on_every_architecture(tmp_path, make):
     ours = base(ids).logits
     assert (ours - plain).abs().max() > 0.01
     examples = [(row[:3], row[3:]) for row in ids.tolist()]
-    logits, example, right = train.answer_logits(base, examples)
+    logits, example, right = model.answer_logits(base, examples)
     close(logits, ours[:, 2:-1].flatten(0, 1), 1e-4, 1e-4)  # whatever the model does to its logits
     assert right.tolist() == ids[:, 3:].flatten().tolist() and example.tolist() == [0] * 6 + [1] * 6
     leaves, grads, calls = [x.requires_grad_() for pair in adapter.values() for x in pair], [], []
@@ -852,7 +852,7 @@ def test_an_adapter_on_every_architecture(tmp_path, make):
         if checkpointing:
             model.recompute_layers(base)
         lora.set_adapter(base, adapter, SCALING)
-        grads.append(torch.autograd.grad(train.answer_loss(*train.answer_logits(base, examples)), leaves))
+        grads.append(torch.autograd.grad(train.answer_loss(*model.answer_logits(base, examples)), leaves))
     assert len(calls) == 1 + 2  # once without, and once more in the backward pass with checkpointing
     assert all(grad.abs().max() > 0 for grad in grads[0])
     close(*grads, 1e-4, 1e-6)
@@ -872,7 +872,7 @@ def test_answer_loss_equals_the_naive_one():
         each = [-(1 - smoothing) * logp[i - 1, ids[i]] - smoothing * logp[i - 1].mean() for i in range(k, n)]
         examples.append((ids[:k], ids[k:]))
         naive.append(sum(each) / len(each))
-    close(train.answer_loss(*train.answer_logits(base, examples), smoothing), sum(naive) / 3)
+    close(train.answer_loss(*model.answer_logits(base, examples), smoothing), sum(naive) / 3)
 
 
 def test_neftune_noise_has_the_published_size():
@@ -880,7 +880,7 @@ def test_neftune_noise_has_the_published_size():
     note = lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"])
     base.model.register_forward_pre_hook(note, with_kwargs=True)
     ids = torch.randint(160, (2, 25))
-    train.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], neftune_alpha=5.0)
+    model.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], neftune_alpha=5.0)
     noise = seen[0] - base.get_input_embeddings()(ids)
     assert 0.99 * 5 / (25 * 64) ** 0.5 < noise.abs().max() <= 5 / (25 * 64) ** 0.5
 
@@ -890,7 +890,7 @@ def test_neftune_noise_is_as_large_as_the_embeddings_of_gemma():
     note = lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"])
     base.model.register_forward_pre_hook(note, with_kwargs=True)
     ids = torch.randint(1, 50, (2, 25))
-    train.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], neftune_alpha=5.0)
+    model.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], neftune_alpha=5.0)
     noise = (seen[0] - base.get_input_embeddings()(ids)).abs().max() / 32**0.5  # its layer multiplies by it
     assert 0.98 * 5 / (25 * 32) ** 0.5 < noise <= 1.01 * 5 / (25 * 32) ** 0.5
 

@@ -189,28 +189,6 @@ def check_settings(args: argparse.Namespace) -> None:
 # -------------------- The losses --------------------
 
 
-def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):
-    """Run the base model, with the adapters that are set, on n examples (ids of prompt and answer).
-
-    `neftune_alpha` adds noise to the input embeddings (NEFTune, arXiv 2310.05914). Returns, for all answer
-    tokens: logits [tokens, vocabulary], index of the example [tokens], and the right token [tokens].
-    """
-    sequences = [prompt + answer for prompt, answer in examples]
-    labels = [[-1] * len(prompt) + answer for prompt, answer in examples]  # -1 is not part of the answer
-    ids = model.pad(sequences, 0).to(base.device)  # [n, T], padded at the end: a causal model needs no mask
-    labels = model.pad(labels, -1).to(base.device)  # [n, T]
-    embeddings = base.get_input_embeddings()
-    x = embeddings(ids)  # [n, T, d]
-    if neftune_alpha:  # uniform noise, scaled so that its expected norm does not grow with T and d
-        noise = torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
-        x = x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's layer has scaled x by it
-    example, position = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # the position before each answer token
-    # logits from the first to the last answer token of the batch only
-    kept = torch.arange(position.min(), position.max() + 1, device=ids.device)
-    logits = base(inputs_embeds=x, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
-    return logits[example, position - position.min()].float(), example, labels[example, position + 1]
-
-
 def example_mean(losses: Tensor, example: Tensor) -> Tensor:
     """Losses of tokens, averaged over each example, then over the examples: every example counts equally."""
     length = torch.bincount(example)
@@ -301,10 +279,6 @@ def prepare(args, process: Process) -> Run:
         net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(process.device)
         return Run(args, process, tasks, val_tasks, base, tokenizer, net)
     net, encode = make_hypernet(args, config, base, tokenizer, process.device)
-    net.recompute = args.gradient_checkpointing
-    net.start_as_lora()
-    if args.init_from and not args.resume:
-        copy_weights(args.init_from, net)
     return Run(args, process, tasks, val_tasks, base, tokenizer, net, encode)
 
 
@@ -327,11 +301,7 @@ def prepare_recon(args, process: Process) -> Run:
     shape = lora.base_shape(base.config)
     hub.check_base(args.base_model, shape, config.base_model, config.base_shape)
     config.base_model, config.base_shape = hub.full_name(args.base_model), shape
-    net, encode = make_hypernet(args, config, base, tokenizer, process.device)
-    if net.config.z_score:
-        net.normalize(oracles)
-    if args.init_from and not args.resume:
-        copy_weights(args.init_from, net)
+    net, encode = make_hypernet(args, config, base, tokenizer, process.device, oracles)
     return Run(args, process, tasks, [], base, tokenizer, net, encode, oracles)
 
 
@@ -355,7 +325,9 @@ def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
     return tasks, val_tasks
 
 
-def make_hypernet(args, lora_config: lora.LoRAConfig, base: nn.Module, tokenizer, device):
+def make_hypernet(
+    args, lora_config: lora.LoRAConfig, base, tokenizer, device, oracles: Adapter | None = None
+):
     """(network of --arch, for adapters of this config; its text encoder, if it reads descriptions)."""
     net_class, encode = hypernet.ARCHS[args.arch], None
     config = net_class.config_class(**vars(lora_config), instruction=args.instruction)
@@ -368,15 +340,15 @@ def make_hypernet(args, lora_config: lora.LoRAConfig, base: nn.Module, tokenizer
         config.encoder = args.encoder
         config.input_size = encode(["cat"]).shape[1]  # any text shows it
         config.z_score = args.mode == "recon" and args.recon_loss == "z_score"
-    return net_class(config).to(device), encode
-
-
-def copy_weights(folder: str, net: nn.Module) -> None:
-    """Start from the weights of another hypernetwork."""
-    try:
-        net.load_state_dict(hypernet.load_hypernet(folder).state_dict())
-    except RuntimeError:
-        raise UserError(f"--init_from {folder}: that network has other settings") from None
+    net = net_class(config).to(device)
+    net.recompute = args.gradient_checkpointing
+    if args.init_from and not args.resume:
+        hypernet.copy_weights(args.init_from, net)
+    elif args.mode == "sft":
+        net.start_as_lora()
+    elif config.z_score:
+        net.normalize(oracles)
+    return net, encode
 
 
 # -------------------- A training step --------------------
@@ -407,8 +379,7 @@ def set_adapters(run: Run, adapters: Adapter, examples: list[data.TokenizedExamp
 def teacher_logits(run: Run, examples: list[data.TokenizedExample]) -> Tensor:
     """The logits of the base model itself, with the document in its prompt. [tokens, vocabulary]"""
     lora.set_adapter(run.base, None)
-    logits, _, _ = answer_logits(run.base, [(e.teacher_prompt, e.answer) for e in examples])
-    return logits
+    return model.answer_logits(run.base, [(e.teacher_prompt, e.answer) for e in examples])[0]
 
 
 def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]) -> Tensor:
@@ -417,7 +388,7 @@ def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]
     teacher = teacher_logits(run, examples) if args.distill else None
     set_adapters(run, adapters, examples)
     pairs = [(e.prompt, e.answer) for e in examples]
-    logits, example, right = answer_logits(run.base, pairs, args.neftune_alpha)
+    logits, example, right = model.answer_logits(run.base, pairs, args.neftune_alpha)
     if args.distill:
         return distill_loss(logits, example, teacher, args.distill)
     return answer_loss(logits, example, right, args.label_smoothing)
@@ -501,7 +472,9 @@ def validate(run: Run) -> dict[str, float]:
         for i in range(0, len(examples), run.args.micro_batch):
             micro_batch = examples[i : i + run.args.micro_batch]
             set_adapters(run, written, micro_batch)
-            logits, example, right = answer_logits(run.base, [(e.prompt, e.answer) for e in micro_batch])
+            logits, example, right = model.answer_logits(
+                run.base, [(e.prompt, e.answer) for e in micro_batch]
+            )
             loss += answer_loss(logits, example, right).item() * len(micro_batch)
             wrong_examples = example[logits.argmax(-1) != right].unique()
             n_right += len(micro_batch) - len(wrong_examples)
@@ -649,10 +622,7 @@ def main() -> None:
         dist.destroy_process_group()
     if not finished:
         if is_first:
-            launcher = "python"
-            if process.count > 1:
-                launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
-            again = f"{launcher} train.py --resume --out_dir {shlex.quote(str(folder))}"
+            again = f"{processes.launcher()} train.py --resume --out_dir {shlex.quote(str(folder))}"
             print(f"interrupted after {step} steps; to continue: {again}", file=sys.stderr)
         sys.exit(130)
 

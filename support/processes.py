@@ -65,6 +65,12 @@ def start(device_name: str) -> Process:
     return Process(device, dist.get_rank(), int(os.environ["LOCAL_RANK"]), dist.get_world_size())
 
 
+def launcher() -> str:
+    """How this process was started: python, or torchrun with so many processes."""
+    n_local = os.environ.get("LOCAL_WORLD_SIZE")
+    return f"torchrun --nproc_per_node={n_local}" if n_local else "python"
+
+
 @contextmanager
 def first_goes_ahead(process: Process):
     """The first process of each machine goes first: it downloads, and the others find what it downloaded."""

@@ -17,8 +17,7 @@ from extras import pretrain
 from support import files
 from support.files import UserError, read_file
 from tasks import benchmarks, chores, load_tasks, lots_of_loras, tiny
-from test_all import command, refused
-from test_all import seed, server  # noqa: F401 (fixtures)
+from test_all import command, refused, seed, server  # noqa: F401 (fixtures)
 
 
 def test_held_out_tasks_are_nowhere_in_training():
