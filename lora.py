@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.files import UserError, read_file, write_file
+from support.hub import source_of
 
 Adapter = dict[str, tuple[Tensor, Tensor]]
 
@@ -262,7 +263,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base_model,
+        "base_model_name_or_path": source_of(config.base_model),
         "inference_mode": True,
         "target_modules": list(adapter),
         "lora_dropout": 0.0,

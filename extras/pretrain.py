@@ -88,8 +88,9 @@ def save(net: LlamaForCausalLM, folder: Path) -> None:
     write_file(folder / "config.json", net.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     write_file(folder / "model.safetensors", weights)
     write_file(folder / "tokenizer.json", tokenizer)
-    tokens = {f"{word[1:-1]}_token": word for word in special}
-    write_file(folder / "tokenizer_config.json", config | tokens)
+    config |= {f"{word[1:-1]}_token": word for word in special}
+    config["chat_template"] = model.PLAIN_TEMPLATE
+    write_file(folder / "tokenizer_config.json", config)
 
 
 def main() -> None:

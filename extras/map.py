@@ -1,0 +1,100 @@
+"""What a hypernetwork has learned, in one picture (needs matplotlib).
+
+    python -m extras.map --out map.png
+    python -m extras.map --hypernet out/sft --split train --out map.png
+
+Each dot is a task: left its task embedding, right the written change of the weights, both projected onto their
+first two principal components. Tasks of the tiny world are coloured by one part of their names each, others by
+the first.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import generate
+import model
+from support import flags, processes
+from support.files import UserError, command
+from tasks import load_tasks
+
+ENTRIES = 4096  # of each layer's change of the weights: a strided sample
+
+
+def parse_args() -> argparse.Namespace:
+    parser = flags.Parser(__doc__)
+    parser.add_argument("--tasks", default="tiny", help="as for train.py")
+    parser.add_argument("--split", default="all", help="train, val, test, or all")
+    parser.add_argument("--n_tasks", type=int, default=512, help="at most so many of them")
+    parser.add_argument("--out", default="map.png", help="the picture to write")
+    generate.add_model_flags(parser)
+    return parser.parse_args()
+
+
+def projection(x: Tensor) -> Tensor:
+    """The first two principal components of n vectors. [n, d] -> [n, 2]"""
+    x = x - x.mean(0)
+    _, _, directions = torch.pca_lowrank(x, q=2, center=False, niter=8)  # [d, 2]
+    return x @ directions
+
+
+@torch.no_grad()
+def vectors_of(net, text_emb: Tensor) -> tuple[Tensor, Tensor]:
+    """Task embeddings [n, d/2], and a sample of the entries of scaling * B A in all layers [n, entries]."""
+    changes = []
+    for emb in text_emb:
+        entries = []
+        for A, B in net(emb[None]).values():  # [1, L, r, in], [1, L, out, r]
+            delta_w = (B[0] @ A[0]).flatten(1)  # [L, out * in]
+            stride = max(1, delta_w.shape[1] // ENTRIES)
+            entries.append(delta_w[:, ::stride].flatten())
+        changes.append(torch.cat(entries) * net.config.scaling)
+    return net.embed_task(text_emb), torch.stack(changes)
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the map needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    torch.manual_seed(0)
+    device = processes.choose_device(args.device)
+    net = generate.load_net(args.hypernet, "descriptions", args, device)
+    if not hasattr(net, "embed_task"):
+        raise UserError("the map is of Text-to-LoRA: this network has no task embedding")
+    splits = load_tasks(args.tasks)
+    tasks = [task for split in splits.values() for task in split] if args.split == "all" else splits[args.split]
+    tasks = list({task.name: task for task in tasks}.values())[: args.n_tasks]
+    encoder = args.encoder or net.config.encoder
+    base_and_tokenizer = ()
+    if "base" in encoder.split("+"):
+        base_and_tokenizer = model.load_base(args.base_model or net.config.base_model, device)
+    encode = model.load_encoder(encoder, device, base_and_tokenizer, net.config.full_stop)
+    embeddings, changes = vectors_of(net, encode([task.descriptions[0] for task in tasks]))
+
+    parts = [task.name.split("-") for task in tasks]
+    last = -1 if args.tasks == "tiny" else 0  # of the tiny world: category on the left, layout on the right
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    sides = [("task embeddings", embeddings, 0), ("written changes of the weights", changes, last)]
+    for ax, (title, vectors, part) in zip(axes, sides):
+        points = projection(vectors.float()).cpu()  # [n, 2]
+        labels = [names[part] for names in parts]
+        colours = plt.get_cmap("tab20" if len(set(labels)) > 10 else "tab10")
+        for i, label in enumerate(sorted(set(labels))):
+            chosen = points[[k for k, other in enumerate(labels) if other == label]]
+            ax.scatter(chosen[:, 0], chosen[:, 1], s=14, color=colours(i % colours.N), label=label)
+        ax.set(title=title, xticks=[], yticks=[])
+        ax.legend(frameon=False, fontsize=8, markerscale=1.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(args.out, dpi=110)
+    print(f"{len(tasks)} tasks: {args.out}")
+
+
+if __name__ == "__main__":
+    command(main)

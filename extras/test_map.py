@@ -1,0 +1,34 @@
+"""The map of what was learned: python -m pytest -q extras"""
+
+import pytest
+import torch
+
+import hypernet
+from extras import map as mapping
+from test_all import SCALING, TINY, close, command
+from test_all import seed  # noqa: F401 (a fixture)
+
+
+def test_the_projection_keeps_the_two_widest_directions():
+    x = torch.randn(50, 6) * torch.tensor([9.0, 0.1, 5.0, 0.1, 0.1, 0.1]) + 3
+    centred = x - x.mean(0)
+    close(mapping.projection(x).square().sum(0), torch.linalg.svdvals(centred)[:2].square(), 1e-3)
+
+
+@torch.no_grad()
+def test_the_changes_are_those_of_the_weights(monkeypatch):
+    monkeypatch.setattr(mapping, "ENTRIES", 10**9)  # all of them
+    net, text_emb = hypernet.load_hypernet(TINY / "sft_small"), torch.randn(2, 8192)
+    embeddings, changes = mapping.vectors_of(net, text_emb)
+    A, B = net(text_emb)["q_proj"]
+    close(changes[:, : 4 * 128 * 128], SCALING * (B @ A).flatten(1), 1e-4, 1e-4)
+    close(embeddings, net.embed_task(text_emb))
+
+
+def test_the_map_of_the_tiny_world(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "new" / "map.png"
+    assert command(mapping, "--n_tasks", "40", "--out", out) == 0
+    assert out.stat().st_size > 5000 and "40 tasks" in capsys.readouterr().out
+    assert command(mapping, "--hypernet", TINY / "d2l", "--out", out) == 2
+    assert "reads documents, not descriptions" in capsys.readouterr().err
