@@ -268,7 +268,7 @@ def main() -> None:
             n_tokens = len(model.tokenize(tokenizer, text))
             print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{text}")
             rank = next(iter(adapter.values()))[0].shape[-2]
-            where = f"{', '.join(adapter)} in {net.config.n_layers} layers"
+            where = f"{', '.join(adapter)} in {len(net.config.used_layers())} layers"
             print(f"  adapter: {folder}/ (rank {rank} on {where})")
         inputs = args.input or []
         if not inputs and not args.doc:

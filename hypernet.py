@@ -110,7 +110,7 @@ class TextToLoRA(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = c = config
-        self.names = list(c.paths)
+        self.names, self.layers = list(c.paths), c.used_layers()
         half, quarter, dropout = c.latent_size // 2, c.latent_size // 4, c.trunk_dropout
         d = half + 2 * quarter
 
@@ -147,8 +147,8 @@ class TextToLoRA(nn.Module):
         # initialisation and the deviation 1; for z-scores they are mean and deviation over the oracles
         self.offset, self.deviation = nn.ParameterDict(), nn.ParameterDict()
         for name in self.names:
-            A_shape = (c.n_layers, c.r, c.in_features[name])
-            B_shape = (c.n_layers, c.out_features[name], c.r)
+            L = len(c.layers_of(name))
+            A_shape, B_shape = (L, c.r, c.in_features[name]), (L, c.out_features[name], c.r)
             for key, shape in ((f"{name}_A", A_shape), (f"{name}_B", B_shape)):
                 deviation = torch.ones(shape if c.z_score else ())
                 self.offset[key] = nn.Parameter(torch.zeros(shape), requires_grad=False)
@@ -158,7 +158,11 @@ class TextToLoRA(nn.Module):
         """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
         x = self.rows(self.embed_task(text_emb))  # [n, L, M, d]
         x = self.trunk(x)  # [n, L, M, ..., head_in]
-        return {name: self.write_module(name, x[:, :, m]) for m, name in enumerate(self.names)}
+        adapter = {}
+        for m, name in enumerate(self.names):
+            has_it = self.config.positions(name)  # of the layers: all of them in most models
+            adapter[name] = self.write_module(name, x[:, has_it, m])
+        return adapter
 
     def embed_task(self, text_emb: Tensor) -> Tensor:
         """The task embedding. [n, E] -> [n, d/2]"""
@@ -171,9 +175,9 @@ class TextToLoRA(nn.Module):
 
     def rows(self, task_emb: Tensor) -> Tensor:
         """The embeddings of task, layer and module, side by side. [n, d/2] -> [n, L, M, d]"""
-        n, L, M, device = len(task_emb), self.config.n_layers, len(self.names), task_emb.device
+        n, L, M, device = len(task_emb), len(self.layers), len(self.names), task_emb.device
         task = task_emb[:, None, None].expand(n, L, M, -1)
-        layer = self.layer_emb(torch.arange(L, device=device))[None, :, None].expand(n, L, M, -1)
+        layer = self.layer_emb(torch.tensor(self.layers, device=device))[None, :, None].expand(n, L, M, -1)
         module = self.module_emb(torch.arange(M, device=device))[None, None].expand(n, L, M, -1)
         return torch.cat([task, layer, module], -1)
 
@@ -336,10 +340,11 @@ class DocToLoRA(nn.Module):
         self.config = c = config
         self.names = sorted(c.paths)  # the order of the queries, as published
         self.recompute = False  # True: compute the Perceiver again in the backward pass, to save memory
-        L, M, d = c.n_layers, len(self.names), c.latent_size
+        self.layers = c.used_layers()
+        L, M, d = len(self.layers), len(self.names), c.latent_size
         self.perceiver = Perceiver(c, M * c.r * (L if c.early_exit else 1))
 
-        # every layer of the base model has its own block and its own head
+        # every layer of the base model that has a target has its own block and its own head
         self.block_in, self.block_out = nn.LayerNorm(d), nn.LayerNorm(d)
         self.W1 = nn.Parameter(torch.randn(L, d, 4 * d) * d**-0.5)
         self.b1 = nn.Parameter(torch.zeros(L, 1, 1, 4 * d))
@@ -351,6 +356,7 @@ class DocToLoRA(nn.Module):
         # A and B of a chunk are multiplied by a scaler; the bias is one more adapter, added once per document
         self.scaler, self.bias = nn.ParameterDict(), nn.ParameterDict()
         for name in self.names:
+            L = len(c.layers_of(name))
             self.scaler[f"{name}_A"] = nn.Parameter(torch.ones(L, c.r, 1))
             self.scaler[f"{name}_B"] = nn.Parameter(torch.ones(L, 1, c.r))
             self.bias[f"{name}_A"] = nn.Parameter(torch.zeros(L, c.r, c.in_features[name]))
@@ -388,8 +394,10 @@ class DocToLoRA(nn.Module):
     def write_chunks(self, features: Tensor, mask: Tensor | None) -> Adapter:
         """Chunks -> their adapters. features [n, L, T, f], with early_exit [n, T, f]; mask [n, T]."""
         # in the einsums: n chunk, l layer, m module, r rank; d, e and w are widths
-        c, L, M, n = self.config, self.config.n_layers, len(self.names), len(features)
+        c, L, M, n = self.config, len(self.layers), len(self.names), len(features)
         if not c.early_exit:  # the adapter of a layer is written from the states of that layer
+            if features.shape[1] > L:
+                features = features[:, self.layers]
             features = features.flatten(0, 1)  # [n * L, T, f]
             mask = mask if mask is None else mask.repeat_interleave(L, 0)  # [n * L, T]
         x = self.perceiver(features, mask).reshape(n, L, M, c.r, -1)  # [n, L, M, r, d]
@@ -400,7 +408,8 @@ class DocToLoRA(nn.Module):
         adapter = {}
         for m, name in enumerate(self.names):
             n_in, n_out = c.in_features[name], c.out_features[name]
-            A, B = x[:, :, m, :, :n_in], x[:, :, m, :, n_in : n_in + n_out].mT
+            out = x[:, c.positions(name), m]  # [n, L, r, width], of the layers that have it
+            A, B = out[..., :n_in], out[..., n_in : n_in + n_out].mT
             adapter[name] = (self.scaler[f"{name}_A"] * A, self.scaler[f"{name}_B"] * B)
         return adapter
 

@@ -4,8 +4,9 @@ An adapter is a plain dictionary, the same everywhere in this project:
 
     {"q_proj": (A, B), "v_proj": (A, B)}      A [..., L, r, in]    B [..., L, out, r]
 
-It has one entry per linear layer of a decoder block, stacked over the L blocks of the base model. Leading
-dimensions are a batch of adapters. With an adapter a linear layer computes (LoRA, arXiv 2106.09685, eq. 3)
+It has one entry per target, stacked over the L decoder layers that have it. A target is a set of linear layers
+with the same name, place and shape; in most models each layer has one. Leading dimensions are a batch of
+adapters. With an adapter a linear layer computes (LoRA, arXiv 2106.09685, eq. 3)
 
     y = W x + scaling * B (A x)
 """
@@ -32,8 +33,11 @@ class LoRAConfig:
 
     base_model: str = ""  # a Hugging Face id, a folder, or "tiny"
     base_shape: list[int] = field(default_factory=list)  # its layers, hidden size and vocabulary
-    n_layers: int = 0
+    n_layers: int = 0  # of the decoder
     paths: dict[str, str] = field(default_factory=dict)  # {"q_proj": "model.layers.{}.self_attn.q_proj"}
+    layers: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # {"q_proj": [3, 7]}, if not all layers have it
     in_features: dict[str, int] = field(default_factory=dict)
     out_features: dict[str, int] = field(default_factory=dict)
     r: int = 8
@@ -46,6 +50,19 @@ class LoRAConfig:
 
     def scaling_divisor(self, r: int) -> float:
         return r**0.5 if self.rslora else r
+
+    def layers_of(self, name: str) -> list[int]:
+        """The numbers of the decoder layers that have this target; L of them."""
+        return self.layers.get(name) or list(range(self.n_layers))
+
+    def used_layers(self) -> list[int]:
+        """The numbers of the decoder layers that have any target."""
+        return sorted({layer for name in self.paths for layer in self.layers_of(name)})
+
+    def positions(self, name: str) -> slice | list[int]:
+        """Where the layers of a target are among `used_layers`."""
+        used, own = self.used_layers(), self.layers_of(name)
+        return slice(None) if own == used else [used.index(layer) for layer in own]
 
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # the first number in a module's path is its layer
@@ -60,42 +77,60 @@ def without_layer(path: str) -> str:
     return LAYER_NUMBER.sub(".{}.", path, count=1)
 
 
-def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, list[tuple[str, nn.Linear]]]:
-    """{module name: [(path, linear layer) of layer 0, of layer 1, ...]}.
+Place = tuple[str, int, int]  # path without the layer's number, in and out features
 
-    Raises UserError if a target is missing in some layers or its shape varies.
+
+def name_targets(places: list[Place]) -> dict[Place, str]:
+    """A name for each place: that of the linear layer, if it is enough; otherwise with its shape or its path."""
+    last = [place[0].split(".")[-1] for place in places]
+    with_shape = [f"{name}_{n_out}x{n_in}" for name, (_, n_in, n_out) in zip(last, places)]
+    names = {}
+    for name, longer, place in zip(last, with_shape, places):
+        if last.count(name) == 1:
+            names[place] = name
+        elif with_shape.count(longer) == 1:
+            names[place] = longer
+        else:
+            names[place] = place[0].split("{}.")[-1].replace(".", "_")
+    return names
+
+
+def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, list[tuple[str, nn.Linear]]]:
+    """{target: [(path, linear layer) in the order of the decoder layers]}.
+
+    `target_modules` are names of linear layers or of targets. Raises UserError if there are none of a name.
     """
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # skip a vision tower
     decoder_modules = set(decoder.modules())
-    linears: dict[str, list[tuple[str, nn.Linear]]] = {}
+    found: dict[Place, list[tuple[str, nn.Linear]]] = {}
     for path, module in base.named_modules():
         if isinstance(module, nn.Linear) and module in decoder_modules and LAYER_NUMBER.search(path):
-            linears.setdefault(path.split(".")[-1], []).append((path, module))
+            place = (without_layer(path), module.in_features, module.out_features)
+            found.setdefault(place, []).append((path, module))
 
-    targets = {}
-    for name in target_modules:
-        if name not in linears:
-            raise UserError(f"this model has no linear layers named {name}, but {', '.join(sorted(linears))}")
-        targets[name] = linears[name]
-        n_layers = len(linears[target_modules[0]])
-        layers = [layer_number(path) for path, _ in linears[name]]
-        places = {without_layer(path) for path, _ in linears[name]}
-        shapes = {tuple(module.weight.shape) for _, module in linears[name]}
-        if layers != list(range(n_layers)) or len(places) > 1 or len(shapes) > 1:
-            found = f"layers {layers}, places {sorted(places)}, shapes {sorted(shapes)}"
-            raise UserError(f"{name} must be in every layer, in one place and with one shape; found {found}")
+    names, targets = name_targets(list(found)), {}
+    for wanted in target_modules:
+        chosen = [place for place in found if wanted in (names[place], place[0].split(".")[-1])]
+        if not chosen:
+            others = ", ".join(sorted({place[0].split(".")[-1] for place in found}))
+            others = others or "none (layers of other classes, as Conv1D of GPT-2, cannot have an adapter)"
+            raise UserError(f"this model has no linear layers named {wanted}, but {others}")
+        for place in chosen:
+            targets[names[place]] = found[place]
     return targets
 
 
 def config_for(base: nn.Module, target_modules: list[str], base_model: str, **settings) -> LoRAConfig:
     """The LoRAConfig of adapters for these modules of `base`; `settings` are r, alpha and rslora."""
     config = LoRAConfig(base_model=base_model, base_shape=base_shape(base.config), **settings)
+    config.n_layers = config.base_shape[0]
     for name, layers in find_targets(base, target_modules).items():
         path, module = layers[0]
-        config.n_layers = len(layers)
         config.paths[name] = without_layer(path)
         config.in_features[name] = module.in_features
         config.out_features[name] = module.out_features
+        if len(layers) < config.n_layers:
+            config.layers[name] = [layer_number(path) for path, _ in layers]
     return config
 
 
@@ -117,11 +152,11 @@ def init_A_(A: Tensor) -> Tensor:
 class LoRALinear(nn.Linear):
     """A frozen linear layer with an optional adapter. Its weight is the base model's tensor, not a copy."""
 
-    def __init__(self, linear: nn.Linear, name: str, layer: int, dropout: float):
+    def __init__(self, linear: nn.Linear, name: str, index: int, dropout: float):
         has_bias = linear.bias is not None
         super().__init__(linear.in_features, linear.out_features, bias=has_bias, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.name, self.layer = name, layer
+        self.name, self.index = name, index  # its target, and its place among the layers that have it
         self.dropout = nn.Dropout(dropout)
         self.A: Tensor | None = None  # [n, r, in] for n adapters
         self.B: Tensor | None = None  # [n, out, r]
@@ -140,22 +175,23 @@ class LoRALinear(nn.Linear):
 
 
 def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> nn.Module:
-    """Replace each linear layer that has one of these names by a LoRALinear; returns the model.
+    """Replace each linear layer of these targets by a LoRALinear; returns the model.
 
     `dropout` acts on the input of A, in training only. Without an adapter the output is unchanged.
     """
     for name, layers in find_targets(base, target_modules).items():
-        for layer, (path, linear) in enumerate(layers):
+        for index, (path, linear) in enumerate(layers):
             parent, child = path.rsplit(".", 1)
-            setattr(base.get_submodule(parent), child, LoRALinear(linear, name, layer, dropout))
+            setattr(base.get_submodule(parent), child, LoRALinear(linear, name, index, dropout))
     return base
 
 
 def lora_layers(base: nn.Module, adapter: Adapter) -> list[LoRALinear]:
     """The injected layers of `base`. Raises UserError if `adapter` does not fit them."""
     layers = [module for module in base.modules() if isinstance(module, LoRALinear)]
-    n_layers = max((module.layer + 1 for module in layers), default=0)
-    shapes = {module.name: (n_layers, module.in_features, module.out_features) for module in layers}
+    shapes = {}  # in the order of the layers, so that the last one of a target counts
+    for module in layers:
+        shapes[module.name] = (module.index + 1, module.in_features, module.out_features)
     for name, (A, B) in adapter.items():
         shape = (A.shape[-3], A.shape[-1], B.shape[-2])
         if shapes.get(name) != shape:
@@ -179,7 +215,7 @@ def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None 
     for module in layers:
         module.A = module.B = None
         if module.name in by_layer:
-            A, B = by_layer[module.name][module.layer]
+            A, B = by_layer[module.name][module.index]
             module.A = A.view(-1, *A.shape[-2:])  # [n, r, in]
             module.B = B.view(-1, *B.shape[-2:])  # [n, out, r]
             module.scaling = scaling
@@ -198,7 +234,7 @@ def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
     for module in lora_layers(base, adapter):
         if module.name in adapter:
             A, B = adapter[module.name]
-            update = scaling * B[module.layer].float() @ A[module.layer].float()  # [out, in]
+            update = scaling * B[module.index].float() @ A[module.index].float()  # [out, in]
             module.weight.data = (module.weight.float() + update).to(module.weight.dtype)
 
 
@@ -238,10 +274,10 @@ class LoRABank(nn.Module):
         self.config = config
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name in config.paths:
-            n_in, n_out = config.in_features[name], config.out_features[name]
-            A = init_A_(torch.empty(config.n_layers, config.r, n_in))
+            L, n_in, n_out = len(config.layers_of(name)), config.in_features[name], config.out_features[name]
+            A = init_A_(torch.empty(L, config.r, n_in))
             self.A[name] = nn.Parameter(A.repeat(n, 1, 1, 1))  # [n, L, r, in]
-            self.B[name] = nn.Parameter(torch.zeros(n, config.n_layers, n_out, config.r))
+            self.B[name] = nn.Parameter(torch.zeros(n, L, n_out, config.r))
 
     def forward(self, index) -> Adapter:
         return {name: (self.A[name][index], self.B[name][index]) for name in self.A}
@@ -254,18 +290,22 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
     """Write one adapter as PEFT does. If its rank is not config.r, lora_alpha is set to keep the scaling."""
     tensors, ranks, alphas = {}, {}, {}
     for name, (A, B) in adapter.items():
-        ranks[name] = A.shape[-2]
-        alphas[name] = config.scaling * config.scaling_divisor(ranks[name])
-        for layer in range(config.n_layers):
+        r, layers = A.shape[-2], config.layers_of(name)
+        pattern = config.paths[name].split(".")[-1]
+        if pattern != name:  # another target has it, too
+            pattern = config.paths[name].replace(".", r"\.").format(f"({'|'.join(map(str, layers))})")
+        ranks[pattern] = r
+        alphas[pattern] = config.scaling * config.scaling_divisor(r)
+        for index, layer in enumerate(layers):
             key = "base_model.model." + config.paths[name].format(layer)
-            tensors[f"{key}.lora_A.weight"] = A[layer]
-            tensors[f"{key}.lora_B.weight"] = B[layer]
+            tensors[f"{key}.lora_A.weight"] = A[index]
+            tensors[f"{key}.lora_B.weight"] = B[index]
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": source_of(config.base_model),
         "inference_mode": True,
-        "target_modules": list(adapter),
+        "target_modules": list(dict.fromkeys(config.paths[name].split(".")[-1] for name in adapter)),
         "lora_dropout": 0.0,
         "bias": "none",
         "r": max(ranks.values()),
@@ -298,35 +338,37 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     config = LoRAConfig(base_model=peft.get("base_model_name_or_path") or "")
     config.r, config.alpha, config.rslora = peft["r"], peft["lora_alpha"], peft.get("use_rslora", False)
 
-    layers: dict[str, dict[str, dict[int, Tensor]]] = {}  # {module name: {"A" or "B": {layer: tensor}}}
+    matrices: dict[str, dict[str, Tensor]] = {}  # {path: {"A": [r, in], "B": [out, r]}}
     for key, tensor in read_file(folder / "adapter_model.safetensors").items():
         match = ADAPTER_KEY.fullmatch(key)
         if not match:
             raise UserError(f"{folder} holds {key}, which is not the A or B of a layer")
-        path, matrix = match["path"], match["matrix"]
-        name = path.split(".")[-1]
-        if matrix == "B":
-            scaling = peft_alpha(peft, path) / config.scaling_divisor(tensor.shape[-1])
+        if match["matrix"] == "B":
+            scaling = peft_alpha(peft, match["path"]) / config.scaling_divisor(tensor.shape[-1])
             tensor = tensor * (scaling / config.scaling)
-        config.paths[name] = without_layer(path)
-        matrices = layers.setdefault(name, {"A": {}, "B": {}})
-        matrices[matrix][layer_number(path)] = tensor
+        matrices.setdefault(match["path"], {})[match["matrix"]] = tensor
 
-    adapter = {}
-    for name, matrices in layers.items():
-        numbers = list(range(len(matrices["A"])))
-        if sorted(matrices["A"]) != numbers or sorted(matrices["B"]) != numbers:
-            raise UserError(f"{folder} has {name} in some layers only")
-        r = max(len(A) for A in matrices["A"].values())
+    found: dict[Place, dict[int, tuple[Tensor, Tensor]]] = {}  # {place: {layer: (A, B)}}
+    for path, pair in matrices.items():
+        if len(pair) < 2:
+            raise UserError(f"{folder} holds only {' and '.join(pair)} of {path}")
+        place = (without_layer(path), pair["A"].shape[-1], pair["B"].shape[-2])
+        found.setdefault(place, {})[layer_number(path)] = (pair["A"], pair["B"])
+    config.n_layers = 1 + max(layer for layers in found.values() for layer in layers)
+
+    adapter, names = {}, name_targets(list(found))
+    for place, by_layer in found.items():
+        name, numbers = names[place], sorted(by_layer)
+        r = max(len(A) for A, _ in by_layer.values())
         padded_A, padded_B = [], []
         for layer in numbers:
-            A, B = matrices["A"][layer], matrices["B"][layer]
+            A, B = by_layer[layer]
             padded_A.append(F.pad(A, (0, 0, 0, r - A.shape[0])))
             padded_B.append(F.pad(B, (0, r - B.shape[1])))
-        A, B = torch.stack(padded_A), torch.stack(padded_B)  # [L, r, in], [L, out, r]
-        adapter[name] = (A, B)
-        config.n_layers = len(A)
-        config.in_features[name], config.out_features[name] = A.shape[-1], B.shape[-2]
+        adapter[name] = (torch.stack(padded_A), torch.stack(padded_B))  # [L, r, in], [L, out, r]
+        config.paths[name], config.in_features[name], config.out_features[name] = place
+        if len(numbers) < config.n_layers:
+            config.layers[name] = numbers
     return adapter, config
 
 

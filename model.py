@@ -207,7 +207,8 @@ def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor | None, early
     inputs = []  # of the layers, [n, T, d] each
 
     def note_input(layer, args, kwargs) -> None:
-        inputs.append(args[0] if args else kwargs["hidden_states"])
+        states = args[0] if args else kwargs["hidden_states"]
+        inputs.append(states[0] if states.dim() == 4 else states)  # Gemma 3n: the first of several versions
 
     hooks = [layer.register_forward_pre_hook(note_input, with_kwargs=True) for layer in layers]
     decoder.layers = layers[:n_layers]  # the output of later layers is not needed

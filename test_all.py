@@ -117,8 +117,8 @@ def tiny_llama(**changes) -> nn.Module:
 
 def random_adapter(config: lora.LoRAConfig, *batch: int, r: int = 8) -> lora.Adapter:
     n_in, n_out = config.in_features, config.out_features
-    draw = lambda *shape: torch.randn(*batch, config.n_layers, *shape) * 0.1
-    return {name: (draw(r, n_in[name]), draw(n_out[name], r)) for name in config.paths}
+    draw = lambda name, *shape: torch.randn(*batch, len(config.layers_of(name)), *shape) * 0.1
+    return {name: (draw(name, r, n_in[name]), draw(name, n_out[name], r)) for name in config.paths}
 
 
 def injected(base: nn.Module, names=NAMES) -> tuple[nn.Module, lora.LoRAConfig]:
@@ -289,7 +289,7 @@ def test_we_read_pefts_adapter(tmp_path, alphas):
 def test_what_does_not_fit_is_refused_in_words(tmp_path):
     refused("no linear layers named qkv, but down_proj, gate_proj", lora.inject, tiny_llama(), ["qkv"])
     odd = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(4, n)}) for n in (4, 6))})
-    refused("must be in every layer, in one place and with one shape", lora.inject, odd, ["q_proj"])
+    assert list(lora.find_targets(odd, ["q_proj"])) == ["q_proj_4x4", "q_proj_6x4"]
     adapter = random_adapter(lora.config_for(tiny_llama(hidden_size=32), NAMES, "x"))
     refused("for another base model", lora.set_adapter, lora.inject(tiny_llama(), NAMES), adapter, 1.0)
     refused("is missing", lora.load_adapter, tmp_path)

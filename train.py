@@ -296,11 +296,11 @@ def prepare_recon(args, process: Process) -> Run:
     base, tokenizer = hub.load_skeleton(args.base_model), None
     if "base" in args.encoder.split("+"):
         base, tokenizer = model.load_base(args.base_model, process.device, getattr(torch, args.dtype))
-    lora.inject(base, list(config.paths))
+    hub.check_base(args.base_model, lora.base_shape(base.config), config.base_model, [])
+    names, scale = list(config.paths), dict(r=config.r, alpha=config.alpha, rslora=config.rslora)
+    config = lora.config_for(base, names, hub.full_name(args.base_model), **scale)
+    lora.inject(base, names)
     lora.lora_layers(base, oracles)  # raises UserError if they do not fit
-    shape = lora.base_shape(base.config)
-    hub.check_base(args.base_model, shape, config.base_model, config.base_shape)
-    config.base_model, config.base_shape = hub.full_name(args.base_model), shape
     net, encode = make_hypernet(args, config, base, tokenizer, process.device, oracles)
     return Run(args, process, tasks, [], base, tokenizer, net, encode, oracles)
 

@@ -69,7 +69,9 @@ def main() -> None:
     if not hasattr(net, "embed_task"):
         raise UserError("the map is of Text-to-LoRA: this network has no task embedding")
     splits = load_tasks(args.tasks)
-    tasks = [task for split in splits.values() for task in split] if args.split == "all" else splits[args.split]
+    tasks = (
+        [task for split in splits.values() for task in split] if args.split == "all" else splits[args.split]
+    )
     tasks = list({task.name: task for task in tasks}.values())[: args.n_tasks]
     encoder = args.encoder or net.config.encoder
     base_and_tokenizer = ()

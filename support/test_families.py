@@ -1,0 +1,159 @@
+"""Base models of many families, as small random ones: python -m pytest -q support"""
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import data
+import hypernet
+import lora
+import model
+import train
+from data import Example, Task
+from support.processes import Process
+from test_all import SCALING, close, random_adapter, run_of, with_peft
+from test_all import seed  # noqa: F401 (a fixture)
+
+MIXED, SLIDING = ["linear_attention", "full_attention"] * 2, ["sliding_attention", "full_attention"] * 2
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=4)
+LINEAR |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+INPUTS = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=64, num_kv_shared_layers=2)
+NEMOTRON = dict(mamba_num_heads=4, mamba_head_dim=8, n_groups=1, ssm_state_size=8, chunk_size=8)
+NEMOTRON |= dict(n_routed_experts=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=40)
+FAMILIES = {  # what differs from the common settings below
+    "qwen3_5_text": LINEAR | dict(layer_types=MIXED),
+    "qwen3_next": LINEAR | EXPERTS | dict(layer_types=MIXED, shared_expert_intermediate_size=16),
+    "gemma4_text": INPUTS | dict(layer_types=SLIDING, per_layer_config={i: {"head_dim": 16} for i in "13"}),
+    "gemma3n_text": INPUTS
+    | dict(layer_types=SLIDING, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4)
+    | dict(intermediate_size=[48] * 4),
+    "lfm2": dict(layer_types=["conv", "full_attention"] * 2, block_ff_dim=48),
+    "lfm3": {},
+    "olmo_hybrid": dict(layer_types=MIXED),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=4, mamba_dt_rank=4),
+    "nemotron_h": NEMOTRON,
+    "falcon_h1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8),
+    "gpt_oss": dict(layer_types=SLIDING, num_local_experts=4, num_experts_per_tok=2),
+    "smollm3": {},
+    "olmo3": {},
+    "ministral3": {},
+}
+DOWN = {"lfm2": "w2", "lfm3": "w2", "gpt_oss": "o_proj"}  # otherwise down_proj
+DOWN |= {"qwen3_next": "o_proj"}  # whose down_proj is that of a shared expert; PEFT takes it for all experts'
+
+
+def random_base(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, head_dim=8)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=8)
+    config = CONFIG_MAPPING[family](**sizes | FAMILIES[family])
+    base = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    for p in base.parameters():
+        p.data = p.data * 2 if p.dim() > 1 else p.data
+    return base
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_on_layers_that_differ(tmp_path, family):
+    """One adapter per row equals single ones, PEFT and the merged weights; files are read back."""
+    base = random_base(family)
+    config = lora.config_for(base, ["q_proj", "v_proj", DOWN.get(family, "down_proj")], "x")
+    lora.inject(base, list(config.paths))
+    batch, ids = random_adapter(config, 2), torch.randint(3, 64, (2, 9))
+    plain = base(ids).logits
+    lora.set_adapter(base, batch, SCALING)
+    together = base(ids).logits
+    for row in range(2):
+        lora.set_adapter(base, lora.select(batch, row), SCALING)
+        close(base(ids[row : row + 1]).logits[0], together[row], 1e-4, 1e-4)
+    assert (together - plain).abs().max() > 0.01
+
+    first = lora.select(batch, 0)
+    lora.save_adapter(tmp_path, first, config)
+    again, config_again = lora.load_adapter(tmp_path)
+    assert config_again.paths == config.paths and config_again.in_features == config.in_features
+    for name, (A, B) in first.items():
+        assert len(A) == len(config.layers_of(name)) == len(config_again.layers_of(name))
+        close(again[name], (A, B))
+    lora.set_adapter(base, None)
+    lora.merge(base, first, SCALING)
+    close(base(ids[:1]).logits[0], together[0], 1e-4, 1e-4)
+    close(with_peft(random_base(family), tmp_path)(ids[:1]).logits[0], together[0], 1e-4, 1e-4)
+
+
+class Words:
+    """As much of a tokenizer as training needs: one token per letter."""
+
+    pad_token_id, unk_token_id = 0, None
+
+    def __call__(self, text: str, **_) -> dict:
+        return {"input_ids": [3 + ord(letter) % 60 for letter in text]}
+
+    def get_chat_template(self) -> str:
+        return ""
+
+    def apply_chat_template(self, messages: list[dict], **_) -> str:
+        return "\n".join(message["content"] for message in messages)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_networks_write_for_layers_that_differ(family):
+    """One step of SFT of each network: every parameter gets a gradient, the adapters fit the base model."""
+    for reads, names in (
+        ("descriptions", ["q_proj", "v_proj"]),
+        ("documents", [DOWN.get(family, "down_proj")]),
+    ):
+        run = run_of("--max_steps", "2")
+        run.args.micro_batch, run.args.l2, run.args.gradient_checkpointing = 2, 0.1, True
+        run.base, run.tokenizer = random_base(family), Words()
+        config = lora.config_for(run.base, names, "x", r=2)
+        lora.inject(run.base, names)
+        model.recompute_layers(run.base)
+        if reads == "descriptions":
+            sizes = dict(input_size=8192, latent_size=16, head_in_size=8, size="medium")
+            run.net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config) | sizes))
+        else:
+            sizes = dict(input_size=32, latent_size=16, n_blocks=1, n_heads=4, chunk_len=9)
+            run.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(config) | sizes))
+            for p in run.net.bias.values():
+                nn.init.normal_(p, std=0.1)
+        examples = [Example(f"in {i}", [f"out {i}"]) for i in range(2)]
+        run.tasks = [Task(str(i), [f"do this {i}"], examples, [], is_document=True) for i in range(2)]
+        run.process = Process(torch.device("cpu"))
+        drawn = [data.DrawnTask(i, task.descriptions[0], examples) for i, task in enumerate(run.tasks)]
+        loss = train.sft_step(run, run.net, drawn)
+        assert loss.isfinite()
+        for name, p in run.net.named_parameters():
+            assert not p.requires_grad or p.grad.isfinite().all(), name
+            assert not p.requires_grad or name.endswith("bias") or p.grad.abs().max() > 0, name
+
+
+def test_documents_are_read_after_a_quarter_of_layers_that_differ():
+    base = random_base("qwen3_5_text")
+    states = model.hidden_states(base, torch.randint(3, 64, (2, 5)), None, early_exit=True)
+    assert states.shape == (2, 5, 32) and states.isfinite().all()
+
+
+def test_targets_of_one_name_are_told_apart():
+    names = {family: list(lora.find_targets(random_base(family), ["q_proj"])) for family in FAMILIES}
+    assert names["olmo_hybrid"] == ["q_proj_24x32", "q_proj_32x32"] and names["smollm3"] == ["q_proj"]
+    assert names["gemma4_text"] == ["q_proj_32x32", "q_proj_64x32"]
+    of_lfm2 = lora.find_targets(random_base("lfm2"), ["out_proj"])
+    assert {name: len(layers) for name, layers in of_lfm2.items()} == {
+        "conv_out_proj": 2,
+        "self_attn_out_proj": 2,
+    }
+    config = lora.config_for(random_base("qwen3_5_text"), ["q_proj", "down_proj"], "x")
+    assert config.layers == {"q_proj": [1, 3]} and config.layers_of("down_proj") == [0, 1, 2, 3]
+    assert config.positions("q_proj") == [1, 3] and config.positions("down_proj") == slice(None)
+
+
+def test_layers_of_gpt_2_are_refused_in_words():
+    base = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING["gpt2"](n_layer=1, n_head=2, n_embd=8, vocab_size=9)
+    )
+    with pytest.raises(ValueError, match="no linear layers named c_attn, but none .*Conv1D of GPT-2"):
+        lora.inject(base, ["c_attn"])
