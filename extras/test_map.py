@@ -5,8 +5,13 @@ import torch
 
 import hypernet
 from extras import map as mapping
-from test_all import SCALING, TINY, close, command
-from test_all import seed  # noqa: F401 (a fixture)
+from test_all import (
+    SCALING,
+    TINY,
+    close,
+    command,
+    seed,  # noqa: F401 (a fixture)
+)
 
 
 def test_the_projection_keeps_the_two_widest_directions():

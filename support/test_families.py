@@ -12,8 +12,14 @@ import model
 import train
 from data import Example, Task
 from support.processes import Process
-from test_all import SCALING, close, random_adapter, run_of, with_peft
-from test_all import seed  # noqa: F401 (a fixture)
+from test_all import (
+    SCALING,
+    close,
+    random_adapter,
+    run_of,
+    seed,  # noqa: F401 (a fixture)
+    with_peft,
+)
 
 MIXED, SLIDING = ["linear_attention", "full_attention"] * 2, ["sliding_attention", "full_attention"] * 2
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=4)
