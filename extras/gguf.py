@@ -1,0 +1,82 @@
+"""An adapter for llama.cpp and Ollama: python -m extras.gguf out/adapter adapter.gguf   (needs gguf)
+
+    llama-cli -m SmolLM2-135M-Instruct.Q4_1.gguf --lora adapter.gguf
+    ollama create chores -f Modelfile      # FROM ./SmolLM2-135M-Instruct.Q4_1.gguf   ADAPTER ./adapter.gguf
+
+The base model's own GGUF file is needed beside it, of any quantisation.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+import lora
+from support import flags, hub
+from support.files import UserError, command
+
+ARCHITECTURES = {  # model_type in transformers: (architecture in llama.cpp, whether it permutes q and k)
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "gemma": ("gemma", False),
+    "gemma2": ("gemma2", False),
+    "gemma3_text": ("gemma3", False),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = flags.Parser(__doc__)
+    parser.add_argument("adapter", type=Path, help="adapter folder in PEFT's format")
+    parser.add_argument("out", type=Path, help="the GGUF file to write")
+    parser.add_argument("--base_model", help="where the base model is, if not under the adapter's name for it")
+    return parser.parse_args()
+
+
+def permute(B: Tensor, n_heads: int) -> Tensor:
+    """The rows of q or k as llama.cpp's rotary embedding has them: both halves of a head in turn. [out, r]"""
+    return B.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("GGUF files need the package gguf: pip install gguf") from None
+    adapter, config = lora.load_adapter(args.adapter)
+    base = hub.from_pretrained(AutoConfig, args.base_model or config.base_model)
+    if base.model_type not in ARCHITECTURES:
+        raise UserError(f"no GGUF adapters for {base.model_type}, but for {', '.join(ARCHITECTURES)}")
+    architecture, permutes = ARCHITECTURES[base.model_type]
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    name_map = gguf.get_tensor_name_map(numbers[architecture], base.num_hidden_layers)
+    n_heads = {"q_proj": base.num_attention_heads, "k_proj": base.num_key_value_heads}
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(args.out, architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    rank = max(A.shape[-2] for A, _ in adapter.values())
+    writer.add_float32("adapter.lora.alpha", config.scaling * rank)  # llama.cpp scales by alpha / rank
+    for name, (A, B) in adapter.items():
+        B = B * (A.shape[-2] / rank)  # if its rank is smaller
+        for index, layer in enumerate(config.layers_of(name)):
+            key = name_map.get_name(config.paths[name].format(layer))
+            if key is None:
+                raise UserError(f"llama.cpp has no name for {config.paths[name]} of {base.model_type}")
+            layer_B = permute(B[index], n_heads[name]) if permutes and name in n_heads else B[index]
+            writer.add_tensor(f"{key}.weight.lora_a", A[index].float().contiguous().numpy())  # [r, in]
+            writer.add_tensor(f"{key}.weight.lora_b", layer_B.float().contiguous().numpy())  # [out, r]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    print(f"{args.out}: rank {rank} on {', '.join(adapter)}, for {architecture}")
+
+
+if __name__ == "__main__":
+    command(main)
