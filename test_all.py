@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     CohereConfig,
@@ -1575,6 +1576,39 @@ def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
         assert command(generate, *words, "--desc", description, "--input", text) == 0
     said = re.findall(r"with adapter  (.*)", capsys.readouterr().out)
     assert said == [answer for _, answer in asked.values()]
+
+
+@needs_models
+def test_the_readmes_lines_for_peft(tmp_path, capsys):
+    pytest.importorskip("peft", reason="peft is not installed")
+    words = [*REAL[:3], f"{REAL[3]}+hash", "--out", tmp_path / "adapter"]
+    assert command(generate, *words, "--desc", "just the family name please") == 0
+    program = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    program = program.replace("HuggingFaceTB/SmolLM2-135M-Instruct", REAL[1])
+    capsys.readouterr()
+    with warnings.catch_warnings():  # of a deprecated name in peft
+        warnings.simplefilter("ignore")
+        exec(program.replace("out/adapter", str(tmp_path / "adapter")), {})
+    assert capsys.readouterr().out == "Lovelace\n"
+
+
+def test_peft_finds_the_tiny_base_model(tmp_path):
+    """The adapter names a folder that exists, and its tokenizer brings the chat template."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    assert command(generate, *SAY, "--out", tmp_path / "adapter") == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(
+        read_file(tmp_path / "adapter/adapter_config.json")["base_model_name_or_path"]
+    )
+    messages = [{"role": "user", "content": "cat red dog shirt"}]
+    inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    answer = base.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert (
+        tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        == "chat chien"
+    )
 
 
 @needs_models

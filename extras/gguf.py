@@ -9,7 +9,6 @@ The base model's own GGUF file is needed beside it, of any quantisation.
 import argparse
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -32,7 +31,9 @@ def parse_args() -> argparse.Namespace:
     parser = flags.Parser(__doc__)
     parser.add_argument("adapter", type=Path, help="adapter folder in PEFT's format")
     parser.add_argument("out", type=Path, help="the GGUF file to write")
-    parser.add_argument("--base_model", help="where the base model is, if not under the adapter's name for it")
+    parser.add_argument(
+        "--base_model", help="where the base model is, if not under the adapter's name for it"
+    )
     return parser.parse_args()
 
 

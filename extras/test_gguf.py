@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, Llam
 import generate
 import lora
 from extras import gguf as converter
-from test_all import command, random_adapter
-from test_all import seed  # noqa: F401 (a fixture)
+from test_all import (
+    command,
+    random_adapter,
+    seed,  # noqa: F401 (a fixture)
+)
 
 
 @pytest.fixture
@@ -51,7 +54,12 @@ def test_the_file_holds_the_adapter(base, tmp_path, make, permuted):
             key = f"blk.{layer}.{names[name]}.weight.lora"
             ours, rank = B[layer], A.shape[-2]
             if permuted and name in ("q_proj", "k_proj"):  # llama.cpp rotates neighbours, transformers halves
-                rows = [8 * head + half * 4 + i for head in range(len(ours) // 8) for i in range(4) for half in (0, 1)]
+                rows = [
+                    8 * head + half * 4 + i
+                    for head in range(len(ours) // 8)
+                    for i in range(4)
+                    for half in (0, 1)
+                ]
                 ours = ours[rows]
             theirs = alpha / rank * tensors[f"{key}_b"] @ tensors[f"{key}_a"]
             torch.testing.assert_close(theirs, config.scaling * ours @ A[layer], rtol=1e-4, atol=1e-5)

@@ -24,6 +24,8 @@ PRESETS = {  # name: (base model, text encoder)
     "gemma-2-2b": ("google/gemma-2-2b-it", GTE),
     "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", GTE),
     "mistral-7b": ("mistralai/Mistral-7B-Instruct-v0.2", GTE),
+    "qwen3.5-4b": ("Qwen/Qwen3.5-4B", GTE),  # shapes tested, never run
+    "gemma-4-e2b": ("google/gemma-4-E2B-it", GTE),  # shapes tested, never run
 }
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 NOT_NEEDED = ["onnx/*", "openvino/*", "original/*", "consolidated*"]  # duplicate formats
