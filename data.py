@@ -181,7 +181,7 @@ def drop_long_tasks(tokenizer, tasks: list[Task], args, is_first: bool) -> list[
     def fits(task: Task, example: Example) -> bool:
         description = task.descriptions[0] if args.instruction or args.distill else ""
         text = task.definition + description + example.input + example.answers[0]
-        if len(text) + 64 <= args.max_tokens:  # it has at most as many tokens as letters, and some around it
+        if len(text.encode()) + 64 <= args.max_tokens:  # at most one token per byte, and some around the text
             return True
         drawn = [DrawnTask(0, description, [example])]
         return make_batch(tokenizer, [task], drawn, args).examples[0].n_tokens <= args.max_tokens
@@ -218,11 +218,13 @@ def load_folder(folder: Path) -> Splits:
     files = task_files(folder)
     if not files:
         raise UserError(f"--tasks {folder}: the folder holds no NAME.json files")
-    names = read_splits(folder / "splits.json", list(files)) if (folder / "splits.json").exists() else {}
+    names = {"train": list(files)}
+    if (folder / "splits.json").exists():
+        names = read_splits(folder / "splits.json", list(files))
     splits = {split: [] for split in SPLITS}
     file_of = {}  # of each task
     for split in SPLITS:
-        for name in names.get(split, []) if names else (files if split == "train" else []):
+        for name in names.get(split, []):
             task = read_task(files[name])
             if task.name in file_of:
                 raise UserError(f'{file_of[task.name]} and {files[name]} have the same "name": {task.name}')
@@ -345,7 +347,7 @@ def read_document(content: dict, path: Path) -> Task:
 
 # -------------------- Answers to questions that have none --------------------
 
-TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
+PROMPT_TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
 
 
 def generate_answers(base: nn.Module, tokenizer, tasks: list[Task], file: Path, process: Process) -> None:
@@ -397,11 +399,11 @@ def answer_in_parts(base, tokenizer, prompts: dict[str, str], known: dict, file:
 
 
 def group_by_tokens(questions: list[str], lengths: list[int]) -> list[list[str]]:
-    """Neighbours that are answered together: at most TOKENS_AT_ONCE with their padding, or a single one."""
+    """Neighbours that are answered together: a single one, or as many as PROMPT_TOKENS_AT_ONCE allows."""
     groups, longest = [], 0
     for question, length in zip(questions, lengths):
         longest = max(longest, length)
-        if groups and (len(groups[-1]) + 1) * longest <= TOKENS_AT_ONCE:
+        if groups and (len(groups[-1]) + 1) * longest <= PROMPT_TOKENS_AT_ONCE:
             groups[-1].append(question)
         else:
             groups.append([question])

@@ -235,7 +235,7 @@ def write_adapters(net, texts: list, base, tokenizer, encode) -> tuple[Adapter, 
     if base.device.type == "cuda":
         torch.cuda.synchronize()
     milliseconds = (time.perf_counter() - started) * 1000
-    lora.lora_layers(base, adapters)  # refuses what does not fit, before any file is written
+    lora.check_fits(base, adapters)  # before any file is written
     return adapters, milliseconds
 
 

@@ -1,21 +1,22 @@
 """The networks that write adapters: Text-to-LoRA from a description, Doc-to-LoRA from a document.
 
-To add a hypernetwork, write a module with the following members and add it to ARCHS, at the end of this file.
-`--arch` then takes its name, and every `setting` of its config is a flag of train.py.
+To add a hypernetwork, write an nn.Module with the following members and add it to ARCHS, at the end of this
+file. `--arch` then takes its name, and every `setting` of its config is a flag of train.py.
 
     net.reads            what it is given: "descriptions" or "documents"
     net.config_class     a dataclass: DescriptionConfig or HypernetConfig, and its own settings
     net.config           what it was made from: net_class(config)
     net(condition)       -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, from the condition
                          of n texts, see `make_condition`
-    net.recompute        may be set to save memory: activations are computed again in the backward pass
-    net.start_as_lora()  makes it write LoRA's initialisation, with B = 0, for every text; called before SFT
+    net.start_as_lora()  makes it write LoRA's initialisation, with B = 0, for every text: the start of SFT
+    net.recompute        set by --gradient_checkpointing: if it costs much memory, compute activations again
 
 All its trainable parameters must receive gradients (DDP requires it). The optimizer goes by their names:
 those that begin with "head" have a learning rate of their own, those that contain a word of NO_DECAY (in
-train.py) have no weight decay. Reconstruction also needs `normalize` and `deviation`, see TextToLoRA. A
-network that reads something else, such as the states of all tokens of a description, needs another value of
-`reads` and a branch in `make_condition`.
+support/optimizer.py) have no weight decay. Reconstruction also needs `normalize` and `deviation`, see
+TextToLoRA. A network that reads the states of all tokens of a description needs a text encoder that returns
+them, as [n, T, E] padded with zeros: a branch in model.load_encoder. One that reads something else needs
+another value of `reads`, a branch in `make_condition`, and a flag of generate.py.
 """
 
 import math
@@ -110,6 +111,8 @@ class TextToLoRA(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = c = config
+        if c.latent_size % 4:
+            raise UserError(f"--latent_size must be a multiple of 4, not {c.latent_size}")
         self.names, self.layers = list(c.paths), c.used_layers()
         half, quarter, dropout = c.latent_size // 2, c.latent_size // 4, c.trunk_dropout
         d = half + 2 * quarter
@@ -143,8 +146,9 @@ class TextToLoRA(nn.Module):
                 width = max(n_in, n_out)
             self.heads[name] = nn.Linear(c.head_in_size, width, bias=not c.z_score)
 
-        # constants: A and B are offset + deviation * (output of the head). For SFT the offset is LoRA's
-        # initialisation and the deviation 1; for z-scores they are mean and deviation over the oracles
+        # constants (Parameters, since torch has no dictionary of buffers): A and B are offset + deviation *
+        # (output of the head). For SFT the offset is LoRA's initialisation and the deviation 1; for z-scores
+        # they are mean and deviation over the oracles
         self.offset, self.deviation = nn.ParameterDict(), nn.ParameterDict()
         for name in self.names:
             L = len(c.layers_of(name))
@@ -338,6 +342,8 @@ class DocToLoRA(nn.Module):
     def __init__(self, config: DocConfig):
         super().__init__()
         self.config = c = config
+        if c.n_heads % 4:
+            raise UserError(f"--n_heads must be a multiple of 4, not {c.n_heads}")
         self.names = sorted(c.paths)  # the order of the queries, as published
         self.recompute = False  # True: compute the Perceiver again in the backward pass, to save memory
         self.layers = c.used_layers()
@@ -370,7 +376,7 @@ class DocToLoRA(nn.Module):
             self.bias[f"{name}_B"].zero_()
             self.scaler[f"{name}_B"].zero_()
 
-    def forward(self, documents: "Documents") -> Adapter:
+    def forward(self, documents: "ChunkedDocuments") -> Adapter:
         """n documents -> A [n, L, R, in], B [n, L, out, R].
 
         R is r for each chunk of the longest document, and r for the bias.
@@ -382,7 +388,7 @@ class DocToLoRA(nn.Module):
                 written.append(checkpoint(self.write_chunks, features, mask, use_reentrant=False))
             else:
                 written.append(self.write_chunks(features, mask))
-        for _ in range(documents.n_extra):
+        for _ in range(documents.n_extra):  # other processes read more groups, and need this one's shards
             documents.read(documents.groups[0])
         chunks = {}
         for name in self.names:
@@ -396,7 +402,7 @@ class DocToLoRA(nn.Module):
         # in the einsums: n chunk, l layer, m module, r rank; d, e and w are widths
         c, L, M, n = self.config, len(self.layers), len(self.names), len(features)
         if not c.early_exit:  # the adapter of a layer is written from the states of that layer
-            if features.shape[1] > L:
+            if L < c.n_layers:  # some layers have no target
                 features = features[:, self.layers]
             features = features.flatten(0, 1)  # [n * L, T, f]
             mask = mask if mask is None else mask.repeat_interleave(L, 0)  # [n * L, T]
@@ -439,7 +445,7 @@ def split_document(ids: list[int], config: DocConfig, training: bool) -> list[li
     """Split the token ids of a document into as few chunks as possible, of like length.
 
     In training with `random_chunks` their number is drawn from the published mixture (1: 1/2, 2: 1/8, 3 to 8:
-    1/16 each); a chunk then has at least 25 tokens.
+    1/16 each); a chunk then has about 25 tokens or more.
     """
     n = math.ceil(len(ids) / config.chunk_len)
     if training and config.random_chunks:
@@ -457,18 +463,19 @@ def make_condition(net: nn.Module, texts: list, base: nn.Module, tokenizer, enco
     """The condition from which `net` writes n adapters.
 
     For descriptions: the output of the text encoder `encode`, [n, E]. For documents, each a text or a list of
-    texts: `Documents`, which the base model reads when the network asks for it.
+    texts: `ChunkedDocuments`, which the base model reads when the network asks for it.
     """
     if net.reads == "documents":
-        return make_documents(net.config, texts, base, tokenizer, net.training)
-    return encode(texts).to(next(net.parameters()).device)
+        return chunk_documents(net.config, texts, base, tokenizer, net.training)
+    return encode(texts)
 
 
 Chunk = list[int]  # token ids
+TOKENS_READ_AT_ONCE = 4096  # by the base model, to save memory
 
 
 @dataclass
-class Documents:
+class ChunkedDocuments:
     """What Doc-to-LoRA is given: n documents, split into chunks of tokens.
 
     The base model reads a group of chunks at a time: the states of all chunks at once would take too much
@@ -481,7 +488,7 @@ class Documents:
     n_extra: int = 0  # with --shard: reads to be done for the sake of processes that have more groups
 
 
-def make_documents(config: DocConfig, documents: list, base, tokenizer, training=False) -> Documents:
+def chunk_documents(config: DocConfig, documents: list, base, tokenizer, training=False) -> ChunkedDocuments:
     """Split documents into chunks, each a whole turn of the chat template, and group chunks for reading."""
     before, after = model.around_document(tokenizer) if config.chat else ("", "")
     before_ids, after_ids = model.tokenize(tokenizer, before), model.tokenize(tokenizer, after)
@@ -499,13 +506,10 @@ def make_documents(config: DocConfig, documents: list, base, tokenizer, training
             count += len(pieces)
         counts.append(count)
     longest = max(len(chunk) for chunk in chunks)
-    group_size = max(1, TOKENS_AT_ONCE // longest)
+    group_size = max(1, TOKENS_READ_AT_ONCE // longest)
     groups = [chunks[i : i + group_size] for i in range(0, len(chunks), group_size)]
     read = partial(read_chunks, config, base, tokenizer)
-    return Documents(groups, counts, read, processes.lockstep(base, len(groups)) - len(groups))
-
-
-TOKENS_AT_ONCE = 4096  # of documents that the base model reads, to save memory
+    return ChunkedDocuments(groups, counts, read, processes.lockstep(base, len(groups)) - len(groups))
 
 
 def read_chunks(config: DocConfig, base, tokenizer, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:

@@ -4,9 +4,9 @@ An adapter is a plain dictionary, the same everywhere in this project:
 
     {"q_proj": (A, B), "v_proj": (A, B)}      A [..., L, r, in]    B [..., L, out, r]
 
-It has one entry per target, stacked over the L decoder layers that have it. A target is a set of linear layers
-with the same name, place and shape; in most models each layer has one. Leading dimensions are a batch of
-adapters. With an adapter a linear layer computes (LoRA, arXiv 2106.09685, eq. 3)
+It has one entry per target, stacked over the L decoder layers that have it. A target is a set of linear
+layers with the same name, place and shape; in most models each layer has one. Leading dimensions are a batch
+of adapters. With an adapter a linear layer computes (LoRA, arXiv 2106.09685, eq. 3)
 
     y = W x + scaling * B (A x)
 """
@@ -81,7 +81,7 @@ Place = tuple[str, int, int]  # path without the layer's number, in and out feat
 
 
 def name_targets(places: list[Place]) -> dict[Place, str]:
-    """A name for each place: that of the linear layer, if it is enough; otherwise with its shape or its path."""
+    """A name for each place: that of the linear layer if it is enough, otherwise with its shape or path."""
     last = [place[0].split(".")[-1] for place in places]
     with_shape = [f"{name}_{n_out}x{n_in}" for name, (_, n_in, n_out) in zip(last, places)]
     names = {}
@@ -186,18 +186,21 @@ def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> 
     return base
 
 
-def lora_layers(base: nn.Module, adapter: Adapter) -> list[LoRALinear]:
-    """The injected layers of `base`. Raises UserError if `adapter` does not fit them."""
-    layers = [module for module in base.modules() if isinstance(module, LoRALinear)]
-    shapes = {}  # in the order of the layers, so that the last one of a target counts
-    for module in layers:
-        shapes[module.name] = (module.index + 1, module.in_features, module.out_features)
+def injected_layers(base: nn.Module) -> list[LoRALinear]:
+    return [module for module in base.modules() if isinstance(module, LoRALinear)]
+
+
+def check_fits(base: nn.Module, adapter: Adapter) -> None:
+    """Raise UserError if `adapter` does not fit the injected layers of `base`."""
+    shapes = {}  # {target: (layers, in, out)}
+    for module in injected_layers(base):
+        n_layers, _, _ = shapes.get(module.name, (0, 0, 0))
+        shapes[module.name] = (n_layers + 1, module.in_features, module.out_features)
     for name, (A, B) in adapter.items():
         shape = (A.shape[-3], A.shape[-1], B.shape[-2])
         if shapes.get(name) != shape:
             message = "the adapter is for another base model (layers, in, out):"
             raise UserError(f"{message} {name} {shape}, in this one {shapes.get(name)}")
-    return layers
 
 
 def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None = None) -> None:
@@ -207,15 +210,16 @@ def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None 
     a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on.
     """
     assert adapter is None or scaling is not None, "an adapter needs its scaling (config.scaling)"
-    layers = lora_layers(base, adapter or {})
-    by_layer = {}  # {module name: [(A, B) of layer 0, of layer 1, ...]}
+    check_fits(base, adapter or {})
+    layers = injected_layers(base)
+    pairs = {}  # {target: [(A, B) of its first layer, of its second, ...]}
     for name, (A, B) in (adapter or {}).items():
         A, B = A.to(layers[0].weight.dtype), B.to(layers[0].weight.dtype)
-        by_layer[name] = list(zip(A.unbind(-3), B.unbind(-3)))  # indexing would have a slower backward pass
+        pairs[name] = list(zip(A.unbind(-3), B.unbind(-3)))  # indexing would have a slower backward pass
     for module in layers:
         module.A = module.B = None
-        if module.name in by_layer:
-            A, B = by_layer[module.name][module.index]
+        if module.name in pairs:
+            A, B = pairs[module.name][module.index]
             module.A = A.view(-1, *A.shape[-2:])  # [n, r, in]
             module.B = B.view(-1, *B.shape[-2:])  # [n, out, r]
             module.scaling = scaling
@@ -223,15 +227,15 @@ def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None 
 
 def set_dropout(base: nn.Module, active: bool) -> None:
     """Switch the dropout on the adapters' inputs on or off. The base model itself stays in eval mode."""
-    for module in base.modules():
-        if isinstance(module, LoRALinear):
-            module.train(active)
+    for module in injected_layers(base):
+        module.train(active)
 
 
 @torch.no_grad()
 def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
     """Add one adapter to the weights, for good: W + scaling * B A."""
-    for module in lora_layers(base, adapter):
+    check_fits(base, adapter)
+    for module in injected_layers(base):
         if module.name in adapter:
             A, B = adapter[module.name]
             update = scaling * B[module.index].float() @ A[module.index].float()  # [out, in]
@@ -381,11 +385,18 @@ def peft_alpha(peft: dict, path: str) -> float:
 
 
 def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfig]:
-    """Several adapter folders of one training run, as a batch: A [n, L, r, in], B [n, L, out, r]."""
-    adapters = []
+    """Several adapter folders of one training run, as a batch: A [n, L, r, in], B [n, L, out, r].
+
+    Raises UserError if they differ in modules, ranks or scaling.
+    """
+    adapters, kinds = [], []
     for folder in folders:
         adapter, config = load_adapter(folder)
+        shapes = {name: (A.shape, B.shape) for name, (A, B) in adapter.items()}
         adapters.append(adapter)
+        kinds.append((shapes, config.scaling))
+        if kinds[-1] != kinds[0]:
+            raise UserError(f"the adapters in {folder} and {folders[0]} differ in modules, rank or scaling")
     batch = {}
     for name in adapters[0]:
         A = torch.stack([adapter[name][0] for adapter in adapters])

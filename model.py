@@ -176,7 +176,7 @@ def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], 
     """Run the base model, with the adapters that are set, on n examples (ids of prompt and answer).
 
     `neftune_alpha` adds noise to the input embeddings (NEFTune, arXiv 2310.05914). Returns, for all answer
-    tokens: logits [tokens, vocabulary], index of the example [tokens], and the right token [tokens].
+    tokens: logits [tokens, vocabulary], the index of their example [tokens], the right tokens [tokens].
     """
     sequences = [prompt + answer for prompt, answer in examples]
     labels = [[-1] * len(prompt) + answer for prompt, answer in examples]  # -1 is not part of the answer
@@ -187,11 +187,13 @@ def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], 
     if neftune_alpha:  # uniform noise, scaled so that its expected norm does not grow with T and d
         noise = torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
         x = x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's layer has scaled x by it
-    example, position = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # the position before each answer token
+    # the position before each token of an answer
+    example_index, position = (labels[:, 1:] >= 0).nonzero(as_tuple=True)
     # logits from the first to the last answer token of the batch only
     kept = torch.arange(position.min(), position.max() + 1, device=ids.device)
     logits = base(inputs_embeds=x, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
-    return logits[example, position - position.min()].float(), example, labels[example, position + 1]
+    answer_logits = logits[example_index, position - position.min()].float()
+    return answer_logits, example_index, labels[example_index, position + 1]
 
 
 @torch.no_grad()

@@ -39,13 +39,14 @@ import model
 from lora import Adapter
 from support import flags, hub, processes
 from support.files import UserError, command, write_file
+from support.optimizer import learning_rate, make_optimizer
 from support.processes import Process
 from support.state import load_state, on_ctrl_c, save_state
 from tasks import SOURCES, load_tasks
 
 # -------------------- Settings --------------------
 
-SETTINGS = [  # name, value in the tiny world, what it is; for a number its least value, if that is not 0
+SETTINGS = [  # name, default (for the tiny world), meaning; numbers: least value (otherwise 0), greatest
     # what is trained
     ("mode", "sft", "lora, recon or sft, see above"),
     ("arch", "t2l", "hypernetwork: t2l is Text-to-LoRA, d2l Doc-to-LoRA (start from @config/d2l.args)"),
@@ -77,28 +78,33 @@ SETTINGS = [  # name, value in the tiny world, what it is; for a number its leas
     ("warmup", 0.1, "fraction of the steps in which the learning rate rises", 0, 1),
     ("schedule", "linear", "decay: linear; late: constant, then linear in the last third; cosine: to 1e-7"),
     ("weight_decay", 1e-2, "weight decay, not on scales, biases, norms and latents"),
-    ("max_grad_norm", 1.0, "longer gradients are clipped to this length"),
+    ("max_grad_norm", 1.0, "longer gradients are clipped to this length (0: never)"),
     # loss
     ("label_smoothing", 0.0, "label smoothing", 0, 1),
     ("neftune_alpha", 0.0, "noise on the base model's input embeddings (NEFTune)"),
     ("l1", 0.0, "weight of the mean absolute value of the written A and B"),
     ("l2", 1e-3, "weight of the mean square of the written A and B"),
-    ("distill", 0, "d2l: match the k likeliest tokens of the base model with the document (0: answers)"),
+    (
+        "distill",
+        0,
+        "match the k likeliest tokens of the base model that has the document in its prompt (0: no)",
+    ),
     ("recon_loss", "z_score", "recon: what is compared: z_score, plain or delta_w"),
     # the run
     ("seed", 0, "seed of all randomness"),
     ("device", "auto", "cpu, cuda, cuda:1, mps; auto: a GPU if there is one, otherwise the CPU"),
     ("dtype", "auto", "computation in float32 or bfloat16; auto: bfloat16 on a GPU, except for recon"),
-    ("gradient_checkpointing", False, "save memory in the base model"),
+    ("gradient_checkpointing", False, "save memory: compute activations again in the backward pass"),
     ("shard", False, "shard the base model's layers over the processes, if it is larger than one GPU"),
     ("val_every", 250, "steps between two validations, and between two saves of the state", 1),
     ("out_dir", "out/run", "a new folder"),
     ("wandb", False, "log to Weights & Biases as well"),
 ]
 SETTINGS = [flags.Setting(*row) for row in SETTINGS]
-# what --resume may change: the length of the run, its speed, and where it runs
-MAY_CHANGE = "max_steps lr head_lr schedule device dtype micro_batch gradient_checkpointing shard".split()
-MAY_CHANGE += "val_every out_dir wandb".split()
+MAY_CHANGE = [  # with --resume: length, learning rate, how the step is computed, where the run is
+    *("max_steps", "lr", "head_lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard"),
+    *("device", "val_every", "out_dir", "wandb"),
+]
 CHOICES = {
     "mode": ["lora", "recon", "sft"],
     "arch": list(hypernet.ARCHS),
@@ -117,22 +123,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     words = flags.expand(sys.argv[1:])
-    args, _ = parser.parse_known_args(words)
-    recorded = []
-    if args.resume:
-        recorded = flags.recorded(Path(args.out_dir))
-        args, _ = parser.parse_known_args(recorded + words)
+    earlier_words = []
+    known, _ = parser.parse_known_args(words)
+    if known.resume:
+        earlier_words = flags.words_of_run(Path(known.out_dir))
+        known, _ = parser.parse_known_args(earlier_words + words)
 
-    # now --arch and --oracles are known, and with them the other settings
-    net_settings = flags.settings_of(hypernet.ARCHS[args.arch].config_class)
+    # --arch brings the settings of its network, --oracles the values of some
+    net_settings = flags.settings_of(hypernet.ARCHS[known.arch].config_class)
     parser.add_settings(net_settings, CHOICES)
-    of_oracles = settings_of_oracles(args.oracles) if args.mode == "recon" and args.oracles else {}
+    of_oracles = settings_of_oracles(known.oracles) if known.mode == "recon" and known.oracles else {}
     parser.set_defaults(**of_oracles)
-    args, unknown = parser.parse_known_args(recorded + words)
+    args, unknown = parser.parse_known_args(earlier_words + words)
     if unknown:
-        raise UserError(f"{unknown[0]} is not a setting of --arch {args.arch}; --help lists them")
+        raise UserError(
+            f"{unknown[0]} is not a setting of --arch {args.arch} (--help), or a @FILE not in front"
+        )
     if args.resume:
-        flags.refuse_changes(parser.parse_args(recorded), args, MAY_CHANGE)
+        flags.refuse_changes(parser.parse_args(earlier_words), args, MAY_CHANGE)
     if set(args.target_modules.split(",")) == set(of_oracles.get("target_modules", "").split(",")):
         args.target_modules = of_oracles["target_modules"]  # in another order
     for name, value in of_oracles.items():
@@ -152,7 +160,7 @@ def parse_args() -> argparse.Namespace:
         flags.print_settings(f"Those of its network (--arch {args.arch}):", net_settings, args)
         sys.exit(0)
     check_settings(args)
-    args.recorded = flags.as_text(SETTINGS + net_settings, args)
+    args.as_text = flags.as_text(SETTINGS + net_settings, args)
     return args
 
 
@@ -189,22 +197,23 @@ def check_settings(args: argparse.Namespace) -> None:
 # -------------------- The losses --------------------
 
 
-def example_mean(losses: Tensor, example: Tensor) -> Tensor:
+def example_mean(losses: Tensor, example_index: Tensor) -> Tensor:
     """Losses of tokens, averaged over each example, then over the examples: every example counts equally."""
-    length = torch.bincount(example)
-    return (losses / length[example]).sum() / len(length)
+    n_tokens = torch.bincount(example_index)  # [examples]
+    return (losses / n_tokens[example_index]).sum() / len(n_tokens)
 
 
-def answer_loss(logits: Tensor, example: Tensor, right: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of the answers, from `answer_logits`."""
-    return example_mean(F.cross_entropy(logits, right, reduction="none", label_smoothing=smoothing), example)
+def answer_loss(logits: Tensor, example_index: Tensor, right_token: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of the answers, from `model.answer_logits`."""
+    losses = F.cross_entropy(logits, right_token, reduction="none", label_smoothing=smoothing)  # [tokens]
+    return example_mean(losses, example_index)
 
 
-def distill_loss(logits: Tensor, example: Tensor, teacher: Tensor, k: int) -> Tensor:
+def distill_loss(logits: Tensor, example_index: Tensor, teacher: Tensor, k: int) -> Tensor:
     """KL divergence from a teacher, over its k likeliest tokens. logits, teacher [tokens, vocabulary]."""
     log_p, tokens = teacher.log_softmax(-1).topk(k)  # [tokens, k]
     log_q = logits.log_softmax(-1).gather(-1, tokens)
-    return example_mean((log_p.exp() * (log_p - log_q)).sum(-1), example)
+    return example_mean((log_p.exp() * (log_p - log_q)).sum(-1), example_index)
 
 
 def mean_weight(adapter: Adapter, measure) -> Tensor:
@@ -224,8 +233,8 @@ def mean_weight(adapter: Adapter, measure) -> Tensor:
 def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, deviation: dict[str, Tensor]) -> Tensor:
     """L1 between written adapters and oracles, averaged over the modules.
 
-    "delta_w" compares 10,000 BA, as published; "plain" and "z_score" compare A and B over `deviation`, which
-    is 1 or the oracles' deviation.
+    "delta_w" compares 10,000 BA, as published; "plain" and "z_score" compare A and B divided by `deviation`,
+    which is 1 or the oracles' deviation.
     """
     losses = []
     for name, (A, B) in adapter.items():
@@ -300,7 +309,7 @@ def prepare_recon(args, process: Process) -> Run:
     names, scale = list(config.paths), dict(r=config.r, alpha=config.alpha, rslora=config.rslora)
     config = lora.config_for(base, names, hub.full_name(args.base_model), **scale)
     lora.inject(base, names)
-    lora.lora_layers(base, oracles)  # raises UserError if they do not fit
+    lora.check_fits(base, oracles)
     net, encode = make_hypernet(args, config, base, tokenizer, process.device, oracles)
     return Run(args, process, tasks, [], base, tokenizer, net, encode, oracles)
 
@@ -338,7 +347,7 @@ def make_hypernet(
     else:
         encode = model.load_encoder(args.encoder, device, (base, tokenizer), config.full_stop)
         config.encoder = args.encoder
-        config.input_size = encode(["cat"]).shape[1]  # any text shows it
+        config.input_size = encode(["cat"]).shape[-1]  # the width of its output for any text
         config.z_score = args.mode == "recon" and args.recon_loss == "z_score"
     net = net_class(config).to(device)
     net.recompute = args.gradient_checkpointing
@@ -364,7 +373,7 @@ def batch_condition(run: Run, batch: list[data.DrawnTask]):
 
 
 def autocast(run: Run):
-    """bfloat16 computation with float32 weights, if --dtype says so."""
+    """Compute in bfloat16 if --dtype says so; the weights of `net` stay in float32."""
     device = next(run.net.parameters()).device.type
     return torch.autocast(device, torch.bfloat16, enabled=run.args.dtype == "bfloat16")
 
@@ -388,10 +397,10 @@ def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]
     teacher = teacher_logits(run, examples) if args.distill else None
     set_adapters(run, adapters, examples)
     pairs = [(e.prompt, e.answer) for e in examples]
-    logits, example, right = model.answer_logits(run.base, pairs, args.neftune_alpha)
+    logits, example_index, right_token = model.answer_logits(run.base, pairs, args.neftune_alpha)
     if args.distill:
-        return distill_loss(logits, example, teacher, args.distill)
-    return answer_loss(logits, example, right, args.label_smoothing)
+        return distill_loss(logits, example_index, teacher, args.distill)
+    return answer_loss(logits, example_index, right_token, args.label_smoothing)
 
 
 def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
@@ -426,12 +435,15 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
     for i in range(n_micro_batches):
         micro_batch = examples[i * args.micro_batch : (i + 1) * args.micro_batch]
         weight = batch.example_fraction * len(micro_batch) / len(examples)
-        with autocast(run):  # with --shard, micro_batch is empty if only other processes have examples left
-            micro_loss = task_loss(run, leaves, micro_batch or examples[:1]) * weight
+        # with --shard the micro-batch is empty if only other processes have examples left: one of weight 0
+        micro_batch = micro_batch or examples[:1]
+        with autocast(run):
+            micro_loss = task_loss(run, leaves, micro_batch) * weight
         micro_loss.backward()
         loss += micro_loss.detach()
 
-    # 4. One backward pass through the hypernetwork, from the gradients of A and B. Here DDP averages.
+    # 4. One backward pass through the hypernetwork, from the gradients of A and B. With several processes
+    #    DDP averages its gradients here.
     outputs, gradients = [], []
     for name in written:
         (A, B), (leaf_A, leaf_B) = written[name], leaves[name]
@@ -472,46 +484,14 @@ def validate(run: Run) -> dict[str, float]:
         for i in range(0, len(examples), run.args.micro_batch):
             micro_batch = examples[i : i + run.args.micro_batch]
             set_adapters(run, written, micro_batch)
-            logits, example, right = model.answer_logits(
-                run.base, [(e.prompt, e.answer) for e in micro_batch]
-            )
-            loss += answer_loss(logits, example, right).item() * len(micro_batch)
-            wrong_examples = example[logits.argmax(-1) != right].unique()
+            pairs = [(e.prompt, e.answer) for e in micro_batch]
+            logits, example_index, right_token = model.answer_logits(run.base, pairs)
+            loss += answer_loss(logits, example_index, right_token).item() * len(micro_batch)
+            wrong_examples = example_index[logits.argmax(-1) != right_token].unique()
             n_right += len(micro_batch) - len(wrong_examples)
     run.net.train()
     lora.set_dropout(run.base, True)
     return {"val_loss": loss / len(examples), "val_accuracy": n_right / len(examples)}
-
-
-# -------------------- Optimizer, files --------------------
-
-NO_DECAY = ("scaler", "bias", "latents", "queries", "b1", "b2")
-
-
-def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
-    """AdamW. Heads have a learning rate of their own; scales, biases, norms and latents no weight decay."""
-    groups = []
-    for name, p in net.named_parameters():
-        if not p.requires_grad:
-            continue
-        lr_factor = args.head_lr if name.startswith("head") else 1.0
-        decays = p.dim() > 1 and not any(word in name for word in NO_DECAY)
-        weight_decay = args.weight_decay if decays else 0.0
-        groups.append({"params": [p], "lr_factor": lr_factor, "weight_decay": weight_decay})
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-
-
-def learning_rate(step: int, args) -> float:
-    """Linear warm-up, then linear decay to 0, or over the last third only, or cosine decay to 1e-7."""
-    warmup = max(1, round(args.warmup * args.max_steps))
-    remaining = (args.max_steps - step) / max(1, args.max_steps - warmup)  # from 1 to 0
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    if args.schedule == "cosine":
-        return 1e-7 + (args.lr - 1e-7) * (1 - math.cos(math.pi * remaining)) / 2
-    if args.schedule == "late":
-        return args.lr * min(1.0, 3 * (args.max_steps - step) / args.max_steps)
-    return args.lr * remaining
 
 
 def save(run: Run, folder: Path) -> None:
@@ -540,11 +520,11 @@ def main() -> None:
     optimizer = make_optimizer(run.net, args)
 
     folder = Path(args.out_dir)
-    state, metrics = folder / "state.safetensors", folder / "metrics.jsonl"
-    step = load_state(state, run.net, optimizer) if args.resume else 0
+    state_file, metrics_file = folder / "state.safetensors", folder / "metrics.jsonl"
+    step = load_state(state_file, run.net, optimizer) if args.resume else 0
     if step >= args.max_steps:
         raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {step} steps")
-    earlier = metrics.read_text().splitlines(keepends=True)[:step] if args.resume else []
+    earlier = metrics_file.read_text().splitlines(keepends=True)[:step] if args.resume else []  # one per step
     best = math.inf  # lowest validation loss
     for line in earlier:
         best = min(best, json.loads(line).get("val_loss", math.inf))
@@ -557,7 +537,8 @@ def main() -> None:
 
     interrupts, log = on_ctrl_c(), None
     bar = tqdm(total=args.max_steps, initial=step, disable=not is_first, desc=args.mode)
-    measured, n_examples = {}, (args.tasks_per_batch or len(run.tasks)) * args.examples_per_task
+    n_examples = (args.tasks_per_batch or len(run.tasks)) * args.examples_per_task  # of a step
+    measured = {}  # by the last validation
     while step < args.max_steps:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -574,21 +555,21 @@ def main() -> None:
             dist.all_reduce(interrupted)  # all processes stop after the same step
             for p in parameters:
                 p.grad *= process.count  # DDP has averaged the gradients of the parts, which add up
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         if not torch.isfinite(loss + grad_norm):
             raise UserError(f"the loss is {loss.item()} in step {step}; try a lower --lr")
         optimizer.step()
         step += 1
 
-        is_validated = run.val_tasks and (step % args.val_every == 0 or step == args.max_steps)
+        is_validated = bool(run.val_tasks) and (step % args.val_every == 0 or step == args.max_steps)
         if is_validated and (is_first or args.shard):
             measured = validate(run)
         if is_first:
             is_new = log is None
             if is_new:  # a run that fails in its first step leaves nothing behind
                 folder.mkdir(parents=True, exist_ok=True)
-                write_file(folder / "train.args", args.recorded)
-                log = metrics.open("w")
+                write_file(folder / "train.args", args.as_text)
+                log = metrics_file.open("w")
                 log.writelines(earlier)
             record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
             if is_validated:
@@ -604,16 +585,16 @@ def main() -> None:
             if args.wandb:
                 wandb.log(record, step=step)
             if is_new or step % args.val_every == 0 or interrupted:
-                save_state(state, step, run.net, optimizer)
+                save_state(state_file, step, run.net, optimizer)
         if interrupted and step < args.max_steps:
             break
     bar.close()
 
     finished = step == args.max_steps
     if is_first and finished:
-        if not run.val_tasks:
+        if best == math.inf:  # without a validation
             save(run, folder)
-        state.unlink()
+        state_file.unlink()
     if dist.is_initialized():
         # The Python objects go first. If DDP's reducer were the last to hold the group, it would free it
         # while holding Python's lock, for which gloo's threads may be waiting.

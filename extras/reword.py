@@ -19,7 +19,7 @@ import hypernet
 import model
 from support import flags, processes
 from support.files import command
-from support.state import autocast
+from support.state import bfloat16_if_fast
 from tasks import chores
 
 BATCH = 64  # descriptions per step
@@ -85,7 +85,7 @@ def main() -> None:
         batch = rng.choices(chains, weights, k=BATCH)
         layers = rng.sample(range(net.config.n_layers), LAYERS)
         text_emb = encode([chores.description(chain, rng.randrange(1000)) for chain in batch])
-        with autocast(device):
+        with bfloat16_if_fast(device):
             x = head_inputs(net, factors, text_emb, layers).float()
         target = torch.stack([targets[chain][layers] for chain in batch])
         loss = (x - target).square().mean() / variance  # 1 for the mean adapter of all tasks

@@ -1,4 +1,4 @@
-"""Adapters for llama.cpp: python -m pytest -q extras   (needs gguf; llama-cpp-python and T2L_GGUF for one test)
+"""Adapters for llama.cpp: python -m pytest -q extras (needs gguf; one test llama-cpp-python and T2L_GGUF)
 
 T2L_GGUF names the GGUF file of SmolLM2-135M-Instruct, T2L_BASE and T2L_ENCODER the folders of both models.
 """

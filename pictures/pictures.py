@@ -31,7 +31,7 @@ from model import hash_encoder
 from pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
 from support import flags, processes
 from support.files import UserError, command, read_file, write_file
-from support.state import autocast, load_state, on_ctrl_c, save_state
+from support.state import bfloat16_if_fast, load_state, on_ctrl_c, save_state
 
 HERE = Path(__file__).parent
 
@@ -242,7 +242,7 @@ def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
     for step in bar:
         lr = optimizer.param_groups[0]["lr"] = LR[mode] * min((step + 1) / 200, 1 - step / steps)
         torch.manual_seed(step)
-        with autocast(device):
+        with bfloat16_if_fast(device):
             loss = step_loss(mode, base, trained, random.Random(f"{mode} {step}"))
         optimizer.zero_grad()
         loss.backward()

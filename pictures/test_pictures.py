@@ -97,6 +97,9 @@ def test_the_strip_and_ones_own_picture(tmp_path, capsys):
     assert plt.imread(out).std() > 0.1
     assert command(pictures, *words, "--input", small) == 2
     assert "24 x 24 pixels" in capsys.readouterr().err
+    small.write_text("no picture")
+    assert command(pictures, *words, "--input", small) == 2
+    assert "cannot be read as a picture" in capsys.readouterr().err
 
 
 def test_training_on_pictures_is_resumed(tmp_path, monkeypatch, capsys):
@@ -113,6 +116,8 @@ def test_training_on_pictures_is_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "step_loss", second_is_interrupted)
     words = ["--train", "base", "--steps", "4", "--weights", tmp_path / "b"]
     assert command(pictures, *words) == 130
+    assert command(pictures, *words[:2], "--steps", "1", *words[4:]) == 2  # fewer than it has done
+    assert "has done 2 steps" in capsys.readouterr().err
     assert command(pictures, *words) == 0 and len(calls) == 4
     weights = [load_file(tmp_path / name / "base.safetensors") for name in "ab"]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

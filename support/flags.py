@@ -27,9 +27,10 @@ class Setting(NamedTuple):
     def number(self, text: str) -> int | float:
         """The value of a number, checked."""
         value = type(self.default)(text)
-        if not self.least <= value <= self.most:
-            limit = f"at least {self.least}" if value < self.least else f"at most {self.most}"
-            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
+        if not value >= self.least:
+            raise argparse.ArgumentTypeError(f"must be at least {self.least}, not {text}")
+        if value > self.most:
+            raise argparse.ArgumentTypeError(f"must be at most {self.most}, not {text}")
         return value
 
 
@@ -88,8 +89,8 @@ def expand(words: list[str]) -> list[str]:
     return expand(in_file) + expand(words[1:])
 
 
-def recorded(folder: Path) -> list[str]:
-    """The flags of the interrupted run in a folder."""
+def words_of_run(folder: Path) -> list[str]:
+    """The command line of the interrupted run in a folder, with all its settings."""
     if not (folder / "state.safetensors").exists():
         raise UserError(f"--resume: {folder} holds no interrupted run")
     return expand([f"@{folder / 'train.args'}"])

@@ -4,10 +4,11 @@ import logging
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download  # comes with transformers
 from huggingface_hub.errors import HTTPError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GteConfig, GteModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from support.files import UserError, read_file
@@ -130,12 +131,14 @@ def load_skeleton(name: str) -> nn.Module:
 def load_text_model(name: str):
     """The network of a text encoder; that of gte-*-v1.5 without the code of its repository."""
     config = read_file(fetch(name) / "config.json")
-    if config.get("model_type") == "new":
-        return from_pretrained(GteModel, name, config=gte_config(config))
-    return from_pretrained(AutoModel, name)
+    if config.get("model_type") != "new":
+        return from_pretrained(AutoModel, name)
+    if not hasattr(transformers, "GteModel"):
+        raise UserError(f"{name} needs transformers 5.18 or newer")
+    return from_pretrained(transformers.GteModel, name, config=gte_config(config))
 
 
-def gte_config(config: dict) -> GteConfig:
+def gte_config(config: dict):
     """The config of gte-*-v1.5 for transformers' implementation of it."""
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
     if config.get("rope_scaling"):  # NTK scaling by k: theta * k, and all frequencies by k^(-2 / head size)
@@ -144,4 +147,4 @@ def gte_config(config: dict) -> GteConfig:
         rope = {"rope_type": "linear", "factor": k ** (2 / head_size), "rope_theta": config["rope_theta"] * k}
     replaced = ("auto_map", "rope_scaling", "rope_theta", "model_type")
     kept = {key: value for key, value in config.items() if key not in replaced}
-    return GteConfig(**kept, rope_parameters=rope)
+    return transformers.GteConfig(**kept, rope_parameters=rope)

@@ -117,7 +117,7 @@ def make_mesh(process: Process) -> DeviceMesh:
 def shard_layers(base: nn.Module, mesh: DeviceMesh) -> None:
     """Leave each process its part of the parameters of every decoder layer."""
     for layer in base.get_decoder().layers:
-        # True, because each layer is a root of its own, and a root would stay gathered
+        # each layer is a root of FSDP, and a root would stay gathered after its forward pass
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
@@ -126,7 +126,10 @@ def is_sharded(base: nn.Module) -> bool:
 
 
 def lockstep(base: nn.Module, n: int) -> int:
-    """How often this process must run the base model so that n runs are done on every process."""
+    """How often this process has to run the base model, if it needs n runs itself.
+
+    If the model is sharded, all processes must run it equally often: as often as the one that needs it most.
+    """
     if not is_sharded(base):
         return n
     most = torch.tensor(n, device=base.device)

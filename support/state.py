@@ -1,4 +1,4 @@
-"""What trainings share: the state that --resume continues from, Ctrl-C, which saves it, and autocast."""
+"""What trainings share: the state that --resume continues from, Ctrl-C, and bfloat16 where it is fast."""
 
 import signal
 from pathlib import Path
@@ -10,7 +10,7 @@ from support.files import read_file, write_file
 
 
 def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Everything the next step depends on, in one file. A step's randomness follows from its number."""
+    """Write step, weights and moments. With the settings this is all: randomness follows from the step."""
     tensors = {"step": torch.tensor(step)}
     for name, tensor in net.state_dict().items():
         tensors[f"net {name}"] = tensor
@@ -45,7 +45,7 @@ def on_ctrl_c() -> list:
     return interrupts
 
 
-def autocast(device: torch.device) -> torch.autocast:
+def bfloat16_if_fast(device: torch.device) -> torch.autocast:
     """bfloat16 computation with float32 weights; float32 on CPUs without AVX-512, where it is much faster."""
     is_fast = device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.autocast(device.type, torch.bfloat16, enabled=is_fast)

@@ -51,6 +51,8 @@ DOWN |= {"qwen3_next": "o_proj"}  # whose down_proj is that of a shared expert; 
 
 
 def random_base(family: str) -> nn.Module:
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {family}")
     torch.manual_seed(0)
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, head_dim=8)
     sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)

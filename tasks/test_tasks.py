@@ -1,11 +1,13 @@
 """Sources of tasks: python -m pytest -q tasks"""
 
 import collections
+import email.message
 import json
 import random
 import re
 import time
 import types
+import urllib.error
 
 import pytest
 
@@ -258,6 +260,20 @@ def test_right_code_passes_whatever_its_main_block_does():
     assert benchmarks.run_program(program + "assert f() == 3")
     threads = "import threading\nfor _ in range(20): threading.Thread(target=print).start()\n"
     assert benchmarks.run_program(threads)  # however many processes the user has
+
+
+def test_a_server_may_name_a_date_to_wait_for(monkeypatch):
+    waits, headers = [], email.message.Message()
+    headers["Retry-After"] = "Wed, 21 Oct 2015 07:28:00 GMT"
+
+    def refuse(url, timeout):
+        raise urllib.error.HTTPError(url, 429, "too many requests", headers, None)
+
+    monkeypatch.setattr(files, "urlopen", refuse)
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    with pytest.raises(UserError, match="x is missing, and http://y cannot be read: .*429"):
+        files.download("http://y", "x is missing")
+    assert waits == [1, 2, 4, 8]
 
 
 HOSTILE = ["while True: pass", "import sys; sys.exit(0)", "import os; os._exit(0)", "input()", "1 / 0"]

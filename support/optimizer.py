@@ -1,0 +1,34 @@
+"""AdamW and the schedules of its learning rate."""
+
+import math
+
+import torch
+from torch import nn
+
+NO_DECAY = ("scaler", "bias", "latents", "queries", "b1", "b2")
+
+
+def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
+    """AdamW. Heads have a learning rate of their own; scales, biases, norms and latents no weight decay."""
+    groups = []
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            continue
+        lr_factor = args.head_lr if name.startswith("head") else 1.0
+        decays = p.dim() > 1 and not any(word in name for word in NO_DECAY)
+        weight_decay = args.weight_decay if decays else 0.0
+        groups.append({"params": [p], "lr_factor": lr_factor, "weight_decay": weight_decay})
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up, then linear decay to 0, or over the last third only, or cosine decay to 1e-7."""
+    warmup = max(1, round(args.warmup * args.max_steps))
+    remaining = (args.max_steps - step) / max(1, args.max_steps - warmup)  # from 1 to 0
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    if args.schedule == "cosine":
+        return 1e-7 + (args.lr - 1e-7) * (1 - math.cos(math.pi * remaining)) / 2
+    if args.schedule == "late":
+        return args.lr * min(1.0, 3 * (args.max_steps - step) / args.max_steps)
+    return args.lr * remaining
