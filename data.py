@@ -7,6 +7,7 @@ from a folder of JSON files in the format of Natural Instructions.
 
 import math
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -63,7 +64,9 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     """The first n tasks of a split (0: all) in one fixed shuffled order, so fewer are a subset of more."""
     if not splits.get(split):
         existing = [name for name, tasks in splits.items() if tasks]
-        raise UserError(f"these tasks have no split {split}, but {', '.join(existing)}")
+        raise UserError(
+            f'there is no split "{split}" with tasks, but: {", ".join(existing) or "none at all"}'
+        )
     tasks = list(splits[split])
     random.Random(0).shuffle(tasks)
     return tasks[:n_tasks] if n_tasks else tasks
@@ -126,8 +129,8 @@ class Batch:
 def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=0, n_processes=1) -> Batch:
     """One process's part of a step. `drawn` are the tasks of the whole step.
 
-    Examples over --max_tokens are left out, except for the shortest one if all of them are, and so are tasks
-    that lose all their examples. What is left is the same on every process; each takes every n-th task of it.
+    Examples longer than --max_tokens are left out, and so are tasks with none left. If all are too long, the
+    shortest is kept. What is left is the same on every process; each takes every n-th task of it.
     """
     examples = []
     for k, item in enumerate(drawn):
@@ -161,8 +164,8 @@ def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=
 def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its answer.
 
-    They are tokenized together, if the prompt's tokens stay the same: alone, an answer may begin with another
-    token than the model would write there.
+    They are tokenized together, if the prompt's tokens stay the same: tokenized alone, the answer may begin
+    with a different token from the one that the model generates.
     """
     messages = model.chat(tokenizer, question, instruction)
     prompt, target = model.render(tokenizer, messages), model.render(tokenizer, messages, answer)
@@ -188,8 +191,10 @@ def drop_long_tasks(tokenizer, tasks: list[Task], args, is_first: bool) -> list[
 
     kept, dropped = [], []
     for task in tasks:
-        has_short_example = any(fits(task, example) for example in task.train)
-        (kept if has_short_example else dropped).append(task)
+        if any(fits(task, example) for example in task.train):
+            kept.append(task)
+        else:
+            dropped.append(task)
     names = ", ".join(task.name for task in dropped[:20]) + (", ..." if len(dropped) > 20 else "")
     if not kept:
         raise UserError(f"no example has at most --max_tokens {args.max_tokens} tokens")
@@ -230,6 +235,8 @@ def load_folder(folder: Path) -> Splits:
                 raise UserError(f'{file_of[task.name]} and {files[name]} have the same "name": {task.name}')
             file_of[task.name] = files[name]
             splits[split].append(task)
+    if len({task.is_document for tasks in splits.values() for task in tasks}) > 1:
+        raise UserError(f"{folder} holds both documents and tasks; make two folders")
     return splits
 
 
@@ -282,7 +289,7 @@ def read_task(path: Path) -> Task:
         raise UserError(f'{path} must be {{"descriptions": [...], "Instances": [...]}}')
     task = read_document(content, path) if "document" in content else read_instances(content, path)
     task.name = content.get("name", path.stem)
-    if not isinstance(task.name, str) or Path(task.name).name != task.name:
+    if not isinstance(task.name, str) or Path(task.name).name != task.name or task.name in ("", ".."):
         raise UserError(f'{path}: "name" must be a text that can name a folder')
     return task
 
@@ -363,7 +370,9 @@ def generate_answers(base: nn.Module, tokenizer, tasks: list[Task], file: Path, 
         return
 
     def key(task: Task, example: Example) -> str:
-        return f"{task.name}: {example.input}"
+        """Another base model, or an edited document, has answers of its own."""
+        source = f"{base.config.name_or_path} {task.descriptions[0]}"
+        return f"{task.name} {zlib.crc32(source.encode()):08x}: {example.input}"
 
     known = processes.gather(process, read_file(file) if file.exists() else {})[0]  # the first process's
     prompts = {}

@@ -26,6 +26,7 @@ import random
 import statistics
 import string
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -62,8 +63,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--tasks", default="tiny", help="as for train.py; or benchmarks, or some of these: arc_easy,gsm8k")
     add("--split", default="test", help="which of the tasks: train, val, test")
-    add("--n_tasks", type=int, default=0, help="use so many of them (0: all)")
-    add("--n_examples", type=int, help="per task or length; default: 25, of benchmarks all")
+    add("--n_tasks", type=flags.at_least(0), default=0, help="use so many of them (0: all)")
+    add("--n_examples", type=flags.at_least(1), help="per task or length; default: 25, of benchmarks all")
     add("--methods", help="comma-separated; default: all that have what they need")
     add("--mt_lora", help="adapter folder of train.py --mode lora --multi_task")
     add("--oracles", help="folder of adapter folders, one per task, of train.py --mode lora")
@@ -73,14 +74,14 @@ def parse_args() -> argparse.Namespace:
     add("--lengths", type=numbers, help="for facts and needle: score documents of, say, 4,16,64 lines")
     add("--contains", action="store_true", help="an answer is right if it contains a right answer")
     add("--run_code", action="store_true", help="run code that the model writes: no sandbox!")
-    add("--batch_size", type=int, default=256, help="inputs that are answered at once")
+    add("--batch_size", type=flags.at_least(1), default=256, help="inputs that are answered at once")
     add("--out", help="write settings and scores to this JSON file")
     add("--plot", help="draw the scores into this PNG file (needs matplotlib)")
     generate.add_model_flags(parser)
     args = parser.parse_args()
     processes.check_shard(args.shard)
-    if args.n_examples is not None and args.n_examples < 1:
-        raise UserError("--n_examples must be at least 1")
+    if args.plot and not find_spec("matplotlib"):
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
     return args
 
 
@@ -96,6 +97,8 @@ def choose_tasks(args) -> list[Task]:
     tasks = data.distinct(data.pick(splits, args.split, args.n_tasks))
     if args.descriptions:
         descriptions = read_file(args.descriptions)
+        if not isinstance(descriptions, dict):
+            raise UserError(f'{args.descriptions} must be {{"task": ["description", ...], ...}}')
         tasks = [task for task in tasks if task.name in descriptions]
         if not tasks:
             raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
@@ -108,7 +111,7 @@ def choose_tasks(args) -> list[Task]:
         if not task.test:
             raise UserError(f"the task {task.name} has no test part: that is the last fifth of its instances")
         if not all(example.answers for example in task.test):
-            raise UserError(f"{task.name} cannot be scored: a question of it has no answer")
+            raise UserError(f"{task.name} cannot be scored: one of its questions has no answer")
     return tasks
 
 
@@ -126,21 +129,25 @@ def documents_by_length(args) -> dict[int, list[Task]]:
 
 def choose_methods(args, tasks: list[Task]) -> list[str]:
     """Those of --methods, or all that have what they need."""
-    possible = {method: True for method in METHODS}
-    possible["mt_lora"], possible["oracle"], possible["recon"] = args.mt_lora, args.oracles, args.recon
-    possible["t2l_reworded"] = all(task.reworded for task in tasks)
-    possible["t2l_shuffled"] = len(tasks) > 1
+    missing = {}  # {method: what it needs}
+    for method, flag in (("mt_lora", "mt_lora"), ("oracle", "oracles"), ("recon", "recon")):
+        if not getattr(args, flag):
+            missing[method] = f"--{flag} DIR"
+    if not all(task.reworded for task in tasks):
+        missing["t2l_reworded"] = "reworded descriptions, which these tasks do not have"
+    if len(tasks) < 2:
+        missing["t2l_shuffled"] = "two tasks"
     if args.methods:
         methods = args.methods.split(",")
     elif args.lengths:
         methods = ["base", "prompt", "t2l", "t2l_shuffled"]
     else:
-        methods = [method for method in METHODS if possible[method]]
+        methods = [method for method in METHODS if method not in missing]
     for method in methods:
         if method not in METHODS:
             raise UserError(f"unknown method {method}; there are {', '.join(METHODS)}")
-        if not possible[method]:
-            raise UserError(f"the method {method} lacks what it needs (see eval.py --help)")
+        if method in missing:
+            raise UserError(f"the method {method} needs {missing[method]}")
     return methods
 
 
@@ -204,9 +211,8 @@ class Models:
         """
         if args.instruction is not None:
             return args.instruction
-        nets = list(self.nets.values())
-        net = self.nets[self.folders[method]] if self.folders[method] else (nets[0] if nets else None)
-        return net is not None and net.config.instruction
+        folder = self.folders[method] or next(iter(self.nets), None)
+        return folder is not None and self.nets[folder].config.instruction
 
     @torch.no_grad()
     def set_adapters(self, method: str, questions: list["Question"]) -> None:
@@ -291,11 +297,11 @@ def score(models: Models, tasks: list[Task], method: str, args) -> dict[str, flo
     questions = make_questions(tasks, method, models.has_instruction(method, args), args)
     model.check_known(tokenizer, [question.example.input for question in questions])
 
-    def length(question: Question) -> tuple[int, int]:
+    def sort_key(question: Question) -> tuple[int, int]:
         prompt = len(question.instruction) + len(question.example.input)
         return answer_tokens(tokenizer, question, args), prompt
 
-    questions.sort(key=length)  # a batch takes as long as its longest answer
+    questions.sort(key=sort_key)  # a batch takes as long as its longest answer
     hits = {task.name: [] for task in tasks}
     bar = tqdm(total=len(questions), desc=method, unit="answer", leave=False, disable=not models.is_first)
     for i in range(0, len(questions), args.batch_size):
@@ -397,10 +403,8 @@ def wide_table(title: str, columns: list[str], results: Results) -> list[list[st
 
 def plot(path: str, results: Results, args) -> None:
     """Bars of all methods; for lengths lines over the length."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    import matplotlib  # optional, see parse_args
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -8,6 +8,7 @@ The adapter is a folder that PEFT loads. The base model's answers stand beside t
 """
 
 import argparse
+import os
 import re
 import tempfile
 import time
@@ -23,7 +24,7 @@ import lora
 import model
 from lora import Adapter
 from support import flags, hub, processes
-from support.files import UserError, command, read_file
+from support.files import UserError, command, read_file, write_file
 from support.processes import Process
 
 
@@ -52,7 +53,7 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--instruction goes with --desc")
     for folder in (args.out, args.merge):
         if folder and not may_overwrite(Path(folder)):
-            raise UserError(f"{folder} holds something that generate.py did not write; choose another folder")
+            raise UserError(f"{folder} is not empty, and generate.py did not write it; choose another folder")
     return args
 
 
@@ -62,10 +63,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--base_model", help=f"{', '.join(hub.PRESETS)}, a hub id or a folder; default: the net's")
     add("--hypernet", help="a folder, or USER/REPO/FOLDER on the hub; default: the shipped one")
     add("--module_order", help="order of a published checkpoint's target modules (checkpoints/README.md)")
-    add("--encoder", help="where the text encoder is, if not under its name in training")
+    add("--encoder", help="path or id of the text encoder, if it has moved since training")
     switch = argparse.BooleanOptionalAction
     add("--instruction", action=switch, help="put the description before inputs; default: as in training")
-    add("--max_new_tokens", type=int, default=64, help="longest answer")
+    add("--max_new_tokens", type=flags.at_least(1), default=64, help="longest answer")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, otherwise float32")
     add("--shard", action="store_true", help="shard the base model over the processes of torchrun")
@@ -95,6 +96,8 @@ def start(args) -> Process:
     """The device; with --shard also the processes of torchrun, which all compute the same."""
     if args.shard:
         return processes.start(args.device)
+    if "RANK" in os.environ:
+        raise UserError("without --shard this command needs a single process: python, not torchrun")
     return Process(processes.choose_device(args.device))
 
 
@@ -210,10 +213,12 @@ def save_merged(folder: Path, base, tokenizer, description: str) -> None:
         base.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
         (Path(tmp) / "description.txt").write_text(description + "\n", encoding="utf-8")
+        new = [file.name for file in Path(tmp).iterdir()]
+        for name in new:
+            (Path(tmp) / name).replace(folder / name)
         for earlier in folder.glob("*.safetensors*"):  # an earlier model may have other shards
-            earlier.unlink()
-        for file in Path(tmp).iterdir():
-            file.replace(folder / file.name)
+            if earlier.name not in new:
+                earlier.unlink()
 
 
 def read_documents(files: list[str]) -> list[str]:
@@ -264,7 +269,7 @@ def main() -> None:
         adapter = lora.select(adapters, i)
         if is_first:
             lora.save_adapter(folder, adapter, net.config)
-            (folder / "description.txt").write_text(text + "\n", encoding="utf-8")
+            write_file(folder / "description.txt", text + "\n")
             n_tokens = len(model.tokenize(tokenizer, text))
             print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{text}")
             rank = next(iter(adapter.values()))[0].shape[-2]

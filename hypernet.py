@@ -227,8 +227,8 @@ class TextToLoRA(nn.Module):
     def start_as_lora(self) -> None:
         """For SFT: write LoRA's initialisation (A random, B zero) for every description.
 
-        The published code puts it in the biases of the heads; in medium and small, where one head writes both
-        A and B, that starts with B = A^T. Here it is the offset, and B = 0 in all sizes.
+        The published code puts it in the biases of the heads; in medium and small one head writes both, so B
+        would start as A^T. We store the initialisation in the offset instead, and B = 0 in all sizes.
         """
         for name in self.names:
             nn.init.zeros_(self.heads[name].weight)
@@ -241,7 +241,7 @@ class TextToLoRA(nn.Module):
         for name, (A, B) in oracles.items():
             for key, target in ((f"{name}_A", A), (f"{name}_B", B)):
                 correction = 1 if len(target) > 1 else 0
-                self.offset[key].copy_(target.double().mean(0))  # exact if all are equal
+                self.offset[key].copy_(target.cpu().double().mean(0))  # exact if all are equal
                 self.deviation[key].copy_(target.std(0, correction=correction) + 1e-10)
 
 
@@ -485,7 +485,7 @@ class ChunkedDocuments:
     groups: list[list[Chunk]]  # chunks that are read together
     counts: list[int]  # chunks of each document
     read: Callable[[list[Chunk]], tuple[Tensor, Tensor | None]]  # a group -> features, mask: `read_chunks`
-    n_extra: int = 0  # with --shard: reads to be done for the sake of processes that have more groups
+    n_extra: int = 0  # with --shard: further reads, since all processes run the base model equally often
 
 
 def chunk_documents(config: DocConfig, documents: list, base, tokenizer, training=False) -> ChunkedDocuments:
@@ -563,14 +563,18 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
         weights = {key: tensor.float().contiguous() for key, tensor in weights.items()}
         net.load_state_dict(weights, assign=True)
     except (TypeError, KeyError, RuntimeError) as e:
-        raise UserError(f"{folder}: the weights do not go with their settings: {e}") from None
+        raise UserError(f"{folder}: the weights do not match their settings: {e}") from None
     return net.eval()
 
 
 def copy_weights(folder: str, net: nn.Module) -> None:
-    """Start a network from the weights of another one, of the same settings."""
+    """Start a network from the weights of another one, for the same adapters and of the same sizes."""
+    start = load_hypernet(folder)
+    for name in ("paths", "layers", "r", "alpha", "rslora"):
+        if str(getattr(start.config, name)) != str(getattr(net.config, name)):  # the order counts, too
+            raise UserError(f"--init_from {folder}: that network has other settings ({name})")
     try:
-        net.load_state_dict(load_hypernet(folder).state_dict())
+        net.load_state_dict(start.state_dict())
     except RuntimeError:
         raise UserError(f"--init_from {folder}: that network has other settings") from None
 
@@ -578,6 +582,6 @@ def copy_weights(folder: str, net: nn.Module) -> None:
 def check_memory(net: nn.Module, folder: Path) -> None:
     """Raise UserError if a network does not fit into memory: a small file can ask for terabytes."""
     n_bytes = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if n_bytes > memory:
         raise UserError(f"{folder}: that network would take {n_bytes:,} bytes, this machine has {memory:,}")

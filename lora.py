@@ -14,6 +14,7 @@ of adapters. With an adapter a linear layer computes (LoRA, arXiv 2106.09685, eq
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,8 @@ class LoRAConfig:
     base_shape: list[int] = field(default_factory=list)  # its layers, hidden size and vocabulary
     n_layers: int = 0  # of the decoder
     paths: dict[str, str] = field(default_factory=dict)  # {"q_proj": "model.layers.{}.self_attn.q_proj"}
-    layers: dict[str, list[int]] = field(
-        default_factory=dict
-    )  # {"q_proj": [3, 7]}, if not all layers have it
+    # {"q_proj": [3, 7]}: the layers that have a target, if not all have it
+    layers: dict[str, list[int]] = field(default_factory=dict)
     in_features: dict[str, int] = field(default_factory=dict)
     out_features: dict[str, int] = field(default_factory=dict)
     r: int = 8
@@ -77,46 +77,61 @@ def without_layer(path: str) -> str:
     return LAYER_NUMBER.sub(".{}.", path, count=1)
 
 
-Place = tuple[str, int, int]  # path without the layer's number, in and out features
+class Place(NamedTuple):
+    """Where the linear layers of a target are, and their shape."""
+
+    path: str  # without the number of the layer
+    n_in: int
+    n_out: int
+
+    def names(self) -> list[str]:
+        """Possible names for a target, the shortest first."""
+        last, shape = self.path.split(".")[-1], f"{self.n_out}x{self.n_in}"
+        in_layer = self.path.split("{}.")[-1].replace(".", "_")
+        whole = self.path.replace(".{}", "").replace(".", "_")
+        return [last, f"{last}_{shape}", in_layer, whole, f"{whole}_{shape}"]
 
 
 def name_targets(places: list[Place]) -> dict[Place, str]:
-    """A name for each place: that of the linear layer if it is enough, otherwise with its shape or path."""
-    last = [place[0].split(".")[-1] for place in places]
-    with_shape = [f"{name}_{n_out}x{n_in}" for name, (_, n_in, n_out) in zip(last, places)]
+    """For each place the shortest name that no other one has."""
     names = {}
-    for name, longer, place in zip(last, with_shape, places):
-        if last.count(name) == 1:
-            names[place] = name
-        elif with_shape.count(longer) == 1:
-            names[place] = longer
-        else:
-            names[place] = place[0].split("{}.")[-1].replace(".", "_")
+    for place in places:
+        for length, name in enumerate(place.names()):
+            if [other.names()[length] for other in places].count(name) == 1:
+                names[place] = name
+                break
     return names
 
 
 def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, list[tuple[str, nn.Linear]]]:
     """{target: [(path, linear layer) in the order of the decoder layers]}.
 
-    `target_modules` are names of linear layers or of targets. Raises UserError if there are none of a name.
+    `target_modules` are names of linear layers or of targets. Raises UserError if no layer has a name, or if
+    its layers are of a class of their own, such as quantised ones.
     """
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # skip a vision tower
     decoder_modules = set(decoder.modules())
     found: dict[Place, list[tuple[str, nn.Linear]]] = {}
     for path, module in base.named_modules():
         if isinstance(module, nn.Linear) and module in decoder_modules and LAYER_NUMBER.search(path):
-            place = (without_layer(path), module.in_features, module.out_features)
+            place = Place(without_layer(path), module.in_features, module.out_features)
             found.setdefault(place, []).append((path, module))
+    if not found:
+        raise UserError("this model has no nn.Linear layers (GPT-2 has Conv1D), so it cannot have an adapter")
 
     names, targets = name_targets(list(found)), {}
     for wanted in target_modules:
-        chosen = [place for place in found if wanted in (names[place], place[0].split(".")[-1])]
+        chosen = [place for place in found if wanted in (names[place], place.names()[0])]
         if not chosen:
-            others = ", ".join(sorted({place[0].split(".")[-1] for place in found}))
-            others = others or "none (layers of other classes, as Conv1D of GPT-2, cannot have an adapter)"
+            others = ", ".join(sorted({place.names()[0] for place in found}))
             raise UserError(f"this model has no linear layers named {wanted}, but {others}")
         for place in chosen:
             targets[names[place]] = found[place]
+            kind = type(found[place][0][1])
+            if kind.forward not in (nn.Linear.forward, LoRALinear.forward):
+                raise UserError(
+                    f"{wanted} is {kind.__name__}: quantised layers and the like have no adapters"
+                )
     return targets
 
 
@@ -214,7 +229,8 @@ def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None 
     layers = injected_layers(base)
     pairs = {}  # {target: [(A, B) of its first layer, of its second, ...]}
     for name, (A, B) in (adapter or {}).items():
-        A, B = A.to(layers[0].weight.dtype), B.to(layers[0].weight.dtype)
+        weight = layers[0].weight
+        A, B = A.to(weight.device, weight.dtype), B.to(weight.device, weight.dtype)
         pairs[name] = list(zip(A.unbind(-3), B.unbind(-3)))  # indexing would have a slower backward pass
     for module in layers:
         module.A = module.B = None
@@ -337,7 +353,7 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     folder = Path(folder)
     peft = read_file(folder / "adapter_config.json")
     extras = peft.get("use_dora") or peft.get("modules_to_save") or peft.get("bias", "none") != "none"
-    if peft.get("peft_type") != "LORA" or extras:
+    if peft.get("peft_type") != "LORA" or extras or not {"r", "lora_alpha"} <= set(peft):
         raise UserError(f"{folder} is not a plain LoRA adapter")
     config = LoRAConfig(base_model=peft.get("base_model_name_or_path") or "")
     config.r, config.alpha, config.rslora = peft["r"], peft["lora_alpha"], peft.get("use_rslora", False)
@@ -356,8 +372,10 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     for path, pair in matrices.items():
         if len(pair) < 2:
             raise UserError(f"{folder} holds only {' and '.join(pair)} of {path}")
-        place = (without_layer(path), pair["A"].shape[-1], pair["B"].shape[-2])
+        place = Place(without_layer(path), pair["A"].shape[-1], pair["B"].shape[-2])
         found.setdefault(place, {})[layer_number(path)] = (pair["A"], pair["B"])
+    if not found:
+        raise UserError(f"{folder} holds an adapter without tensors")
     config.n_layers = 1 + max(layer for layers in found.values() for layer in layers)
 
     adapter, names = {}, name_targets(list(found))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import lora
 from support import processes
 from support.files import UserError, read_file
-from support.hub import PRESETS, fetch, from_pretrained, load_text_model
+from support.hub import encoder_parts, fetch, from_pretrained, load_text_model
 from support.processes import Process
 
 # -------------------- The base model --------------------
@@ -54,7 +54,7 @@ def load_injected(
     with processes.in_turn(process):  # so that host memory holds the whole model only once
         base, tokenizer = load_base(name, "cpu", dtype or default_dtype(process.device))
         lora.inject(base, target_modules, dropout)
-        processes.shard_layers(base, mesh)
+        processes.shard_layers(decoder_layers(base), mesh)
         base.to(process.device)
     return base, tokenizer
 
@@ -92,7 +92,7 @@ def takes_system_message(tokenizer) -> bool:
         return False
 
 
-# some templates print the date: the same one in training and in use, the default of Llama 3.1
+# some templates print the date; fix it, so that training and use agree (the default of Llama 3.1)
 DAY = "26 Jul 2024"
 FIXED_DAY = "{%- macro strftime_now(format) %}" + DAY + "{%- endmacro +%}"
 
@@ -116,8 +116,8 @@ def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
 def around_document(tokenizer) -> tuple[str, str]:
     """The text before and after a document: a user turn, as published after an empty system message.
 
-    Where the template refuses a system message, the published one puts its text, and a blank line, into the
-    user turn.
+    If the template refuses system messages, the published one writes the empty system text and a blank line
+    into the user turn.
     """
     before, after = render(tokenizer, chat(tokenizer, "<<>>")).split("<<>>")
     return before if takes_system_message(tokenizer) else before + "\n\n", after
@@ -154,8 +154,8 @@ def check_known(tokenizer, texts: list[str]) -> None:
 def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, strip=True) -> list[str]:
     """Greedy answers to rendered prompts, in one batch, with the adapters that are set.
 
-    White space is stripped, except at the end of an answer that was cut off, where the model would have gone
-    on. With strip=False the answers are the text after the prompts, unchanged.
+    White space is stripped, but trailing space is kept if the answer was cut off. With strip=False the
+    answers are the text after the prompts, unchanged.
     """
     sequences = [tokenize(tokenizer, p) for p in prompts]
     ids = pad(sequences, tokenizer.pad_token_id, left=True).to(base.device)  # [n, T]
@@ -166,7 +166,7 @@ def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, st
         whole = tokenizer.batch_decode(out, skip_special_tokens=True)
         return [text[len(start) :] for start, text in zip(before, whole)]
     new = out[:, ids.shape[1] :]  # [n, up to max_new_tokens]
-    eos = torch.tensor(base.generation_config.eos_token_id, device=new.device)
+    eos = torch.tensor(base.generation_config.eos_token_id or [], device=new.device)
     ended = torch.isin(new, eos).any(1)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.strip() if is_whole else text.lstrip() for text, is_whole in zip(texts, ended)]
@@ -182,18 +182,33 @@ def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], 
     labels = [[-1] * len(prompt) + answer for prompt, answer in examples]  # -1 is not part of the answer
     ids = pad(sequences, 0).to(base.device)  # [n, T], padded at the end: a causal model needs no mask
     labels = pad(labels, -1).to(base.device)  # [n, T]
-    embeddings = base.get_input_embeddings()
-    x = embeddings(ids)  # [n, T, d]
-    if neftune_alpha:  # uniform noise, scaled so that its expected norm does not grow with T and d
+    example_index, position = (labels[:, 1:] >= 0).nonzero(
+        as_tuple=True
+    )  # logits here predict an answer token
+    first, last = position.min(), position.max()
+    kept = torch.arange(first, last + 1, device=ids.device)  # of the whole batch
+
+    def add_noise(embeddings: nn.Module, _, x: Tensor) -> Tensor:
+        """Uniform noise, scaled so that its expected norm does not grow with T and d. x [n, T, d]"""
         noise = torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
-        x = x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's layer has scaled x by it
-    # the position before each token of an answer
-    example_index, position = (labels[:, 1:] >= 0).nonzero(as_tuple=True)
-    # logits from the first to the last answer token of the batch only
-    kept = torch.arange(position.min(), position.max() + 1, device=ids.device)
-    logits = base(inputs_embeds=x, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
-    answer_logits = logits[example_index, position - position.min()].float()
+        return x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's embeddings are multiplied by it
+
+    hook = base.get_input_embeddings().register_forward_hook(add_noise) if neftune_alpha else None
+    try:
+        logits = base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
+    finally:
+        if hook:
+            hook.remove()
+    answer_logits = logits[example_index, position - first].float()
     return answer_logits, example_index, labels[example_index, position + 1]
+
+
+def decoder_layers(base: nn.Module) -> nn.ModuleList:
+    """The decoder's layers. Raises UserError for models that call them otherwise."""
+    layers = getattr(base.get_decoder(), "layers", None)
+    if layers is None:
+        raise UserError("Doc-to-LoRA, --gradient_checkpointing and --shard need a decoder with `layers`")
+    return layers
 
 
 @torch.no_grad()
@@ -203,8 +218,7 @@ def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor | None, early
     The input of the last layer is taken after the final norm, as published. With early_exit: only the states
     after L/4 layers and the final norm, [n, T, d].
     """
-    decoder = base.get_decoder()
-    layers = decoder.layers
+    decoder, layers = base.get_decoder(), decoder_layers(base)
     n_layers = len(layers) // 4 if early_exit else len(layers) - 1
     inputs = []  # of the layers, [n, T, d] each
 
@@ -225,7 +239,7 @@ def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor | None, early
 
 def recompute_layers(base: nn.Module) -> None:
     """Keep only the input of each decoder layer, and compute the layer again in the backward pass."""
-    for layer in base.get_decoder().layers:
+    for layer in decoder_layers(base):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
@@ -240,7 +254,7 @@ def load_encoder(name: str, device="cpu", base_and_tokenizer: tuple = (), full_s
     get a full stop, as published.
     """
     encoders = []
-    for part in (PRESETS[name][1] if name in PRESETS else name).split("+"):
+    for part in encoder_parts(name):
         if part == "hash":
             encoders.append(hash_encoder)
         elif part == "base":
@@ -285,9 +299,9 @@ def hash_encoder(texts: list[str], width: int = 8192) -> Tensor:
 
 def longest_text(text_model: nn.Module) -> int:
     """How many tokens a text encoder has positions for."""
-    n_positions = text_model.config.max_position_embeddings
+    n_positions = getattr(text_model.config, "max_position_embeddings", 8192)  # T5 has no limit
     table = getattr(getattr(text_model, "embeddings", None), "position_embeddings", None)
-    unused = getattr(table, "padding_idx", None)  # in RoBERTa's family positions start after that of padding
+    unused = getattr(table, "padding_idx", None)  # RoBERTa-style models start positions at padding_idx + 1
     return n_positions if unused is None else n_positions - unused - 1
 
 

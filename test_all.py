@@ -372,7 +372,7 @@ def test_hypernet_files(tmp_path, size):
     assert again.config == net.config and not again.training
     assert all(torch.equal(a, b) for k in NAMES for a, b in zip(net(emb)[k], again(emb)[k]))
     write_file(tmp_path / "config.json", read_file(tmp_path / "config.json") | {"latent_size": 32})
-    refused("do not go with their settings", hypernet.load_hypernet, tmp_path)
+    refused("do not match their settings", hypernet.load_hypernet, tmp_path)
 
 
 def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES, **args) -> Path:
@@ -774,7 +774,7 @@ def test_a_folder_of_task_files(tmp_path):
     assert [t.name for t in tasks["train"]] == ["b"] and not tasks["val"]
     assert tasks["train"][0].descriptions == ["do b"] and tasks["train"][0].definition == "do b"
     assert len(tasks["test"][0].train) == 8 and tasks["test"][0].test[0] == Example("in 8", ["out 8", "x"])
-    refused("no split val", data.pick, tasks, "val")
+    refused('no split "val"', data.pick, tasks, "val")
 
 
 def test_what_is_shown_fits_the_description():
@@ -881,8 +881,8 @@ def test_answer_loss_equals_the_naive_one():
 
 def test_neftune_noise_has_the_published_size():
     base, seen = tiny_llama(), []
-    note = lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"])
-    base.model.register_forward_pre_hook(note, with_kwargs=True)
+    note = lambda module, args, kwargs: seen.append(args[0])
+    base.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
     ids = torch.randint(160, (2, 25))
     model.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], neftune_alpha=5.0)
     noise = seen[0] - base.get_input_embeddings()(ids)
@@ -891,8 +891,8 @@ def test_neftune_noise_has_the_published_size():
 
 def test_neftune_noise_is_as_large_as_the_embeddings_of_gemma():
     base, seen = small_decoder(GemmaConfig), []
-    note = lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"])
-    base.model.register_forward_pre_hook(note, with_kwargs=True)
+    note = lambda module, args, kwargs: seen.append(args[0])
+    base.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
     ids = torch.randint(1, 50, (2, 25))
     model.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], neftune_alpha=5.0)
     noise = (seen[0] - base.get_input_embeddings()(ids)).abs().max() / 32**0.5  # its layer multiplies by it
@@ -1431,11 +1431,15 @@ BAD = {
     "no description": (generate, [], "say what to do"),
     "empty description": (generate, ["--desc", "  "], "is empty"),
     "two to merge": (generate, [*SAY, *SAY, "--merge", "{tmp}/m"], "takes a single --desc"),
-    "foreign output": (generate, [*SAY, "--out", "{foreign}"], "did not write"),
-    "no checkpoint": (generate, [*SAY, "--hypernet", "{tmp}/none"], "is no folder"),
+    "foreign output": (generate, [*SAY, "--out", "{foreign}"], "did not write it"),
+    "no checkpoint": (generate, [*SAY, "--hypernet", "{tmp}/none"], "is neither a folder"),
     "nothing shipped": (generate, [*SAY, "--base_model", "mistral-7b"], "no hypernetwork for mistral-7b"),
-    "other base": (generate, [*SAY, *NET, *BASE], "does not go with"),
-    "other base of the same name": (generate, [*SAY, *NET, "--base_model", "{tmp}/tiny"], "does not go with"),
+    "other base": (generate, [*SAY, *NET, *BASE], "cannot be used with"),
+    "other base of the same name": (
+        generate,
+        [*SAY, *NET, "--base_model", "{tmp}/tiny"],
+        "cannot be used with",
+    ),
     "other widths": (generate, [*SAY, "--hypernet", "{other}", *BASE], "another base"),
     "unknown word": (generate, [*SAY, "--input", "cat unicorn", "--out", "{tmp}/o"], "no token for unicorn"),
     "not on the hub": (generate, [*SAY, "--hypernet", "nobody/nothing/sub"], "cannot be downloaded"),
@@ -1446,7 +1450,7 @@ BAD = {
     "document for text-to-lora": (generate, ["--doc", "{tmp}/note.txt", *NET], "reads descriptions"),
     "description for doc-to-lora": (generate, [*SAY, *READER], "reads documents"),
     "unknown method": (evaluation, ["--methods", "t2l,magic"], "unknown method magic"),
-    "missing folder": (evaluation, ["--methods", "oracle"], "the method oracle lacks what it needs"),
+    "missing folder": (evaluation, ["--methods", "oracle"], "the method oracle needs --oracles DIR"),
     "lengths of tasks": (evaluation, ["--lengths", "4"], "--lengths goes with --tasks facts or needle"),
     "lengths that are none": (evaluation, ["--tasks", "facts", "--lengths", "4,x"], "invalid numbers value"),
     "no length": (evaluation, ["--tasks", "facts", "--lengths", "4,0"], "invalid numbers value"),
@@ -1454,10 +1458,18 @@ BAD = {
     "no test part": (evaluation, ["--tasks", "{tmp}/tasks", "--split", "train"], "has no test part"),
     "an adapter for a network": (evaluation, ["--recon", "{tmp}/oracles"], "holds no hypernetwork"),
     "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither benchmarks, chores"),
-    "unknown split": (evaluation, ["--split", "middle"], "no split middle, but train, val, test"),
-    "no examples": (evaluation, ["--n_examples", "0"], "--n_examples must be at least 1"),
-    "fewer than no examples": (evaluation, ["--n_examples", "-3"], "--n_examples must be at least 1"),
-    "unknown base": (train, ["--base_model", "./nowhere", "--tasks", "tiny"], "./nowhere is no folder"),
+    "unknown split": (
+        evaluation,
+        ["--split", "middle"],
+        'no split "middle" with tasks, but: train, val, test',
+    ),
+    "no examples": (evaluation, ["--n_examples", "0"], "--n_examples: must be at least 1"),
+    "fewer than no examples": (evaluation, ["--n_examples", "-3"], "--n_examples: must be at least 1"),
+    "unknown base": (
+        train,
+        ["--base_model", "./nowhere", "--tasks", "tiny"],
+        "./nowhere is neither a folder",
+    ),
     "unknown flag": (train, ["--depth", "3"], "--depth is not a setting of --arch t2l"),
     "shards without torchrun": (train, ["--shard"], "--shard needs several processes"),
     "shards to generate without torchrun": (generate, [*SAY, "--shard"], "--shard needs several processes"),
@@ -1465,7 +1477,7 @@ BAD = {
     "not a number": (train, ["--lr", "fast"], "--lr: invalid number value: 'fast'"),
     "no file of flags": (train, ["@config/none.args"], "config/none.args"),
     "tasks of unknown words": (train, ["--tasks", "{tmp}/tasks"], "no token for Paris"),
-    "documents as tasks": (train, ["--tasks", "facts"], "does not go with --arch t2l"),
+    "documents as tasks": (train, ["--tasks", "facts"], "cannot be used with --arch t2l"),
     "tasks as documents": (train, ["--arch", "d2l"], "reads documents (see config/d2l.args)"),
     "a setting of the other network": (train, ["--n_latents", "3"], "is not a setting of --arch t2l"),
     "no oracles": (train, RECON, "needs --oracles"),

@@ -22,6 +22,7 @@ import random
 import shlex
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,11 @@ SETTINGS = [  # name, default (for the tiny world), meaning; numbers: least valu
     ("multi_task", False, "lora: one adapter for all tasks"),
     ("oracles", "", "recon: the folder that --mode lora wrote; it sets rank, alpha and target_modules"),
     # tasks
-    ("tasks", "tiny", f"{', '.join(SOURCES)}, or a folder of task files"),
+    (
+        "tasks",
+        "tiny",
+        f"{', '.join(source for source in SOURCES if source != 'benchmarks')}, or a folder of task files",
+    ),
     ("split", "train", "tasks to train on: train, val or test"),
     ("n_tasks", 0, "use only so many of these tasks (0: all)"),
     ("instruction", False, "put the task's definition before each input, as published"),
@@ -141,7 +146,7 @@ def parse_args() -> argparse.Namespace:
         )
     if args.resume:
         flags.refuse_changes(parser.parse_args(earlier_words), args, MAY_CHANGE)
-    if set(args.target_modules.split(",")) == set(of_oracles.get("target_modules", "").split(",")):
+    if of_oracles and set(args.target_modules.split(",")) == set(of_oracles["target_modules"].split(",")):
         args.target_modules = of_oracles["target_modules"]  # in another order
     for name, value in of_oracles.items():
         if getattr(args, name) != value:
@@ -178,14 +183,18 @@ def check_settings(args: argparse.Namespace) -> None:
     if args.arch == "d2l" and args.mode != "sft":
         raise UserError("--arch d2l is trained with --mode sft")
     if args.arch == "d2l" and args.instruction:
-        raise UserError("--instruction does not go with --arch d2l: documents have none")
+        raise UserError("--instruction cannot be combined with --arch d2l: documents have none")
     if args.init_from and args.mode == "lora":
         raise UserError("--init_from takes a hypernetwork, and goes with --mode sft or recon")
     if args.multi_task and args.mode != "lora":
         raise UserError("--multi_task goes with --mode lora")
     if args.shard and args.mode == "recon":
-        raise UserError("--shard does not go with --mode recon, which runs no base model")
+        raise UserError("--shard cannot be combined with --mode recon, which runs no base model")
     processes.check_shard(args.shard)
+    if args.tasks == "benchmarks":
+        raise UserError("--tasks benchmarks are for eval.py: there is nothing to train on")
+    if args.wandb and not find_spec("wandb"):
+        raise UserError("--wandb needs wandb: pip install wandb")
     if args.mode == "recon" and not args.oracles:
         raise UserError("--mode recon needs --oracles DIR, a folder that --mode lora wrote")
     folder = Path(args.out_dir)
@@ -296,9 +305,12 @@ def prepare_recon(args, process: Process) -> Run:
     with processes.first_goes_ahead(process):
         tasks, _ = choose_tasks(args)
         hub.fetch_models(args.base_model, args.encoder)
+    n_tasks = len(tasks)
     tasks = [task for task in tasks if (Path(args.oracles) / task.name).exists()]
     if not tasks:
         raise UserError(f"{args.oracles} holds no adapters of the {args.split} tasks of {args.tasks}")
+    if process.rank == 0:
+        print(f"oracles of {len(tasks)} of {n_tasks} tasks")
     folders = [Path(args.oracles) / task.name for task in tasks]
     oracles, config = lora.load_adapters(folders, process.device)
 
@@ -323,7 +335,7 @@ def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
     reads_documents = hypernet.ARCHS[args.arch].reads == "documents"
     if args.mode != "lora" and tasks[0].is_document != reads_documents:
         reads = "documents (see config/d2l.args)" if reads_documents else "descriptions"
-        raise UserError(f"--tasks {args.tasks} does not go with --arch {args.arch}, which reads {reads}")
+        raise UserError(f"--tasks {args.tasks} cannot be used with --arch {args.arch}, which reads {reads}")
     if args.mode == "lora":
         tasks = data.distinct(tasks)
     if args.short_first:
@@ -471,7 +483,7 @@ def recon_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
 def validate(run: Run) -> dict[str, float]:
     """Cross-entropy and accuracy on up to 8 examples of each validation task, with its first description.
 
-    An answer is right if each token of it is the likeliest one: greedy decoding would give the same.
+    An answer is right if every token is the most likely one: greedy decoding would give the same.
     """
     run.net.eval()
     lora.set_dropout(run.base, False)
@@ -522,7 +534,7 @@ def main() -> None:
     folder = Path(args.out_dir)
     state_file, metrics_file = folder / "state.safetensors", folder / "metrics.jsonl"
     step = load_state(state_file, run.net, optimizer) if args.resume else 0
-    if step >= args.max_steps:
+    if step > args.max_steps:
         raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {step} steps")
     earlier = metrics_file.read_text().splitlines(keepends=True)[:step] if args.resume else []  # one per step
     best = math.inf  # lowest validation loss
@@ -531,7 +543,7 @@ def main() -> None:
     if is_first:
         print(f"{args.mode}: {sum(p.numel() for p in parameters):,} parameters, into {folder}/", flush=True)
         if args.wandb:
-            import wandb
+            import wandb  # optional, see check_settings
 
             wandb.init(project="text-to-lora", name=folder.name, config=vars(args))
 
@@ -569,8 +581,8 @@ def main() -> None:
             if is_new:  # a run that fails in its first step leaves nothing behind
                 folder.mkdir(parents=True, exist_ok=True)
                 write_file(folder / "train.args", args.as_text)
-                log = metrics_file.open("w")
-                log.writelines(earlier)
+                write_file(metrics_file, "".join(earlier))
+                log = metrics_file.open("a")
             record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
             if is_validated:
                 record |= measured

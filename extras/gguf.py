@@ -58,7 +58,8 @@ def main() -> None:
     n_heads = {"q_proj": base.num_attention_heads, "k_proj": base.num_key_value_heads}
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(args.out, architecture)
+    unfinished = args.out.with_name(f"{args.out.name}.tmp")
+    writer = gguf.GGUFWriter(unfinished, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     rank = max(A.shape[-2] for A, _ in adapter.values())
@@ -76,6 +77,7 @@ def main() -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    unfinished.replace(args.out)
     print(f"{args.out}: rank {rank} on {', '.join(adapter)}, for {architecture}")
 
 

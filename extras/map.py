@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import data
 import generate
 import model
 from support import flags, processes
@@ -27,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser = flags.Parser(__doc__)
     parser.add_argument("--tasks", default="tiny", help="as for train.py")
     parser.add_argument("--split", default="all", help="train, val, test, or all")
-    parser.add_argument("--n_tasks", type=int, default=512, help="at most so many of them")
+    parser.add_argument("--n_tasks", type=flags.at_least(3), default=512, help="at most so many of them")
     parser.add_argument("--out", default="map.png", help="the picture to write")
     generate.add_model_flags(parser)
     return parser.parse_args()
@@ -69,10 +70,9 @@ def main() -> None:
     if not hasattr(net, "embed_task"):
         raise UserError("the map is of Text-to-LoRA: this network has no task embedding")
     splits = load_tasks(args.tasks)
-    tasks = (
-        [task for split in splits.values() for task in split] if args.split == "all" else splits[args.split]
-    )
-    tasks = list({task.name: task for task in tasks}.values())[: args.n_tasks]
+    chosen = splits if args.split == "all" else {args.split: data.pick(splits, args.split)}
+    tasks = {task.name: task for split in chosen.values() for task in split}
+    tasks = list(tasks.values())[: args.n_tasks]
     encoder = args.encoder or net.config.encoder
     base_and_tokenizer = ()
     if "base" in encoder.split("+"):

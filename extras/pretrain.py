@@ -76,10 +76,10 @@ def save(net: LlamaForCausalLM, folder: Path) -> None:
     """Write model and tokenizer as an ordinary Hugging Face folder."""
     folder.mkdir(parents=True, exist_ok=True)
     special = [word for word in tiny.VOCABULARY if word.startswith("<")]
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    options = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     tokenizer = {
         "version": "1.0",
-        "added_tokens": [dict(id=IDS[word], content=word, **flags) for word in special],
+        "added_tokens": [dict(id=IDS[word], content=word, **options) for word in special],
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "model": {"type": "WordLevel", "vocab": IDS, "unk_token": "<unk>"},
     }

@@ -66,7 +66,7 @@ def main() -> None:
     steps, device = args.steps, processes.choose_device(args.device)
     torch.manual_seed(0)
     net = hypernet.load_hypernet(args.start).to(device)  # in eval mode
-    encode = model.load_encoder(args.encoder or net.config.encoder, device)
+    encode = model.load_encoder(args.encoder or net.config.encoder, device, full_stop=net.config.full_stop)
     factors = metric(net)
     names = {task.name for task in chores.load()["train"]}
     chains = [chain for chain in chores.all_chains() if chores.name_of(chain) in names]

@@ -1,4 +1,4 @@
-"""Files and errors: what is written is written whole, and an error that a user can fix is one line."""
+"""Files are written completely or not at all; errors that a user can fix are printed as one line."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +26,10 @@ def command(main) -> None:
     except (UserError, OSError, SafetensorError) as e:
         if is_first_process:
             print("error:", " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:  # on any of the processes
+        advice = "a smaller --micro_batch, --tasks_per_batch or --batch_size, or --gradient_checkpointing"
+        print(f"error: out of GPU memory; try {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if is_first_process:

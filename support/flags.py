@@ -48,6 +48,11 @@ def settings_of(config_class) -> list[Setting]:
     return settings
 
 
+def at_least(least: int):
+    """A type for argparse: integers that are not smaller."""
+    return Setting("", least, "", least).number
+
+
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with the defaults that are not None, and the description as it is written."""
 

@@ -63,6 +63,11 @@ def preset_encoder(base_model: str) -> str:
     return PRESETS[preset][1] if preset else "base"
 
 
+def encoder_parts(encoder: str) -> list[str]:
+    """The parts of --encoder, "A+B"; a preset's name stands for its text encoder."""
+    return (PRESETS[encoder][1] if encoder in PRESETS else encoder).split("+")
+
+
 def check_base(name: str, shape: list[int], trained_for: str, trained_shape: list[int]) -> None:
     """Raise UserError if what was trained for one base model is to be used with another.
 
@@ -75,7 +80,7 @@ def check_base(name: str, shape: list[int], trained_for: str, trained_shape: lis
     else:
         same = ours == theirs or not trained_shape or trained_shape == shape
     if not same:
-        message = f"what was trained for {trained_for} does not go with {name}"
+        message = f"what was trained for {trained_for} cannot be used with {name}"
         raise UserError(f"{message} (layers, hidden size, vocabulary: {trained_shape} and {shape})")
 
 
@@ -83,7 +88,8 @@ def fetch(name: str, files: list[str] = MODEL_FILES) -> Path:
     """A folder: `name` itself, or USER/REPO or USER/REPO/SUB/FOLDER of the hub, downloaded once."""
     if not is_hub_id(name):
         if not Path(name).is_dir():
-            raise UserError(f"{name} is no folder, no preset ({', '.join(PRESETS)}) and no Hugging Face id")
+            presets = ", ".join(PRESETS)
+            raise UserError(f"{name} is neither a folder, nor a preset ({presets}), nor a Hugging Face id")
         return Path(name)
     user, repo, *subfolders = name.strip("/").split("/")
     patterns = ["/".join([*subfolders, file]) for file in files]
@@ -97,10 +103,10 @@ def fetch(name: str, files: list[str] = MODEL_FILES) -> Path:
 
 def fetch_models(base_model: str, encoder: str) -> None:
     """Download a base model and a text encoder, if they are not on this machine yet."""
-    fetch(source_of(base_model))
-    for part in encoder.split("+"):
+    for part in encoder_parts(encoder):
         if part not in ("hash", "base"):
             fetch(part)
+    fetch(source_of(base_model))
 
 
 def first_line(error: Exception) -> str:

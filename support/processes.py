@@ -82,7 +82,7 @@ def first_goes_ahead(process: Process):
 
 
 def gather(process: Process, value) -> list:
-    """What this value is on each process."""
+    """The values of all processes."""
     if process.count == 1:
         return [value]
     values = [None] * process.count
@@ -114,9 +114,9 @@ def make_mesh(process: Process) -> DeviceMesh:
     return init_device_mesh(process.device.type, (process.count,))
 
 
-def shard_layers(base: nn.Module, mesh: DeviceMesh) -> None:
+def shard_layers(layers: nn.ModuleList, mesh: DeviceMesh) -> None:
     """Leave each process its part of the parameters of every decoder layer."""
-    for layer in base.get_decoder().layers:
+    for layer in layers:
         # each layer is a root of FSDP, and a root would stay gathered after its forward pass
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 

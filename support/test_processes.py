@@ -133,10 +133,11 @@ def pair(tmp_path_factory):
 def test_two_processes_are_one(pair, tmp_path, name):
     """Losses, validation and weights; also with shards, and with unequal parts of a step."""
     folder, _ = pair
+    n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes have: no other rounding
     words = [word for word in RUNS[name] if word != "--shard"]
     one, two = fit(tmp_path / "one", *words, "--max_steps", "5"), losses_of(folder / name)
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(n_threads)
     assert len(one) == 5 and one[0] != one[-1]
     assert max(abs(a - b) for a, b in zip(one, two)) < 1e-5 * max(1, max(one))
     values = [losses_of(place, "val_loss") for place in (tmp_path / "one", folder / name)]

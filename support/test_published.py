@@ -85,7 +85,7 @@ def test_broken_published_checkpoints_are_refused_in_words(tmp_path):
     published_folder(tmp_path, weights)
     refused("no published checkpoint", load, tmp_path, ["q_proj", "k_proj"])
     published_folder(tmp_path, {k: t for k, t in weights.items() if "mixer" not in k})
-    refused("do not go with their settings", load, tmp_path)
+    refused("do not match their settings", load, tmp_path)
     file.write_bytes(file.read_bytes()[:3000])
     refused("no published checkpoint", load, tmp_path)
     torch.save({"x": Path("/")}, file)  # a pickle that would have to call something
@@ -176,7 +176,7 @@ def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkey
     content, _ = published_doc_file(tmp_path, monkeypatch)
     for missing in "hypernet_config", "head.weight", "ctx_encoder_args":
         torch.save({key: value for key, value in content.items() if key != missing}, file)
-        refused("no published Doc-to-LoRA|do not go with", hypernet.load_hypernet, tmp_path)
+        refused("no published Doc-to-LoRA|do not match", hypernet.load_hypernet, tmp_path)
     published_doc_file(tmp_path, monkeypatch)
     file.write_bytes(file.read_bytes()[:5000])
     refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)

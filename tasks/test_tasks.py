@@ -179,6 +179,7 @@ MISTAKES = {  # files, and what the one line of error says; {f} is the folder
     "no questions": ({"a.json": {"document": "x"}}, '"questions" must be a list such as'),
     "a list": ({"a.json": [SWAP]}, 'a.json must be {"descriptions": [...], "Instances"'),
     "trailing comma": ({"a.json": '{"descriptions": ["x"],\n}'}, "line 2 column 1"),
+    "both kinds": ({"b.json": {"document": "x", "questions": [{"question": "q"}]}}, "both documents and tasks"),
     "nothing": ({"a.json": None}, "holds no NAME.json files"),
 }
 
@@ -201,9 +202,10 @@ def test_what_a_folder_holds_is_said_in_one_line(tmp_path):
     (tmp_path / "splits.json").write_text(json.dumps({"train": ["a", "b"], "val": ["c"]}))
     said = data.summary(str(tmp_path), load_tasks(tmp_path))
     assert said == f"tasks in {tmp_path}: 2 train, 1 val; splits.json does not name 1 files"
+    (tmp_path / "documents").mkdir()
     document = {"document": " x ", "questions": [{"question": "q ", "answer": "Paris "}]}
-    (tmp_path / "a.json").write_text(json.dumps(document))
-    assert load_tasks(tmp_path)["train"][0].train == [Example("q", ["Paris"])]
+    (tmp_path / "documents" / "a.json").write_text(json.dumps(document))
+    assert load_tasks(tmp_path / "documents")["train"][0].train == [Example("q", ["Paris"])]
 
 
 TWO = dict(label=["A", "B"], text=["two", "one"])
