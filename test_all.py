@@ -292,6 +292,17 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     refused("no linear layers named qkv, but down_proj, gate_proj", lora.inject, tiny_llama(), ["qkv"])
     odd = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(4, n)}) for n in (4, 6))})
     assert list(lora.find_targets(odd, ["q_proj"])) == ["q_proj_4x4", "q_proj_6x4"]
+    two = [
+        lora.Place(f"{stack}.{{}}.attn.to_q", n, n) for stack in ("blocks", "single_blocks") for n in (4, 6)
+    ]
+    named = lora.name_targets(two)  # two places, two shapes
+    assert len(set(named.values())) == 4 and named[two[0]] == "blocks_attn_to_q_4x4"
+
+    class Quantised(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    refused("q_proj is Quantised: quantised", lora.inject, one_layer(Quantised(4, 4)), ["q_proj"])
     adapter = random_adapter(lora.config_for(tiny_llama(hidden_size=32), NAMES, "x"))
     refused("for another base model", lora.set_adapter, lora.inject(tiny_llama(), NAMES), adapter, 1.0)
     refused("is missing", lora.load_adapter, tmp_path)
@@ -576,6 +587,10 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     close(net(one_by_one)["down_proj"][0], A)
     net.start_as_lora()
     assert all(not (B @ A).any() for A, B in net(read(texts)).values())
+    assert net.bias["down_proj_A"].std() > 0.4 / 384**0.5  # B alone is zero, so that it learns
+    net.config.random_chunks, net.config.chunk_len = True, 64
+    count = lambda: set(hypernet.make_condition(net, ["cat dog sun " * 20] * 40, base, tokenizer).counts)
+    assert count() == {1} and len(net.train() and count()) > 1  # drawn in training only
 
 
 # -------------------- model.py --------------------
@@ -601,6 +616,8 @@ def test_transformer_encoder_pools_real_tokens_only(tmp_path):
     (tmp_path / "1_Pooling").mkdir()
     write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
     close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[0], dim=0), 1e-5, 1e-6)
+    write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_lasttoken": True})
+    close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[-1], dim=0), 1e-5, 1e-6)
 
 
 def test_gte_loads_without_its_own_code(tmp_path):
@@ -656,6 +673,31 @@ def test_gte_loads_without_its_own_code(tmp_path):
 
 def test_text_encoders_side_by_side():
     assert torch.equal(model.load_encoder("hash+hash")(["x"]), model.load_encoder("hash")(["x"]).repeat(1, 2))
+
+
+def test_hashed_words_are_those_that_shipped_networks_know():
+    """The features of one sentence, counted in another way."""
+    sentence = "Write the red cat!"
+    pairs = [("write", "the", 1), ("the", "red", 1), ("red", "cat", 1), ("cat", "!", 1)]
+    pairs += [("write", "red", 2), ("the", "cat", 2), ("red", "!", 2)]
+    expected = collections.Counter()
+
+    def add(feature: str, weight: float):
+        code = zlib.crc32(feature.encode())
+        expected[code % 8192] += weight if code >= 2**31 else -weight
+
+    for word in "write the red cat !".split():
+        weight = 0.3 if word == "the" else 1.0
+        add(word, 2 * weight)
+        for n in (3, 4, 5):
+            for k in range(len(word) + 3 - n):
+                add(f"#{word}#"[k : k + n], weight)
+    for first, second, gap in pairs:
+        add(f"{first} {gap} {second}", 1.0)
+    made = torch.zeros(8192)
+    for index, value in expected.items():
+        made[index] = value
+    close(model.hash_encoder([sentence])[0], F.normalize(made, dim=0))
 
 
 def test_base_encoder_reads_the_last_token():
@@ -782,6 +824,23 @@ def test_what_is_shown_fits_the_description():
     assert "@" in shown("Give the domain of the e-mail address.") and "job:" in shown("Write it as JSON.")
     assert "," not in shown("Write the name in capital letters.") and "-" in shown("The month in words.")
     assert generate.example_inputs("mistral-7b", DESC) == []
+
+
+def test_what_a_step_draws():
+    tasks = load_tasks("tiny")["train"][:6]
+    args = types.SimpleNamespace(
+        seed=0, tasks_per_batch=3, examples_per_task=2, short_first=False, max_steps=50
+    )
+    drawn = [item for step in range(50) for item in data.draw(tasks, step, args)]
+    assert {item.index for item in drawn} == set(range(6)) and len({item.description for item in drawn}) > 50
+    again = data.draw(tasks, 7, args)
+    assert again == data.draw(tasks, 7, args) != data.draw(tasks, 8, args)
+    args.seed = 1
+    assert again != data.draw(tasks, 7, args)
+    splits = {"train": list(range(20))}
+    assert (
+        data.pick(splits, "train", 3) == data.pick(splits, "train", 9)[:3] == data.pick(splits, "train")[:3]
+    )
 
 
 def test_too_long_examples_and_tasks_are_left_out(capsys):
@@ -968,6 +1027,46 @@ def test_a_run_by_reconstruction_records_what_its_oracles_are(tmp_path, monkeypa
         args = train.parse_args()
         assert (args.rank, args.alpha, args.target_modules) == (3, 5.0, "o_proj,v_proj")
         assert "--rank 3\n" in args.as_text and "--target_modules o_proj,v_proj\n" in args.as_text
+
+
+def test_gradients_are_clipped_and_heads_have_their_learning_rate(tmp_path, monkeypatch):
+    norms, real = [], torch.optim.AdamW.step
+
+    def note(optimizer, *args):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(nn.utils.get_total_norm(gradients))
+        return real(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    for words, least, most in (["--max_grad_norm", "1e-3"], 0, 1.1e-3), (["--max_grad_norm", "0"], 1e-2, 1e3):
+        norms.clear()
+        fit(tmp_path / words[1], *SHORT, *words, "--max_steps", "2")
+        assert len(norms) == 2 and all(least <= norm <= most for norm in norms)
+    for head_lr in ("0", "1"):
+        fit(tmp_path / f"heads{head_lr}", *SHORT, "--head_lr", head_lr, "--max_steps", "2")
+        weights = load_file(tmp_path / f"heads{head_lr}" / "hypernet.safetensors")
+        assert weights["heads.q_proj.weight"].any() == (head_lr == "1")  # they begin as zeros
+
+
+def test_parts_of_a_step_of_reconstruction_add_up(tmp_path):
+    config = lora.config_for(model.load_base("tiny")[0], NAMES, "tiny")
+    tasks = data.pick(load_tasks("tiny"), "train", 3)
+    for task in tasks:
+        lora.save_adapter(tmp_path / task.name, random_adapter(config), config)
+    sys.argv = ["train.py", "@config/recon.args", "--oracles", str(tmp_path), "--trunk_dropout", "0"]
+    sys.argv += ["--input_dropout", "0", "--out_dir", "unused"]
+    run = train.prepare_recon(train.parse_args(), processes.Process(torch.device("cpu")))
+    drawn = [data.DrawnTask(i, task.descriptions[0], []) for i, task in enumerate(run.tasks)]
+
+    def part(rank: int, count: int):
+        run.process = processes.Process(torch.device("cpu"), rank, rank, count)
+        run.net.zero_grad()
+        loss = train.recon_step(run, run.net, drawn)
+        return [loss, *(p.grad.clone() for p in run.net.parameters() if p.requires_grad)]
+
+    whole, parts = part(0, 1), [part(0, 2), part(1, 2)]
+    for total, first, second in zip(whole, *parts):
+        close(first + second, total, 1e-4, 1e-6)
 
 
 def test_z_scores_have_the_deviation_of_a_sample():
@@ -1208,6 +1307,18 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
         words += ["--split", "train", "--n_tasks", "4", "--n_examples", "2"]
         results = evaluate(tmp_path / "e.json", *words)
     assert set(results) == {"mt_lora", "oracle"} and len(reads) == 1 + 4  # each adapter is read once
+    args = types.SimpleNamespace(oracles=oracles, mt_lora=None, compare=[], base_model=None, dtype=None)
+    args.shard = False
+    models = evaluation.Models(args, ["oracle"], tasks, processes.Process(torch.device("cpu")))
+    order = [2, 0, 1]
+    models.set_adapters("oracle", [evaluation.Question(tasks[i], None, "", "", []) for i in order])
+    for module in lora.injected_layers(models.base):  # each question has the oracle of its task
+        close(module.B, targets[module.name][1][order, module.index])
+    other = tmp_path / "oracles" / tasks[0].name  # one of another scaling is refused
+    config = lora.load_adapter(other)[1]
+    config.alpha = 64
+    lora.save_adapter(other, lora.load_adapter(other)[0], config)
+    refused("differ in modules, rank or scaling", lora.load_adapters, [oracles / task.name for task in tasks])
 
 
 def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys):
@@ -1255,6 +1366,48 @@ def test_all_documents_are_scored_also_those_of_equal_names(tmp_path, monkeypatc
     monkeypatch.setattr(evaluation, "make_questions", lambda *a: asked.extend(real(*a)) or real(*a))
     results = evaluate(tmp_path / "f.json", "--tasks", "facts", "--methods", "base", "--n_examples", "1")
     assert len(asked) == 100 and len(results["base"]["per_task"]) == 6
+
+
+def test_which_descriptions_a_method_is_given():
+    args = types.SimpleNamespace(n_examples=None)
+    tasks = load_tasks("tiny")["test"][:3]
+    used = lambda method: evaluation.make_questions(tasks, method, False, args)
+    for question in used("t2l_reworded"):
+        assert question.description in question.task.reworded
+    for question in used("t2l_shuffled"):
+        assert question.description in tasks[(tasks.index(question.task) + 1) % 3].descriptions
+    known = {text for task in tasks for text in [*task.descriptions, *task.reworded]}
+    assert not known & {question.description for question in used("t2l_random")}
+    assert len(used("t2l")) == 75
+    for question in evaluation.make_questions(
+        tasks, "t2l_shuffled", True, args
+    ):  # the task's own instruction
+        assert question.instruction.removesuffix(model.SUFFIX) in question.task.descriptions
+    benchmark = data.Task(
+        "piqa", list("abc"), [], [Example(str(i), ["1"]) for i in range(30)], is_benchmark=True
+    )
+    counts = [len(evaluation.make_questions([benchmark], method, False, args)) for method in ("base", "t2l")]
+    assert counts == [30, 90]
+
+
+def test_scores_and_their_interval(monkeypatch):
+    low, high = map(float, evaluation.interval([0.0, 1.0] * 50).split(" to "))
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.012)  # the normal approximation
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.012)
+    base, tokenizer = model.load_base("tiny")
+    goes_on = lambda base, tokenizer, prompts, n, strip: [" ".join("red cat sun moon".split()[:n])]
+    monkeypatch.setattr(model, "answer", goes_on)
+    models = types.SimpleNamespace(tokenizer=tokenizer, base=base, is_first=False)
+    models.has_instruction, models.set_adapters = lambda *_: False, lambda *_: None
+    args = types.SimpleNamespace(n_examples=None, batch_size=8, contains=False, max_new_tokens=64)
+
+    def score(right: str) -> float:
+        task = data.Task("x", ["d"], [], [Example("cat dog", [right])])
+        return evaluation.score(models, [task], "base", args)["x"]
+
+    assert score("red cat sun moon") == 1 and score("red") == 0  # an answer that goes on is wrong
+    args.contains = True
+    assert score("red") == 1
 
 
 def test_examples_in_the_prompt_are_not_those_asked():
@@ -1310,16 +1463,22 @@ def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
     assert data.cached_ids.cache_info().currsize == 1  # the question without the document
 
 
-def test_questions_without_an_answer_get_the_base_models(tmp_path):
+def test_questions_without_an_answer_get_the_base_models(tmp_path, monkeypatch):
+    """The second time they are read, not asked again; those of an edited document are asked."""
     base, tokenizer = model.load_base("tiny")
-    told = model.render(tokenizer, model.chat(tokenizer, "cat", "cat -> red <eos>"))
-    for asked in base, None:  # the second time they are read, not asked again
-        examples = [Example("cat", []), Example("dog", ["blue"])]
-        task = data.Task("d", ["cat -> red <eos>"], examples, [], is_document=True)
-        one = processes.Process(torch.device("cpu"))
-        data.generate_answers(asked, tokenizer, [task], tmp_path / "answers.json", one)
-        assert task.train[0].answers == model.answer(base, tokenizer, [told])
-        assert task.train[1].answers == ["blue"]
+    said = model.answer(
+        base, tokenizer, [model.render(tokenizer, model.chat(tokenizer, "cat", "cat -> red <eos>"))]
+    )
+    asked, real = [], model.answer
+    monkeypatch.setattr(model, "answer", lambda *a: asked.append(1) or real(*a))
+    one = processes.Process(torch.device("cpu"))
+    for document, n_asked in (("cat -> red <eos>", 1), ("cat -> red <eos>", 1), ("cat -> sun <eos>", 2)):
+        task = data.Task(
+            "d", [document], [Example("cat", []), Example("dog", ["blue"])], [], is_document=True
+        )
+        data.generate_answers(base, tokenizer, [task], tmp_path / "answers.json", one)
+        assert len(asked) == n_asked and task.train[1].answers == ["blue"]
+        assert document != "cat -> red <eos>" or task.train[0].answers == said
 
 
 def test_a_frozen_base_model_has_no_dropout_of_its_own():
@@ -1388,6 +1547,7 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     base, tokenizer = model.load_base("tiny")
     lora.inject(base, NAMES)
     prompts = [model.render(tokenizer, model.chat(tokenizer, text)) for text in inputs]
+    assert re.findall(r"base model    (.*)", shown) == 2 * model.answer(base, tokenizer, prompts, 64)
     for i in range(2):
         adapter, config = lora.load_adapter(tmp_path / "two" / str(i))
         lora.set_adapter(base, adapter, config.scaling)
@@ -1425,6 +1585,7 @@ def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
 
 NET, READER = ["--hypernet", "{net}"], ["--hypernet", "{reader}"]
 BASE, RECON = ["--base_model", "{base}"], ["--mode", "recon"]
+FLAGS_OF_D2L = [f"@{HERE}/config/d2l.args"]
 OF_ORACLES = [*RECON, "--oracles", "{tmp}/oracles"]
 METHOD_X, ORACLES = ["--methods", "x"], ["--mode", "lora"]
 BAD = {
@@ -1499,6 +1660,13 @@ BAD = {
     "a file of flags after a flag": (train, ["--lr", "1", "@x.args"], "@x.args is not a setting"),
     "no such device": (train, ["--device", "cuda:7"], "--device cuda:7, but the number of GPUs"),
     "unknown device": (generate, [*SAY, "--device", "gpu"], "--device gpu: there are auto, cpu, cuda"),
+    "no batch": (evaluation, ["--batch_size", "0"], "--batch_size: must be at least 1"),
+    "fewer than no tasks to score": (evaluation, ["--n_tasks", "-3"], "--n_tasks: must be at least 0"),
+    "no tokens": (generate, [*SAY, "--max_new_tokens", "0"], "--max_new_tokens: must be at least 1"),
+    "no modules": (train, ["--target_modules", ""], "no linear layers named"),
+    "benchmarks to train on": (train, ["--tasks", "benchmarks"], "are for eval.py"),
+    "odd heads": (train, [*FLAGS_OF_D2L, "--n_heads", "9"], "--n_heads must be a multiple of 4"),
+    "odd width": (train, ["--latent_size", "10"], "--latent_size must be a multiple of 4"),
     "merge into the adapter": (generate, [*SAY, "--merge", "{tmp}/m", "--out", "{tmp}/m"], "two folders"),
 }
 
@@ -1576,6 +1744,42 @@ def test_a_text_encoder_is_loaded_once_for_all_methods(tmp_path, monkeypatch):
     words = ["--methods", "t2l,t2l_shuffled,t2l_random", "--compare", TINY / "sft_small", "--split", "val"]
     results = evaluate(tmp_path / "e.json", *words, "--n_examples", "1")
     assert len(results) == 4 and loads == ["hash"]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    file, link = tmp_path / "a.json", tmp_path / "link"
+    write_file(file, {"a": 1})
+    os.link(file, link)
+    write_file(file, {"a": 2})
+    assert read_file(file) == {"a": 2} and json.loads(link.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        write_file(file, {"a": object()})
+    assert read_file(file) == {"a": 2} and not list(tmp_path.glob("*.tmp"))
+
+
+def test_two_models_of_one_shape_are_told_apart_by_their_ids():
+    hub.check_base("User/a", [1, 2, 3], "user/A", [1, 2, 3])
+    hub.check_base("./some/folder", [1, 2, 3], "user/b", [])
+    refused("cannot be used with", hub.check_base, "u/a", [1, 2, 3], "u/b", [1, 2, 3])
+
+
+def test_a_run_whose_last_step_was_saved_is_finished(tmp_path, monkeypatch):
+    words = [*LORA, "--n_tasks", "2", "--max_steps", "2", "--val_every", "1", "--out_dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            command(train, *words)
+    assert command(train, "--resume", "--out_dir", tmp_path / "run") == 0
+    assert len(list((tmp_path / "run").glob("*/adapter_config.json"))) == 2
+
+
+def test_out_of_memory_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    with pytest.raises(SystemExit) as stop:
+        files.command(main)
+    assert stop.value.code == 2 and "out of GPU memory; try a smaller" in capsys.readouterr().err
 
 
 def test_files_have_the_usual_permissions(tmp_path):

@@ -113,7 +113,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup, bar = max(1, round(WARMUP * steps)), tqdm(range(steps))
     for step in bar:
-        optimizer.param_groups[0]["lr"] = LR * min((step + 1) / warmup, (steps - step) / (steps - warmup))
+        optimizer.param_groups[0]["lr"] = LR * min(
+            (step + 1) / warmup, (steps - step) / max(1, steps - warmup)
+        )
         texts = [tokenize(text) for text in draw(step, steps)]
         ids = model.pad([ids for ids, _ in texts], IDS["<pad>"]).to(device)  # [texts, T]
         labels = model.pad([labels for _, labels in texts], -100).to(device)

@@ -87,13 +87,17 @@ def test_a_seed_gives_the_same_picture():
     assert not torch.equal(drawn, pictures.sample(base, source, seed=1))
 
 
-def test_the_strip_and_ones_own_picture(tmp_path, capsys):
+def test_the_strip_and_ones_own_picture(tmp_path, capsys, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")
     mine, small, out = tmp_path / "mine.png", tmp_path / "small.png", tmp_path / "new" / "strip.png"
     plt.imsave(mine, edits.render(edits.draw_scene(edits.TEST[0], random.Random(0))))
     plt.imsave(small, torch.rand(8, 8, 3).numpy())
     words = ["--desc", "Paint the hearts white.", "--out", out]
+    given, real = [], lora.set_adapter
+    monkeypatch.setattr(lora, "set_adapter", lambda base, *a: given.append(a[0]) or real(base, *a))
     assert command(pictures, *words, "--desc", "Turn it grey.", "--input", mine) == 0
+    first, second = [adapter["to_q"][0] for adapter in given if adapter]
+    assert not torch.equal(first, second)  # each description has its own
     assert plt.imread(out).std() > 0.1
     assert command(pictures, *words, "--input", small) == 2
     assert "24 x 24 pixels" in capsys.readouterr().err

@@ -165,3 +165,17 @@ def test_layers_of_gpt_2_are_refused_in_words():
     )
     with pytest.raises(ValueError, match="no nn.Linear layers .GPT-2 has Conv1D"):
         lora.inject(base, ["c_attn"])
+
+
+def test_training_sees_the_inputs_that_generation_sees():
+    """Gemma 3n and 4 have further inputs per layer, which embeddings alone would not bring."""
+    for family in ("gemma3n_text", "gemma4_text"):
+        base = random_base(family)
+        for name, p in base.named_parameters():
+            if "correct_output_scale" in name:
+                p.data.fill_(1.0)
+        ids = torch.randint(3, 64, (2, 9))
+        logits, _, _ = model.answer_logits(base, [(row[:4], row[4:]) for row in ids.tolist()])
+        close(logits, base(ids).logits[:, 3:-1].flatten(0, 1), 1e-4, 1e-4)
+        noisy, _, _ = model.answer_logits(base, [(row[:4], row[4:]) for row in ids.tolist()], 5.0)
+        assert (noisy - logits).abs().max() > 1e-3

@@ -1,6 +1,7 @@
 """Sources of tasks: python -m pytest -q tasks"""
 
 import collections
+import copy
 import email.message
 import json
 import random
@@ -72,7 +73,7 @@ def test_tiny_answers_are_right_and_tell_tasks_apart():
                 assert other == layout or answer != write(ours, change, other)
 
 
-def test_reworded_descriptions_are_new():
+def test_reworded_descriptions_are_new(monkeypatch):
     tasks = load_tasks("tiny")
     train_words = {d for task in tasks["train"] for d in task.descriptions}
     for task in tasks["test"]:
@@ -82,6 +83,13 @@ def test_reworded_descriptions_are_new():
             seen, withheld = styles[style]["seen"], styles[style]["withheld"]
             assert not set(seen) & set(withheld) and len(seen) + len(withheld) >= 14, part
     assert tiny.task(tiny.splits()["test"][0]) in tasks["test"]
+    withheld_only = copy.deepcopy(tiny.WORLD)
+    for styles in withheld_only["say"].values():
+        for style in styles.values():
+            style["seen"] = []
+    monkeypatch.setattr(tiny, "WORLD", withheld_only)
+    rng = random.Random(0)
+    assert all(tiny.describe(parts, rng, reworded=True) for parts in tiny.splits()["test"])
 
 
 @pytest.mark.parametrize("chain, question, answer", [
@@ -110,6 +118,10 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     assert not any(unseen & set(chains[name]) for name in train) and not unseen & set(chores.WRITTEN["train"])
     surnames = next(task.train for task in splits["train"] if task.name == "name-surname")
     assert not {example.answers[0] for example in surnames[:500]} & set(chores.pool("last", True))
+    for task in splits["train"][:300]:
+        assert [example.input for example in task.test] != [example.input for example in task.train[:10]]
+        if task.name == "name-surname":
+            assert {example.answers[0] for example in task.test} <= set(chores.pool("last", True))
     assert all(task.reworded for task in splits["test"] + splits["single"] + splits["unseen"])
     seen, withheld = [set(sum(chores.WRITTEN[part].values(), [])) for part in ("train", "test")]
     assert len(seen) > 8000 and not withheld & seen
@@ -179,7 +191,10 @@ MISTAKES = {  # files, and what the one line of error says; {f} is the folder
     "no questions": ({"a.json": {"document": "x"}}, '"questions" must be a list such as'),
     "a list": ({"a.json": [SWAP]}, 'a.json must be {"descriptions": [...], "Instances"'),
     "trailing comma": ({"a.json": '{"descriptions": ["x"],\n}'}, "line 2 column 1"),
-    "both kinds": ({"b.json": {"document": "x", "questions": [{"question": "q"}]}}, "both documents and tasks"),
+    "both kinds": (
+        {"b.json": {"document": "x", "questions": [{"question": "q"}]}},
+        "both documents and tasks",
+    ),
     "nothing": ({"a.json": None}, "holds no NAME.json files"),
 }
 
