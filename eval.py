@@ -30,7 +30,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -43,7 +42,8 @@ from data import Example, Task
 from support import flags, hub, processes
 from support.files import UserError, command, read_file, write_file
 from support.processes import Process
-from tasks import SOURCES, benchmarks, load_tasks, make_documents
+from tasks import SOURCES, benchmarks, folder, load_tasks
+from tasks.documents import make_documents
 
 METHODS = "base icl prompt mt_lora oracle t2l t2l_reworded t2l_shuffled t2l_random recon".split()
 Results = dict[str, dict[str, float]]  # {method: {task, or length of document: share of right answers}}
@@ -93,7 +93,7 @@ def choose_tasks(args) -> list[Task]:
     names = benchmarks.names_in(args.tasks, args.run_code)
     splits = benchmarks.load(names) if names else load_tasks(args.tasks)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(data.summary(args.tasks, splits))
+        print(folder.summary(args.tasks, splits))
     tasks = data.distinct(data.pick(splits, args.split, args.n_tasks))
     if args.descriptions:
         descriptions = read_file(args.descriptions)
@@ -103,7 +103,7 @@ def choose_tasks(args) -> list[Task]:
         if not tasks:
             raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
         for i, task in enumerate(tasks):
-            texts = data.as_texts(descriptions[task.name], f"{args.descriptions}: {task.name}")
+            texts = folder.as_texts(descriptions[task.name], f"{args.descriptions}: {task.name}")
             tasks[i] = replace(task, descriptions=texts, reworded=[])
     if args.instruction and tasks[0].is_document:
         raise UserError("--instruction goes with descriptions, not with documents")
@@ -456,8 +456,7 @@ def main() -> None:
             write_file(Path(args.out), {"settings": settings, "results": scores})
         if args.plot:
             plot(args.plot, results, args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    processes.leave()
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ The adapter is a folder that PEFT loads. The base model's answers stand beside t
 
 import argparse
 import os
-import re
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig
 
@@ -145,25 +143,6 @@ def load_encoder_for(net: nn.Module, base: nn.Module, tokenizer, args):
     return model.load_encoder(name, base.device, (base, tokenizer), net.config.full_stop)
 
 
-# -------------------- What to show --------------------
-
-
-def examples(base_model: str) -> dict[str, list]:
-    """What to show for a base model, from examples.json beside what is shipped for it."""
-    path = hub.CHECKPOINTS / hub.preset_of(base_model) / "examples.json"
-    return read_file(path) if path.exists() else {"descriptions": [], "documents": [], "sorts": []}
-
-
-def example_inputs(base_model: str, description: str) -> list[str]:
-    """Inputs to show an adapter on: of the sort that the description names most, otherwise the first."""
-    best, most_named = [], -1
-    for sort in examples(base_model)["sorts"]:
-        named = [word for word in sort["words"] if re.search(rf"\b{word}", description.lower())]
-        if len(named) > most_named:
-            best, most_named = sort["inputs"], len(named)
-    return best
-
-
 # -------------------- What an adapter does --------------------
 
 
@@ -277,7 +256,7 @@ def main() -> None:
             print(f"  adapter: {folder}/ (rank {rank} on {where})")
         inputs = args.input or []
         if not inputs and not args.doc:
-            inputs = example_inputs(net.config.base_model, text)
+            inputs = hub.example_inputs(net.config.base_model, text)
         if inputs:
             answers, times = compare(base, tokenizer, adapter, net.config.scaling, text, inputs, args)
             if is_first:
@@ -288,8 +267,7 @@ def main() -> None:
         lora.merge(base, lora.select(adapters, 0), net.config.scaling)
         save_merged(Path(args.merge), base, tokenizer, texts[0])
         print(f"\nmerged model: {args.merge}/")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    processes.leave()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ another value of `reads`, a branch in `make_condition`, and a flag of generate.p
 """
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -559,7 +558,7 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
         net_class = ARCHS[arch]
         with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
             net = net_class(net_class.config_class(**fields))
-        check_memory(net, folder)
+        published.check_memory(net, folder)
         weights = {key: tensor.float().contiguous() for key, tensor in weights.items()}
         net.load_state_dict(weights, assign=True)
     except (TypeError, KeyError, RuntimeError) as e:
@@ -577,11 +576,3 @@ def copy_weights(folder: str, net: nn.Module) -> None:
         net.load_state_dict(start.state_dict())
     except RuntimeError:
         raise UserError(f"--init_from {folder}: that network has other settings") from None
-
-
-def check_memory(net: nn.Module, folder: Path) -> None:
-    """Raise UserError if a network does not fit into memory: a small file can ask for terabytes."""
-    n_bytes = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if n_bytes > memory:
-        raise UserError(f"{folder}: that network would take {n_bytes:,} bytes, this machine has {memory:,}")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import lora
 from support import processes
 from support.files import UserError, read_file
-from support.hub import encoder_parts, fetch, from_pretrained, load_text_model
+from support.hub import encoder_parts, fetch, from_pretrained, load_text_model, longest_text
 from support.processes import Process
 
 # -------------------- The base model --------------------
@@ -295,14 +295,6 @@ def hash_encoder(texts: list[str], width: int = 8192) -> Tensor:
             sign = 1 if code >> 31 else -1
             vector[code % width] += sign * weight
     return F.normalize(torch.from_numpy(out), dim=-1)
-
-
-def longest_text(text_model: nn.Module) -> int:
-    """How many tokens a text encoder has positions for."""
-    n_positions = getattr(text_model.config, "max_position_embeddings", 8192)  # T5 has no limit
-    table = getattr(getattr(text_model, "embeddings", None), "position_embeddings", None)
-    unused = getattr(table, "padding_idx", None)  # RoBERTa-style models start positions at padding_idx + 1
-    return n_positions if unused is None else n_positions - unused - 1
 
 
 class TransformerEncoder:

@@ -14,7 +14,6 @@
 """
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -43,7 +42,8 @@ from support.files import UserError, command, write_file
 from support.optimizer import learning_rate, make_optimizer
 from support.processes import Process
 from support.state import load_state, on_ctrl_c, save_state
-from tasks import SOURCES, load_tasks
+from tasks import SOURCES, folder, load_tasks
+from tasks.documents import generate_answers
 
 # -------------------- Settings --------------------
 
@@ -283,7 +283,7 @@ def prepare(args, process: Process) -> Run:
     names, dtype = args.target_modules.split(","), getattr(torch, args.dtype)
     base, tokenizer = model.load_injected(args.base_model, names, process, dtype, args.dropout, args.shard)
     answers_file = Path(args.out_dir) / "answers.json"
-    data.generate_answers(base, tokenizer, tasks + val_tasks, answers_file, process)
+    generate_answers(base, tokenizer, tasks + val_tasks, answers_file, process)
     tasks = data.drop_long_tasks(tokenizer, tasks, args, process.rank == 0)
     data.check_words(tokenizer, tasks + val_tasks)
     lora.set_dropout(base, True)
@@ -330,7 +330,7 @@ def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
     """(tasks to train on, tasks to validate on)."""
     splits = load_tasks(args.tasks)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(data.summary(args.tasks, splits))
+        print(folder.summary(args.tasks, splits))
     tasks = data.pick(splits, args.split, args.n_tasks)
     reads_documents = hypernet.ARCHS[args.arch].reads == "documents"
     if args.mode != "lora" and tasks[0].is_document != reads_documents:
@@ -607,12 +607,8 @@ def main() -> None:
         if best == math.inf:  # without a validation
             save(run, folder)
         state_file.unlink()
-    if dist.is_initialized():
-        # The Python objects go first. If DDP's reducer were the last to hold the group, it would free it
-        # while holding Python's lock, for which gloo's threads may be waiting.
-        del net
-        gc.collect()
-        dist.destroy_process_group()
+    del net  # DDP holds the group of processes
+    processes.leave()
     if not finished:
         if is_first:
             again = f"{processes.launcher()} train.py --resume --out_dir {shlex.quote(str(folder))}"

@@ -16,7 +16,7 @@ from pathlib import Path
 import generate
 import lora
 import model
-from support import flags
+from support import flags, hub
 from support.files import UserError, command
 
 MOST_LINES, MOST_LETTERS = 32, 20_000  # of what a visitor may type
@@ -91,7 +91,7 @@ def main() -> None:
         table = gradio.Dataframe(headers=headers, datatype="str", label="Answers", wrap=True)
         results = [table, gradio.Markdown(), gradio.File(label="The adapter, as PEFT loads it")]
         function = partial(answer, net, generate.load_encoder_for(net, base, tokenizer, args))
-        examples = generate.examples(net.config.base_model)[net.reads]
+        examples = hub.examples(net.config.base_model)[net.reads]
         settings = dict(examples=examples, flagging_mode="never", api_name=title.lower())
         tabs[title] = gradio.Interface(function, boxes, results, submit_btn="Write an adapter", **settings)
     page = gradio.TabbedInterface(list(tabs.values()), list(tabs), "Text-to-LoRA")

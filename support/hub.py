@@ -1,6 +1,7 @@
 """Where models are: presets, ids on the Hugging Face hub, folders. Loading them with errors of one line."""
 
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -144,6 +145,14 @@ def load_text_model(name: str):
     return from_pretrained(transformers.GteModel, name, config=gte_config(config))
 
 
+def longest_text(text_model: nn.Module) -> int:
+    """How many tokens a text encoder has positions for."""
+    n_positions = getattr(text_model.config, "max_position_embeddings", 8192)  # T5 has no limit
+    table = getattr(getattr(text_model, "embeddings", None), "position_embeddings", None)
+    unused = getattr(table, "padding_idx", None)  # RoBERTa-style models start positions at padding_idx + 1
+    return n_positions if unused is None else n_positions - unused - 1
+
+
 def gte_config(config: dict):
     """The config of gte-*-v1.5 for transformers' implementation of it."""
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
@@ -154,3 +163,22 @@ def gte_config(config: dict):
     replaced = ("auto_map", "rope_scaling", "rope_theta", "model_type")
     kept = {key: value for key, value in config.items() if key not in replaced}
     return transformers.GteConfig(**kept, rope_parameters=rope)
+
+
+# -------------------- What to show for a shipped hypernetwork --------------------
+
+
+def examples(base_model: str) -> dict[str, list]:
+    """What to show for a base model, from examples.json beside what is shipped for it."""
+    path = CHECKPOINTS / preset_of(base_model) / "examples.json"
+    return read_file(path) if path.exists() else {"descriptions": [], "documents": [], "sorts": []}
+
+
+def example_inputs(base_model: str, description: str) -> list[str]:
+    """Inputs to show an adapter on: of the sort that the description names most, otherwise the first."""
+    best, most_named = [], -1
+    for sort in examples(base_model)["sorts"]:
+        named = [word for word in sort["words"] if re.search(rf"\b{word}", description.lower())]
+        if len(named) > most_named:
+            best, most_named = sort["inputs"], len(named)
+    return best

@@ -7,6 +7,7 @@ only while it computes. Embeddings and head stay whole. All processes must run t
 see `lockstep`.
 """
 
+import gc
 import os
 from contextlib import contextmanager
 from datetime import timedelta
@@ -63,6 +64,15 @@ def start(device_name: str) -> Process:
         return Process(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return Process(device, dist.get_rank(), int(os.environ["LOCAL_RANK"]), dist.get_world_size())
+
+
+def leave() -> None:
+    """Leave the processes of torchrun, if there are any."""
+    if dist.is_initialized():
+        # Python objects go first: if DDP's reducer were the last to hold the group, it would free it while
+        # holding Python's lock, for which gloo's threads may be waiting.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def launcher() -> str:

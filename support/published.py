@@ -7,13 +7,15 @@ Not tested against the published weights, which we could not download; tested on
 layout, written by the published code. Pickles are read by torch's restricted unpickler: nothing in them runs.
 """
 
+import math
+import os
 import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from support.files import UserError, read_file
 
@@ -31,6 +33,14 @@ def read_checkpoint(folder: Path, module_order: list[str] | None = None) -> Chec
     if (folder / "pytorch_model.bin").exists():
         return read_doc_to_lora(folder)
     return read_text_to_lora(folder, module_order)
+
+
+def check_memory(net: nn.Module, folder: Path) -> None:
+    """Raise UserError if a network does not fit into memory: a small file can ask for terabytes."""
+    n_bytes = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if n_bytes > memory:
+        raise UserError(f"{folder}: that network would take {n_bytes:,} bytes, this machine has {memory:,}")
 
 
 def path_of(name: str) -> str:

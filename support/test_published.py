@@ -2,8 +2,10 @@
 
 import collections
 import contextlib
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -13,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hypernet
 import lora
 import model
+import train
 from support import published
-from support.files import UserError, read_file
+from support.files import UserError, read_file, write_file
 from test_all import (  # noqa: F401 (fixtures)
     HERE,
     NAMES,
@@ -27,12 +31,26 @@ from test_all import (  # noqa: F401 (fixtures)
     TINY,
     close,
     golden,
-    published_folder,
+    one_layer,
     refused,
     seed,
     server,
     small_config,
 )
+
+SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
+RECON_FILES = [f"llama_{size}_recon_{loss}" for size in ("L", "M", "S", "Srot") for loss in ("z", "dw")]
+RECON_FILES.append("llama_L_recon_f")
+
+
+def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES, **args) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, folder / "hypermod.pt")
+    args = dict(emb_model="", training_task="sft", factorized=False, delta_w_scaling=10000) | args
+    (folder / "args.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in args.items()))
+    peft = dict(peft_type="LORA", r=8, lora_alpha=16, use_rslora=True, target_modules=order)
+    write_file(folder / "adapter_config.json", peft | dict(base_model_name_or_path=base_model))
+    return folder
 
 
 def in_published_layout(net: hypernet.TextToLoRA, kind: str) -> dict[str, torch.Tensor]:
@@ -216,3 +234,130 @@ def test_a_published_hypernetwork_from_the_hub(tmp_path, server):  # noqa: F811
     assert not any("other" in path for path in server.asked)
     again = start(HF_ENDPOINT="http://127.0.0.1:1")  # now it is on this machine
     assert again.stdout.split("\n", 1)[1] == run.stdout.split("\n", 1)[1], again.stderr
+
+
+# -------------------- Numbers of the published implementations --------------------
+
+
+def golden_net(file: str, folder: Path) -> tuple[hypernet.TextToLoRA, dict, dict]:
+    """One golden file as (our network, from a folder in the published layout; its tensors; its json)."""
+    path = golden(file)
+    tensors, info = load_file(f"{path}.safetensors"), read_file(f"{path}.json")
+    args = {k: info["constructor_args"][k] for k in ("training_task", "factorized", "delta_w_scaling")}
+    weights = {k[3:]: t for k, t in tensors.items() if k.startswith("sd/")}
+    return hypernet.load_hypernet(published_folder(folder, weights, **args)), tensors, info
+
+
+def golden_base() -> nn.Module:
+    path = golden("llama_base")
+    info = read_file(f"{path}.json")["base_config"]
+    config = LlamaConfig(**{k: v for k, v in info.items() if k in LlamaConfig().to_dict()})
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
+    base.load_state_dict({k[5:]: t for k, t in load_file(f"{path}.safetensors").items()})
+    return base
+
+
+@pytest.mark.parametrize("file", SFT_FILES + RECON_FILES)
+def test_golden_adapters(tmp_path, file):
+    net, tensors, info = golden_net(file, tmp_path)
+    adapter = net(tensors["in/task_emb"])
+    n = len({key.split("/")[0] for key in tensors if key.startswith("out")})
+    assert n in (1, 3)
+    for i, layer, name in itertools.product(range(n), range(4), NAMES):
+        key = f"out{i}/base_model.model.model.layers.{layer}.self_attn.{name}.lora_"
+        close(adapter[name][0][i, layer], tensors[f"{key}A.weight"])
+        close(adapter[name][1][i, layer], tensors[f"{key}B.weight"])
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert trainable == info["param_count"]["trainable_requires_grad"]
+
+
+@pytest.mark.parametrize("file", SFT_FILES)
+def test_golden_sft_losses_and_gradients(tmp_path, file):
+    net, tensors, _ = golden_net(file, tmp_path)
+    base, examples = lora.inject(golden_base(), NAMES), []
+    ids, labels = tensors["sft/in/input_ids"], tensors["sft/in/labels"]
+    for row, label in zip(ids.tolist(), labels.tolist()):  # prompt and answer, without padding
+        at = [i for i, x in enumerate(label) if x != -100]
+        examples.append((row[: at[0]], row[at[0] : at[-1] + 1]))
+    adapter = net(tensors["sft/in/task_embs"])
+    lora.set_adapter(base, adapter, SCALING)
+    real = tensors["sft/in/attention_mask"].bool()
+    close(base(ids).logits[real], tensors["sft/logits"][real], 1e-4, 1e-3)
+    answers = model.answer_logits(base, examples)
+    for smoothing in (0.0, 0.1):
+        loss = train.answer_loss(*answers, smoothing)
+        close(loss, tensors[f"sft/ls{smoothing}_sample/sft_loss"][0], 0, 5e-5)
+    l2 = 1e-3 * train.mean_weight(adapter, torch.square)
+    close(l2, tensors["sft/generated_w_l2_loss"][0], 0, 1e-8)
+    (loss + l2).backward()
+    ours = dict(net.named_parameters())
+    for old, new in published.NAMES.items():
+        for key in [key for key in tensors if key.startswith(f"grad/{old}.")]:
+            grad = ours[new + key[len(f"grad/{old}") :]].grad
+            assert (grad - tensors[key]).abs().max() < 1e-3 * tensors[key].abs().max(), key
+
+
+@pytest.mark.parametrize("file", RECON_FILES)
+def test_golden_reconstruction_losses(tmp_path, file):
+    net, tensors, _ = golden_net(file, tmp_path)
+    for name in NAMES:  # the loss is that of real runs, whose offset is zero
+        for k in "AB":
+            net.offset[f"{name}_{k}"].data -= 0 if "recon_dw" in file else tensors[f"sd/AB_offset.{k}.{name}"]
+    adapter = net(tensors["recon/in/task_embs"].flatten(0, 1))
+    pick = lambda k, name: tensors[f"recon/in/target/{k}/{name}"].repeat_interleave(2, 0)
+    target = {name: (pick("A", name), pick("B", name)) for name in NAMES}
+    kind = {"recon_dw": "delta_w", "recon_z": "z_score", "recon_f": "plain"}[re.search("recon_.*", file)[0]]
+    close(train.recon_loss(kind, adapter, target, net.deviation), tensors["recon/loss"][0], 1e-5, 5e-6)
+
+
+def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
+    """One golden Doc-to-LoRA file as (our network with its weights, its tensors)."""
+    path = golden(file, "d2l")
+    tensors, info = load_file(f"{path}.safetensors"), read_file(f"{path}.json")
+    shared = load_file(f"{golden('perceiver_shared', 'd2l')}.safetensors")
+    sizes = dict(in_features=info["d_in"], out_features=info["d_out"], input_size=64, latent_size=64)
+    sizes |= dict(paths={"down_proj": "model.layers.{}.mlp.down_proj"}, n_layers=4, n_blocks=3, alpha=128)
+    net = hypernet.DocToLoRA(hypernet.DocConfig(**sizes, early_exit=file == "down_flat")).eval()
+    weights = {key: tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float() for key in info["state_dict"]}
+    net.load_state_dict(published.doc_weights(weights))
+    close(torch.tensor(net.config.scaling), torch.tensor(info["lora_forward_scaling"]))
+    return net, tensors
+
+
+@pytest.mark.parametrize("file", ["down_l2l", "down_flat"])
+@torch.no_grad()
+def test_golden_documents(file):
+    net, tensors = golden_doc_net(file)
+    pair = lambda key: (tensors[f"{key}/A/down_proj"], tensors[f"{key}/B/down_proj"].mT)
+    chunks = net.write_chunks(tensors["in/features"], tensors["in/attn_mask"])
+    close(chunks["down_proj"], pair("out"))
+    documents = net.join(chunks, [1, 2, 3])["down_proj"]
+    expected = pair("combine/n123")
+    layers = [2] if expected[0].shape[1] == 1 else range(4)
+    close([x[:, layers] for x in documents], list(expected))
+    features, mask = tensors["in/features"], tensors["in/attn_mask"]
+    alone = net.write_chunks(features[1:2, ..., :7, :], mask[1:2, :7])["down_proj"]
+    close(alone[0][0], chunks["down_proj"][0][1])  # without its padding
+    # one linear layer with two, one and one questions about three documents
+    linear = nn.Linear(112, 64)
+    linear.load_state_dict({k: tensors[f"lora_forward/down_proj/{k}"] for k in ("weight", "bias")})
+    holder = lora.inject(one_layer(linear, "down_proj"), ["down_proj"])
+    third = {"down_proj": tuple(x[:, 2:3] for x in documents)}  # the fixture's are of layer 2
+    lora.set_adapter(holder, lora.select(third, [0, 0, 1, 2]), net.config.scaling)
+    y = holder["layers"][0]["down_proj"](tensors["lora_forward/down_proj/x"])
+    expected = tensors["lora_forward/down_proj/y"]
+    close(y, expected, 1e-5, 1e-5 * expected.abs().max())  # sums of large terms
+
+    # from token ids to logits
+    base, mask = golden_base(), tensors["e2e/ctx_attn_mask"]
+    features = model.hidden_states(base, tensors["e2e/ctx_ids"], mask, net.config.early_exit)
+    real = mask.bool()
+    close(features.movedim(-2, 1)[real], tensors["e2e/features"].movedim(-2, 1)[real], 1e-4, 1e-4)
+    counts = tensors["e2e/n_ctx_chunks"].tolist()
+    documents = net(hypernet.ChunkedDocuments([[]], counts, lambda group: (features, mask)))
+    rows = [i for i, n in enumerate(tensors["e2e/n_queries"].tolist()) for _ in range(n)]
+    lora.set_adapter(lora.inject(base, ["down_proj"]), lora.select(documents, rows), net.config.scaling)
+    asked = tensors["e2e/attention_mask"].bool()
+    logits = base(tensors["e2e/input_ids"], attention_mask=tensors["e2e/attention_mask"]).logits
+    close(logits[asked], tensors["e2e/logits"][asked], 1e-4, 5e-4)
+    assert (tensors["e2e/logits"] - tensors["e2e/logits_base"])[asked].abs().max() > 0.1

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import data
 from data import Splits
 from support.files import cache_folder, download, read_file, write_file
+from tasks.folder import load_folder
 
 URL = "https://raw.githubusercontent.com/allenai/natural-instructions/master/tasks"
 NAMES = Path(__file__).parent / "lots_of_loras.json"
@@ -22,4 +22,4 @@ def load() -> Splits:
         left = f"{len(missing) - i} of {len(names)} task files are not in {folder}"
         content = download(f"{URL}/{name}.json", f"--tasks lots_of_loras: {left}")
         write_file(folder / f"{name}.json", content)
-    return data.load_folder(folder)
+    return load_folder(folder)

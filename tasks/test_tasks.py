@@ -19,7 +19,7 @@ from data import Example
 from extras import pretrain
 from support import files
 from support.files import UserError, read_file
-from tasks import benchmarks, chores, load_tasks, lots_of_loras, tiny
+from tasks import benchmarks, chores, folder, load_tasks, lots_of_loras, tiny
 from test_all import command, refused, seed, server  # noqa: F401 (fixtures)
 
 
@@ -215,7 +215,7 @@ def test_what_a_folder_holds_is_said_in_one_line(tmp_path):
     for name in "abcd":
         (tmp_path / f"{name}.json").write_text(json.dumps(SWAP | {"name": name}))
     (tmp_path / "splits.json").write_text(json.dumps({"train": ["a", "b"], "val": ["c"]}))
-    said = data.summary(str(tmp_path), load_tasks(tmp_path))
+    said = folder.summary(str(tmp_path), load_tasks(tmp_path))
     assert said == f"tasks in {tmp_path}: 2 train, 1 val; splits.json does not name 1 files"
     (tmp_path / "documents").mkdir()
     document = {"document": " x ", "questions": [{"question": "q ", "answer": "Paris "}]}

@@ -1,0 +1,143 @@
+"""A folder of task files, one JSON file per task or document, checked in detail."""
+
+from pathlib import Path
+
+from data import Example, Splits, Task
+from support.files import UserError, read_file
+
+
+def load_folder(folder: Path) -> Splits:
+    """Read NAME.json files, split as splits.json says; without it all are training tasks.
+
+    Raises UserError for a mistake in a file, with the file's name and what to write instead.
+    """
+    files = task_files(folder)
+    if not files:
+        raise UserError(f"--tasks {folder}: the folder holds no NAME.json files")
+    names = {"train": list(files)}
+    if (folder / "splits.json").exists():
+        names = read_splits(folder / "splits.json", list(files))
+    splits = {split: [] for split in SPLITS}
+    file_of = {}  # of each task
+    for split in SPLITS:
+        for name in names.get(split, []):
+            task = read_task(files[name])
+            if task.name in file_of:
+                raise UserError(f'{file_of[task.name]} and {files[name]} have the same "name": {task.name}')
+            file_of[task.name] = files[name]
+            splits[split].append(task)
+    if len({task.is_document for tasks in splits.values() for task in tasks}) > 1:
+        raise UserError(f"{folder} holds both documents and tasks; make two folders")
+    return splits
+
+
+SPLITS = ("train", "val", "test")
+
+
+def task_files(folder: Path) -> dict[str, Path]:
+    """{name: file} of a folder's task files."""
+    return {path.stem: path for path in sorted(folder.glob("*.json")) if path.name != "splits.json"}
+
+
+def summary(source: str, splits: Splits) -> str:
+    """What a source of tasks holds, in one line."""
+    counts = ", ".join(f"{len(tasks)} {split}" for split, tasks in splits.items() if tasks)
+    n_tasks = sum(len(tasks) for tasks in splits.values())
+    n_unused = len(task_files(Path(source))) - n_tasks if Path(source).is_dir() else 0
+    unused = f"; splits.json does not name {n_unused} files" if n_unused > 0 else ""
+    return f"tasks in {source}: {counts}{unused}"
+
+
+def read_splits(file: Path, existing: list[str]) -> dict[str, list[str]]:
+    """The names in splits.json, checked."""
+    content, seen = read_file(file), {}
+    if not isinstance(content, dict):
+        raise UserError(f'{file} must be {{"train": [...], "val": [...], "test": [...]}}')
+    for split, names in content.items():
+        if split not in SPLITS:
+            raise UserError(f'{file}: there is no split "{split}", but train, val and test')
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f'{file}: "{split}" must be a list of file names without .json')
+        for name in names:
+            if name.endswith(".json"):
+                raise UserError(f'{file}: write "{name.removesuffix(".json")}" instead of "{name}"')
+            if name not in existing:
+                raise UserError(f'{file}: "{split}" names {name}, but {file.parent / name}.json is missing')
+            if name in seen:
+                raise UserError(f"{file}: {name} is both in {seen[name]} and in {split}; keep one")
+            seen[name] = split
+    return content
+
+
+def read_task(path: Path) -> Task:
+    """One file: a task as in Natural Instructions, or a document.
+
+    {"name", "descriptions" or "Definition", "Instances": [{"input", "output": [...]}, ...]}, where the last
+    fifth is the test part; or {"document", "questions": [{"question", "answer" if known}, ...]}.
+    """
+    content = read_file(path)
+    if not isinstance(content, dict):
+        raise UserError(f'{path} must be {{"descriptions": [...], "Instances": [...]}}')
+    task = read_document(content, path) if "document" in content else read_instances(content, path)
+    task.name = content.get("name", path.stem)
+    if not isinstance(task.name, str) or Path(task.name).name != task.name or task.name in ("", ".."):
+        raise UserError(f'{path}: "name" must be a text that can name a folder')
+    return task
+
+
+def as_texts(value, where: str) -> list[str]:
+    """A text, or a list of texts, as a list. Raises UserError for anything else, and for empty texts."""
+    texts = [value] if isinstance(value, str) else value
+    is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    if not is_list or not texts or not all(text.strip() for text in texts):
+        raise UserError(f"{where} must be a text or a list of texts, none of them empty")
+    return texts
+
+
+def as_text(value, where: str) -> str:
+    """A text, stripped; it may be empty. Raises UserError for anything else."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} must be a text, not {value!r}")
+    return value.strip()
+
+
+def as_objects(content: dict, key: str, path: Path, example: str) -> list[dict]:
+    """The list of objects under a key. Raises UserError if it is anything else."""
+    objects = content.get(key)
+    if not isinstance(objects, list) or not objects or not all(isinstance(entry, dict) for entry in objects):
+        raise UserError(f'{path}: "{key}" must be a list such as [{example}, ...]')
+    return objects
+
+
+def read_instances(content: dict, path: Path) -> Task:
+    """The task of a file in the format of Natural Instructions."""
+    if "descriptions" not in content and "Definition" not in content:
+        raise UserError(f'{path}: "descriptions" is missing: a list of texts that say what the task is')
+    key = "descriptions" if "descriptions" in content else "Definition"
+    descriptions = as_texts(content[key], f'{path}: "{key}"')
+    definition = ""
+    if content.get("Definition"):
+        definition = as_texts(content["Definition"], f'{path}: "Definition"')[0]
+    examples = []
+    for i, entry in enumerate(as_objects(content, "Instances", path, '{"input": "a", "output": ["b"]}')):
+        text, answers = as_text(entry.get("input"), f'{path}: "input" of instance {i}'), entry.get("output")
+        if not answers or not isinstance(answers, (str, list)):
+            raise UserError(f'{path}: "output" of instance {i} must be a list of right answers')
+        answers = [answers] if isinstance(answers, str) else answers
+        answers = [as_text(answer, f'{path}: an "output" of instance {i}') for answer in answers]
+        examples.append(Example(text, answers))
+    n_train = len(examples) - len(examples) // 5
+    return Task("", descriptions, examples[:n_train], examples[n_train:], definition=definition)
+
+
+def read_document(content: dict, path: Path) -> Task:
+    """The task of a file with a document. It is scored on the questions it is trained on."""
+    (document,) = as_texts([content["document"]], f'{path}: "document"')
+    examples = []
+    for i, entry in enumerate(as_objects(content, "questions", path, '{"question": "a?", "answer": "b"}')):
+        question = as_text(entry.get("question"), f'{path}: "question" of entry {i}')
+        answers = []
+        if "answer" in entry:
+            answers = as_texts(entry["answer"], f'{path}: "answer" of entry {i}')
+        examples.append(Example(question, [answer.strip() for answer in answers]))
+    return Task("", [document], examples, examples, is_document=True)
