@@ -136,7 +136,7 @@ def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=
             if args.distill:
                 teacher_prompt, _ = example_ids(tokenizer, question, right, item.description)
             examples.append(TokenizedExample(k, prompt, answer, teacher_prompt))
-    examples.sort(key=lambda example: len(example.prompt) + len(example.answer))
+    examples.sort(key=lambda example: example.n_tokens)
     kept = [example for example in examples if example.n_tokens <= args.max_tokens] or examples[:1]
 
     kept_tasks = sorted({example.task for example in kept})

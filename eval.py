@@ -42,7 +42,8 @@ from data import Example, Task
 from support import flags, hub, processes
 from support.files import UserError, command, read_file, write_file
 from support.processes import Process
-from tasks import SOURCES, benchmarks, folder, load_tasks
+from tasks import SOURCES, benchmarks, load_tasks
+from tasks import folder as task_folder
 from tasks.documents import make_documents
 
 METHODS = "base icl prompt mt_lora oracle t2l t2l_reworded t2l_shuffled t2l_random recon".split()
@@ -93,7 +94,7 @@ def choose_tasks(args) -> list[Task]:
     names = benchmarks.names_in(args.tasks, args.run_code)
     splits = benchmarks.load(names) if names else load_tasks(args.tasks)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(folder.summary(args.tasks, splits))
+        print(task_folder.summary(args.tasks, splits))
     tasks = data.distinct(data.pick(splits, args.split, args.n_tasks))
     if args.descriptions:
         descriptions = read_file(args.descriptions)
@@ -103,7 +104,7 @@ def choose_tasks(args) -> list[Task]:
         if not tasks:
             raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
         for i, task in enumerate(tasks):
-            texts = folder.as_texts(descriptions[task.name], f"{args.descriptions}: {task.name}")
+            texts = task_folder.as_texts(descriptions[task.name], f"{args.descriptions}: {task.name}")
             tasks[i] = replace(task, descriptions=texts, reworded=[])
     if args.instruction and tasks[0].is_document:
         raise UserError("--instruction goes with descriptions, not with documents")

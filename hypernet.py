@@ -13,10 +13,11 @@ file. `--arch` then takes its name, and every `setting` of its config is a flag 
 
 All its trainable parameters must receive gradients (DDP requires it). The optimizer goes by their names:
 those that begin with "head" have a learning rate of their own, those that contain a word of NO_DECAY (in
-support/optimizer.py) have no weight decay. Reconstruction also needs `normalize` and `deviation`, see
-TextToLoRA. A network that reads the states of all tokens of a description needs a text encoder that returns
-them, as [n, T, E] padded with zeros: a branch in model.load_encoder. One that reads something else needs
-another value of `reads`, a branch in `make_condition`, and a flag of generate.py.
+support/optimizer.py) and vectors have no weight decay. Reconstruction also needs `normalize` and `deviation`,
+see TextToLoRA. A network that reads the states of all tokens of a description needs a text encoder that
+returns them, as [n, T, E] padded with zeros: a branch in model.load_encoder, and its name in hub.fetch_models.
+One that reads something else needs another value of `reads`, a branch in `make_condition`, and a flag of
+generate.py.
 """
 
 import math
@@ -256,7 +257,7 @@ class DocConfig(HypernetConfig):
     n_latents: int = setting(8, "latent vectors of the Perceiver", least=1)
     n_blocks: int = setting(9, "cross-attention blocks of the Perceiver", least=1)
     n_heads: int = setting(16, "attention heads of size 128; a quarter as many for keys and values", least=4)
-    chunk_len: int = setting(512, "tokens of a chunk; longer documents are read in chunks", least=1)
+    chunk_len: int = setting(512, "tokens of a chunk; the chat template comes on top", least=1)
     random_chunks: bool = setting(False, "in training also split documents at random (published: stage 2)")
     chat: bool = setting(True, "read a chunk as a user turn of the base model's chat template")
 

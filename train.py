@@ -42,7 +42,8 @@ from support.files import UserError, command, write_file
 from support.optimizer import learning_rate, make_optimizer
 from support.processes import Process
 from support.state import load_state, on_ctrl_c, save_state
-from tasks import SOURCES, folder, load_tasks
+from tasks import SOURCES, load_tasks
+from tasks import folder as task_folder
 from tasks.documents import generate_answers
 
 # -------------------- Settings --------------------
@@ -131,7 +132,7 @@ def parse_args() -> argparse.Namespace:
     earlier_words = []
     known, _ = parser.parse_known_args(words)
     if known.resume:
-        earlier_words = flags.words_of_run(Path(known.out_dir))
+        earlier_words = [*flags.words_of_run(Path(known.out_dir)), "--out_dir", known.out_dir]
         known, _ = parser.parse_known_args(earlier_words + words)
 
     # --arch brings the settings of its network, --oracles the values of some
@@ -301,7 +302,7 @@ def prepare(args, process: Process) -> Run:
 
 
 def prepare_recon(args, process: Process) -> Run:
-    """For reconstruction: the same, with oracles in place of a base model."""
+    """For reconstruction: oracles, and a base model of shapes only, unless it is the text encoder."""
     with processes.first_goes_ahead(process):
         tasks, _ = choose_tasks(args)
         hub.fetch_models(args.base_model, args.encoder)
@@ -312,14 +313,15 @@ def prepare_recon(args, process: Process) -> Run:
     if process.rank == 0:
         print(f"oracles of {len(tasks)} of {n_tasks} tasks")
     folders = [Path(args.oracles) / task.name for task in tasks]
-    oracles, config = lora.load_adapters(folders, process.device)
+    oracles, oracle_config = lora.load_adapters(folders, process.device)
 
     base, tokenizer = hub.load_skeleton(args.base_model), None
     if "base" in args.encoder.split("+"):
         base, tokenizer = model.load_base(args.base_model, process.device, getattr(torch, args.dtype))
-    hub.check_base(args.base_model, lora.base_shape(base.config), config.base_model, [])
-    names, scale = list(config.paths), dict(r=config.r, alpha=config.alpha, rslora=config.rslora)
-    config = lora.config_for(base, names, hub.full_name(args.base_model), **scale)
+    hub.check_base(args.base_model, lora.base_shape(base.config), oracle_config.base_model, [])
+    names = list(oracle_config.paths)
+    config = lora.config_for(base, names, hub.full_name(args.base_model))
+    config.r, config.alpha, config.rslora = oracle_config.r, oracle_config.alpha, oracle_config.rslora
     lora.inject(base, names)
     lora.check_fits(base, oracles)
     net, encode = make_hypernet(args, config, base, tokenizer, process.device, oracles)
@@ -330,7 +332,7 @@ def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
     """(tasks to train on, tasks to validate on)."""
     splits = load_tasks(args.tasks)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(folder.summary(args.tasks, splits))
+        print(task_folder.summary(args.tasks, splits))
     tasks = data.pick(splits, args.split, args.n_tasks)
     reads_documents = hypernet.ARCHS[args.arch].reads == "documents"
     if args.mode != "lora" and tasks[0].is_document != reads_documents:
@@ -455,7 +457,7 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
         loss += micro_loss.detach()
 
     # 4. One backward pass through the hypernetwork, from the gradients of A and B. With several processes
-    #    DDP averages its gradients here.
+    #    DDP averages the gradients of their parts here; `main` turns averages into sums.
     outputs, gradients = [], []
     for name in written:
         (A, B), (leaf_A, leaf_B) = written[name], leaves[name]
@@ -610,8 +612,8 @@ def main() -> None:
     del net  # DDP holds the group of processes
     processes.leave()
     if not finished:
+        again = f"{processes.launcher()} train.py --resume --out_dir {shlex.quote(str(folder))}"
         if is_first:
-            again = f"{processes.launcher()} train.py --resume --out_dir {shlex.quote(str(folder))}"
             print(f"interrupted after {step} steps; to continue: {again}", file=sys.stderr)
         sys.exit(130)
 

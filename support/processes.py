@@ -2,9 +2,13 @@
 
     torchrun --nproc_per_node=8 train.py @config/llama-3.1-8b.args --shard
 
-With --shard each process holds its part of the parameters of every layer (FSDP2), and a layer is gathered
-only while it computes. Embeddings and head stay whole. All processes must run the base model equally often,
-see `lockstep`.
+In training all processes draw the same tasks, and each takes every n-th of them (data.make_batch). Each
+returns its part of the loss; DDP averages the gradients, and the loop of train.py turns averages into sums.
+The first process validates, writes and prints.
+
+With --shard each process holds its part of the parameters of every decoder layer (FSDP2), and a layer is
+gathered only while it computes. Embeddings and head stay whole. All processes must run the base model equally
+often (`lockstep`), so all of them validate. In generate.py and eval.py all processes compute the same.
 """
 
 import gc
@@ -111,7 +115,7 @@ def check_shard(shard: bool) -> None:
 
 @contextmanager
 def in_turn(process: Process):
-    """One process after another."""
+    """One process after another: each passes as many barriers as there are processes."""
     for _ in range(process.rank):
         dist.barrier()
     yield

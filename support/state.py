@@ -10,7 +10,7 @@ from support.files import read_file, write_file
 
 
 def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write step, weights and moments. With the settings this is all: randomness follows from the step."""
+    """Write step, weights and moments. Randomness follows from the step, the best loss from metrics.jsonl."""
     tensors = {"step": torch.tensor(step)}
     for name, tensor in net.state_dict().items():
         tensors[f"net {name}"] = tensor
