@@ -456,6 +456,30 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     assert count() == {1} and len(net.train() and count()) > 1  # drawn in training only
 
 
+def test_a_group_without_padding_has_no_mask(reader):
+    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
+    lora.inject(base, net.names)
+    features, mask = hypernet.read_chunks(net.config, base, tokenizer, [[5, 6, 7], [8, 9, 10]])
+    assert mask is None
+    ones = torch.ones(2, 3)
+    close(net.write_chunks(features, None)["down_proj"], net.write_chunks(features, ones)["down_proj"])
+    assert hypernet.read_chunks(net.config, base, tokenizer, [[5, 6, 7], [8]])[1].sum() == 4
+
+
+def test_the_perceiver_is_computed_again_to_save_memory(reader):
+    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
+    lora.inject(base, net.names)
+    condition, gradients, calls = hypernet.make_condition(net, ["cat -> red"], base, tokenizer), [], []
+    net.perceiver.register_forward_hook(lambda *_: calls.append(1))
+    for net.recompute in (False, True):
+        A, B = net(condition)["down_proj"]
+        gradients.append(
+            torch.autograd.grad((B @ A).square().sum(), list(net.parameters()), allow_unused=True)
+        )
+    close(*[[g for g in found if g is not None] for found in gradients])
+    assert len(calls) == 1 + 2
+
+
 # -------------------- model.py --------------------
 def bert_folder(folder: Path) -> nn.Module:
     """A random BERT with a vocabulary of ten."""

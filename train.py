@@ -2,7 +2,7 @@
 
     python train.py                                                     # SFT in the tiny world, one process
     torchrun --nproc_per_node=2 train.py                                # the same batches on two processes
-    python train.py @config/mistral-7b.args --max_steps 118000 --help   # the paper's settings, printed
+    python train.py @config/mistral-7b.args --help                      # the settings of a run, printed
 
 --mode says what is trained, and by which loss:
 
@@ -10,7 +10,7 @@
     recon      a hypernetwork, to write the same adapters as the oracles (paper, section 3.1)
     sft        a hypernetwork, by the task loss through the frozen base model (paper, section 3.2)
 
-@FILE reads flags from a file, see config/. If a flag occurs twice, the last one counts.
+@FILEs stand first and hold flags, see config/. If a flag occurs twice, the last one counts.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """A visitor of the page: python -m pytest -q extras (needs gradio, selenium and Chromium)"""
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -10,7 +11,8 @@ import time
 
 import pytest
 
-from test_all import DESC, HERE
+from extras import web
+from test_all import DESC, HERE, refused
 
 
 @pytest.fixture
@@ -27,6 +29,13 @@ def browser():
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
     yield browser
     browser.quit()
+
+
+def test_a_missing_hypernetwork_is_named():
+    args = argparse.Namespace(hypernet="/nope", module_order=None, base_model=None)
+    refused("/nope is neither a folder", web.load_nets, args, "cpu")
+    args.hypernet = None
+    assert [net.reads for net in web.load_nets(args, "cpu")] == ["descriptions", "documents"]
 
 
 def test_the_page_in_a_browser(browser, tmp_path):
