@@ -86,6 +86,12 @@ def test_adapters_on_layers_that_differ(tmp_path, family):
     for name, (A, B) in first.items():
         assert len(A) == len(config.layers_of(name)) == len(config_again.layers_of(name))
         close(again[name], (A, B))
+    oracles = lora.LoRABank(config, 2)(torch.tensor([1, 0]))
+    lora.check_fits(base, lora.concat_rank([batch, oracles]))
+    net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config) | dict(input_size=4, z_score=True)))
+    net.normalize(batch)
+    written = net(torch.randn(2, 4))
+    assert train.recon_loss("delta_w", written, batch, net.deviation).isfinite()
     lora.set_adapter(base, None)
     lora.merge(base, first, SCALING)
     close(base(ids[:1]).logits[0], together[0], 1e-4, 1e-4)
