@@ -174,6 +174,7 @@ def drop_long_tasks(tokenizer, tasks: list[Task], args, is_first: bool) -> list[
     """The tasks that have an example of at most --max_tokens; prints the names of the others."""
 
     def fits(task: Task, example: Example) -> bool:
+        """Whether an example is short enough."""
         description = task.descriptions[0] if args.instruction or args.distill else ""
         text = task.definition + description + example.input + example.answers[0]
         if len(text.encode()) + 64 <= args.max_tokens:  # at most one token per byte, and some around the text

@@ -28,6 +28,7 @@ ARCHITECTURES = {  # model_type in transformers: (architecture in llama.cpp, whe
 
 
 def parse_args() -> argparse.Namespace:
+    """The flags."""
     parser = flags.Parser(__doc__)
     parser.add_argument("adapter", type=Path, help="adapter folder in PEFT's format")
     parser.add_argument("out", type=Path, help="the GGUF file to write")

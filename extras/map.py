@@ -25,6 +25,7 @@ ENTRIES = 4096  # of each layer's change of the weights: a strided sample
 
 
 def parse_args() -> argparse.Namespace:
+    """The flags."""
     parser = flags.Parser(__doc__)
     parser.add_argument("--tasks", default="tiny", help="as for train.py")
     parser.add_argument("--split", default="all", help="train, val, test, or all")

@@ -23,6 +23,7 @@ MOST_LINES, MOST_LETTERS = 32, 20_000  # of what a visitor may type
 
 
 def parse_args() -> argparse.Namespace:
+    """The flags."""
     parser = flags.Parser(__doc__)
     parser.add_argument("--port", type=int, default=7860, help="port of this machine")
     generate.add_model_flags(parser)
