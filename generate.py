@@ -178,7 +178,7 @@ def show(answers: dict[str, list[str]], inputs: list[str], times: dict[str, str]
     for i, question in enumerate(inputs):
         print(f"\n  {'input':12}  {question}")
         for label in answers:
-            lines = answers[label][i].rstrip().replace("\n", "\n" + " " * 16)
+            lines = answers[label][i].rstrip().replace("\n", f"\n{'':16}")
             print(f"  {label:12}  {lines}")
     if times:
         taken = ", ".join(f"{label} {time}" for label, time in times.items())

@@ -15,8 +15,8 @@ All its trainable parameters must receive gradients (DDP requires it). The optim
 those that begin with "head" have a learning rate of their own, those that contain a word of NO_DECAY (in
 support/optimizer.py) and vectors have no weight decay. Reconstruction also needs `normalize` and `deviation`,
 see TextToLoRA. A network that reads the states of all tokens of a description needs a text encoder that
-returns them, as [n, T, E] padded with zeros: a branch in model.load_encoder, its name in hub.fetch_models. One
-that reads something else needs another value of `reads`, a branch in `make_condition`, and a flag of
+returns them, as [n, T, E] padded with zeros: a branch in model.load_encoder, its name in hub.fetch_models.
+One that reads something else needs another value of `reads`, a branch in `make_condition`, and a flag of
 generate.py.
 """
 
