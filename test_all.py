@@ -61,7 +61,7 @@ import lora
 import model
 import train
 from data import Example
-from support import files, flags, hub, optimizer, processes
+from support import files, hub, optimizer, processes
 from support.files import UserError, read_file, write_file
 from tasks import chores, documents, facts, load_tasks, tiny
 
@@ -159,6 +159,19 @@ def refused(message: str, action, *args) -> None:
     """The action ends in a UserError that says so."""
     with pytest.raises(UserError, match=message):
         action(*args)
+
+
+def interrupted_in_call(n: int, function):
+    """(a function whose n-th call brings Ctrl-C, the list of its calls)."""
+    calls = []
+
+    def call(*args):
+        calls.append(1)
+        if len(calls) == n:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*args)
+
+    return call, calls
 
 
 def losses_of(folder: Path, key: str = "loss") -> list[float]:
@@ -864,58 +877,6 @@ def test_learning_rates():
     assert kinds[0.5, 0.01] == kinds[0.5, 0.0] == 2
 
 
-def test_help_shows_the_values_of_the_run(capsys):
-    def shown(*words):
-        assert command(train, *words, "--help") == 0
-        text = capsys.readouterr().out
-        return dict(re.findall(r"^  --(\w+) +(\S+)  ", text, re.M))
-
-    text = shown("@config/gemma-2-2b.args", "--lr", "1e-3")
-    assert (text["max_steps"], text["lr"], text["latent_size"]) == ("1180000", "0.001", "512")
-    assert text["encoder"] == "Alibaba-NLP/gte-large-en-v1.5" and text["full_stop"] == "True"
-    text = shown("@config/mistral-7b-recon.args")
-    assert text["recon_loss"] == "delta_w" and text["size"] == "medium" and text["dtype"] == "float32"
-    text = shown(*D2L, "--seed", "5")
-    assert (text["n_blocks"], text["target_modules"], text["seed"]) == ("1", "down_proj", "5")
-    for module in (generate, evaluation):
-        assert command(module, "--help") == 0 and "default: 64" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("file", [*HERE.glob("config/*.args"), *HERE.glob("checkpoints/*/*/train.args")])
-def test_every_file_of_flags_is_a_run(file, monkeypatch, tmp_path):
-    """Each setting is known, and what a run records is what it was given."""
-    monkeypatch.chdir(HERE)
-    config = lora.config_for(tiny_llama(), NAMES, "tiny")
-    lora.save_adapter(tmp_path / "oracles" / "one", random_adapter(config), config)
-    words = ["--out_dir", str(tmp_path / "new"), "--oracles", str(tmp_path / "oracles")]
-    monkeypatch.setattr(sys, "argv", ["train.py", f"@{file}", *words])
-    args = train.parse_args()
-    (tmp_path / "train.args").write_text(args.as_text)
-    monkeypatch.setattr(sys, "argv", ["train.py", f"@{tmp_path / 'train.args'}"])
-    assert vars(train.parse_args()) == vars(args) and args.lr < 1
-    assert args.dtype != "auto" and args.encoder != "preset"
-
-
-def test_only_leading_words_name_files_of_flags(tmp_path, monkeypatch):
-    (tmp_path / "a.args").write_text("@b.args\n--lr 2  # a comment\n--out_dir 'a b'\n")
-    (tmp_path / "b.args").write_text("--lr 1 --seed 3\n")
-    monkeypatch.chdir(tmp_path)
-    words = ["@a.args", "--desc", "@ sign, please"]
-    expected = "--lr 1 --seed 3 --lr 2 --out_dir".split() + ["a b", "--desc", "@ sign, please"]
-    assert flags.expand(words) == expected
-
-
-def test_a_run_by_reconstruction_records_what_its_oracles_are(tmp_path, monkeypatch):
-    config = lora.config_for(tiny_llama(), ["v_proj", "o_proj"], "tiny", r=3, alpha=5.0)
-    lora.save_adapter(tmp_path / "one", random_adapter(config, r=3), config)
-    start = ["train.py", "--mode", "recon", "--oracles", str(tmp_path)]
-    for given in [], ["--target_modules", "v_proj,o_proj", "--rank", "3"]:
-        monkeypatch.setattr(sys, "argv", [*start, *given])
-        args = train.parse_args()
-        assert (args.rank, args.alpha, args.target_modules) == (3, 5.0, "o_proj,v_proj")
-        assert "--rank 3\n" in args.as_text and "--target_modules o_proj,v_proj\n" in args.as_text
-
-
 def test_gradients_are_clipped_and_heads_have_their_learning_rate(tmp_path, monkeypatch):
     norms, real = [], torch.optim.AdamW.step
 
@@ -1061,15 +1022,8 @@ def test_a_run_that_dies_in_its_first_step_leaves_nothing_behind(tmp_path, monke
 
 
 def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    run, real, steps = tmp_path / "a run", train.sft_step, []
-
-    def third_is_interrupted(*args):
-        steps.append(1)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-
-    monkeypatch.setattr(train, "sft_step", third_is_interrupted)
+    run = tmp_path / "a run"
+    monkeypatch.setattr(train, "sft_step", interrupted_in_call(3, train.sft_step)[0])
     assert command(train, *SHORT, "--max_steps", "2000", "--out_dir", run) == 130
     again = f"interrupted after 3 steps; to continue: python train.py --resume --out_dir '{run}'"
     assert again in capsys.readouterr().err

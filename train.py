@@ -142,9 +142,7 @@ def parse_args() -> argparse.Namespace:
     parser.set_defaults(**of_oracles)
     args, unknown = parser.parse_known_args(earlier_words + words)
     if unknown:
-        raise UserError(
-            f"{unknown[0]} is not a setting of --arch {args.arch} (--help), or a @FILE not in front"
-        )
+        raise UserError(f"{unknown[0]} is not a setting of --arch {args.arch}; @FILEs stand in front")
     if args.resume:
         flags.refuse_changes(parser.parse_args(earlier_words), args, MAY_CHANGE)
     if of_oracles and set(args.target_modules.split(",")) == set(of_oracles["target_modules"].split(",")):
@@ -348,9 +346,7 @@ def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
     return tasks, val_tasks
 
 
-def make_hypernet(
-    args, lora_config: lora.LoRAConfig, base, tokenizer, device, oracles: Adapter | None = None
-):
+def make_hypernet(args, lora_config, base, tokenizer, device, oracles: Adapter | None = None):
     """(network of --arch, for adapters of this config; its text encoder, if it reads descriptions)."""
     net_class, encode = hypernet.ARCHS[args.arch], None
     config = net_class.config_class(**vars(lora_config), instruction=args.instruction)
