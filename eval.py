@@ -165,7 +165,8 @@ def net_folder(method: str, reads: str, args) -> str | None:
 
 def encoder_key(net: nn.Module) -> tuple | None:
     """What the text encoder of a hypernetwork depends on; None if it reads documents."""
-    return (net.config.encoder, net.config.full_stop) if net.reads == "descriptions" else None
+    c = net.config
+    return (c.encoder, c.full_stop, c.encoder_rank > 0) if net.reads == "descriptions" else None
 
 
 class Models:

@@ -22,7 +22,7 @@ import lora
 import model
 from lora import Adapter
 from support import flags, hub, processes
-from support.files import UserError, command, read_file, write_file
+from support.files import UserError, command, may_overwrite, read_file, remove_adapters, write_file
 from support.processes import Process
 
 
@@ -68,23 +68,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, otherwise float32")
     add("--shard", action="store_true", help="shard the base model over the processes of torchrun")
-
-
-def may_overwrite(folder: Path) -> bool:
-    """Whether a folder may be overwritten: it is new, empty, or made by generate.py."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return True
-    return (folder / "description.txt").exists() or (folder / "0" / "description.txt").exists()
-
-
-def remove_adapters(folder: Path) -> None:
-    """Remove the adapters that an earlier call has written into a folder."""
-    numbered = [path for path in folder.glob("[0-9]*") if path.is_dir()]
-    for old in (*numbered, folder):
-        for name in ("adapter_model.safetensors", "adapter_config.json", "description.txt"):
-            (old / name).unlink(missing_ok=True)
-        if old.exists() and not any(old.iterdir()):
-            old.rmdir()
 
 
 # -------------------- Loading what was trained --------------------
@@ -140,7 +123,8 @@ def load_encoder_for(net: nn.Module, base: nn.Module, tokenizer, args):
     if net.reads == "documents":
         return None
     name = args.encoder or net.config.encoder
-    return model.load_encoder(name, base.device, (base, tokenizer), net.config.full_stop)
+    c = net.config
+    return model.load_encoder(name, base.device, (base, tokenizer), c.full_stop, c.encoder_rank > 0)
 
 
 # -------------------- What an adapter does --------------------

@@ -22,7 +22,7 @@ generate.py.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +52,8 @@ class DescriptionConfig(HypernetConfig):
     """Extra settings of a hypernetwork that reads descriptions."""
 
     encoder: str = "hash"  # the text encoder, see model.load_encoder
+    encoder_rank: int = setting(0, "rank of a LoRA on the text encoder, trained along (published: 0)")
+    encoder_lora: dict = field(default_factory=dict)  # its LoRAConfig
     full_stop: bool = setting(False, "append a full stop to descriptions that end in a letter")
     z_score: bool = False  # trained by reconstruction of z-scores over the oracles
 
@@ -71,6 +73,7 @@ class TextConfig(DescriptionConfig):
     trunk_dropout: float = setting(0.1, "dropout in the trunk", most=1)
     input_dropout: float = setting(0.3, "dropout of the text encoder's output (not published)", most=1)
     rotary: bool = setting(False, "small: rank positions are rotations instead of a learned table")
+    slots: int = setting(1, "adapters per description, joined along the rank (published: 1)", least=1)
 
 
 class Residual(nn.Sequential):
@@ -118,7 +121,9 @@ class TextToLoRA(nn.Module):
         d = half + 2 * quarter
 
         # rows: the embeddings of task, layer and module
-        self.task_encoder = nn.Sequential(nn.Linear(c.input_size, half), nn.LayerNorm(half))
+        self.task_encoder = nn.Sequential(nn.Linear(c.input_size, c.slots * half), nn.LayerNorm(half))
+        if c.slots > 1:  # how much a slot counts
+            self.gate = nn.Linear(half, 1)
         self.layer_emb = nn.Sequential(nn.Embedding(c.n_layers, quarter), nn.LayerNorm(quarter))
         self.module_emb = nn.Sequential(nn.Embedding(len(self.names), quarter), nn.LayerNorm(quarter))
 
@@ -159,23 +164,35 @@ class TextToLoRA(nn.Module):
                 self.deviation[key] = nn.Parameter(deviation, requires_grad=False)
 
     def forward(self, text_emb: Tensor) -> Adapter:
-        """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
-        x = self.rows(self.embed_task(text_emb))  # [n, L, M, d]
-        x = self.trunk(x)  # [n, L, M, ..., head_in]
+        """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r].
+
+        With S slots, S adapters from S task embeddings are joined along the rank, which then is S * r.
+        """
+        slots = [self.write(task_emb) for task_emb in self.embed_task(text_emb).unbind(1)]
+        return slots[0] if len(slots) == 1 else lora.concat_rank(slots)
+
+    def write(self, task_emb: Tensor) -> Adapter:
+        """The adapter of one slot. [n, d/2] -> A [n, L, r, in], B [n, L, out, r]"""
+        x = self.trunk(self.rows(task_emb))  # [n, L, M, ..., head_in]
         adapter = {}
         for m, name in enumerate(self.names):
             has_it = self.config.positions(name)  # of the layers: all of them in most models
-            adapter[name] = self.write_module(name, x[:, has_it, m])
+            A, B = self.write_module(name, x[:, has_it, m])
+            if self.config.slots > 1:
+                B = self.gate(task_emb).sigmoid()[..., None, None] * B  # a gate [n, 1, 1, 1]
+            adapter[name] = (A, B)
         return adapter
 
     def embed_task(self, text_emb: Tensor) -> Tensor:
-        """The task embedding. [n, E] -> [n, d/2]"""
+        """The task embedding of each slot. [n, E] -> [n, S, d/2]"""
         E, found = self.config.input_size, text_emb.shape[-1]
         if found != E:
             message = f"this hypernetwork reads {E} numbers per description, from {self.config.encoder}"
             raise UserError(f"{message}; the text encoder gives {found}")
         text_emb = F.normalize(text_emb, dim=-1) * E**0.5  # norm sqrt(E), as published
-        return self.task_encoder(F.dropout(text_emb, self.config.input_dropout, self.training))
+        linear, norm = self.task_encoder
+        x = linear(F.dropout(text_emb, self.config.input_dropout, self.training))  # [n, S * d/2]
+        return norm(x.unflatten(-1, (self.config.slots, -1)))
 
     def rows(self, task_emb: Tensor) -> Tensor:
         """The embeddings of task, layer and module, side by side. [n, d/2] -> [n, L, M, d]"""
@@ -467,6 +484,8 @@ def make_condition(net: nn.Module, texts: list, base: nn.Module, tokenizer, enco
     """
     if net.reads == "documents":
         return chunk_documents(net.config, texts, base, tokenizer, net.training)
+    if net.config.encoder_rank:
+        lora.set_adapter(encode.network, net.encoder_lora(0), net.encoder_lora.config.scaling)
     return encode(texts)
 
 
@@ -531,6 +550,20 @@ ARCHS = {"t2l": TextToLoRA, "d2l": DocToLoRA}
 FILES = ["hypernet.safetensors", "config.json", *published.FILES]
 
 
+def encoder_lora_config(network: nn.Module, encoder: str, rank: int) -> LoRAConfig:
+    """The LoRA on all linear layers of a text encoder; its scaling is 2."""
+    names = lora.linear_names(network)
+    return lora.config_for(network, names, encoder, r=rank, alpha=2.0 * rank, rslora=False)
+
+
+def make_net(net_class, config: HypernetConfig) -> nn.Module:
+    """A network with random weights, and with the LoRA of its text encoder, if it has one."""
+    net = net_class(config)
+    if net.reads == "descriptions" and config.encoder_rank:
+        net.encoder_lora = lora.LoRABank(LoRAConfig(**config.encoder_lora), 1)
+    return net
+
+
 def save_hypernet(net: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write hypernet.safetensors and config.json. bfloat16 halves the file."""
     folder = Path(folder)
@@ -558,7 +591,7 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
     try:
         net_class = ARCHS[arch]
         with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
-            net = net_class(net_class.config_class(**fields))
+            net = make_net(net_class, net_class.config_class(**fields))
         published.check_memory(net, folder)
         weights = {key: tensor.float().contiguous() for key, tensor in weights.items()}
         net.load_state_dict(weights, assign=True)

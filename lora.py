@@ -135,6 +135,12 @@ def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, list[t
     return targets
 
 
+def linear_names(network: nn.Module) -> list[str]:
+    """The names of all linear layers in numbered layers."""
+    paths = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return sorted({path.split(".")[-1] for path in paths if LAYER_NUMBER.search(path)})
+
+
 def config_for(base: nn.Module, target_modules: list[str], base_model: str, **settings) -> LoRAConfig:
     """The LoRAConfig of adapters for these modules of `base`; `settings` are r, alpha and rslora."""
     config = LoRAConfig(base_model=base_model, base_shape=base_shape(base.config), **settings)

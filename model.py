@@ -3,11 +3,8 @@
 Both come from a preset, a Hugging Face id or a folder. The preset `tiny` needs neither download nor GPU.
 """
 
-import re
-import zlib
 from functools import cache, partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import lora
 from support import processes
 from support.files import UserError, read_file
+from support.hashing import hash_encoder
 from support.hub import encoder_parts, fetch, from_pretrained, load_text_model, longest_text
 from support.processes import Process
 
@@ -246,14 +244,14 @@ def recompute_layers(base: nn.Module) -> None:
 # -------------------- The text encoder: n descriptions -> [n, E] --------------------
 
 
-def load_encoder(name: str, device="cpu", base_and_tokenizer: tuple = (), full_stop: bool = False):
+def load_encoder(name: str, device="cpu", base_and_tokenizer=(), full_stop=False, with_lora=False):
     """A text encoder, as a callable: list of n descriptions -> [n, E].
 
     `name` is a preset, "hash", "base" (with `base_and_tokenizer`), a hub id or a folder; or several of these
     joined by "+", whose unit vectors are concatenated. With `full_stop`, descriptions that end in a letter
-    get a full stop, as published.
+    get a full stop, as published. With `with_lora` its network, `encode.network`, has LoRA layers.
     """
-    encoders = []
+    encoders, networks = [], []
     for part in encoder_parts(name):
         if part == "hash":
             encoders.append(hash_encoder)
@@ -261,6 +259,7 @@ def load_encoder(name: str, device="cpu", base_and_tokenizer: tuple = (), full_s
             encoders.append(partial(base_encoder, *base_and_tokenizer))
         else:
             encoders.append(TransformerEncoder(part, device))
+            networks.append(encoders[-1].model)
 
     def encode(texts: list[str]) -> Tensor:
         texts = [text.strip() for text in texts]
@@ -268,33 +267,12 @@ def load_encoder(name: str, device="cpu", base_and_tokenizer: tuple = (), full_s
             texts = [f"{text}." if text[-1].isalpha() else text for text in texts]
         return torch.cat([encoder(texts).to(device) for encoder in encoders], -1)
 
+    if with_lora:
+        if len(networks) != 1:
+            raise UserError(f"--encoder_rank needs a text encoder with one network of its own, not {name}")
+        (encode.network,) = networks
+        lora.inject(encode.network, lora.linear_names(encode.network))
     return encode
-
-
-FUNCTION_WORDS = """a an the of to in on at by for from with or but is are was were be been it its this that
-    these those them they their there you your i me my we our as then than so what which who whatever any some
-    please into out up down . , ; : - ?""".split()  # they say little about the task
-
-
-def hash_encoder(texts: list[str], width: int = 8192) -> Tensor:
-    """Feature hashing, no network: signed sums of words, pairs of near words and 3- to 5-letter pieces."""
-    out = np.zeros((len(texts), width), np.float32)  # [n, E]
-    for vector, text in zip(out, texts):
-        words = re.findall(r"\w+|[^\w\s]", text.lower())
-        weights = [0.3 if word in FUNCTION_WORDS else 1.0 for word in words]
-        features = [(word, 2 * weight) for word, weight in zip(words, weights)]
-        for gap in (1, 2):
-            for i in range(len(words) - gap):
-                features.append((f"{words[i]} {gap} {words[i + gap]}", max(weights[i], weights[i + gap])))
-        for n in (3, 4, 5):
-            for word, weight in zip(words, weights):
-                marked = f"#{word}#"
-                features += [(marked[i : i + n], weight) for i in range(len(marked) + 1 - n)]
-        for feature, weight in features:
-            code = zlib.crc32(feature.encode())
-            sign = 1 if code >> 31 else -1
-            vector[code % width] += sign * weight
-    return F.normalize(torch.from_numpy(out), dim=-1)
 
 
 class TransformerEncoder:
@@ -307,7 +285,6 @@ class TransformerEncoder:
         pooling = fetch(name) / "1_Pooling" / "config.json"
         self.pooling = read_file(pooling) if pooling.exists() else {}
 
-    @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
         out = []
         settings = dict(padding=True, padding_side="right", truncation=True, max_length=self.max_length)

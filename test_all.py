@@ -30,14 +30,11 @@ import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
-import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BertConfig,
-    BertModel,
     CohereConfig,
     Gemma2Config,
     Gemma3Config,
@@ -49,8 +46,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
-    RobertaConfig,
-    RobertaModel,
 )
 
 import data
@@ -372,6 +367,26 @@ def test_hypernet_equals_one_row_at_a_time(size):
 
 
 @pytest.mark.parametrize("size", hypernet.SIZES)
+def test_slots_are_adapters_joined_along_the_rank(size):
+    """Each is what a network with that part of the task encoder writes, times its gate."""
+    net, emb = hypernet.TextToLoRA(small_config(size, slots=2)).eval(), torch.randn(2, 7)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.5)
+    updates = {name: 0.0 for name in NAMES}
+    for part in (slice(0, 12), slice(12, 24)):
+        single = hypernet.TextToLoRA(small_config(size)).eval()
+        weights = {key: tensor for key, tensor in net.state_dict().items() if not key.startswith("gate")}
+        weights |= {key: weights[key][part] for key in ("task_encoder.0.weight", "task_encoder.0.bias")}
+        single.load_state_dict(weights)
+        gate = torch.sigmoid(single.embed_task(emb)[:, 0] @ net.gate.weight[0] + net.gate.bias)  # [n]
+        for name, (A, B) in single(emb).items():
+            updates[name] += gate[:, None, None, None] * B @ A
+    for name, (A, B) in net(emb).items():
+        assert A.shape[2] == B.shape[3] == 8
+        close(B @ A, updates[name], 1e-4)
+
+
+@pytest.mark.parametrize("size", hypernet.SIZES)
 def test_sft_starts_as_a_fresh_lora_and_learns(size):
     net = hypernet.TextToLoRA(small_config(size))
     net.start_as_lora()
@@ -494,121 +509,6 @@ def test_the_perceiver_is_computed_again_to_save_memory(reader):
 
 
 # -------------------- model.py --------------------
-def bert_folder(folder: Path) -> nn.Module:
-    """A random BERT with a vocabulary of ten."""
-    torch.manual_seed(0)
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] one two three four ."
-    (folder / "vocab.txt").write_text(words.replace(" ", "\n"))
-    write_file(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    bert = BertModel(BertConfig(vocab_size=10, **sizes)).eval()
-    bert.save_pretrained(folder)
-    return bert
-
-
-def test_transformer_encoder_pools_real_tokens_only(tmp_path):
-    bert, texts = bert_folder(tmp_path), ["one", "two three four one two"]
-    encode = model.load_encoder(str(tmp_path))
-    alone = torch.cat([encode([t]) for t in texts])
-    close(encode(texts), alone, 1e-5, 1e-6)
-    hidden = bert(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
-    close(alone[0], F.normalize(hidden.mean(0), dim=0), 1e-5, 1e-6)
-    (tmp_path / "1_Pooling").mkdir()
-    write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
-    close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[0], dim=0), 1e-5, 1e-6)
-    write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_lasttoken": True})
-    close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[-1], dim=0), 1e-5, 1e-6)
-
-
-def test_gte_loads_without_its_own_code(tmp_path):
-    """A folder like Alibaba-NLP/gte-large-en-v1.5: type "new", fused projections, NTK-scaled rotary, CLS."""
-    if not hasattr(transformers, "GteModel"):
-        pytest.skip("this version of transformers has no GteModel")
-    bert_folder(tmp_path)
-    d, ff = 32, 48
-    new = dict(model_type="new", auto_map={"AutoModel": "Alibaba-NLP/new-impl--modeling.NewModel"})
-    new |= dict(hidden_size=d, num_attention_heads=2, num_hidden_layers=2, intermediate_size=ff)
-    new |= dict(vocab_size=10, type_vocab_size=2, layer_norm_eps=1e-12, layer_norm_type="layer_norm")
-    new |= dict(rope_theta=160000, rope_scaling={"type": "ntk", "factor": 2.0}, max_position_embeddings=64)
-    new |= dict(architectures=["NewModel"], pack_qkv=True, position_embedding_type="rope", pad_token_id=0)
-    write_file(tmp_path / "config.json", new)
-    (tmp_path / "1_Pooling").mkdir()
-    write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
-    emb = "embeddings"
-    shapes = {f"{emb}.word_embeddings.weight": (10, d), f"{emb}.token_type_embeddings.weight": (2, d)}
-    shapes |= {f"{emb}.LayerNorm.weight": (d,), f"{emb}.LayerNorm.bias": (d,)}
-    for i in range(2):
-        own = {"attention.qkv_proj.weight": (3 * d, d), "attention.qkv_proj.bias": (3 * d,)}
-        own |= {"attention.o_proj.weight": (d, d), "attention.o_proj.bias": (d,), "mlp.down_proj.bias": (d,)}
-        own |= {"mlp.up_gate_proj.weight": (2 * ff, d), "mlp.down_proj.weight": (d, ff)}
-        own |= {f"{ln}.{k}": (d,) for ln in ("attn_ln", "mlp_ln") for k in ("weight", "bias")}
-        shapes |= {f"encoder.layer.{i}.{k}": shape for k, shape in own.items()}
-    w = {k: torch.randn(shape) * 0.3 for k, shape in shapes.items()}
-    save_file(w, tmp_path / "model.safetensors", metadata={"format": "pt"})
-
-    def published(ids: list[int]) -> torch.Tensor:
-        """The state at [CLS], from the published description of the network."""
-        ln = lambda x, key: F.layer_norm(x, (d,), w[f"{key}.weight"], w[f"{key}.bias"], 1e-12)
-        lin = lambda x, key: F.linear(x, w[f"{key}.weight"], w.get(f"{key}.bias"))
-        x = w[f"{emb}.word_embeddings.weight"][ids] + w[f"{emb}.token_type_embeddings.weight"][0]
-        x = ln(x, f"{emb}.LayerNorm")
-        inverse = 1 / (160000 * 2.0) ** (torch.arange(0, 16, 2) / 16) / 2.0 ** (2 / 16)
-        angle = (torch.arange(len(ids))[:, None] * inverse).repeat(1, 2)[:, None]  # [T, 1, 16]
-        rotate = lambda x: x * angle.cos() + torch.cat([-x[..., 8:], x[..., :8]], -1) * angle.sin()
-        for i in range(2):
-            block = f"encoder.layer.{i}"
-            q, k, v = (part.view(-1, 2, 16) for part in lin(x, f"{block}.attention.qkv_proj").chunk(3, -1))
-            weights = (torch.einsum("thd,shd->hts", rotate(q), rotate(k)) / 4).softmax(-1)
-            attended = torch.einsum("hts,shd->thd", weights, v).reshape(-1, d)
-            x = ln(x + lin(attended, f"{block}.attention.o_proj"), f"{block}.attn_ln")
-            up, gate = lin(x, f"{block}.mlp.up_gate_proj").chunk(2, -1)
-            x = ln(x + lin(up * F.gelu(gate), f"{block}.mlp.down_proj"), f"{block}.mlp_ln")
-        return F.normalize(x[0], dim=0)
-
-    ours = model.load_encoder(str(tmp_path), full_stop=True)(["one two", "three four one ."])
-    close(ours[0], published([2, 5, 6, 9, 3]), 1e-4)  # with the full stop
-    close(ours[1], published([2, 7, 8, 5, 9, 3]), 1e-4)
-    close(model.load_encoder(str(tmp_path))(["one two"])[0], published([2, 5, 6, 3]), 1e-4)
-
-
-def test_text_encoders_side_by_side():
-    assert torch.equal(model.load_encoder("hash+hash")(["x"]), model.load_encoder("hash")(["x"]).repeat(1, 2))
-
-
-def test_hashed_words_are_those_that_shipped_networks_know():
-    """The features of one sentence, counted in another way."""
-    sentence = "Write the red cat!"
-    pairs = [("write", "the", 1), ("the", "red", 1), ("red", "cat", 1), ("cat", "!", 1)]
-    pairs += [("write", "red", 2), ("the", "cat", 2), ("red", "!", 2)]
-    expected = collections.Counter()
-
-    def add(feature: str, weight: float):
-        code = zlib.crc32(feature.encode())
-        expected[code % 8192] += weight if code >= 2**31 else -weight
-
-    for word in "write the red cat !".split():
-        weight = 0.3 if word == "the" else 1.0
-        add(word, 2 * weight)
-        for n in (3, 4, 5):
-            for k in range(len(word) + 3 - n):
-                add(f"#{word}#"[k : k + n], weight)
-    for first, second, gap in pairs:
-        add(f"{first} {gap} {second}", 1.0)
-    made = torch.zeros(8192)
-    for index, value in expected.items():
-        made[index] = value
-    close(model.hash_encoder([sentence])[0], F.normalize(made, dim=0))
-
-
-def test_base_encoder_reads_the_last_token():
-    base, tokenizer = model.load_base("tiny")
-    encode = model.load_encoder("base", base_and_tokenizer=(base, tokenizer))
-    alone = encode(["cat dog"])[0]
-    close(encode(["cat dog", "cat dog red hat"])[0], alone, 1e-5, 1e-6)
-    hidden = base.model(torch.tensor([tokenizer("cat dog")["input_ids"]])).last_hidden_state
-    close(alone, F.normalize(hidden[0, -1], dim=0))
-
-
 def test_a_batch_of_answers_is_that_of_each_prompt_alone():
     base, tokenizer = model.load_base("tiny")
     shots = [("cat red", "cat"), ("dog blue", "dog")]
@@ -682,16 +582,6 @@ def test_a_prompt_does_not_depend_on_the_day():
     today = "{{ date_string }} {{ strftime_now('%d %b %Y') }} {{ messages[-1].content }}"
     tokenizer.chat_template = today
     assert model.render(tokenizer, [{"role": "user", "content": "x"}]) == "26 Jul 2024 26 Jul 2024 x"
-
-
-def test_a_text_encoder_with_fewer_positions_than_it_says(tmp_path):
-    bert_folder(tmp_path)
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    RobertaModel(
-        RobertaConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=1, **sizes)
-    ).save_pretrained(tmp_path)
-    longest = model.load_encoder(str(tmp_path))(["one two three four " * 9])  # more than it has positions for
-    assert longest.shape == (1, 16) and longest.isfinite().all()
 
 
 def test_early_exit_is_after_a_quarter_of_the_layers():

@@ -20,7 +20,7 @@ import os
 import random
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,7 @@ SETTINGS = [  # name, default (for the tiny world), meaning; numbers: least valu
     ("neftune_alpha", 0.0, "noise on the base model's input embeddings (NEFTune)"),
     ("l1", 0.0, "weight of the mean absolute value of the written A and B"),
     ("l2", 1e-3, "weight of the mean square of the written A and B"),
-    (
-        "distill",
-        0,
-        "match the k likeliest tokens of the base model that has the document in its prompt (0: no)",
-    ),
+    ("distill", 0, "match the k likeliest tokens of the base model with the document in its prompt (0: no)"),
     ("recon_loss", "z_score", "recon: what is compared: z_score, plain or delta_w"),
     # the run
     ("seed", 0, "seed of all randomness"),
@@ -194,6 +190,8 @@ def check_settings(args: argparse.Namespace) -> None:
         raise UserError("--tasks benchmarks are for eval.py: there is nothing to train on")
     if args.wandb and not find_spec("wandb"):
         raise UserError("--wandb needs wandb: pip install wandb")
+    if args.mode == "recon" and args.recon_loss != "delta_w" and getattr(args, "slots", 1) > 1:
+        raise UserError("--slots adds up ranks: with --mode recon it needs --recon_loss delta_w")
     if args.mode == "recon" and not args.oracles:
         raise UserError("--mode recon needs --oracles DIR, a folder that --mode lora wrote")
     folder = Path(args.out_dir)
@@ -355,11 +353,14 @@ def make_hypernet(args, lora_config, base, tokenizer, device, oracles: Adapter |
     if net_class.reads == "documents":
         config.input_size = base.config.get_text_config().hidden_size
     else:
-        encode = model.load_encoder(args.encoder, device, (base, tokenizer), config.full_stop)
+        rank = config.encoder_rank
+        encode = model.load_encoder(args.encoder, device, (base, tokenizer), config.full_stop, rank > 0)
         config.encoder = args.encoder
+        if rank:
+            config.encoder_lora = asdict(hypernet.encoder_lora_config(encode.network, args.encoder, rank))
         config.input_size = encode(["cat"]).shape[-1]  # the width of its output for any text
         config.z_score = args.mode == "recon" and args.recon_loss == "z_score"
-    net = net_class(config).to(device)
+    net = hypernet.make_net(net_class, config).to(device)
     net.recompute = args.gradient_checkpointing
     if args.init_from and not args.resume:
         hypernet.copy_weights(args.init_from, net)
@@ -433,10 +434,12 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
     leaves = {}
     for name, (A, B) in written.items():
         leaves[name] = (A.detach().requires_grad_(), B.detach().requires_grad_())
-    loss = args.l1 * mean_weight(leaves, torch.abs) + args.l2 * mean_weight(leaves, torch.square)
-    loss = loss * batch.task_fraction
-    loss.backward()  # gives every leaf a gradient, zeros if l1 = l2 = 0
-    loss = loss.detach()
+    loss = torch.zeros((), device=run.base.device)
+    for weight, measure in ((args.l1, torch.abs), (args.l2, torch.square)):
+        if weight:
+            penalty = weight * batch.task_fraction * mean_weight(leaves, measure)
+            penalty.backward()
+            loss += penalty.detach()
 
     # 3. The examples go through the base model a few of like length at a time. Each backward pass frees the
     #    activations, so the memory of a step is that of one micro-batch.
@@ -456,9 +459,9 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> Tensor:
     #    DDP averages the gradients of their parts here; `main` turns averages into sums.
     outputs, gradients = [], []
     for name in written:
-        (A, B), (leaf_A, leaf_B) = written[name], leaves[name]
-        outputs += [A, B]
-        gradients += [leaf_A.grad, leaf_B.grad]
+        outputs += written[name]
+        for leaf in leaves[name]:  # an expert that no token has reached has no gradient
+            gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
     torch.autograd.backward(outputs, gradients)
     return loss
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import data
 import generate
+import hypernet
 import model
 from support import flags, processes
 from support.files import UserError, command
@@ -44,7 +45,7 @@ def projection(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def vectors_of(net, text_emb: Tensor) -> tuple[Tensor, Tensor]:
-    """Task embeddings [n, d/2], and a sample of the entries of scaling * B A in all layers [n, entries]."""
+    """Task embeddings [n, S d/2], and a sample of the entries of scaling * B A in all layers [n, entries]."""
     changes = []
     for emb in text_emb:
         entries = []
@@ -53,7 +54,7 @@ def vectors_of(net, text_emb: Tensor) -> tuple[Tensor, Tensor]:
             stride = max(1, delta_w.shape[1] // ENTRIES)
             entries.append(delta_w[:, ::stride].flatten())
         changes.append(torch.cat(entries) * net.config.scaling)
-    return net.embed_task(text_emb), torch.stack(changes)
+    return net.embed_task(text_emb).flatten(1), torch.stack(changes)
 
 
 def main() -> None:
@@ -78,8 +79,11 @@ def main() -> None:
     base_and_tokenizer = ()
     if "base" in encoder.split("+"):
         base_and_tokenizer = model.load_base(args.base_model or net.config.base_model, device)
-    encode = model.load_encoder(encoder, device, base_and_tokenizer, net.config.full_stop)
-    embeddings, changes = vectors_of(net, encode([task.descriptions[0] for task in tasks]))
+    c, texts = net.config, [task.descriptions[0] for task in tasks]
+    encode = model.load_encoder(encoder, device, base_and_tokenizer, c.full_stop, c.encoder_rank > 0)
+    with torch.no_grad():
+        text_emb = hypernet.make_condition(net, texts, *(base_and_tokenizer or (None, None)), encode)
+    embeddings, changes = vectors_of(net, text_emb)
 
     parts = [task.name.split("-") for task in tasks]
     last = -1 if args.tasks == "tiny" else 0  # of the tiny world: category on the left, layout on the right

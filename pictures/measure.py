@@ -9,11 +9,11 @@ import torch
 
 import hypernet
 import lora
-from model import hash_encoder
 from pictures import pictures
 from pictures.edits import EDITS, TEST, Edit, apply, describe, draw_scene, render
 from support import processes
 from support.files import command, read_file
+from support.hashing import hash_encoder
 
 
 @torch.no_grad()

@@ -27,10 +27,10 @@ from transformers import PretrainedConfig
 
 import hypernet
 import lora
-from model import hash_encoder
 from pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
 from support import flags, processes
 from support.files import UserError, command, read_file, write_file
+from support.hashing import hash_encoder
 from support.state import bfloat16_if_fast, load_state, on_ctrl_c, save_state
 
 HERE = Path(__file__).parent

@@ -8,12 +8,11 @@ from safetensors.torch import load_file
 
 import hypernet
 import lora
-import model
 from pictures import edits, pictures
-from test_all import interrupted_in_call
 from test_all import (
     close,
     command,
+    interrupted_in_call,
     seed,  # noqa: F401 (a fixture)
 )
 
@@ -67,7 +66,7 @@ def test_an_adapter_or_an_example_says_what_is_drawn():
         source = pictures.to_patches(torch.tensor([edits.render(scene).tolist() for scene in scenes]))
         right = torch.tensor([edits.apply(edit, scene).tolist() for scene in scenes])
         with torch.no_grad():
-            adapters = net(model.hash_encoder([edits.describe(e, rng) for e in (edit, other)]))
+            adapters = net(pictures.hash_encoder([edits.describe(e, rng) for e in (edit, other)]))
         for i, whose in enumerate(("", "another's ")):
             lora.set_adapter(base, lora.select(adapters, i), net.config.scaling)
             drawn = pictures.sample(base, source)

@@ -68,6 +68,26 @@ def read_file(path: str | Path) -> dict:
         raise UserError(f"{path} cannot be read: {e}") from None
 
 
+# -------------------- The folder that generate.py writes --------------------
+
+
+def may_overwrite(folder: Path) -> bool:
+    """Whether a folder may be overwritten: it is new, empty, or made by generate.py."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return True
+    return (folder / "description.txt").exists() or (folder / "0" / "description.txt").exists()
+
+
+def remove_adapters(folder: Path) -> None:
+    """Remove the adapters that an earlier call has written into a folder."""
+    numbered = [path for path in folder.glob("[0-9]*") if path.is_dir()]
+    for old in (*numbered, folder):
+        for name in ("adapter_model.safetensors", "adapter_config.json", "description.txt"):
+            (old / name).unlink(missing_ok=True)
+        if old.exists() and not any(old.iterdir()):
+            old.rmdir()
+
+
 # -------------------- Downloads --------------------
 
 

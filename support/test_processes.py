@@ -20,6 +20,7 @@ import generate
 import model
 from support import processes
 from support.files import read_file, write_file
+from support.test_encoder import bert_folder
 from test_all import (  # noqa: F401 (a fixture)
     D2L,
     HERE,
@@ -102,7 +103,8 @@ LONG = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpoi
 ODD = [*SHORT, "--tasks_per_batch", "3"]
 ALONE = [*SHORT, "--tasks_per_batch", "1"]  # there is nothing for the second process
 RUNS = {"sft": SHORT, "sharded": [*SHORT, "--shard"], "documents": [*DOCS, "--shard"], "long": LONG}
-RUNS |= {"long_sharded": [*LONG, "--shard"], "odd": ODD, "alone": ALONE}
+HEARD = [*SHORT, "--encoder", "BERT+hash", "--encoder_rank", "2"]  # BERT stands for a folder
+RUNS |= {"long_sharded": [*LONG, "--shard"], "odd": ODD, "alone": ALONE, "encoder": HEARD}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,10 @@ def pair(tmp_path_factory):
     """(folder, what each command has printed) of everything that is tested on two processes."""
     folder, commands = tmp_path_factory.mktemp("pair"), {}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    (folder / "bert").mkdir()
+    bert_folder(folder / "bert")
     for name, words in RUNS.items():
+        words = [word.replace("BERT", str(folder / "bert")) for word in words]
         commands[name] = ["train", *words, "--max_steps", "5", "--out_dir", folder / name]
     documents = folder / "unanswered"
     documents.mkdir()
@@ -135,7 +140,7 @@ def test_two_processes_are_one(pair, tmp_path, name):
     folder, _ = pair
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes have: no other rounding
-    words = [word for word in RUNS[name] if word != "--shard"]
+    words = [word.replace("BERT", str(folder / "bert")) for word in RUNS[name] if word != "--shard"]
     one, two = fit(tmp_path / "one", *words, "--max_steps", "5"), losses_of(folder / name)
     torch.set_num_threads(n_threads)
     assert len(one) == 5 and one[0] != one[-1]

@@ -1,0 +1,267 @@
+"""Text encoders, and a LoRA on one, trained along with the hypernetwork: python -m pytest -q support"""
+
+import collections
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+
+import data
+import eval as evaluation
+import generate
+import hypernet
+import lora
+import model
+import train
+from support.files import write_file
+from support.hub import load_text_model
+from support.processes import Process
+from tasks import tiny
+from test_all import (
+    SHORT,
+    close,
+    command,
+    fit,
+    refused,
+    run_of,
+    seed,  # noqa: F401 (a fixture)
+)
+
+
+def bert_folder(folder: Path) -> nn.Module:
+    """A random BERT with a vocabulary of ten."""
+    torch.manual_seed(0)
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] one two three four ."
+    (folder / "vocab.txt").write_text(words.replace(" ", "\n"))
+    write_file(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    bert = BertModel(BertConfig(vocab_size=10, **sizes)).eval()
+    bert.save_pretrained(folder)
+    return bert
+
+
+def test_transformer_encoder_pools_real_tokens_only(tmp_path):
+    bert, texts = bert_folder(tmp_path), ["one", "two three four one two"]
+    encode = model.load_encoder(str(tmp_path))
+    alone = torch.cat([encode([t]) for t in texts])
+    close(encode(texts), alone, 1e-5, 1e-6)
+    hidden = bert(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
+    close(alone[0], F.normalize(hidden.mean(0), dim=0), 1e-5, 1e-6)
+    (tmp_path / "1_Pooling").mkdir()
+    write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
+    close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[0], dim=0), 1e-5, 1e-6)
+    write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_lasttoken": True})
+    close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[-1], dim=0), 1e-5, 1e-6)
+
+
+def test_gte_loads_without_its_own_code(tmp_path):
+    """A folder like Alibaba-NLP/gte-large-en-v1.5: type "new", fused projections, NTK-scaled rotary, CLS."""
+    if not hasattr(transformers, "GteModel"):
+        pytest.skip("this version of transformers has no GteModel")
+    bert_folder(tmp_path)
+    d, ff = 32, 48
+    new = dict(model_type="new", auto_map={"AutoModel": "Alibaba-NLP/new-impl--modeling.NewModel"})
+    new |= dict(hidden_size=d, num_attention_heads=2, num_hidden_layers=2, intermediate_size=ff)
+    new |= dict(vocab_size=10, type_vocab_size=2, layer_norm_eps=1e-12, layer_norm_type="layer_norm")
+    new |= dict(rope_theta=160000, rope_scaling={"type": "ntk", "factor": 2.0}, max_position_embeddings=64)
+    new |= dict(architectures=["NewModel"], pack_qkv=True, position_embedding_type="rope", pad_token_id=0)
+    write_file(tmp_path / "config.json", new)
+    (tmp_path / "1_Pooling").mkdir()
+    write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
+    emb = "embeddings"
+    shapes = {f"{emb}.word_embeddings.weight": (10, d), f"{emb}.token_type_embeddings.weight": (2, d)}
+    shapes |= {f"{emb}.LayerNorm.weight": (d,), f"{emb}.LayerNorm.bias": (d,)}
+    for i in range(2):
+        own = {"attention.qkv_proj.weight": (3 * d, d), "attention.qkv_proj.bias": (3 * d,)}
+        own |= {"attention.o_proj.weight": (d, d), "attention.o_proj.bias": (d,), "mlp.down_proj.bias": (d,)}
+        own |= {"mlp.up_gate_proj.weight": (2 * ff, d), "mlp.down_proj.weight": (d, ff)}
+        own |= {f"{ln}.{k}": (d,) for ln in ("attn_ln", "mlp_ln") for k in ("weight", "bias")}
+        shapes |= {f"encoder.layer.{i}.{k}": shape for k, shape in own.items()}
+    w = {k: torch.randn(shape) * 0.3 for k, shape in shapes.items()}
+    save_file(w, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    def published(ids: list[int]) -> torch.Tensor:
+        """The state at [CLS], from the published description of the network."""
+        ln = lambda x, key: F.layer_norm(x, (d,), w[f"{key}.weight"], w[f"{key}.bias"], 1e-12)
+        lin = lambda x, key: F.linear(x, w[f"{key}.weight"], w.get(f"{key}.bias"))
+        x = w[f"{emb}.word_embeddings.weight"][ids] + w[f"{emb}.token_type_embeddings.weight"][0]
+        x = ln(x, f"{emb}.LayerNorm")
+        inverse = 1 / (160000 * 2.0) ** (torch.arange(0, 16, 2) / 16) / 2.0 ** (2 / 16)
+        angle = (torch.arange(len(ids))[:, None] * inverse).repeat(1, 2)[:, None]  # [T, 1, 16]
+        rotate = lambda x: x * angle.cos() + torch.cat([-x[..., 8:], x[..., :8]], -1) * angle.sin()
+        for i in range(2):
+            block = f"encoder.layer.{i}"
+            q, k, v = (part.view(-1, 2, 16) for part in lin(x, f"{block}.attention.qkv_proj").chunk(3, -1))
+            weights = (torch.einsum("thd,shd->hts", rotate(q), rotate(k)) / 4).softmax(-1)
+            attended = torch.einsum("hts,shd->thd", weights, v).reshape(-1, d)
+            x = ln(x + lin(attended, f"{block}.attention.o_proj"), f"{block}.attn_ln")
+            up, gate = lin(x, f"{block}.mlp.up_gate_proj").chunk(2, -1)
+            x = ln(x + lin(up * F.gelu(gate), f"{block}.mlp.down_proj"), f"{block}.mlp_ln")
+        return F.normalize(x[0], dim=0)
+
+    ours = model.load_encoder(str(tmp_path), full_stop=True)(["one two", "three four one ."])
+    close(ours[0], published([2, 5, 6, 9, 3]), 1e-4)  # with the full stop
+    close(ours[1], published([2, 7, 8, 5, 9, 3]), 1e-4)
+    close(model.load_encoder(str(tmp_path))(["one two"])[0], published([2, 5, 6, 3]), 1e-4)
+
+
+def test_text_encoders_side_by_side():
+    assert torch.equal(model.load_encoder("hash+hash")(["x"]), model.load_encoder("hash")(["x"]).repeat(1, 2))
+
+
+def test_hashed_words_are_those_that_shipped_networks_know():
+    """The features of one sentence, counted in another way."""
+    sentence = "Write the red cat!"
+    pairs = [("write", "the", 1), ("the", "red", 1), ("red", "cat", 1), ("cat", "!", 1)]
+    pairs += [("write", "red", 2), ("the", "cat", 2), ("red", "!", 2)]
+    expected = collections.Counter()
+
+    def add(feature: str, weight: float):
+        code = zlib.crc32(feature.encode())
+        expected[code % 8192] += weight if code >= 2**31 else -weight
+
+    for word in "write the red cat !".split():
+        weight = 0.3 if word == "the" else 1.0
+        add(word, 2 * weight)
+        for n in (3, 4, 5):
+            for k in range(len(word) + 3 - n):
+                add(f"#{word}#"[k : k + n], weight)
+    for first, second, gap in pairs:
+        add(f"{first} {gap} {second}", 1.0)
+    made = torch.zeros(8192)
+    for index, value in expected.items():
+        made[index] = value
+    close(model.load_encoder("hash")([sentence])[0], F.normalize(made, dim=0))
+
+
+def test_base_encoder_reads_the_last_token():
+    base, tokenizer = model.load_base("tiny")
+    encode = model.load_encoder("base", base_and_tokenizer=(base, tokenizer))
+    alone = encode(["cat dog"])[0]
+    close(encode(["cat dog", "cat dog red hat"])[0], alone, 1e-5, 1e-6)
+    hidden = base.model(torch.tensor([tokenizer("cat dog")["input_ids"]])).last_hidden_state
+    close(alone, F.normalize(hidden[0, -1], dim=0))
+
+
+def test_a_text_encoder_with_fewer_positions_than_it_says(tmp_path):
+    bert_folder(tmp_path)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    RobertaModel(
+        RobertaConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=1, **sizes)
+    ).save_pretrained(tmp_path)
+    longest = model.load_encoder(str(tmp_path))(["one two three four " * 9])  # more than it has positions for
+    assert longest.shape == (1, 16) and longest.isfinite().all()
+
+
+# -------------------- A LoRA on the encoder --------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    """A text encoder of two parts: a random BERT, and hashed words."""
+    folder = tmp_path_factory.mktemp("bert")
+    bert_folder(folder)
+    return f"{folder}+hash"
+
+
+def settings(encoder: str, *words) -> list:
+    return [*SHORT, "--encoder", encoder, "--encoder_rank", "2", *words]
+
+
+@pytest.fixture(scope="module")
+def runs(encoder, tmp_path_factory) -> list:
+    """Folders of three hypernetworks: two with LoRAs on the same encoder, one without."""
+    folder = tmp_path_factory.mktemp("runs")
+    fit(folder / "a", *settings(encoder), "--max_steps", "4")
+    fit(folder / "b", *settings(encoder), "--max_steps", "4", "--seed", "1")
+    fit(folder / "frozen", *SHORT, "--encoder", encoder, "--max_steps", "4")
+    return [folder / name for name in ("a", "b", "frozen")]
+
+
+def test_training_reaches_the_encoder(runs):
+    """All of its linear layers, and nothing where it stays frozen."""
+    net = hypernet.load_hypernet(runs[0])
+    assert {name: (len(A), len(B)) for name, (A, B) in net.encoder_lora(0).items()} == {
+        name: (2, 2) for name in ("query", "key", "value", "dense_16x16", "dense_32x16", "dense_16x32")
+    }
+    assert all(B.abs().sum() > 0 for _, B in net.encoder_lora(0).values())
+    assert not any("encoder_lora" in name for name, _ in hypernet.load_hypernet(runs[2]).named_parameters())
+
+
+def test_generate_applies_it_without_a_flag(runs, encoder, tmp_path):
+    """Its adapter is what the network makes of a BERT whose weights are W + 2 BA."""
+    text = "Translate the cat. one two"
+    assert command(generate, "--desc", text, "--hypernet", runs[0], "--out", tmp_path / "adapter") == 0
+    written, _ = lora.load_adapter(tmp_path / "adapter")
+
+    net, folder = hypernet.load_hypernet(runs[0]), encoder.removesuffix("+hash")
+    merged, weights = load_text_model(folder), net.encoder_lora(0)
+    for i, layer in enumerate(merged.encoder.layer):
+        places = {"query": layer.attention.self.query, "key": layer.attention.self.key}
+        places |= {"value": layer.attention.self.value, "dense_16x16": layer.attention.output.dense}
+        places |= {"dense_32x16": layer.intermediate.dense, "dense_16x32": layer.output.dense}
+        for name, linear in places.items():
+            A, B = weights[name]
+            linear.weight.data += 2 * B[i].data @ A[i].data
+    before = model.load_encoder(encoder)([text])
+    merged.save_pretrained(tmp_path / "merged")
+    for file in ("vocab.txt", "tokenizer_config.json"):
+        shutil.copy(f"{folder}/{file}", tmp_path / "merged")
+    heard = model.load_encoder(f"{tmp_path / 'merged'}+hash")([text])
+    assert (heard - before).abs().max() > 1e-3
+    for name, (A, B) in net(heard).items():
+        close(written[name][0], A[0], 1e-4, 1e-5)
+        close(written[name][1], B[0], 1e-4, 1e-5)
+
+
+def test_two_networks_do_not_mix(runs, monkeypatch):
+    """In one run of eval.py each hears with its own LoRA, in whatever order they are asked."""
+    words = ["--methods", "base", "--compare", *map(str, runs), "--split", "val"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *words])
+    args, tasks = evaluation.parse_args(), tiny.load()["val"][:2]
+    models = evaluation.Models(args, ["base"], tasks, Process(torch.device("cpu")))
+    assert len(models.encoders) == 2  # one with a LoRA, one without
+    questions = [evaluation.Question(task, task.test[0], task.descriptions[0], "", []) for task in tasks]
+    texts = [question.description for question in questions]
+    for folder in (*runs, *reversed(runs)):
+        models.set_adapters(str(folder), questions)
+        net = hypernet.load_hypernet(folder)
+        encode = model.load_encoder(net.config.encoder, with_lora=net.config.encoder_rank > 0)
+        alone, _ = generate.write_adapters(net, texts, models.base, models.tokenizer, encode)
+        first = next(layer for layer in lora.injected_layers(models.base) if layer.name == "q_proj")
+        close(first.B, alone["q_proj"][1][:, 0], 0, 1e-7)
+
+
+def test_its_gradient_is_that_of_the_loss(encoder):
+    run = run_of(*settings(encoder), "--trunk_dropout", "0", "--input_dropout", "0", "--dropout", "0")
+    for head in run.net.heads.values():
+        torch.nn.init.normal_(head.weight, std=0.02)
+    weights = [p for name, p in run.net.named_parameters() if name.startswith("encoder_lora")]
+    for p in weights:
+        p.data.normal_(std=0.2)
+    drawn = data.draw(run.tasks, 0, run.args)
+    run.net.zero_grad()
+    train.sft_step(run, run.net, drawn)
+    gradients = [p.grad.clone() for p in weights]
+    length = torch.cat([g.flatten() for g in gradients]).norm()
+    losses = []
+    for distance in (0.02, -0.02):  # along the gradient
+        for p, g in zip(weights, gradients):
+            p.data += distance * g / length
+        losses.append(train.sft_step(run, run.net, drawn))
+        for p, g in zip(weights, gradients):
+            p.data -= distance * g / length
+    assert length > 1e-5
+    close((losses[0] - losses[1]) / 0.04, length, 0.03, 1e-6)
+
+
+def test_an_encoder_without_a_network_has_no_lora():
+    refused("needs a text encoder with one network of its own", run_of, *SHORT, "--encoder_rank", "2")
