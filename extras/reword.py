@@ -1,15 +1,21 @@
-"""Teach a hypernetwork new words: python -m extras.reword FROM OUT_DIR
+"""Teach a hypernetwork new words, and to hear two chores as two: python -m extras.reword FROM OUT_DIR --slots 2
 
-FROM was trained by SFT on chores that are described by templates, and hears little else. A copy of it learns
-to write, from the descriptions of tasks/chores_descriptions.json, the adapters that FROM writes from
-templates: reconstruction, with the network itself as its oracle. It takes no base model, and little time:
-1,500 steps are half an hour on one core. SFT can go on from the result (train.py --init_from).
+FROM was trained by SFT on chores. A copy of it learns to write, from the descriptions of
+tasks/chores_descriptions.json, the adapters that FROM writes from templates: reconstruction, with the network
+itself as its oracle. It takes no base model, and little time. SFT can go on from the result (train.py
+--init_from).
+
+With more slots than FROM has, the first one learns to write what FROM writes for the first chore of a chain
+alone, the second one what it writes for the second chore alone. The sum of the two does the whole chain in
+many cases already.
 
 The heads stay as they are. So it is enough to compare their inputs, by what a head W makes of a difference d:
 the squared length of W d.
 """
 
 import random
+from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +32,24 @@ BATCH = 64  # descriptions per step
 LAYERS = 8  # layers of the base model per step, drawn at random, to save time
 TEMPLATES = 12  # descriptions from templates that the targets of a task are averaged over
 LR = 1e-3
+GATE = 0.7  # of both slots, if a task has two chores: better than 1 before any SFT
+
+
+def load_copy(args, device: torch.device):
+    """(FROM, a copy with the slots and the LoRA that are asked for, their text encoder)."""
+    start = hypernet.load_hypernet(args.start).to(device)  # in eval mode
+    config = replace(start.config, slots=max(args.slots, start.config.slots))
+    config.encoder_rank = args.encoder_rank or start.config.encoder_rank
+    name, rank = args.encoder or config.encoder, config.encoder_rank
+    encode = model.load_encoder(name, device, full_stop=config.full_stop, with_lora=rank > 0)
+    if rank:
+        config.encoder_lora = asdict(hypernet.encoder_lora_config(encode.network, config.encoder, rank))
+    net = hypernet.make_net(type(start), config).to(device)
+    weights = start.state_dict()
+    for key in ("task_encoder.0.weight", "task_encoder.0.bias"):
+        weights[key] = torch.cat([weights[key]] * (config.slots // start.config.slots))
+    net.load_state_dict(weights, strict=False)  # gates and the LoRA are new
+    return start, net, encode
 
 
 def metric(net: hypernet.TextToLoRA) -> list[Tensor]:
@@ -38,57 +62,97 @@ def metric(net: hypernet.TextToLoRA) -> list[Tensor]:
     return factors
 
 
-def head_inputs(net: hypernet.TextToLoRA, factors: list[Tensor], text_emb: Tensor, layers) -> Tensor:
-    """What the heads are given, in the metric above. [n, E] -> [n, layers, M, head_in]"""
-    rows = net.rows(net.embed_task(text_emb))[:, layers]  # [n, layers, M, d]
-    x = net.trunk(rows)
-    return torch.stack([x[:, :, m] @ C for m, C in enumerate(factors)], 2)
+class Written(NamedTuple):
+    """What a network writes for n tasks, as the inputs of its heads in the metric above."""
+
+    x: Tensor  # [n, S, L, M, head_in]
+    gate: Tensor  # how much each slot counts [n, S]
+
+
+def write(net: hypernet.TextToLoRA, factors: list[Tensor], encode, texts: list[str], layers) -> Written:
+    """What a network writes from descriptions, for some of the layers."""
+    task_emb = net.embed_task(hypernet.make_condition(net, texts, None, None, encode))  # [n, S, d/2]
+    x = net.trunk(net.rows(task_emb.flatten(0, 1))[:, layers])  # [n * S, layers, M, head_in]
+    x = torch.stack([x[:, :, m] @ C for m, C in enumerate(factors)], 2).unflatten(0, task_emb.shape[:2])
+    gate = net.gate(task_emb)[..., 0].sigmoid() if net.config.slots > 1 else x.new_ones(x.shape[:2])
+    return Written(x.float(), gate.float())
 
 
 @torch.no_grad()
-def make_targets(net, factors, encode, chains: list[chores.Chain]) -> dict[chores.Chain, Tensor]:
-    """What the network makes of the templates of each task. {chain: [L, M, head_in]}"""
+def make_targets(net, factors, encode, chains: list[chores.Chain]) -> dict[chores.Chain, Written]:
+    """What a network writes from the templates of each task: x [S, L, M, head_in], gate [S]."""
     targets = {}
     for chain in tqdm(chains, desc="targets"):
         texts = [chores.from_template(chain, random.Random(f"{chain} {i}")) for i in range(TEMPLATES)]
-        targets[chain] = head_inputs(net, factors, encode(texts), slice(None)).mean(0)
+        x, gate = write(net, factors, encode, texts, slice(None))
+        targets[chain] = Written(x.mean(0), gate.mean(0))
     return targets
+
+
+def split_targets(targets: dict[chores.Chain, Written], chains: list[chores.Chain]):
+    """Targets of two slots, one for each chore, from those of single chores with one slot."""
+    of_chore = {}  # a chore for any text has a task for each sort of input
+    for (_, chore), target in targets.items():
+        of_chore.setdefault(chore, []).append(target.x)
+    mean = {chore: torch.stack(xs).mean(0) for chore, xs in of_chore.items()}  # [1, L, M, head_in]
+    split = {}
+    for chain in chains:
+        first = targets[chain[:2]].x
+        if len(chain) == 2:  # the second slot is closed, whatever it writes
+            split[chain] = Written(torch.cat([first, first]), torch.tensor([1.0, 0.0]))
+        else:
+            split[chain] = Written(torch.cat([first, mean[chain[2]]]), torch.tensor([GATE, GATE]))
+    return split
 
 
 def main() -> None:
     parser = flags.Parser(__doc__)
-    parser.add_argument("start", metavar="FROM", help="folder of the hypernetwork to start from")
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the new one")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps")
-    parser.add_argument("--encoder", help="where the text encoder is, if not under its name in training")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
+    add = parser.add_argument
+    add("start", metavar="FROM", help="folder of the hypernetwork to start from")
+    add("out_dir", metavar="OUT_DIR", help="folder for the new one")
+    add("--steps", type=flags.at_least(1), default=1500, help="training steps")
+    add(
+        "--slots",
+        type=int,
+        choices=[1, 2],
+        default=1,
+        help="slots of the new one; at least as many as FROM's",
+    )
+    add("--encoder_rank", type=flags.at_least(0), default=0, help="rank of a new LoRA on the text encoder")
+    add("--encoder", help="where the text encoder is, if not under its name in training")
+    add("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
     args = parser.parse_args()
-    steps, device = args.steps, processes.choose_device(args.device)
+    device = processes.choose_device(args.device)
     torch.manual_seed(0)
-    net = hypernet.load_hypernet(args.start).to(device)  # in eval mode
-    encode = model.load_encoder(args.encoder or net.config.encoder, device, full_stop=net.config.full_stop)
+    start, net, encode = load_copy(args, device)
     factors = metric(net)
     names = {task.name for task in chores.load()["train"]}
     chains = [chain for chain in chores.all_chains() if chores.name_of(chain) in names]
     weights = [chores.weight(chain) for chain in chains]
-    targets = make_targets(net, factors, encode, chains)
-    stacked = torch.stack(list(targets.values()))
+    if net.config.slots > start.config.slots:
+        single = [chain for chain in chains if len(chain) == 2]
+        targets = split_targets(make_targets(start, factors, encode, single), chains)
+    else:
+        targets = make_targets(start, factors, encode, chains)
+    stacked = torch.stack([target.x[0] for target in targets.values()])
     variance = (stacked - stacked.mean(0)).square().mean()
 
     net.train()
     parameters = [p for name, p in net.named_parameters() if p.requires_grad and not name.startswith("head")]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=1e-2)
-    bar = tqdm(range(steps), desc="reword")
+    bar = tqdm(range(args.steps), desc="reword")
     for step in bar:
-        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 50, 2 * (1 - step / steps))
+        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 50, 2 * (1 - step / args.steps))
         rng = random.Random(step)
         batch = rng.choices(chains, weights, k=BATCH)
-        layers = rng.sample(range(net.config.n_layers), LAYERS)
-        text_emb = encode([chores.description(chain, rng.randrange(1000)) for chain in batch])
+        layers = rng.sample(range(len(net.layers)), min(LAYERS, len(net.layers)))
+        texts = [chores.description(chain, rng.randrange(1000)) for chain in batch]
         with bfloat16_if_fast(device):
-            x = head_inputs(net, factors, text_emb, layers).float()
-        target = torch.stack([targets[chain][layers] for chain in batch])
-        loss = (x - target).square().mean() / variance  # 1 for the mean adapter of all tasks
+            x, gate = write(net, factors, encode, texts, layers)
+        target_x = torch.stack([targets[chain].x[:, layers] for chain in batch])
+        target_gate = torch.stack([targets[chain].gate for chain in batch]).to(device)
+        error = (x - target_x).square().mean((2, 3, 4)) / variance  # [n, S]; 1 for the mean of all tasks
+        loss = (target_gate * error).sum() / target_gate.sum() + (gate - target_gate).square().mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
