@@ -13,9 +13,10 @@ chores.json holds the values of inputs, what the chores do, and templates of des
 up; a fifth of the names, places and words is for test examples only.
 
 chores_descriptions.json holds descriptions that were written one by one, from inputs and outputs alone,
-without sight of the templates, by nine writers, each with a voice: terse, full sentences, chatty questions,
-reason first, what goes and what stays, everyday words, experts; for validation, seen from the result; and for
-testing (`reworded`) three of each chore: terse, a full sentence, put differently.
+without sight of the templates, by fifteen writers, each with a voice: terse, full sentences, chatty
+questions, reason first, what goes and what stays, everyday words, experts, a learner of English, step by
+step, annoyed, roundabout, by example, for someone else; for validation, seen from the result; and for testing
+(`reworded`) three of each chore: terse, a full sentence, put differently.
 """
 
 import json
@@ -409,7 +410,7 @@ JOINED = ("{x}. Then: {y}", "{x}, then {y}", "First: {x}. After that: {y}", "{x}
 def description(chain: Chain, i: int) -> str:
     """Training description i of a task: from a template in a third of the cases, otherwise written.
 
-    A chain with written descriptions uses them half of the time, otherwise those of its two chores, joined.
+    A chain mostly uses its own, otherwise those of its two chores, joined.
     """
     rng = random.Random(f"{name_of(chain)} description {i}")
     sort, first, *rest = chain
@@ -417,7 +418,7 @@ def description(chain: Chain, i: int) -> str:
     parts = [written("train", (sort, chore)) for chore in (first, *rest)]
     if rng.random() < 1 / 3 or not all(parts):
         return from_template(chain, rng)
-    if not rest or (whole and rng.random() < 0.5):
+    if not rest or (whole and rng.random() < 0.75):
         return rng.choice(whole)
     x, y = [rng.choice(descriptions) for descriptions in parts]
     return rng.choice(JOINED).format(x=x.rstrip("."), y=y)
