@@ -53,7 +53,7 @@ class DescriptionConfig(HypernetConfig):
 
     encoder: str = "hash"  # the text encoder, see model.load_encoder
     encoder_rank: int = setting(0, "rank of a LoRA on the text encoder, trained along (published: 0)")
-    encoder_lora: dict = field(default_factory=dict)  # its LoRAConfig
+    encoder_lora: dict = field(default_factory=dict)  # its LoRAConfig; its weights are net.encoder_lora
     full_stop: bool = setting(False, "append a full stop to descriptions that end in a letter")
     z_score: bool = False  # trained by reconstruction of z-scores over the oracles
 
@@ -122,7 +122,7 @@ class TextToLoRA(nn.Module):
 
         # rows: the embeddings of task, layer and module
         self.task_encoder = nn.Sequential(nn.Linear(c.input_size, c.slots * half), nn.LayerNorm(half))
-        if c.slots > 1:  # how much a slot counts
+        if c.slots > 1:  # a factor for the B of a slot
             self.gate = nn.Linear(half, 1)
         self.layer_emb = nn.Sequential(nn.Embedding(c.n_layers, quarter), nn.LayerNorm(quarter))
         self.module_emb = nn.Sequential(nn.Embedding(len(self.names), quarter), nn.LayerNorm(quarter))
@@ -164,23 +164,24 @@ class TextToLoRA(nn.Module):
                 self.deviation[key] = nn.Parameter(deviation, requires_grad=False)
 
     def forward(self, text_emb: Tensor) -> Adapter:
-        """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r].
+        """The text encoder's output [n, E], of any norm -> A [n, L, S r, in], B [n, L, out, S r].
 
-        With S slots, S adapters from S task embeddings are joined along the rank, which then is S * r.
+        The adapters of S slots, from a task embedding each, are joined along the rank. Published: S = 1.
         """
-        slots = [self.write(task_emb) for task_emb in self.embed_task(text_emb).unbind(1)]
-        return slots[0] if len(slots) == 1 else lora.concat_rank(slots)
+        adapters = [self.write(task_emb) for task_emb in self.embed_task(text_emb).unbind(1)]
+        return adapters[0] if len(adapters) == 1 else lora.concat_rank(adapters)
 
     def write(self, task_emb: Tensor) -> Adapter:
         """The adapter of one slot. [n, d/2] -> A [n, L, r, in], B [n, L, out, r]"""
         x = self.trunk(self.rows(task_emb))  # [n, L, M, ..., head_in]
+        gate = (
+            self.gate(task_emb).sigmoid()[..., None, None] if self.config.slots > 1 else None
+        )  # [n, 1, 1, 1]
         adapter = {}
         for m, name in enumerate(self.names):
             has_it = self.config.positions(name)  # of the layers: all of them in most models
             A, B = self.write_module(name, x[:, has_it, m])
-            if self.config.slots > 1:
-                B = self.gate(task_emb).sigmoid()[..., None, None] * B  # a gate [n, 1, 1, 1]
-            adapter[name] = (A, B)
+            adapter[name] = (A, B) if gate is None else (A, gate * B)
         return adapter
 
     def embed_task(self, text_emb: Tensor) -> Tensor:
@@ -479,8 +480,8 @@ def split_document(ids: list[int], config: DocConfig, training: bool) -> list[li
 def make_condition(net: nn.Module, texts: list, base: nn.Module, tokenizer, encode=None):
     """The condition from which `net` writes n adapters.
 
-    For descriptions: the output of the text encoder `encode`, [n, E]. For documents, each a text or a list of
-    texts: `ChunkedDocuments`, which the base model reads when the network asks for it.
+    For descriptions: the output of the text encoder `encode`, with the network's LoRA, [n, E]. For documents,
+    each a text or a list of texts: `ChunkedDocuments`, which the base model reads when the network asks.
     """
     if net.reads == "documents":
         return chunk_documents(net.config, texts, base, tokenizer, net.training)
@@ -557,7 +558,7 @@ def encoder_lora_config(network: nn.Module, encoder: str, rank: int) -> LoRAConf
 
 
 def make_net(net_class, config: HypernetConfig) -> nn.Module:
-    """A network with random weights, and with the LoRA of its text encoder, if it has one."""
+    """A network with random weights. If its text encoder has a LoRA, it is net.encoder_lora."""
     net = net_class(config)
     if net.reads == "descriptions" and config.encoder_rank:
         net.encoder_lora = lora.LoRABank(LoRAConfig(**config.encoder_lora), 1)

@@ -136,7 +136,7 @@ def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, list[t
 
 
 def linear_names(network: nn.Module) -> list[str]:
-    """The names of all linear layers in numbered layers."""
+    """The names of all linear layers in numbered layers: the last parts of their paths."""
     paths = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
     return sorted({path.split(".")[-1] for path in paths if LAYER_NUMBER.search(path)})
 

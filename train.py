@@ -68,7 +68,7 @@ SETTINGS = [  # name, default (for the tiny world), meaning; numbers: least valu
     ("instruction", False, "put the task's definition before each input, as published"),
     # adapters
     ("target_modules", "q_proj,v_proj", "linear layers that get an adapter"),
-    ("rank", 8, "rank of an adapter; d2l: of each chunk", 1),
+    ("rank", 8, "rank of an adapter; d2l: of each chunk; with slots: of each", 1),
     ("alpha", 16.0, "scaling is alpha / sqrt(rank)"),
     ("dropout", 0.1, "dropout on the input of the adapters", 0, 1),
     # steps

@@ -1,13 +1,13 @@
-"""Teach a hypernetwork new words, and to hear two chores as two: python -m extras.reword FROM OUT_DIR --slots 2
+"""Teach a hypernetwork new words, and give each of two chores a slot: python -m extras.reword FROM OUT_DIR
 
-FROM was trained by SFT on chores. A copy of it learns to write, from the descriptions of
-tasks/chores_descriptions.json, the adapters that FROM writes from templates: reconstruction, with the network
-itself as its oracle. It takes no base model, and little time. SFT can go on from the result (train.py
---init_from).
+FROM is Text-to-LoRA of size large, trained by SFT on chores. A copy of it learns to write, from the
+descriptions of tasks/chores_descriptions.json, the adapters that FROM writes from templates: reconstruction,
+with the network itself as its oracle. It takes no base model, and little time. SFT can go on from the result
+(train.py --init_from, with the same --slots and --encoder_rank).
 
-With more slots than FROM has, the first one learns to write what FROM writes for the first chore of a chain
-alone, the second one what it writes for the second chore alone. The sum of the two does the whole chain in
-many cases already.
+With --slots 2, if FROM has one slot, the first slot learns to write what FROM writes for the first chore of a
+chain alone, the second one what it writes for the second chore alone. The sum of the two does the whole chain
+in many cases already.
 
 The heads stay as they are. So it is enough to compare their inputs, by what a head W makes of a difference d:
 the squared length of W d.
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import hypernet
 import model
 from support import flags, processes
-from support.files import command
+from support.files import UserError, command
 from support.state import bfloat16_if_fast
 from tasks import chores
 
@@ -32,14 +32,16 @@ BATCH = 64  # descriptions per step
 LAYERS = 8  # layers of the base model per step, drawn at random, to save time
 TEMPLATES = 12  # descriptions from templates that the targets of a task are averaged over
 LR = 1e-3
-GATE = 0.7  # of both slots, if a task has two chores: better than 1 before any SFT
+GATE = 0.7  # what the gates of both slots learn if a task has two chores: better than 1 before any SFT
 
 
 def load_copy(args, device: torch.device):
     """(FROM, a copy with the slots and the LoRA that are asked for, their text encoder)."""
     start = hypernet.load_hypernet(args.start).to(device)  # in eval mode
+    if getattr(start.config, "size", "") != "large":
+        raise UserError(f"{args.start} is not Text-to-LoRA of size large")
     config = replace(start.config, slots=max(args.slots, start.config.slots))
-    config.encoder_rank = args.encoder_rank or start.config.encoder_rank
+    config.encoder_rank = start.config.encoder_rank or args.encoder_rank
     name, rank = args.encoder or config.encoder, config.encoder_rank
     encode = model.load_encoder(name, device, full_stop=config.full_stop, with_lora=rank > 0)
     if rank:
@@ -48,7 +50,7 @@ def load_copy(args, device: torch.device):
     weights = start.state_dict()
     for key in ("task_encoder.0.weight", "task_encoder.0.bias"):
         weights[key] = torch.cat([weights[key]] * (config.slots // start.config.slots))
-    net.load_state_dict(weights, strict=False)  # gates and the LoRA are new
+    net.load_state_dict(weights, strict=False)  # gates and the LoRA may be new
     return start, net, encode
 
 
@@ -70,7 +72,7 @@ class Written(NamedTuple):
 
 
 def write(net: hypernet.TextToLoRA, factors: list[Tensor], encode, texts: list[str], layers) -> Written:
-    """What a network writes from descriptions, for some of the layers."""
+    """What a network writes from descriptions, for some of the layers (a slice or a list of numbers)."""
     task_emb = net.embed_task(hypernet.make_condition(net, texts, None, None, encode))  # [n, S, d/2]
     x = net.trunk(net.rows(task_emb.flatten(0, 1))[:, layers])  # [n * S, layers, M, head_in]
     x = torch.stack([x[:, :, m] @ C for m, C in enumerate(factors)], 2).unflatten(0, task_emb.shape[:2])
@@ -91,7 +93,7 @@ def make_targets(net, factors, encode, chains: list[chores.Chain]) -> dict[chore
 
 def split_targets(targets: dict[chores.Chain, Written], chains: list[chores.Chain]):
     """Targets of two slots, one for each chore, from those of single chores with one slot."""
-    of_chore = {}  # a chore for any text has a task for each sort of input
+    of_chore = {}  # several for a chore for any text, which is a task for each sort of input
     for (_, chore), target in targets.items():
         of_chore.setdefault(chore, []).append(target.x)
     mean = {chore: torch.stack(xs).mean(0) for chore, xs in of_chore.items()}  # [1, L, M, head_in]
@@ -111,14 +113,13 @@ def main() -> None:
     add("start", metavar="FROM", help="folder of the hypernetwork to start from")
     add("out_dir", metavar="OUT_DIR", help="folder for the new one")
     add("--steps", type=flags.at_least(1), default=1500, help="training steps")
+    add("--slots", type=int, choices=[1, 2], default=1, help="slots, if FROM has one")
     add(
-        "--slots",
-        type=int,
-        choices=[1, 2],
-        default=1,
-        help="slots of the new one; at least as many as FROM's",
+        "--encoder_rank",
+        type=flags.at_least(0),
+        default=0,
+        help="rank of the encoder's LoRA, if FROM has none",
     )
-    add("--encoder_rank", type=flags.at_least(0), default=0, help="rank of a new LoRA on the text encoder")
     add("--encoder", help="where the text encoder is, if not under its name in training")
     add("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
     args = parser.parse_args()
@@ -151,7 +152,7 @@ def main() -> None:
             x, gate = write(net, factors, encode, texts, layers)
         target_x = torch.stack([targets[chain].x[:, layers] for chain in batch])
         target_gate = torch.stack([targets[chain].gate for chain in batch]).to(device)
-        error = (x - target_x).square().mean((2, 3, 4)) / variance  # [n, S]; 1 for the mean of all tasks
+        error = (x - target_x).square().mean((2, 3, 4)) / variance  # [n, S]; 1 if all got the mean target
         loss = (target_gate * error).sum() / target_gate.sum() + (gate - target_gate).square().mean()
         optimizer.zero_grad()
         loss.backward()

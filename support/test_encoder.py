@@ -263,5 +263,5 @@ def test_its_gradient_is_that_of_the_loss(encoder):
     close((losses[0] - losses[1]) / 0.04, length, 0.03, 1e-6)
 
 
-def test_an_encoder_without_a_network_has_no_lora():
+def test_a_lora_needs_an_encoder_with_one_network():
     refused("needs a text encoder with one network of its own", run_of, *SHORT, "--encoder_rank", "2")
