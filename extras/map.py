@@ -76,13 +76,13 @@ def main() -> None:
     tasks = {task.name: task for split in chosen.values() for task in split}
     tasks = list(tasks.values())[: args.n_tasks]
     encoder = args.encoder or net.config.encoder
-    base_and_tokenizer = ()
+    base_and_tokenizer = (None, None)
     if "base" in encoder.split("+"):
         base_and_tokenizer = model.load_base(args.base_model or net.config.base_model, device)
     c, texts = net.config, [task.descriptions[0] for task in tasks]
     encode = model.load_encoder(encoder, device, base_and_tokenizer, c.full_stop, c.encoder_rank > 0)
     with torch.no_grad():
-        text_emb = hypernet.make_condition(net, texts, *(base_and_tokenizer or (None, None)), encode)
+        text_emb = hypernet.make_condition(net, texts, *base_and_tokenizer, encode)
     embeddings, changes = vectors_of(net, text_emb)
 
     parts = [task.name.split("-") for task in tasks]

@@ -188,11 +188,11 @@ def runs(encoder, tmp_path_factory) -> list:
 
 def test_training_reaches_the_encoder(runs):
     """All of its linear layers, and nothing where it stays frozen."""
-    net = hypernet.load_hypernet(runs[0])
-    assert {name: (len(A), len(B)) for name, (A, B) in net.encoder_lora(0).items()} == {
-        name: (2, 2) for name in ("query", "key", "value", "dense_16x16", "dense_32x16", "dense_16x32")
-    }
-    assert all(B.abs().sum() > 0 for _, B in net.encoder_lora(0).values())
+    adapter = hypernet.load_hypernet(runs[0]).encoder_lora(0)
+    assert set(adapter) == {"query", "key", "value", "dense_16x16", "dense_32x16", "dense_16x32"}
+    for A, B in adapter.values():
+        assert len(A) == len(B) == 2  # layers
+        assert B.abs().sum() > 0
     assert not any("encoder_lora" in name for name, _ in hypernet.load_hypernet(runs[2]).named_parameters())
 
 
@@ -222,22 +222,30 @@ def test_generate_applies_it_without_a_flag(runs, encoder, tmp_path):
         close(written[name][1], B[0], 1e-4, 1e-5)
 
 
-def test_two_networks_do_not_mix(runs, monkeypatch):
+def test_two_networks_do_not_mix(runs, tmp_path, monkeypatch):
     """In one run of eval.py each hears with its own LoRA, in whatever order they are asked."""
-    words = ["--methods", "base", "--compare", *map(str, runs), "--split", "val"]
+    folders = []
+    for folder in runs:  # with large weights, since four steps have hardly changed them
+        net = hypernet.load_hypernet(folder)
+        for name, p in net.named_parameters():
+            if name.startswith(("encoder_lora", "heads")):
+                p.data.normal_(std=0.3)
+        folders.append(tmp_path / folder.name)
+        hypernet.save_hypernet(net, folders[-1])
+    words = ["--methods", "base", "--compare", *map(str, folders), "--split", "val"]
     monkeypatch.setattr(sys, "argv", ["eval.py", *words])
     args, tasks = evaluation.parse_args(), tiny.load()["val"][:2]
     models = evaluation.Models(args, ["base"], tasks, Process(torch.device("cpu")))
     assert len(models.encoders) == 2  # one with a LoRA, one without
     questions = [evaluation.Question(task, task.test[0], task.descriptions[0], "", []) for task in tasks]
     texts = [question.description for question in questions]
-    for folder in (*runs, *reversed(runs)):
+    for folder in (*folders, *reversed(folders)):
         models.set_adapters(str(folder), questions)
         net = hypernet.load_hypernet(folder)
         encode = model.load_encoder(net.config.encoder, with_lora=net.config.encoder_rank > 0)
         alone, _ = generate.write_adapters(net, texts, models.base, models.tokenizer, encode)
         first = next(layer for layer in lora.injected_layers(models.base) if layer.name == "q_proj")
-        close(first.B, alone["q_proj"][1][:, 0], 0, 1e-7)
+        close(first.B, alone["q_proj"][1][:, 0], 1e-4, 1e-5)
 
 
 def test_its_gradient_is_that_of_the_loss(encoder):
