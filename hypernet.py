@@ -143,13 +143,9 @@ class TextToLoRA(nn.Module):
         self.heads = nn.ModuleDict()
         for name in self.names:
             n_in, n_out = c.in_features[name], c.out_features[name]
-            if c.size == "large":
-                width = c.r * (n_in + n_out)
-            elif c.size == "medium":
-                width = c.r * max(n_in, n_out)
-            else:
-                width = max(n_in, n_out)
-            self.heads[name] = nn.Linear(c.head_in_size, width, bias=not c.z_score)
+            larger = max(n_in, n_out)
+            widths = {"large": c.r * (n_in + n_out), "medium": c.r * larger, "small": larger}
+            self.heads[name] = nn.Linear(c.head_in_size, widths[c.size], bias=not c.z_score)
 
         # constants (Parameters, since torch has no dictionary of buffers): A and B are offset + deviation *
         # (output of the head). For SFT the offset is LoRA's initialisation and the deviation 1; for z-scores

@@ -154,9 +154,8 @@ def test_base_encoder_reads_the_last_token():
 def test_a_text_encoder_with_fewer_positions_than_it_says(tmp_path):
     bert_folder(tmp_path)
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    RobertaModel(
-        RobertaConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=1, **sizes)
-    ).save_pretrained(tmp_path)
+    config = RobertaConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=1, **sizes)
+    RobertaModel(config).save_pretrained(tmp_path)
     longest = model.load_encoder(str(tmp_path))(["one two three four " * 9])  # more than it has positions for
     assert longest.shape == (1, 16) and longest.isfinite().all()
 
