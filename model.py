@@ -15,7 +15,7 @@ import lora
 from support import processes
 from support.files import UserError, read_file
 from support.hashing import hash_encoder
-from support.hub import encoder_parts, fetch, from_pretrained, load_text_model, longest_text
+from support.hub import encoder_source, fetch, from_pretrained, load_text_model, longest_text
 from support.processes import Process
 
 # -------------------- The base model --------------------
@@ -247,30 +247,28 @@ def recompute_layers(base: nn.Module) -> None:
 def load_encoder(name: str, device="cpu", base_and_tokenizer=(), full_stop=False, with_lora=False):
     """A text encoder, as a callable: list of n descriptions -> [n, E].
 
-    `name` is a preset, "hash", "base" (with `base_and_tokenizer`), a hub id or a folder; or several of these
-    joined by "+", whose unit vectors are concatenated. With `full_stop`, descriptions that end in a letter
-    get a full stop, as published. With `with_lora` its network, `encode.network`, has LoRA layers.
+    `name` is a preset, "hash", "base" (with `base_and_tokenizer`), a hub id or a folder. With `full_stop`,
+    descriptions that end in a letter get a full stop, as published. With `with_lora` its network,
+    `encode.network`, has LoRA layers.
     """
-    encoders, networks = [], []
-    for part in encoder_parts(name):
-        if part == "hash":
-            encoders.append(hash_encoder)
-        elif part == "base":
-            encoders.append(partial(base_encoder, *base_and_tokenizer))
-        else:
-            encoders.append(TransformerEncoder(part, device))
-            networks.append(encoders[-1].model)
+    name = encoder_source(name)
+    if name == "hash":
+        embed = hash_encoder
+    elif name == "base":
+        embed = partial(base_encoder, *base_and_tokenizer)
+    else:
+        embed = TransformerEncoder(name, device)
 
     def encode(texts: list[str]) -> Tensor:
         texts = [text.strip() for text in texts]
         if full_stop:
             texts = [f"{text}." if text[-1].isalpha() else text for text in texts]
-        return torch.cat([encoder(texts).to(device) for encoder in encoders], -1)
+        return embed(texts).to(device)
 
     if with_lora:
-        if len(networks) != 1:
-            raise UserError(f"--encoder_rank needs a text encoder with one network of its own, not {name}")
-        (encode.network,) = networks
+        if name in ("hash", "base"):
+            raise UserError(f"--encoder_rank needs a text encoder with a network of its own, not {name}")
+        encode.network = embed.model
         lora.inject(encode.network, lora.linear_names(encode.network))
     return encode
 

@@ -1530,7 +1530,7 @@ def test_answers_of_several_lines_stay_in_their_column(capsys):
 # -------------------- A real model --------------------
 @needs_models
 def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
-    words = [*REAL[:3], f"{REAL[3]}+hash", "--out", tmp_path / "a"]
+    words = [*REAL, "--out", tmp_path / "a"]
     asked = {
         "just the family name please": ("Ada Lovelace", "Lovelace"),
         "what comes after the at sign?": ("ada.lovelace@engine.org", "engine.org"),
@@ -1545,7 +1545,7 @@ def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
 @needs_models
 def test_the_readmes_lines_for_peft(tmp_path, capsys):
     pytest.importorskip("peft", reason="peft is not installed")
-    words = [*REAL[:3], f"{REAL[3]}+hash", "--out", tmp_path / "adapter"]
+    words = [*REAL, "--out", tmp_path / "adapter"]
     assert command(generate, *words, "--desc", "just the family name please") == 0
     program = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
     program = program.replace("HuggingFaceTB/SmolLM2-135M-Instruct", REAL[1])

@@ -53,16 +53,12 @@ SETTINGS = [  # name, default (for the tiny world), meaning; numbers: least valu
     ("mode", "sft", "lora, recon or sft, see above"),
     ("arch", "t2l", "hypernetwork: t2l is Text-to-LoRA, d2l Doc-to-LoRA (start from @config/d2l.args)"),
     ("base_model", "tiny", f"{', '.join(hub.PRESETS)}, a hub id or a folder"),
-    ("encoder", "preset", "text encoder: the preset's, hash, base, a hub id or a folder; A+B joins two"),
+    ("encoder", "preset", "text encoder: the preset's, hash, base, a hub id or a folder"),
     ("init_from", "", "start from the weights of this hypernetwork, of the same settings"),
     ("multi_task", False, "lora: one adapter for all tasks"),
     ("oracles", "", "recon: the folder that --mode lora wrote; it sets rank, alpha and target_modules"),
     # tasks
-    (
-        "tasks",
-        "tiny",
-        f"{', '.join(source for source in SOURCES if source != 'benchmarks')}, or a folder of task files",
-    ),
+    ("tasks", "tiny", f"{', '.join(sorted({*SOURCES} - {'benchmarks'}))}, or a folder of task files"),
     ("split", "train", "tasks to train on: train, val or test"),
     ("n_tasks", 0, "use only so many of these tasks (0: all)"),
     ("instruction", False, "put the task's definition before each input, as published"),
@@ -312,7 +308,7 @@ def prepare_recon(args, process: Process) -> Run:
     oracles, oracle_config = lora.load_adapters(folders, process.device)
 
     base, tokenizer = hub.load_skeleton(args.base_model), None
-    if "base" in args.encoder.split("+"):
+    if args.encoder == "base":
         base, tokenizer = model.load_base(args.base_model, process.device, getattr(torch, args.dtype))
     hub.check_base(args.base_model, lora.base_shape(base.config), oracle_config.base_model, [])
     names = list(oracle_config.paths)

@@ -77,7 +77,7 @@ def main() -> None:
     tasks = list(tasks.values())[: args.n_tasks]
     encoder = args.encoder or net.config.encoder
     base_and_tokenizer = (None, None)
-    if "base" in encoder.split("+"):
+    if encoder == "base":
         base_and_tokenizer = model.load_base(args.base_model or net.config.base_model, device)
     c, texts = net.config, [task.descriptions[0] for task in tasks]
     encode = model.load_encoder(encoder, device, base_and_tokenizer, c.full_stop, c.encoder_rank > 0)

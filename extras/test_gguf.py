@@ -78,7 +78,7 @@ def test_llama_cpp_answers_as_generate_does(tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     if not {"T2L_GGUF", "T2L_BASE", "T2L_ENCODER"} <= set(os.environ):
         pytest.skip("T2L_GGUF, T2L_BASE and T2L_ENCODER name no files")
-    words = ["--base_model", os.environ["T2L_BASE"], "--encoder", os.environ["T2L_ENCODER"] + "+hash"]
+    words = ["--base_model", os.environ["T2L_BASE"], "--encoder", os.environ["T2L_ENCODER"]]
     words += ["--desc", "Turn this record into JSON, please.", "--out", tmp_path / "adapter"]
     assert command(generate, *words) == 0
     options = ["--base_model", os.environ["T2L_BASE"]]

@@ -22,7 +22,7 @@ CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 GTE = "Alibaba-NLP/gte-large-en-v1.5"
 PRESETS = {  # name: (base model, text encoder)
     "tiny": (str(CHECKPOINTS / "tiny"), "hash"),
-    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2+hash"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"),
     "gemma-2-2b": ("google/gemma-2-2b-it", GTE),
     "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", GTE),
     "mistral-7b": ("mistralai/Mistral-7B-Instruct-v0.2", GTE),
@@ -64,9 +64,9 @@ def preset_encoder(base_model: str) -> str:
     return PRESETS[preset][1] if preset else "base"
 
 
-def encoder_parts(encoder: str) -> list[str]:
-    """The parts of --encoder, "A+B"; a preset's name stands for its text encoder."""
-    return (PRESETS[encoder][1] if encoder in PRESETS else encoder).split("+")
+def encoder_source(encoder: str) -> str:
+    """What --encoder names; a preset's name stands for its text encoder."""
+    return PRESETS[encoder][1] if encoder in PRESETS else encoder
 
 
 def check_base(name: str, shape: list[int], trained_for: str, trained_shape: list[int]) -> None:
@@ -104,9 +104,8 @@ def fetch(name: str, files: list[str] = MODEL_FILES) -> Path:
 
 def fetch_models(base_model: str, encoder: str) -> None:
     """Download a base model and a text encoder, if they are not on this machine yet."""
-    for part in encoder_parts(encoder):
-        if part not in ("hash", "base"):
-            fetch(part)
+    if encoder_source(encoder) not in ("hash", "base"):
+        fetch(encoder_source(encoder))
     fetch(source_of(base_model))
 
 

@@ -113,10 +113,6 @@ def test_gte_loads_without_its_own_code(tmp_path):
     close(model.load_encoder(str(tmp_path))(["one two"])[0], published([2, 5, 6, 3]), 1e-4)
 
 
-def test_text_encoders_side_by_side():
-    assert torch.equal(model.load_encoder("hash+hash")(["x"]), model.load_encoder("hash")(["x"]).repeat(1, 2))
-
-
 def test_hashed_words_are_those_that_shipped_networks_know():
     """The features of one sentence, counted in another way."""
     sentence = "Write the red cat!"
@@ -165,10 +161,10 @@ def test_a_text_encoder_with_fewer_positions_than_it_says(tmp_path):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
-    """A text encoder of two parts: a random BERT, and hashed words."""
+    """The folder of a random BERT."""
     folder = tmp_path_factory.mktemp("bert")
     bert_folder(folder)
-    return f"{folder}+hash"
+    return str(folder)
 
 
 def settings(encoder: str, *words) -> list:
@@ -201,8 +197,8 @@ def test_generate_applies_it_without_a_flag(runs, encoder, tmp_path):
     assert command(generate, "--desc", text, "--hypernet", runs[0], "--out", tmp_path / "adapter") == 0
     written, _ = lora.load_adapter(tmp_path / "adapter")
 
-    net, folder = hypernet.load_hypernet(runs[0]), encoder.removesuffix("+hash")
-    merged, weights = load_text_model(folder), net.encoder_lora(0)
+    net = hypernet.load_hypernet(runs[0])
+    merged, weights = load_text_model(encoder), net.encoder_lora(0)
     for i, layer in enumerate(merged.encoder.layer):
         places = {"query": layer.attention.self.query, "key": layer.attention.self.key}
         places |= {"value": layer.attention.self.value, "dense_16x16": layer.attention.output.dense}
@@ -213,8 +209,8 @@ def test_generate_applies_it_without_a_flag(runs, encoder, tmp_path):
     before = model.load_encoder(encoder)([text])
     merged.save_pretrained(tmp_path / "merged")
     for file in ("vocab.txt", "tokenizer_config.json"):
-        shutil.copy(f"{folder}/{file}", tmp_path / "merged")
-    heard = model.load_encoder(f"{tmp_path / 'merged'}+hash")([text])
+        shutil.copy(f"{encoder}/{file}", tmp_path / "merged")
+    heard = model.load_encoder(str(tmp_path / "merged"))([text])
     assert (heard - before).abs().max() > 1e-3
     for name, (A, B) in net(heard).items():
         close(written[name][0], A[0], 1e-4, 1e-5)
@@ -270,5 +266,5 @@ def test_its_gradient_is_that_of_the_loss(encoder):
     close((losses[0] - losses[1]) / 0.04, length, 0.03, 1e-6)
 
 
-def test_a_lora_needs_an_encoder_with_one_network():
-    refused("needs a text encoder with one network of its own", run_of, *SHORT, "--encoder_rank", "2")
+def test_a_lora_needs_an_encoder_with_a_network():
+    refused("needs a text encoder with a network of its own", run_of, *SHORT, "--encoder_rank", "2")

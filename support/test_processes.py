@@ -103,7 +103,7 @@ LONG = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpoi
 ODD = [*SHORT, "--tasks_per_batch", "3"]
 ALONE = [*SHORT, "--tasks_per_batch", "1"]  # there is nothing for the second process
 RUNS = {"sft": SHORT, "sharded": [*SHORT, "--shard"], "documents": [*DOCS, "--shard"], "long": LONG}
-HEARD = [*SHORT, "--encoder", "BERT+hash", "--encoder_rank", "2"]  # BERT stands for a folder
+HEARD = [*SHORT, "--encoder", "BERT", "--encoder_rank", "2"]  # BERT stands for a folder
 RUNS |= {"long_sharded": [*LONG, "--shard"], "odd": ODD, "alone": ALONE, "encoder": HEARD}
 
 
