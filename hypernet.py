@@ -106,6 +106,7 @@ class TextToLoRA(nn.Module):
 
     The sizes differ in what one pass through a head writes: large, A and B; medium, A or B; small, one rank
     of A or B. Medium and small therefore turn each row into 2 or 2 r rows, told apart by learned embeddings.
+    With S slots a description has S task embeddings, and so S times as many rows.
     """
 
     reads = "descriptions"
@@ -170,13 +171,12 @@ class TextToLoRA(nn.Module):
     def write(self, task_emb: Tensor) -> Adapter:
         """The adapter of one slot. [n, d/2] -> A [n, L, r, in], B [n, L, out, r]"""
         x = self.trunk(self.rows(task_emb))  # [n, L, M, ..., head_in]
+        gate = self.gate(task_emb).sigmoid()[..., None, None] if self.config.slots > 1 else 1.0
         adapter = {}
         for m, name in enumerate(self.names):
             has_it = self.config.positions(name)  # of the layers: all of them in most models
             A, B = self.write_module(name, x[:, has_it, m])
-            if self.config.slots > 1:
-                B = self.gate(task_emb).sigmoid()[..., None, None] * B  # [n, 1, 1, 1] * [n, L, out, r]
-            adapter[name] = A, B
+            adapter[name] = A, gate * B  # [n, 1, 1, 1] * [n, L, out, r]
         return adapter
 
     def embed_task(self, text_emb: Tensor) -> Tensor:
@@ -599,8 +599,9 @@ def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> 
 def copy_weights(folder: str, net: nn.Module) -> None:
     """Start a network from the weights of another one, for the same adapters and of the same sizes."""
     start = load_hypernet(folder)
-    for name in ("paths", "layers", "r", "alpha", "rslora"):
-        if str(getattr(start.config, name)) != str(getattr(net.config, name)):  # the order counts, too
+    for name in ("paths", "layers", "r", "alpha", "rslora", "size", "slots", "encoder_rank"):
+        ours, theirs = (str(getattr(c, name, None)) for c in (net.config, start.config))
+        if ours != theirs:  # as text: the order counts, too
             raise UserError(f"--init_from {folder}: that network has other settings ({name})")
     try:
         net.load_state_dict(start.state_dict())

@@ -220,7 +220,7 @@ def check_fits(base: nn.Module, adapter: Adapter) -> None:
     for name, (A, B) in adapter.items():
         shape = (A.shape[-3], A.shape[-1], B.shape[-2])
         if shapes.get(name) != shape:
-            message = "the adapter is for another base model (layers, in, out):"
+            message = "the adapter is for another model (layers, in, out):"
             raise UserError(f"{message} {name} {shape}, in this one {shapes.get(name)}")
 
 

@@ -267,7 +267,7 @@ def load_encoder(name: str, device="cpu", base_and_tokenizer=(), full_stop=False
 
     if with_lora:
         if name in ("hash", "base"):
-            raise UserError(f"--encoder_rank needs a text encoder with a network of its own, not {name}")
+            raise UserError(f"--encoder_rank, a LoRA on the text encoder, needs one with layers, not {name}")
         encode.network = embed.model
         lora.inject(encode.network, lora.linear_names(encode.network))
     return encode

@@ -309,7 +309,7 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
 
     refused("q_proj is Quantised: quantised", lora.inject, one_layer(Quantised(4, 4)), ["q_proj"])
     adapter = random_adapter(lora.config_for(tiny_llama(hidden_size=32), NAMES, "x"))
-    refused("for another base model", lora.set_adapter, lora.inject(tiny_llama(), NAMES), adapter, 1.0)
+    refused("for another model", lora.set_adapter, lora.inject(tiny_llama(), NAMES), adapter, 1.0)
     refused("is missing", lora.load_adapter, tmp_path)
     write_file(tmp_path / "adapter_config.json", {"peft_type": "LORA", "use_dora": True})
     refused("not a plain LoRA", lora.load_adapter, tmp_path)
@@ -941,6 +941,7 @@ def test_training_starts_from_a_given_hypernetwork(tmp_path):
     started = run_of(*SHORT, "--init_from", tmp_path / "first").net.state_dict()
     saved = hypernet.load_hypernet(tmp_path / "first").state_dict()
     assert all(torch.equal(started[name], saved[name]) for name in saved)
+    refused("other settings .slots", run_of, *SHORT, "--slots", "2", "--init_from", tmp_path / "first")
 
 
 def test_a_resumed_run_does_not_read_again_what_it_started_from(tmp_path, monkeypatch):
@@ -1333,7 +1334,7 @@ BAD = {
         [*SAY, *NET, "--base_model", "{tmp}/tiny"],
         "cannot be used with",
     ),
-    "other widths": (generate, [*SAY, "--hypernet", "{other}", *BASE], "another base"),
+    "other widths": (generate, [*SAY, "--hypernet", "{other}", *BASE], "another model"),
     "unknown word": (generate, [*SAY, "--input", "cat unicorn", "--out", "{tmp}/o"], "no token for unicorn"),
     "not on the hub": (generate, [*SAY, "--hypernet", "nobody/nothing/sub"], "cannot be downloaded"),
     "another text encoder": (generate, ["--desc", "cat", *NET, "--encoder", "base"], "gives 128"),
@@ -1375,7 +1376,7 @@ BAD = {
     "a setting of the other network": (train, ["--n_latents", "3"], "is not a setting of --arch t2l"),
     "no oracles": (train, RECON, "needs --oracles"),
     "empty oracles": (train, [*RECON, "--oracles", "{foreign}"], "holds no adapters; --mode lora writes"),
-    "oracles of another base": (train, OF_ORACLES, "another base model"),
+    "oracles of another base": (train, OF_ORACLES, "another model"),
     "another network to start from": (train, [*SHORT, "--init_from", "{net}"], "has other settings"),
     "a network for oracles": (train, [*ORACLES, "--init_from", "{net}"], "goes with --mode sft or recon"),
     "several tasks by sft": (train, ["--multi_task"], "--multi_task goes with --mode lora"),

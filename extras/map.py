@@ -49,7 +49,7 @@ def vectors_of(net, text_emb: Tensor) -> tuple[Tensor, Tensor]:
     changes = []
     for emb in text_emb:
         entries = []
-        for A, B in net(emb[None]).values():  # [1, L, r, in], [1, L, out, r]
+        for A, B in net(emb[None]).values():  # [1, L, S r, in], [1, L, out, S r]
             delta_w = (B[0] @ A[0]).flatten(1)  # [L, out * in]
             stride = max(1, delta_w.shape[1] // ENTRIES)
             entries.append(delta_w[:, ::stride].flatten())

@@ -15,6 +15,7 @@ the squared length of W d.
 
 import random
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -43,8 +44,10 @@ def load_copy(args, device: torch.device):
     config = replace(start.config, slots=max(args.slots, start.config.slots))
     config.encoder_rank = start.config.encoder_rank or args.encoder_rank
     name, rank = args.encoder or config.encoder, config.encoder_rank
+    if name == "base":
+        raise UserError(f"{args.start} has the base model as its text encoder, which is not loaded here")
     encode = model.load_encoder(name, device, full_stop=config.full_stop, with_lora=rank > 0)
-    if rank:
+    if rank and not config.encoder_lora:
         config.encoder_lora = asdict(hypernet.encoder_lora_config(encode.network, config.encoder, rank))
     net = hypernet.make_net(type(start), config).to(device)
     weights = start.state_dict()
@@ -111,18 +114,15 @@ def main() -> None:
     parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("start", metavar="FROM", help="folder of the hypernetwork to start from")
-    add("out_dir", metavar="OUT_DIR", help="folder for the new one")
+    add("out_dir", metavar="OUT_DIR", type=Path, help="a new folder")
     add("--steps", type=flags.at_least(1), default=1500, help="training steps")
     add("--slots", type=int, choices=[1, 2], default=1, help="slots, if FROM has one")
-    add(
-        "--encoder_rank",
-        type=flags.at_least(0),
-        default=0,
-        help="rank of the encoder's LoRA, if FROM has none",
-    )
+    add("--encoder_rank", type=flags.at_least(0), default=0, help="of the encoder's LoRA, if FROM has none")
     add("--encoder", help="where the text encoder is, if not under its name in training")
     add("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
     args = parser.parse_args()
+    if args.out_dir.exists() and any(args.out_dir.iterdir()):
+        raise UserError(f"{args.out_dir} is in use; choose another folder")
     device = processes.choose_device(args.device)
     torch.manual_seed(0)
     start, net, encode = load_copy(args, device)

@@ -21,7 +21,7 @@ CHAINS += [("name", "name-surname", "any-bold"), ("name", "name-initials", "any-
 
 
 @pytest.mark.parametrize("slots", ["1", "2"])
-def test_a_copy_learns_words_for_what_the_network_writes(tmp_path, monkeypatch, slots):
+def test_a_copy_learns_words_for_what_the_network_writes(tmp_path, monkeypatch, capsys, slots):
     """From written descriptions it writes what the network writes from templates, slot by slot."""
     monkeypatch.setattr(chores, "load", chores.load.__wrapped__)  # not from the cache of the tests
     monkeypatch.setattr(chores, "all_chains", lambda: CHAINS)
@@ -33,9 +33,9 @@ def test_a_copy_learns_words_for_what_the_network_writes(tmp_path, monkeypatch, 
     words = [tmp_path / "start", tmp_path / "new", "--slots", slots, "--steps", "150"]
     assert command(reword, *words) == 0
     start, new = hypernet.load_hypernet(tmp_path / "start"), hypernet.load_hypernet(tmp_path / "new")
-    assert new.config.slots == int(slots) and read_file(tmp_path / "new" / "config.json")["slots"] == int(
-        slots
-    )
+    config = read_file(tmp_path / "new" / "config.json")
+    assert new.config.slots == config["slots"] == int(slots)
+    assert command(reword, *words) == 2 and "is in use" in capsys.readouterr().err
     for name, head in new.heads.items():
         assert torch.equal(head.weight, start.heads[name].weight)
 

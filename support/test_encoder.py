@@ -267,4 +267,4 @@ def test_its_gradient_is_that_of_the_loss(encoder):
 
 
 def test_a_lora_needs_an_encoder_with_a_network():
-    refused("needs a text encoder with a network of its own", run_of, *SHORT, "--encoder_rank", "2")
+    refused("needs one with layers", run_of, *SHORT, "--encoder_rank", "2")
