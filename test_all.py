@@ -27,7 +27,6 @@ import zlib
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -497,14 +496,14 @@ def test_a_group_without_padding_has_no_mask(reader):
 def test_the_perceiver_is_computed_again_to_save_memory(reader):
     net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
-    condition, gradients, calls = hypernet.make_condition(net, ["cat -> red"], base, tokenizer), [], []
+    condition, found, calls = hypernet.make_condition(net, ["cat -> red"], base, tokenizer), [], []
     net.perceiver.register_forward_hook(lambda *_: calls.append(1))
     for net.recompute in (False, True):
         A, B = net(condition)["down_proj"]
-        gradients.append(
-            torch.autograd.grad((B @ A).square().sum(), list(net.parameters()), allow_unused=True)
-        )
-    close(*[[g for g in found if g is not None] for found in gradients])
+        loss, parameters = (B @ A).square().sum(), list(net.parameters())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found.append([gradient for gradient in gradients if gradient is not None])
+    close(*found)
     assert len(calls) == 1 + 2
 
 
@@ -560,16 +559,18 @@ def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
     assert answer == plain.convert_tokens_to_ids(["gato", "<eos>"])
 
 
-def test_the_answer_is_tokenized_as_the_model_would_write_it():
+def test_the_answer_is_tokenized_as_the_model_would_write_it(tmp_path):
     """With a space mark before every text, an answer alone would begin with another token."""
     words = "<unk> </s> ▁ ▁[I] ▁[/I] ▁Paris ▁where".split()
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>")
-    )
-    marks = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
-    tokenizer.normalizer = tokenizers.normalizers.Sequence(marks)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    vocabulary = {word: i for i, word in enumerate(words)}
+    marks = [{"type": "Prepend", "prepend": "▁"}]
+    marks += [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    split = {"type": "Split", "pattern": {"String": "▁"}, "behavior": "MergedWithNext", "invert": False}
+    content = {"version": "1.0", "normalizer": {"type": "Sequence", "normalizers": marks}}
+    content |= {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}}
+    write_file(tmp_path / "tokenizer.json", content | {"added_tokens": [], "pre_tokenizer": split})
+    file = str(tmp_path / "tokenizer.json")
+    fast = PreTrainedTokenizerFast(tokenizer_file=file, unk_token="<unk>", eos_token="</s>")
     user, assistant = "[I] {{ m.content }} [/I]", " {{ m.content }}</s>"
     turn = "{% if m.role == 'user' %}" + user + "{% elif m.content %}" + assistant + "{% endif %}"
     fast.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
@@ -1309,7 +1310,7 @@ def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path, name):
 
 
 def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
-    words = ["--tasks", "facts", "--lengths", "8,128", "--n_examples", "12", "--methods", "t2l,t2l_shuffled"]
+    words = ["--tasks", "facts", "--lengths", "8,128", "--n_examples", "25", "--methods", "t2l,t2l_shuffled"]
     results = evaluate(tmp_path / "d.json", *words)
     for tokens, expected in {"32": 0.85, "512": 0.75}.items():
         assert results["t2l"]["per_task"][tokens] >= expected

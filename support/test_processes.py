@@ -85,8 +85,11 @@ def main() -> None:
     base, _ = model.load_injected("tiny", ["q_proj"], process, shard=True)
     layers = base.get_decoder().layers
 
+    def is_whole(layer) -> bool:
+        return not any(isinstance(p, DTensor) for p in layer.parameters())
+
     def n_whole() -> int:
-        return sum(not any(isinstance(p, DTensor) for p in layer.parameters()) for layer in layers)
+        return sum(map(is_whole, layers))
 
     whole = [n_whole()]
     for with_gradients in (False, True):
