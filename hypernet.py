@@ -171,12 +171,13 @@ class TextToLoRA(nn.Module):
     def write(self, task_emb: Tensor) -> Adapter:
         """The adapter of one slot. [n, d/2] -> A [n, L, r, in], B [n, L, out, r]"""
         x = self.trunk(self.rows(task_emb))  # [n, L, M, ..., head_in]
-        gate = self.gate(task_emb).sigmoid()[..., None, None] if self.config.slots > 1 else 1.0
         adapter = {}
         for m, name in enumerate(self.names):
             has_it = self.config.positions(name)  # of the layers: all of them in most models
             A, B = self.write_module(name, x[:, has_it, m])
-            adapter[name] = A, gate * B  # [n, 1, 1, 1] * [n, L, out, r]
+            if self.config.slots > 1:
+                B = self.gate(task_emb).sigmoid()[..., None, None] * B  # [n, 1, 1, 1] * [n, L, out, r]
+            adapter[name] = A, B
         return adapter
 
     def embed_task(self, text_emb: Tensor) -> Tensor:
