@@ -6,6 +6,7 @@ its text is the description, and its examples are questions about it. Tasks come
 
 import math
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,18 +20,21 @@ class Example(NamedTuple):
     """An input with its right answers."""
 
     input: str
-    answers: list[str]  # the first one is learnt; a question about a document may have none yet
-    start: str = ""  # how the answer starts, if that is given
+    answers: list[str]  # the first one is learnt
 
 
 def exact_match(example: Example, answer: str) -> bool:
     """Whether an answer is one of the right ones."""
-    return answer in example.answers
+    return answer.strip() in example.answers
+
+
+def no_start(example: Example) -> str:
+    return ""
 
 
 @dataclass
 class Task:
-    """Descriptions, examples and a scorer. A document is a Task with is_document."""
+    """Descriptions and examples, and how it is scored. A document is a Task with is_document."""
 
     name: str
     descriptions: Sequence[str]  # of a document: its text
@@ -39,9 +43,13 @@ class Task:
     reworded: list[str] = field(default_factory=list)  # in wordings that no training description uses
     definition: str = ""  # the instruction of Natural Instructions, if there is one
     is_document: bool = False
-    is_benchmark: bool = False  # its inputs say what to do; it is scored with each of its descriptions
+    # how eval.py asks and scores
     is_right: Callable[[Example, str], bool] = exact_match
-    answer_tokens: int | None = None  # the longest answer, if the task knows it
+    start: Callable[[Example], str] = no_start  # how the answer starts, if that is given
+    n_scored: int | None = 25  # test examples; None is all
+    n_descriptions: int = 1  # how many descriptions each of them is asked with
+    answer_tokens: int | None = None  # the longest answer; None goes by the right one
+    has_instruction: bool = True  # False: its inputs say what to do, so the instruction is never added
 
 
 Splits = dict[str, list[Task]]  # {"train": [...], "val": [...], "test": [...]}
@@ -56,12 +64,21 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     """The first n tasks of a split (0: all) in one fixed shuffled order, so fewer are a subset of more."""
     if not splits.get(split):
         existing = [name for name, tasks in splits.items() if tasks]
-        raise UserError(
-            f'there is no split "{split}" with tasks, but: {", ".join(existing) or "none at all"}'
-        )
+        message = f'there is no split "{split}" with tasks, but: {", ".join(existing) or "none at all"}'
+        raise UserError(f"{message} (--split {existing[0]})" if existing else message)
     tasks = list(splits[split])
     random.Random(0).shuffle(tasks)
     return tasks[:n_tasks] if n_tasks else tasks
+
+
+def identify(tasks: list[Task]) -> dict:
+    """The names of tasks and a checksum of their texts. Of endless tasks only the beginning counts."""
+    checksum = 0
+    for task in distinct(tasks):
+        for texts in (task.descriptions, task.train):
+            whole = texts if isinstance(texts, list) else texts[:8]
+            checksum = zlib.crc32(repr((task.name, whole)).encode("utf-8", "surrogatepass"), checksum)
+    return {"names": [task.name for task in tasks], "checksum": checksum}
 
 
 # -------------------- The batch of a training step --------------------
@@ -76,18 +93,18 @@ class DrawnTask(NamedTuple):
 
 
 def draw(tasks: list[Task], step: int, args) -> list[DrawnTask]:
-    """The batch of a step: --tasks_per_batch tasks (0: all), and a description and examples of each."""
+    """The tasks of a step: --tasks_per_batch of them (0: all), and a description and examples of each."""
     rng = random.Random(f"{args.seed} {step}")
     candidates = range(len(tasks))
     if args.short_first:  # the shortest third of the documents at first, all from half-way on
         fraction = min(1, 1 / 3 + 4 / 3 * step / args.max_steps)
         candidates = candidates[: math.ceil(len(tasks) * fraction)]
     indices = sample(rng, candidates, args.tasks_per_batch or len(candidates))
-    batch = []
+    drawn = []
     for i in indices:
         description = rng.choice(tasks[i].descriptions)
-        batch.append(DrawnTask(i, description, sample(rng, tasks[i].train, args.examples_per_task)))
-    return batch
+        drawn.append(DrawnTask(i, description, sample(rng, tasks[i].train, args.examples_per_task)))
+    return drawn
 
 
 def sample(rng: random.Random, values: Sequence, n: int) -> list:
@@ -98,7 +115,7 @@ def sample(rng: random.Random, values: Sequence, n: int) -> list:
 class TokenizedExample(NamedTuple):
     """One example as token ids."""
 
-    task: int  # index of its task in the batch, and so of its adapter
+    task: int  # index of its task among the tasks of the batch, and so of its adapter
     prompt: list[int]
     answer: list[int]  # up to the end mark
     teacher_prompt: list[int]  # for --distill: with the document in it
@@ -108,21 +125,19 @@ class TokenizedExample(NamedTuple):
         return max(len(self.prompt), len(self.teacher_prompt)) + len(self.answer)
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """What one process computes in a step."""
 
     tasks: list[DrawnTask]
     examples: list[TokenizedExample]  # of these tasks, the shortest first
-    task_fraction: float = 1.0  # these tasks, divided by those of all processes
-    example_fraction: float = 1.0
+    task_fraction: float  # these tasks, divided by those of all processes
+    example_fraction: float
 
 
-def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=0, n_processes=1) -> Batch:
-    """One process's part of a step. `drawn` are the tasks of the whole step.
+def tokenize(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args) -> list[TokenizedExample]:
+    """The examples of a step as token ids, the shortest first, at most --max_tokens long.
 
-    Examples longer than --max_tokens are left out, and so are tasks with none left. If all are too long, the
-    shortest is kept. What is left is the same on every process; each takes every n-th task of it.
+    If all are too long, the shortest is kept.
     """
     examples = []
     for k, item in enumerate(drawn):
@@ -137,20 +152,26 @@ def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=
                 teacher_prompt, _ = example_ids(tokenizer, question, right, item.description)
             examples.append(TokenizedExample(k, prompt, answer, teacher_prompt))
     examples.sort(key=lambda example: example.n_tokens)
-    kept = [example for example in examples if example.n_tokens <= args.max_tokens] or examples[:1]
+    return [example for example in examples if example.n_tokens <= args.max_tokens] or examples[:1]
 
+
+def make_parts(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, n_processes=1) -> list[Batch]:
+    """The batches of all processes in a step. Each takes every n-th of the tasks that have examples left."""
+    kept = tokenize(tokenizer, tasks, drawn, args)
     kept_tasks = sorted({example.task for example in kept})
-    mine = kept_tasks[rank::n_processes]
-    is_idle = not mine  # there are more processes than tasks: this one repeats the first task, with weight 0
-    mine = mine or kept_tasks[:1]
-    my_examples = []
-    for example in kept:
-        if example.task in mine:
-            my_examples.append(example._replace(task=mine.index(example.task)))
-    batch = Batch([drawn[k] for k in mine], my_examples)
-    batch.task_fraction = 0.0 if is_idle else len(mine) / len(kept_tasks)
-    batch.example_fraction = 0.0 if is_idle else len(my_examples) / len(kept)
-    return batch
+    parts = []
+    for rank in range(n_processes):
+        mine = kept_tasks[rank::n_processes]
+        is_idle = not mine  # more processes than tasks: this one repeats the first task, with weight 0
+        mine = mine or kept_tasks[:1]
+        examples = []
+        for example in kept:
+            if example.task in mine:
+                examples.append(example._replace(task=mine.index(example.task)))
+        task_fraction = 0.0 if is_idle else len(mine) / len(kept_tasks)
+        example_fraction = 0.0 if is_idle else len(examples) / len(kept)
+        parts.append(Batch([drawn[k] for k in mine], examples, task_fraction, example_fraction))
+    return parts
 
 
 def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tuple[list[int], list[int]]:
@@ -170,36 +191,46 @@ def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tupl
 cached_ids = lru_cache(2**16)(example_ids)  # rendering a chat template takes a millisecond
 
 
-def drop_long_tasks(tokenizer, tasks: list[Task], args, is_first: bool) -> list[Task]:
-    """The tasks that have an example of at most --max_tokens; prints the names of the others."""
+# -------------------- Checks before training --------------------
 
-    def fits(task: Task, example: Example) -> bool:
-        """Whether an example is short enough."""
-        description = task.descriptions[0] if args.instruction or args.distill else ""
-        text = task.definition + description + example.input + example.answers[0]
-        if len(text.encode()) + 64 <= args.max_tokens:  # at most one token per byte, and some around the text
-            return True
-        drawn = [DrawnTask(0, description, [example])]
-        return make_batch(tokenizer, [task], drawn, args).examples[0].n_tokens <= args.max_tokens
+N_CHECKED = 8  # examples of each task: a task may have 100,000
 
-    kept, dropped = [], []
+
+def check(tokenizer, tasks: list[Task], val_tasks: list[Task], args, is_first: bool) -> None:
+    """Raise UserError for tasks that cannot be trained on; say once what will be left out."""
+    tasks = distinct(tasks)
     for task in tasks:
-        if any(fits(task, example) for example in task.train):
-            kept.append(task)
-        else:
-            dropped.append(task)
-    names = ", ".join(task.name for task in dropped[:20]) + (", ..." if len(dropped) > 20 else "")
-    if not kept:
+        if not all(example.answers for example in task.train[:N_CHECKED]):
+            command = f"python -m extras.answers {args.tasks} NEW_FOLDER"
+            raise UserError(f"{task.name} has questions without an answer; to generate answers: {command}")
+    n_too_long = count_too_long(tokenizer, tasks, args)
+    if n_too_long == len(tasks):
         raise UserError(f"no example has at most --max_tokens {args.max_tokens} tokens")
-    if dropped and is_first:
-        print(f"left out, because no example has at most --max_tokens {args.max_tokens} tokens: {names}")
-    return kept
+    if n_too_long and is_first:
+        print(f"{n_too_long} of {len(tasks)} tasks are left out: too long for --max_tokens {args.max_tokens}")
+    check_words(tokenizer, tasks + val_tasks)
+
+
+def count_too_long(tokenizer, tasks: list[Task], args) -> int:
+    """How many tasks have no example of at most --max_tokens among their first ones."""
+    n = 0
+    for i, task in enumerate(tasks):
+        description = task.descriptions[0] if args.instruction or args.distill else ""
+        drawn = DrawnTask(i, description, task.train[:N_CHECKED])
+        lengths = []  # in bytes; a token has at least one
+        for example in drawn.examples:
+            lengths.append(len((task.definition + description + example.input + example.answers[0]).encode()))
+        if min(lengths) + 64 > args.max_tokens:  # 64 for the chat template
+            n += tokenize(tokenizer, tasks, [drawn], args)[0].n_tokens > args.max_tokens
+    return n
 
 
 def check_words(tokenizer, tasks: list[Task]) -> None:
-    """Raise UserError for a word in the examples that the base model has no token for."""
+    """Raise UserError for words in the examples that the base model has no token for."""
+    if tokenizer.unk_token_id is None:
+        return
+    texts = set()
     for task in tasks:
-        texts = []
         for example in [*task.train[:100], *task.test[:100]]:
-            texts += [example.input, *example.answers[:1]]
-        model.check_known(tokenizer, texts)
+            texts.update((example.input, *example.answers[:1]))
+    model.check_known(tokenizer, list(texts))

@@ -1,8 +1,8 @@
 """Judge adapters: the share of right answers, method by method, on seen and unseen tasks.
 
     python eval.py                                                  # the shipped hypernetwork on unseen tasks
-    python eval.py --oracles DIR --mt_lora DIR --recon DIR --out results.json --plot results.png
-    python eval.py --tasks facts --hypernet checkpoints/tiny/d2l --lengths 4,16,64      # Doc-to-LoRA
+    python eval.py --oracles DIR --mt_lora DIR --recon DIR --out results.json
+    python eval.py --tasks facts --split long                                           # Doc-to-LoRA
     python eval.py --tasks benchmarks --base_model gemma-2-2b --hypernet DIR            # the paper's table
 
 The methods:
@@ -20,42 +20,79 @@ The methods:
 """
 
 import argparse
-import importlib
-import os
 import random
 import statistics
 import string
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import data
 import generate
-import hypernet
 import lora
 import model
 from data import Example, Task
 from support import flags, hub, processes
-from support.files import UserError, command, read_file, write_file
-from support.processes import Process
-from tasks import SOURCES, benchmarks, load_tasks
+from support.files import UserError, command, read_object, write_file
+from tasks import benchmarks, load_tasks
 from tasks import folder as task_folder
-from tasks.documents import make_documents
 
-METHODS = "base icl prompt mt_lora oracle t2l t2l_reworded t2l_shuffled t2l_random recon".split()
-Results = dict[str, dict[str, float]]  # {method: {task, or length of document: share of right answers}}
+# -------------------- The methods --------------------
 
 
-def numbers(text: str) -> list[int]:
-    """ "4,16" -> [4, 16]"""
-    values = [int(n) for n in text.split(",")]
-    if min(values) < 1:
-        raise ValueError(text)
-    return values
+def own(tasks: list[Task], t: int) -> list[str]:
+    """The descriptions of task t."""
+    return tasks[t].descriptions
+
+
+def reworded(tasks: list[Task], t: int) -> list[str]:
+    return tasks[t].reworded
+
+
+def of_next_task(tasks: list[Task], t: int) -> list[str]:
+    return tasks[(t + 1) % len(tasks)].descriptions if len(tasks) > 1 else []
+
+
+def noise(tasks: list[Task], t: int) -> list[str]:
+    """Text without meaning: 8 sentences of random letters."""
+    rng = random.Random(t)
+    sentences = []
+    for _ in range(8):
+        words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(12)]
+        sentences.append(" ".join(words))
+    return sentences
+
+
+class Method(NamedTuple):
+    """Whose adapter answers, from which descriptions it is written, and what stands in the prompt."""
+
+    adapter: str = ""  # "" for none, "hypernet", or the flag that names a folder
+    descriptions: Callable[[list[Task], int], list[str]] = own  # [] if a task has none
+    with_description: bool = False  # in the prompt
+    n_shots: int = 0  # examples in the prompt
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a hypernetwork writes its adapters."""
+        return self.adapter not in ("", "mt_lora", "oracles")
+
+
+METHODS = {
+    "base": Method(),
+    "icl": Method(n_shots=3),
+    "prompt": Method(with_description=True),
+    "mt_lora": Method("mt_lora"),
+    "oracle": Method("oracles"),
+    "t2l": Method("hypernet"),
+    "t2l_reworded": Method("hypernet", reworded),
+    "t2l_shuffled": Method("hypernet", of_next_task),
+    "t2l_random": Method("hypernet", noise),
+    "recon": Method("recon"),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,43 +100,30 @@ def parse_args() -> argparse.Namespace:
     parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("--tasks", default="tiny", help="as for train.py; or benchmarks, or some of these: arc_easy,gsm8k")
-    add("--split", default="test", help="which of the tasks: train, val, test")
+    add("--split", default="test", help="which of the tasks: train, val, test, or another that they have")
     add("--n_tasks", type=flags.at_least(0), default=0, help="use so many of them (0: all)")
-    add("--n_examples", type=flags.at_least(1), help="per task or length; default: 25, of benchmarks all")
+    add("--n_examples", type=flags.at_least(1), help="per task; default: 25, of benchmarks all")
     add("--methods", help="comma-separated; default: all that have what they need")
     add("--mt_lora", help="adapter folder of train.py --mode lora --multi_task")
     add("--oracles", help="folder of adapter folders, one per task, of train.py --mode lora")
     add("--recon", help="folder of train.py --mode recon")
     add("--compare", nargs="+", default=[], help="folders of further hypernetworks, each a method")
     add("--descriptions", help='JSON file {"task": ["description", ...]} to use instead')
-    add("--lengths", type=numbers, help="for facts and needle: score documents of, say, 4,16,64 lines")
     add("--contains", action="store_true", help="an answer is right if it contains a right answer")
     add("--run_code", action="store_true", help="run code that the model writes: no sandbox!")
     add("--batch_size", type=flags.at_least(1), default=256, help="inputs that are answered at once")
-    add("--out", help="write settings and scores to this JSON file")
-    add("--plot", help="draw the scores into this PNG file (needs matplotlib)")
+    add("--out", help="write settings and scores to this JSON file; extras.plot draws them")
     generate.add_model_flags(parser)
-    args = parser.parse_args()
-    processes.check_shard(args.shard)
-    if args.plot and not find_spec("matplotlib"):
-        raise UserError("--plot needs matplotlib: pip install matplotlib")
-    return args
+    return parser.parse_args()
 
 
-# -------------------- What is evaluated --------------------
-
-
-def choose_tasks(args) -> list[Task]:
+def choose_tasks(args, benchmark_names: list[str]) -> list[Task]:
     """The tasks of --tasks and --split, with the descriptions of --descriptions."""
-    names = benchmarks.names_in(args.tasks, args.run_code)
-    splits = benchmarks.load(names) if names else load_tasks(args.tasks)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(task_folder.summary(args.tasks, splits))
+    splits = benchmarks.load(benchmark_names) if benchmark_names else load_tasks(args.tasks)
+    print(task_folder.summary(args.tasks, splits))
     tasks = data.distinct(data.pick(splits, args.split, args.n_tasks))
     if args.descriptions:
-        descriptions = read_file(args.descriptions)
-        if not isinstance(descriptions, dict):
-            raise UserError(f'{args.descriptions} must be {{"task": ["description", ...], ...}}')
+        descriptions = read_object(args.descriptions)
         tasks = [task for task in tasks if task.name in descriptions]
         if not tasks:
             raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
@@ -107,7 +131,7 @@ def choose_tasks(args) -> list[Task]:
             texts = task_folder.as_texts(descriptions[task.name], f"{args.descriptions}: {task.name}")
             tasks[i] = replace(task, descriptions=texts, reworded=[])
     if args.instruction and tasks[0].is_document:
-        raise UserError("--instruction goes with descriptions, not with documents")
+        raise UserError("--instruction would put the document itself into every prompt")
     for task in tasks:
         if not task.test:
             raise UserError(f"the task {task.name} has no test part: that is the last fifth of its instances")
@@ -116,131 +140,49 @@ def choose_tasks(args) -> list[Task]:
     return tasks
 
 
-def documents_by_length(args) -> dict[int, list[Task]]:
-    """For --lengths: {number of lines: documents}."""
-    source = importlib.import_module(f"tasks.{args.tasks}") if args.tasks in SOURCES else None
-    if not hasattr(source, "document"):
-        raise UserError("--lengths goes with --tasks facts or needle")
-    documents = {}
-    for n_lines in args.lengths:
-        one_length, seed = (n_lines, n_lines), f"{args.tasks} exam"
-        documents[n_lines] = make_documents(source.document, one_length, args.n_examples or 25, seed)
-    return documents
+def choose_methods(args, tasks: list[Task]) -> dict[str, Method]:
+    """Those of --methods, or all that have what they need; and those of --compare."""
+    chosen = {}
+    for name in args.methods.split(",") if args.methods else METHODS:
+        if name not in METHODS:
+            raise UserError(f"unknown method {name}; there are {', '.join(METHODS)}")
+        try:
+            check_needs(name, args, tasks)
+            chosen[name] = METHODS[name]
+        except UserError:
+            if args.methods:
+                raise
+    for folder in args.compare:
+        label = folder if "/" in folder else f"./{folder}"  # which no method is called
+        chosen[label] = Method(folder)
+    return chosen
 
 
-def choose_methods(args, tasks: list[Task]) -> list[str]:
-    """Those of --methods, or all that have what they need."""
-    missing = {}  # {method: what it needs}
-    for method, flag in (("mt_lora", "mt_lora"), ("oracle", "oracles"), ("recon", "recon")):
-        if not getattr(args, flag):
-            missing[method] = f"--{flag} DIR"
-    if not all(task.reworded for task in tasks):
-        missing["t2l_reworded"] = "reworded descriptions, which these tasks do not have"
-    if len(tasks) < 2:
-        missing["t2l_shuffled"] = "two tasks"
-    if args.methods:
-        methods = args.methods.split(",")
-    elif args.lengths:
-        methods = ["base", "prompt", "t2l", "t2l_shuffled"]
-    else:
-        methods = [method for method in METHODS if method not in missing]
-    for method in methods:
-        if method not in METHODS:
-            raise UserError(f"unknown method {method}; there are {', '.join(METHODS)}")
-        if method in missing:
-            raise UserError(f"the method {method} needs {missing[method]}")
-    return methods
+def check_needs(name: str, args, tasks: list[Task]) -> None:
+    """Raise UserError if a method lacks something."""
+    method = METHODS[name]
+    if method.adapter == "hypernet":
+        net_folder(method, args, tasks)
+    elif method.adapter and not getattr(args, method.adapter):
+        raise UserError(f"the method {name} needs --{method.adapter} DIR")
+    if not all(method.descriptions(tasks, t) for t in range(len(tasks))):
+        raise UserError(f"the method {name} has no descriptions for these tasks")
 
 
-def net_folder(method: str, reads: str, args) -> str | None:
-    """The folder of the hypernetwork that writes a method's adapters; None if there is none."""
-    if method in args.compare:
-        return method
-    if method == "recon":
+def net_folder(method: Method, args, tasks: list[Task]) -> str:
+    """The folder of the hypernetwork that writes a method's adapters."""
+    if method.adapter == "recon":
         return args.recon
-    if method.startswith("t2l"):
-        return args.hypernet or str(generate.shipped_hypernet(args.base_model or "tiny", reads))
-    return None
-
-
-def encoder_key(net: nn.Module) -> tuple | None:
-    """What the text encoder of a hypernetwork depends on; None if it reads documents."""
-    c = net.config
-    return (c.encoder, c.full_stop, c.encoder_rank > 0) if net.reads == "descriptions" else None
-
-
-class Models:
-    """The base model, and where the adapters of each method come from."""
-
-    def __init__(self, args, methods: list[str], tasks: list[Task], process: Process):
-        self.is_first = process.rank == 0
-        self.methods = list(dict.fromkeys([*methods, *args.compare]))
-
-        # 1. What was trained: hypernetworks, each loaded once, and adapters.
+    if method.adapter == "hypernet":
         reads = "documents" if tasks[0].is_document else "descriptions"
-        self.folders, self.nets = {}, {}
-        with processes.first_goes_ahead(process):
-            for method in self.methods:
-                folder = self.folders[method] = net_folder(method, reads, args)
-                if folder and folder not in self.nets:
-                    self.nets[folder] = generate.load_net(folder, reads, args, process.device)
-        configs = [net.config for net in self.nets.values()]
-        if "mt_lora" in methods:
-            self.mt_lora, self.mt_config = lora.load_adapters([Path(args.mt_lora)], process.device)
-            configs.append(self.mt_config)
-        if "oracle" in methods:
-            self.task_names = [task.name for task in tasks]
-            oracle_folders = [Path(args.oracles) / name for name in self.task_names]
-            self.oracles, self.oracle_config = lora.load_adapters(oracle_folders, process.device)
-            configs.append(self.oracle_config)
-
-        # 2. The base model of all of them, and their text encoders, each loaded once.
-        self.base_model = args.base_model or (configs[0].base_model if configs else "tiny")
-        with processes.first_goes_ahead(process):
-            hub.fetch_models(self.base_model, "base")
-        self.base, self.tokenizer = generate.load_base_for(configs, args, process)
-        self.encoders = {}
-        with processes.first_goes_ahead(process):
-            for net in self.nets.values():
-                if encoder_key(net) not in self.encoders:
-                    encode = generate.load_encoder_for(net, self.base, self.tokenizer, args)
-                    self.encoders[encoder_key(net)] = encode
-
-    def has_instruction(self, method: str, args) -> bool:
-        """Whether the instruction stands in a method's prompts: as a flag says, or as in training.
-
-        A method without a network goes by the first network.
-        """
-        if args.instruction is not None:
-            return args.instruction
-        folder = self.folders[method] or next(iter(self.nets), None)
-        return folder is not None and self.nets[folder].config.instruction
-
-    @torch.no_grad()
-    def set_adapters(self, method: str, questions: list["Question"]) -> None:
-        """Set the adapters with which a method answers these questions."""
-        if method in ("base", "icl", "prompt"):
-            lora.set_adapter(self.base, None)
-        elif method == "mt_lora":
-            lora.set_adapter(self.base, self.mt_lora, self.mt_config.scaling)
-        elif method == "oracle":
-            indices = [self.task_names.index(question.task.name) for question in questions]
-            adapters = lora.select(self.oracles, indices)
-            lora.set_adapter(self.base, adapters, self.oracle_config.scaling)
-        else:
-            net = self.nets[self.folders[method]]
-            texts = list(dict.fromkeys(question.description for question in questions))  # read once each
-            encode = self.encoders[encoder_key(net)]
-            written = net(hypernet.make_condition(net, texts, self.base, self.tokenizer, encode))
-            indices = [texts.index(question.description) for question in questions]
-            lora.set_adapter(self.base, lora.select(written, indices), net.config.scaling)
+        return args.hypernet or str(generate.shipped_hypernet(args.base_model or "tiny", reads))
+    return method.adapter  # of --compare
 
 
-# -------------------- Scores --------------------
+# -------------------- Where adapters come from --------------------
 
 
-@dataclass
-class Question:
+class Question(NamedTuple):
     """One example to be answered."""
 
     task: Task
@@ -250,81 +192,149 @@ class Question:
     shots: list[tuple[str, str]]
 
 
-def noise(seed: int) -> list[str]:
-    """Text without meaning: 8 sentences of random letters."""
-    rng = random.Random(seed)
-    sentences = []
-    for _ in range(8):
-        words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(12)]
-        sentences.append(" ".join(words))
-    return sentences
+class OneAdapter:
+    """An adapter that answers all questions."""
+
+    def __init__(self, folder: str, device):
+        self.adapter, self.config = lora.load_adapters([Path(folder)], device)
+
+    def adapters(self, questions: list[Question]) -> lora.Adapter:
+        return self.adapter
 
 
-def make_questions(tasks: list[Task], method: str, with_instruction: bool, args) -> list[Question]:
-    """All test examples, each with one of the descriptions in turn.
+class Oracles:
+    """An adapter for each task."""
 
-    An example of a benchmark is asked with each of three descriptions, as published.
-    """
+    def __init__(self, folder: str, tasks: list[Task], device):
+        self.names = [task.name for task in tasks]
+        existing = [name for name in self.names if Path(folder, name).is_dir()]
+        if len(existing) < len(self.names):
+            found = f"{folder} holds adapters of {len(existing)} of these {len(self.names)} tasks"
+            raise UserError(f"{found}; --n_tasks {len(existing)} takes the first ones, as in training")
+        self.bank, self.config = lora.load_adapters([Path(folder, name) for name in self.names], device)
+
+    def adapters(self, questions: list[Question]) -> lora.Adapter:
+        return lora.select(self.bank, [self.names.index(question.task.name) for question in questions])
+
+
+class Written:
+    """A hypernetwork that writes an adapter for each description."""
+
+    def __init__(self, folder: str, reads: str, args, device):
+        self.net, _ = generate.load_net(folder, reads, args, device)
+        self.config, self.reader = self.net.config, None  # which is loaded after the base model
+
+    def adapters(self, questions: list[Question]) -> lora.Adapter:
+        texts = list(dict.fromkeys(question.description for question in questions))  # each is read once
+        written = self.net(self.net.condition(texts, self.reader))
+        return lora.select(written, [texts.index(question.description) for question in questions])
+
+
+class Models:
+    """The base model, and where the adapters of each method come from."""
+
+    def __init__(self, args, methods: dict[str, Method], tasks: list[Task], device):
+        self.sources = {}  # {Method.adapter: source}
+        reads = "documents" if tasks[0].is_document else "descriptions"
+        for method in methods.values():
+            if not method.adapter or method.adapter in self.sources:
+                continue
+            if method.is_written:
+                source = Written(net_folder(method, args, tasks), reads, args, device)
+            elif method.adapter == "mt_lora":
+                source = OneAdapter(args.mt_lora, device)
+            else:
+                source = Oracles(args.oracles, tasks, device)
+            self.sources[method.adapter] = source
+
+        # the hypernetworks go first: the first one names the base model
+        sources = sorted(self.sources.values(), key=lambda source: not isinstance(source, Written))
+        self.configs = [source.config for source in sources]
+        self.base_model = args.base_model or (self.configs[0].base_model if self.configs else "tiny")
+        self.base, self.tokenizer = generate.load_base_for(self.configs, args, device)
+        for source in sources:
+            if isinstance(source, Written):
+                source.reader = generate.load_reader_for(source.net, self.base, self.tokenizer, args)
+
+    def has_instruction(self, method: Method, args) -> bool:
+        """Whether the instruction stands in a method's prompts: as a flag says, or as in training.
+
+        A method without an adapter goes by the first one.
+        """
+        if args.instruction is not None:
+            return args.instruction
+        if method.adapter:
+            return self.sources[method.adapter].config.instruction
+        return bool(self.configs) and self.configs[0].instruction
+
+    @torch.no_grad()
+    def set_adapters(self, method: Method, questions: list[Question]) -> None:
+        """Set the adapters with which a method answers these questions."""
+        if method.adapter:
+            source = self.sources[method.adapter]
+            lora.set_adapter(self.base, source.adapters(questions), source.config.scaling)
+        else:
+            lora.set_adapter(self.base, None)
+
+
+# -------------------- Scores --------------------
+
+Scores = dict[str, float]  # {task: share of right answers}
+
+
+def make_questions(tasks: list[Task], method: Method, with_instruction: bool, args) -> list[Question]:
+    """All test examples, each with one of the descriptions in turn, or with as many as the task says."""
     questions = []
     for t, task in enumerate(tasks):
-        descriptions = task.descriptions
-        if method == "t2l_reworded":
-            descriptions = task.reworded
-        elif method == "t2l_shuffled":
-            descriptions = tasks[(t + 1) % len(tasks)].descriptions
-        elif method == "t2l_random":
-            descriptions = noise(t)
-        n_examples = args.n_examples or (None if task.is_benchmark else 25)
-        for i, example in enumerate(task.test[:n_examples]):
+        descriptions = method.descriptions(tasks, t)
+        for i, example in enumerate(task.test[: args.n_examples or task.n_scored]):
             own_description = task.descriptions[i % len(task.descriptions)]
-            instruction, shots = "", []
-            if method == "prompt":
+            instruction = ""
+            if method.with_description:
                 instruction = own_description
-            elif with_instruction and not task.is_benchmark:
+            elif with_instruction and task.has_instruction:
                 instruction = (task.definition or own_description) + model.SUFFIX
-            if method == "icl":
-                others = [shot for shot in task.train[:4] if shot.input != example.input]
-                shots = [(shot.input, shot.answers[0]) for shot in others[:3]]
+            others = [shot for shot in task.train[: method.n_shots + 1] if shot.input != example.input]
+            shots = [(shot.input, shot.answers[0]) for shot in others[: method.n_shots]]
             used = [descriptions[i % len(descriptions)]]
-            if task.is_benchmark and method not in ("base", "icl", "prompt", "mt_lora", "oracle"):
-                used = descriptions[:3]
+            if method.is_written and task.n_descriptions > 1:
+                used = descriptions[: task.n_descriptions]
             for description in used:
                 questions.append(Question(task, example, description, instruction, shots))
     return questions
 
 
-def score(models: Models, tasks: list[Task], method: str, args) -> dict[str, float]:
-    """{name of a task: share of right answers}. Documents of equal names count as one task."""
+def score(models: Models, tasks: list[Task], name: str, method: Method, args) -> Scores:
+    """The scores of one method. Documents of equal names count as one task.
+
+    Questions whose prompt does not fit into the base model's window are left out.
+    """
     tokenizer = models.tokenizer
-    questions = make_questions(tasks, method, models.has_instruction(method, args), args)
-    model.check_known(tokenizer, [question.example.input for question in questions])
+    window = models.base.config.get_text_config().max_position_embeddings
+    asked = []  # (longest answer, prompt, question)
+    for question in make_questions(tasks, method, models.has_instruction(method, args), args):
+        chat = model.chat(tokenizer, question.example.input, question.instruction, question.shots)
+        prompt = model.render(tokenizer, chat) + question.task.start(question.example)
+        n_tokens = answer_tokens(tokenizer, question, args)
+        if len(model.tokenize(tokenizer, prompt)) + n_tokens <= window:
+            asked.append((n_tokens, prompt, question))
+    model.check_known(tokenizer, [question.example.input for _, _, question in asked])
+    asked.sort(key=lambda row: (row[0], len(row[1])))  # a batch takes as long as its longest answer
 
-    def sort_key(question: Question) -> tuple[int, int]:
-        prompt = len(question.instruction) + len(question.example.input)
-        return answer_tokens(tokenizer, question, args), prompt
-
-    questions.sort(key=sort_key)  # a batch takes as long as its longest answer
-    hits = {task.name: [] for task in tasks}
-    bar = tqdm(total=len(questions), desc=method, unit="answer", leave=False, disable=not models.is_first)
-    for i in range(0, len(questions), args.batch_size):
-        batch = questions[i : i + args.batch_size]
-        prompts = []
-        for question in batch:
-            chat = model.chat(tokenizer, question.example.input, question.instruction, question.shots)
-            prompts.append(model.render(tokenizer, chat) + question.example.start)
-        models.set_adapters(method, batch)
-        max_tokens = max(answer_tokens(tokenizer, question, args) for question in batch)
-        is_code = any(question.example.start.endswith("\n") for question in batch)
-        answers = model.answer(models.base, tokenizer, prompts, max_tokens, strip=not is_code)
-        for question, answer in zip(batch, answers):
-            if args.contains and not question.task.is_benchmark:
+    hits = {}
+    bar = tqdm(total=len(asked), desc=name, unit="answer", leave=False)
+    for i in range(0, len(asked), args.batch_size):
+        n_tokens, prompts, questions = zip(*asked[i : i + args.batch_size])
+        models.set_adapters(method, questions)
+        answers = model.answer(models.base, tokenizer, list(prompts), max(n_tokens))
+        for question, answer in zip(questions, answers):
+            is_right = question.task.is_right(question.example, answer)
+            if args.contains and question.task.is_right is data.exact_match:
                 is_right = any(right in answer for right in question.example.answers)
-            else:
-                is_right = question.task.is_right(question.example, answer)
-            hits[question.task.name].append(is_right)
-        bar.update(len(batch))
+            hits.setdefault(question.task.name, []).append(is_right)
+        bar.update(len(questions))
     bar.close()
-    return {name: statistics.fmean(hit) for name, hit in hits.items()}
+    return {name: statistics.fmean(hits[name]) for name in hits}
 
 
 def answer_tokens(tokenizer, question: Question, args) -> int:
@@ -332,39 +342,12 @@ def answer_tokens(tokenizer, question: Question, args) -> int:
     if question.task.answer_tokens:
         return question.task.answer_tokens
     if args.contains:
-        return args.max_new_tokens
+        return args.max_new_tokens or 64
     longest = max(len(model.tokenize(tokenizer, right)) for right in question.example.answers)
-    return min(args.max_new_tokens, longest + 2)  # a longer one is wrong anyway
+    return min(args.max_new_tokens or longest + 2, longest + 2)  # a longer one is wrong anyway
 
 
-def evaluate_tasks(models: Models, tasks: list[Task], args) -> Results:
-    """The scores of all methods, by task."""
-    results = {}
-    for method in models.methods:
-        results[method] = score(models, tasks, method, args)
-        if models.is_first:
-            print(f"{method:24} {statistics.fmean(results[method].values()):.3f}", flush=True)
-    return results
-
-
-def evaluate_lengths(models: Models, documents: dict[int, list[Task]], args) -> Results:
-    """The scores of all methods, by the number of tokens of the documents."""
-    window = models.base.config.get_text_config().max_position_embeddings
-    results = {method: {} for method in models.methods}
-    for n_lines, tasks in documents.items():
-        texts = [task.descriptions[0] for task in tasks]
-        model.check_known(models.tokenizer, texts)
-        n_tokens = max(len(model.tokenize(models.tokenizer, text)) for text in texts)
-        for method in models.methods:
-            if method != "prompt" or n_tokens + 64 <= window:  # question and answer have to fit, too
-                scores = score(models, tasks, method, args)
-                results[method][f"{n_tokens:,}"] = statistics.fmean(scores.values())
-        if models.is_first:
-            print(f"{n_lines} lines, {n_tokens} tokens", flush=True)
-    return results
-
-
-# -------------------- Table and plot --------------------
+# -------------------- The table --------------------
 
 
 def interval(scores: list[float], n: int = 2000) -> str:
@@ -374,19 +357,26 @@ def interval(scores: list[float], n: int = 2000) -> str:
     return f"{means[n // 40]:.2f} to {means[-1 - n // 40]:.2f}"
 
 
-def make_table(results: Results, base_model: str, args) -> str:
-    """The scores in markdown, one line per method; for lengths and benchmarks one column each."""
-    columns = []  # tasks, benchmarks or lengths
+def column_order(name: str) -> tuple:
+    """By name, but "4 lines" before "16 lines", and the average last."""
+    n = int(name.split()[0]) if name[0].isdigit() and " " in name else 0
+    return name == "average", n, name
+
+
+def make_table(results: dict[str, Scores], split: str) -> str:
+    """The scores in markdown: a line for each method; few tasks have a column each."""
+    columns = set()
     for scores in results.values():
-        columns += [name for name in scores if name not in columns]
-    if args.lengths:
-        lines = wide_table("tokens of the document", columns, results)
-    elif set(columns) <= set(benchmarks.BENCHMARKS):
-        with_published = benchmarks.beside_published(results, hub.preset_of(base_model))
-        lines = wide_table("method", sorted(columns) + ["average"], with_published)
+        columns.update(scores)
+    lines = []
+    if len(columns) <= 11:  # ten benchmarks and their average
+        columns = sorted(columns, key=column_order)
+        lines.append(["method", *columns])
+        for method, scores in results.items():
+            lines.append([method, *(f"{scores[name]:.2f}" if name in scores else "" for name in columns)])
     else:
-        title = f"right answers on {len(columns)} {args.split} task{'s' if len(columns) > 1 else ''}"
-        lines = [["method", title, "95% interval", "worst task"]]
+        title = f"right answers on {len(columns)} {split} tasks"
+        lines.append(["method", title, "95% interval", "worst task"])
         for method, scores in results.items():
             values = list(scores.values())
             lines.append([method, f"{statistics.fmean(values):.3f}", interval(values), f"{min(values):.2f}"])
@@ -394,71 +384,29 @@ def make_table(results: Results, base_model: str, args) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def wide_table(title: str, columns: list[str], results: Results) -> list[list[str]]:
-    """The cells of a table with one column per length or benchmark."""
-    lines = [[title, *columns]]
-    for method, scores in results.items():
-        cells = [f"{scores[name]:.2f}" if name in scores else "" for name in columns]
-        lines.append([method, *cells])
-    return lines
-
-
-def plot(path: str, results: Results, args) -> None:
-    """Bars of all methods; for lengths lines over the length."""
-    import matplotlib  # optional, see parse_args
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    height = 3.6 if args.lengths else 0.8 + 0.34 * len(results)
-    fig, ax = plt.subplots(figsize=(7, height), layout="constrained")
-    if args.lengths:
-        for method, scores in results.items():
-            lengths = [int(n.replace(",", "")) for n in scores]
-            ax.plot(lengths, list(scores.values()), "o-", label=method)
-        ax.set(xscale="log", xlabel="tokens of the document", ylabel="right answers", ylim=(-0.03, 1.12))
-        ax.legend(frameon=False)
-    else:
-        means = {method: statistics.fmean(scores.values()) for method, scores in reversed(results.items())}
-        colors = ["#2f6db5" if method == "t2l" else "#b8c4d6" for method in means]
-        bars = ax.barh(list(means), list(means.values()), color=colors)
-        ax.bar_label(bars, fmt="%.2f", padding=3)
-        ax.set(xlim=(0, 1.12), xlabel=f"right answers on {args.split} tasks")
-    ax.spines[["top", "right"]].set_visible(False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-
-
-# -------------------- The run --------------------
-
-
 def main() -> None:
     args = parse_args()
-    process = generate.start(args)
-    if args.lengths:
-        documents = documents_by_length(args)
-        tasks = documents[args.lengths[0]]
-    else:
-        with processes.first_goes_ahead(process):
-            tasks = choose_tasks(args)
-    models = Models(args, choose_methods(args, tasks), tasks, process)
-    if args.lengths:
-        results = evaluate_lengths(models, documents, args)
-    else:
-        results = evaluate_tasks(models, tasks, args)
-    if models.is_first:  # the other processes have computed the same
-        print("\n" + make_table(results, models.base_model, args))
-        if args.out:
-            scores = {}
-            for method, per_task in results.items():
-                if per_task:
-                    scores[method] = {"mean": statistics.fmean(per_task.values()), "per_task": per_task}
-            settings = vars(args) | {"base_model": models.base_model}
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            write_file(Path(args.out), {"settings": settings, "results": scores})
-        if args.plot:
-            plot(args.plot, results, args)
-    processes.leave()
+    device = processes.start_single(args.device)
+    benchmark_names = benchmarks.names_in(args.tasks, args.run_code)
+    tasks = choose_tasks(args, benchmark_names)
+    methods = choose_methods(args, tasks)
+    models = Models(args, methods, tasks, device)
+    results = {}
+    for name, method in methods.items():
+        scores = score(models, tasks, name, method, args)
+        if scores:
+            results[name] = scores
+            print(f"{name:24} {statistics.fmean(scores.values()):.3f}", flush=True)
+    if args.out:
+        content = {}
+        for name, scores in results.items():
+            content[name] = {"mean": statistics.fmean(scores.values()), "per_task": scores}
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        settings = vars(args) | {"base_model": models.base_model}
+        write_file(Path(args.out), {"settings": settings, "results": content})
+    if benchmark_names:
+        results = benchmarks.beside_published(results, hub.preset_of(models.base_model))
+    print("\n" + make_table(results, args.split))
 
 
 if __name__ == "__main__":

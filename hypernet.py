@@ -3,27 +3,30 @@
 To add a hypernetwork, write an nn.Module with the following members and add it to ARCHS, at the end of this
 file. `--arch` then takes its name, and every `setting` of its config is a flag of train.py.
 
-    net.reads            what it is given: "descriptions" or "documents"
-    net.config_class     a dataclass: DescriptionConfig or HypernetConfig, and its own settings
-    net.config           what it was made from: net_class(config)
-    net(condition)       -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, from the condition
-                         of n texts, see `make_condition`
+    net_class.reads      "descriptions" or "documents": the tasks that it is trained on
+    net_class.modes      how train.py may train it: "sft", "recon"
+    net_class.config_class
+                         a dataclass: HypernetConfig and its own settings
+    net_class.load_reader(settings, base, tokenizer, device)
+                         what reads texts for it: a text encoder, the base model, or anything else
+    net_class.make_config(lora_config, settings, reader)
+                         the config of a new network
+    net_class(config)    the network, with random weights; net.config is its config
+    net.condition(texts, reader, others)
+                         its input for n texts. `others` matters only if it runs the base model: with --shard
+                         it holds the texts of each process, and all have to run the base model equally often
+    net(condition)       -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r
     net.start_as_lora()  makes it write LoRA's initialisation, with B = 0, for every text: the start of SFT
     net.recompute        set by --gradient_checkpointing: if it costs much memory, compute activations again
 
-All its trainable parameters must receive gradients (DDP requires it). The optimizer goes by their names:
-those that begin with "head" have a learning rate of their own, those that contain a word of NO_DECAY (in
-support/optimizer.py) and vectors have no weight decay. Reconstruction also needs `normalize` and `deviation`,
-see TextToLoRA. A network that reads the states of all tokens of a description needs a text encoder that
-returns them, as [n, T, E] padded with zeros: a branch in model.load_encoder, its name in hub.fetch_models.
-One that reads something else needs another value of `reads`, a branch in `make_condition`, and a flag of
-generate.py.
+All its parameters are trained and must receive gradients (DDP requires it); constants are buffers. The
+optimizer goes by their names: those that begin with "head" have a learning rate of their own, those that
+contain a word of NO_DECAY (in support/optimizer.py) and vectors have no weight decay. Reconstruction also
+needs `normalize` and `deviation`, see TextToLoRA.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -34,28 +37,16 @@ from torch.utils.checkpoint import checkpoint
 import lora
 import model
 from lora import Adapter, LoRAConfig
-from support import processes, published
-from support.files import UserError, read_file, write_file
+from support import hub
+from support.files import UserError, read_file, read_object, write_file
 from support.flags import setting
 
 
 @dataclass
 class HypernetConfig(LoRAConfig):
-    """What any hypernetwork records: the adapters it writes, and what it reads."""
+    """What any hypernetwork records: the adapters it writes, and the width of what it reads."""
 
-    input_size: int = 1024  # width of the input: E of the text encoder, or f of the base model's states
-    instruction: bool = False  # training prompts contained the task's instruction
-
-
-@dataclass
-class DescriptionConfig(HypernetConfig):
-    """Extra settings of a hypernetwork that reads descriptions."""
-
-    encoder: str = "hash"  # the text encoder, see model.load_encoder
-    encoder_rank: int = setting(0, "rank of a LoRA on the text encoder, trained along (published: 0)")
-    encoder_lora: dict = field(default_factory=dict)  # its LoRAConfig; its weights are net.encoder_lora
-    full_stop: bool = setting(False, "append a full stop to descriptions that end in a letter")
-    z_score: bool = False  # trained by reconstruction of z-scores over the oracles
+    input_size: int = 1024  # E of the text encoder, or f of the base model's states
 
 
 # -------------------- Text-to-LoRA (arXiv 2506.06105, section 3) --------------------
@@ -64,16 +55,18 @@ SIZES = ("large", "medium", "small")  # 55M, 34M and 5M parameters for Mistral-7
 
 
 @dataclass
-class TextConfig(DescriptionConfig):
+class TextConfig(HypernetConfig):
     """Text-to-LoRA's settings, with values for the tiny world. With z_score its heads have no bias."""
 
-    size: str = setting("large", "large, medium or small: what one pass through a head writes")
+    encoder: str = "hash"  # the text encoder, see model.load_encoder
+    z_score: bool = False  # trained by reconstruction of z-scores over the oracles
+    size: str = setting("large", "what one pass through a head writes", choices=SIZES)
     latent_size: int = setting(128, "width of the trunk; half of it is the task embedding", least=4)
     head_in_size: int = setting(256, "width of the input of the heads", least=1)
     trunk_dropout: float = setting(0.1, "dropout in the trunk", most=1)
     input_dropout: float = setting(0.3, "dropout of the text encoder's output (not published)", most=1)
     rotary: bool = setting(False, "small: rank positions are rotations instead of a learned table")
-    slots: int = setting(1, "adapters per description, joined along the rank (published: 1)", least=1)
+    full_stop: bool = setting(False, "append a full stop to descriptions that end in a letter")
 
 
 class Residual(nn.Sequential):
@@ -97,6 +90,18 @@ def rotate(x: Tensor, positions: int) -> Tensor:
     return torch.cat([x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()], -1)
 
 
+class Constants(nn.Module):
+    """A dictionary of buffers."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._buffers[name]
+
+
 class TextToLoRA(nn.Module):
     """Writes adapters from descriptions. There is one row for each (description, layer, module):
 
@@ -104,27 +109,40 @@ class TextToLoRA(nn.Module):
                                       layer l ---+--> trunk --> head of module m --> A, B of layer l, module m
                                       module m --+
 
-    The sizes differ in what one pass through a head writes: large, A and B; medium, A or B; small, one rank
-    of A or B. Medium and small therefore turn each row into 2 or 2 r rows, told apart by learned embeddings.
-    With S slots a description has S task embeddings, and so S times as many rows.
+    The sizes differ in what one pass through a head writes. Medium and small turn each row into 2 or 2 r
+    rows, told apart by learned embeddings.
+
+        size      rows after the trunk       one pass writes        width of a head
+        large     [n, L, M, head_in]         A and B                r (in + out)
+        medium    [n, L, M, 2, head_in]      A or B                 r max(in, out)
+        small     [n, L, M, 2, r, head_in]   one rank of A or B     max(in, out)
     """
 
     reads = "descriptions"
+    modes = ("sft", "recon")
     config_class = TextConfig
+
+    @classmethod
+    def load_reader(cls, settings, base, tokenizer, device) -> model.TextEncoder:
+        return model.load_encoder(settings.encoder, device, (base, tokenizer), settings.full_stop)
+
+    @classmethod
+    def make_config(cls, lora_config: LoRAConfig, settings: dict, encoder: model.TextEncoder) -> TextConfig:
+        return cls.config_class(
+            **vars(lora_config), **settings, encoder=encoder.name, input_size=encoder.width
+        )
 
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = c = config
         if c.latent_size % 4:
             raise UserError(f"--latent_size must be a multiple of 4, not {c.latent_size}")
-        self.names, self.layers = list(c.paths), c.used_layers()
+        self.names, self.layers = list(c.targets), c.adapted_layers()
         half, quarter, dropout = c.latent_size // 2, c.latent_size // 4, c.trunk_dropout
         d = half + 2 * quarter
 
         # rows: the embeddings of task, layer and module
-        self.task_encoder = nn.Sequential(nn.Linear(c.input_size, c.slots * half), nn.LayerNorm(half))
-        if c.slots > 1:  # a factor for the B of a slot
-            self.gate = nn.Linear(half, 1)
+        self.task_encoder = self.make_task_encoder(half)
         self.layer_emb = nn.Sequential(nn.Embedding(c.n_layers, quarter), nn.LayerNorm(quarter))
         self.module_emb = nn.Sequential(nn.Embedding(len(self.names), quarter), nn.LayerNorm(quarter))
 
@@ -139,57 +157,56 @@ class TextToLoRA(nn.Module):
         if c.size == "small" and not c.rotary:  # tells a row which rank to make
             self.rank_emb = nn.Sequential(nn.Embedding(c.r, d), nn.LayerNorm(d))
 
-        # heads: one per module. In medium and small a head writes A and B in two passes, so it has the larger
-        # of the two widths
+        # heads: one per module
         self.heads = nn.ModuleDict()
-        for name in self.names:
-            n_in, n_out = c.in_features[name], c.out_features[name]
-            larger = max(n_in, n_out)
-            widths = {"large": c.r * (n_in + n_out), "medium": c.r * larger, "small": larger}
-            self.heads[name] = nn.Linear(c.head_in_size, widths[c.size], bias=not c.z_score)
+        for name, target in c.targets.items():
+            larger = max(target.n_in, target.n_out)
+            widths = {"large": c.r * (target.n_in + target.n_out), "medium": c.r * larger, "small": larger}
+            self.heads[lora.key(name)] = nn.Linear(c.head_in_size, widths[c.size], bias=not c.z_score)
 
-        # constants (Parameters, since torch has no dictionary of buffers): A and B are offset + deviation *
-        # (output of the head). For SFT the offset is LoRA's initialisation and the deviation 1; for z-scores
-        # they are mean and deviation over the oracles
-        self.offset, self.deviation = nn.ParameterDict(), nn.ParameterDict()
-        for name in self.names:
-            L = len(c.layers_of(name))
-            A_shape, B_shape = (L, c.r, c.in_features[name]), (L, c.out_features[name], c.r)
-            for key, shape in ((f"{name}_A", A_shape), (f"{name}_B", B_shape)):
-                deviation = torch.ones(shape if c.z_score else ())
-                self.offset[key] = nn.Parameter(torch.zeros(shape), requires_grad=False)
-                self.deviation[key] = nn.Parameter(deviation, requires_grad=False)
+        # A and B are offset + deviation * (output of the head). For SFT the offset is LoRA's initialisation
+        # and the deviation 1; for z-scores they are mean and deviation over the oracles
+        offset, deviation = {}, {}
+        for name, target in c.targets.items():
+            L = len(target.layers)
+            for matrix, shape in (("A", (L, c.r, target.n_in)), ("B", (L, target.n_out, c.r))):
+                offset[f"{lora.key(name)}_{matrix}"] = torch.zeros(shape)
+                deviation[f"{lora.key(name)}_{matrix}"] = torch.ones(shape if c.z_score else ())
+        self.offset, self.deviation = Constants(offset), Constants(deviation)
+
+    def make_task_encoder(self, half: int) -> nn.Module:
+        """The projection of the text encoder's output [n, E] to the task embedding [n, d/2]."""
+        return nn.Sequential(nn.Linear(self.config.input_size, half), nn.LayerNorm(half))
+
+    def condition(self, texts: list[str], encoder: model.TextEncoder, others=()) -> Tensor:
+        """The text encoder's output for n descriptions [n, E]."""
+        return encoder(texts)
 
     def forward(self, text_emb: Tensor) -> Adapter:
-        """The text encoder's output [n, E], of any norm -> A [n, L, S r, in], B [n, L, out, S r].
-
-        The adapters of S slots, from a task embedding each, are joined along the rank. Published: S = 1.
-        """
-        adapters = [self.write(task_emb) for task_emb in self.embed_task(text_emb).unbind(1)]
-        return adapters[0] if len(adapters) == 1 else lora.concat_rank(adapters)
+        """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
+        return self.write(self.embed_task(text_emb))
 
     def write(self, task_emb: Tensor) -> Adapter:
-        """The adapter of one slot. [n, d/2] -> A [n, L, r, in], B [n, L, out, r]"""
+        """Task embeddings [n, d/2] -> A [n, L, r, in], B [n, L, out, r]."""
         x = self.trunk(self.rows(task_emb))  # [n, L, M, ..., head_in]
         adapter = {}
         for m, name in enumerate(self.names):
-            has_it = self.config.positions(name)  # of the layers: all of them in most models
-            A, B = self.write_module(name, x[:, has_it, m])
-            if self.config.slots > 1:
-                B = self.gate(task_emb).sigmoid()[..., None, None] * B  # [n, 1, 1, 1] * [n, L, out, r]
-            adapter[name] = A, B
+            layers = self.config.positions(name)  # those that have the target: all of them in most models
+            adapter[name] = self.write_module(name, x[:, layers, m])
         return adapter
 
-    def embed_task(self, text_emb: Tensor) -> Tensor:
-        """The task embedding of each slot. [n, E] -> [n, S, d/2]"""
+    def scale_input(self, text_emb: Tensor) -> Tensor:
+        """The text encoder's output [n, E] at norm sqrt(E), as published, with dropout."""
         E, found = self.config.input_size, text_emb.shape[-1]
         if found != E:
             message = f"this hypernetwork reads {E} numbers per description, from {self.config.encoder}"
             raise UserError(f"{message}; the text encoder gives {found}")
-        text_emb = F.normalize(text_emb, dim=-1) * E**0.5  # norm sqrt(E), as published
-        linear, norm = self.task_encoder
-        x = linear(F.dropout(text_emb, self.config.input_dropout, self.training))  # [n, S * d/2]
-        return norm(x.unflatten(-1, (self.config.slots, -1)))
+        text_emb = F.normalize(text_emb, dim=-1) * E**0.5
+        return F.dropout(text_emb, self.config.input_dropout, self.training)
+
+    def embed_task(self, text_emb: Tensor) -> Tensor:
+        """The task embeddings. [n, E] -> [n, d/2]"""
+        return self.task_encoder(self.scale_input(text_emb))
 
     def rows(self, task_emb: Tensor) -> Tensor:
         """The embeddings of task, layer and module, side by side. [n, d/2] -> [n, L, M, d]"""
@@ -223,18 +240,18 @@ class TextToLoRA(nn.Module):
 
     def write_module(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """The head of one module. x [n, L, ..., head_in] -> A [n, L, r, in], B [n, L, out, r]."""
-        c = self.config
+        c, key = self.config, lora.key(name)
         n, L = x.shape[:2]
-        n_in, n_out = c.in_features[name], c.out_features[name]
-        out = self.heads[name](x)  # [n, L, width]; medium [n, L, 2, width]; small [n, L, 2, r, width]
+        n_in, n_out = c.targets[name].n_in, c.targets[name].n_out
+        out = self.heads[key](x)  # [n, L, width]; medium [n, L, 2, width]; small [n, L, 2, r, width]
         if c.size == "large":
             A, B = out.split([c.r * n_in, c.r * n_out], -1)
         else:
             A, B = out[:, :, 0], out[:, :, 1]
         A = A.reshape(n, L, c.r, -1)[..., :n_in]  # [n, L, r, in], cut to its width if the head is wider
         B = B.reshape(n, L, c.r, -1)[..., :n_out].mT  # [n, L, out, r]
-        A = self.offset[f"{name}_A"] + self.deviation[f"{name}_A"] * A
-        B = self.offset[f"{name}_B"] + self.deviation[f"{name}_B"] * B
+        A = self.offset[f"{key}_A"] + self.deviation[f"{key}_A"] * A
+        B = self.offset[f"{key}_B"] + self.deviation[f"{key}_B"] * B
         return A, B
 
     @torch.no_grad()
@@ -245,21 +262,88 @@ class TextToLoRA(nn.Module):
         would start as A^T. We store the initialisation in the offset instead, and B = 0 in all sizes.
         """
         for name in self.names:
-            nn.init.zeros_(self.heads[name].weight)
-            nn.init.zeros_(self.heads[name].bias)
-            lora.init_A_(self.offset[f"{name}_A"])
+            nn.init.zeros_(self.heads[lora.key(name)].weight)
+            nn.init.zeros_(self.heads[lora.key(name)].bias)
+            lora.init_A_(self.offset[f"{lora.key(name)}_A"])
 
     @torch.no_grad()
     def normalize(self, oracles: Adapter) -> None:
         """For z-scores: offset and deviation are the mean and deviation over a batch of adapters."""
         for name, (A, B) in oracles.items():
-            for key, target in ((f"{name}_A", A), (f"{name}_B", B)):
+            for key, target in ((f"{lora.key(name)}_A", A), (f"{lora.key(name)}_B", B)):
                 correction = 1 if len(target) > 1 else 0
                 self.offset[key].copy_(target.cpu().double().mean(0))  # exact if all are equal
                 self.deviation[key].copy_(target.std(0, correction=correction) + 1e-10)
 
 
-# -------------------- Doc-to-LoRA (arXiv 2602.15902) --------------------
+# -------------------- Text-to-LoRA with slots (not in the paper) --------------------
+
+
+@dataclass
+class SlotConfig(TextConfig):
+    """Further settings of SlotTextToLoRA."""
+
+    slots: int = setting(2, "adapters per description, joined along the rank", least=1)
+    encoder_rank: int = setting(0, "rank of a LoRA on the text encoder, trained along (0: none)")
+    encoder_lora: dict = field(default_factory=dict)  # its LoRAConfig; its weights are net.encoder_lora
+
+
+class SlotTextToLoRA(TextToLoRA):
+    """Writes S adapters per description, from a task embedding each, joined along the rank.
+
+    They help with tasks of several parts ("the surname, then in capitals"). A LoRA on the text encoder, which
+    is otherwise frozen, may be trained along.
+    """
+
+    modes = ("sft",)  # an oracle has the rank of one slot
+    config_class = SlotConfig
+
+    @classmethod
+    def make_config(cls, lora_config: LoRAConfig, settings: dict, encoder: model.TextEncoder) -> SlotConfig:
+        config = super().make_config(lora_config, settings, encoder)
+        if config.encoder_rank:
+            if encoder.network is None:
+                raise UserError(f"--encoder_rank needs a text encoder with layers, not {encoder.name}")
+            scale = dict(r=config.encoder_rank, alpha=2.0 * config.encoder_rank, rslora=False)  # scaling 2
+            targets = lora.all_targets(encoder.network)
+            config.encoder_lora = asdict(lora.config_for(encoder.network, targets, encoder.name, **scale))
+        return config
+
+    def __init__(self, config: SlotConfig):
+        super().__init__(config)
+        self.gate = nn.Linear(config.latent_size // 2, 1)  # a factor for the B of a slot
+        if config.encoder_rank:
+            self.encoder_lora = lora.LoRABank(LoRAConfig(**config.encoder_lora), 1)
+
+    def make_task_encoder(self, half: int) -> nn.Module:
+        linear = nn.Linear(self.config.input_size, self.config.slots * half)
+        return nn.Sequential(linear, nn.LayerNorm(half))
+
+    def condition(self, texts: list[str], encoder: model.TextEncoder, others=()) -> Tensor:
+        """The output of the text encoder with this network's LoRA [n, E]."""
+        if self.config.encoder_rank:
+            config = self.encoder_lora.config
+            if not lora.injected_layers(encoder.network):
+                lora.inject_targets(encoder.network, config.targets)
+            lora.set_adapter(encoder.network, self.encoder_lora(0), config.scaling)
+        return encoder(texts)
+
+    def embed_task(self, text_emb: Tensor) -> Tensor:
+        """The task embedding of each slot. [n, E] -> [n, S, d/2]"""
+        linear, norm = self.task_encoder
+        x = linear(self.scale_input(text_emb))  # [n, S * d/2]
+        return norm(x.unflatten(-1, (self.config.slots, -1)))
+
+    def forward(self, text_emb: Tensor) -> Adapter:
+        """[n, E] -> A [n, L, S r, in], B [n, L, out, S r]."""
+        slots = []
+        for task_emb in self.embed_task(text_emb).unbind(1):  # [n, d/2]
+            gate = self.gate(task_emb).sigmoid()[..., None, None]  # [n, 1, 1, 1]
+            slots.append({name: (A, gate * B) for name, (A, B) in self.write(task_emb).items()})
+        return lora.concat_rank(slots)
+
+
+# -------------------- Doc-to-LoRA (arXiv 2602.15902): split, read, write, join --------------------
 
 
 @dataclass
@@ -271,9 +355,87 @@ class DocConfig(HypernetConfig):
     n_latents: int = setting(8, "latent vectors of the Perceiver", least=1)
     n_blocks: int = setting(9, "cross-attention blocks of the Perceiver", least=1)
     n_heads: int = setting(16, "attention heads of size 128; a quarter as many for keys and values", least=4)
-    chunk_len: int = setting(512, "tokens of a chunk; the chat template comes on top", least=1)
+    chunk_len: int = setting(512, "most tokens of a chunk, without the template at its inner ends", least=1)
     random_chunks: bool = setting(False, "in training also split documents at random (published: stage 2)")
     chat: bool = setting(True, "read a chunk as a user turn of the base model's chat template")
+
+
+@dataclass
+class DocumentReader:
+    """What reads documents: the base model itself, without an adapter."""
+
+    base: nn.Module
+    tokenizer: object
+
+
+Chunk = list[int]  # token ids
+TOKENS_READ_AT_ONCE = 4096  # by the base model, to save memory
+
+
+@dataclass
+class ChunkedDocuments:
+    """What Doc-to-LoRA is given: n documents as chunks of tokens, which the base model has still to read.
+
+    It reads a group of chunks at a time: the states of all chunks at once would take too much memory.
+    """
+
+    groups: list[list[Chunk]]  # chunks that are read together
+    counts: list[int]  # chunks of each document
+    reader: DocumentReader
+    n_reads: int = 0  # with --shard: how often all processes read, if others have more groups
+
+
+def split_document(ids: Chunk, config: DocConfig, training: bool) -> list[Chunk]:
+    """Split the token ids of a document into as few chunks as possible, of like length.
+
+    In training with `random_chunks` their number is drawn from the published mixture (1: 1/2, 2: 1/8, 3 to 8:
+    1/16 each); a chunk then has about 25 tokens or more.
+    """
+    n = math.ceil(len(ids) / config.chunk_len)
+    if training and config.random_chunks:
+        mixture = torch.tensor([1 / 2, 1 / 8] + 6 * [1 / 16])
+        drawn = 1 + int(torch.multinomial(mixture, 1))
+        n = max(n, min(len(ids) // 25, drawn))
+    size = math.ceil(len(ids) / n)
+    return [ids[i : i + size] for i in range(0, len(ids), size)]
+
+
+def split_documents(config: DocConfig, documents: list, reader: DocumentReader, training: bool):
+    """Documents, each a text or a list of texts -> ChunkedDocuments. Each chunk is a turn of the chat."""
+    tokenizer = reader.tokenizer
+    before, after = model.around_document(tokenizer) if config.chat else ("", "")
+    before_ids, after_ids = model.tokenize(tokenizer, before), model.tokenize(tokenizer, after)
+    chunks, counts = [], []
+    for document in documents:
+        count = 0
+        texts = [document] if isinstance(document, str) else document
+        for text in texts:
+            ids = model.tokenize(tokenizer, before + text.strip() + after)
+            pieces = split_document(ids, config, training)
+            for i, piece in enumerate(pieces):
+                start = before_ids if i > 0 else []
+                end = after_ids if i < len(pieces) - 1 else []
+                chunks.append(start + piece + end)
+            count += len(pieces)
+        counts.append(count)
+    longest = max(len(chunk) for chunk in chunks)
+    group_size = max(1, TOKENS_READ_AT_ONCE // longest)
+    groups = [chunks[i : i + group_size] for i in range(0, len(chunks), group_size)]
+    return ChunkedDocuments(groups, counts, reader)
+
+
+def read_chunks(config: DocConfig, reader: DocumentReader, chunks: list[Chunk]):
+    """The base model's states of n chunks: features [n, L, T, f], with early_exit [n, T, f]; mask [n, T].
+
+    The mask is 1 for a token and 0 for padding, or None if nothing is padded.
+    """
+    base = reader.base
+    ids = model.pad(chunks, reader.tokenizer.pad_token_id).to(base.device)  # [n, T]
+    mask = None
+    if len({len(chunk) for chunk in chunks}) > 1:
+        mask = model.pad([[1] * len(chunk) for chunk in chunks], 0).to(base.device)
+    lora.set_adapter(base, None)
+    return model.hidden_states(base, ids, mask, config.early_exit).float(), mask
 
 
 class SwiGLU(nn.Module):
@@ -318,7 +480,11 @@ class CrossAttention(nn.Module):
         v = split_heads(self.v_proj(context), self.kv_heads)
         if mask is not None:
             mask = mask[:, None, None].bool()  # [b, 1, 1, T]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [b, heads, n, 128]
+        # the 4 query heads that share keys and values become 4 n queries of one head. The same could be said
+        # by enable_gqa, but with a mask a GPU would then take its slowest kernel
+        q = q.unflatten(1, (self.kv_heads, 4)).flatten(2, 3)  # [b, kv_heads, 4 n, 128]
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = h.unflatten(2, (4, -1)).flatten(1, 2)  # [b, heads, n, 128]
         latents = latents + self.norm_post(self.o_proj(h.transpose(1, 2).flatten(2)))
         return latents + self.norm_postff(self.mlp(self.norm_preff(latents)))
 
@@ -351,16 +517,26 @@ class DocToLoRA(nn.Module):
     """Writes adapters from documents: one per chunk of text, joined along the rank for each document."""
 
     reads = "documents"
+    modes = ("sft",)
     config_class = DocConfig
+
+    @classmethod
+    def load_reader(cls, settings, base, tokenizer, device) -> DocumentReader:
+        return DocumentReader(base, tokenizer)
+
+    @classmethod
+    def make_config(cls, lora_config: LoRAConfig, settings: dict, reader: DocumentReader) -> DocConfig:
+        width = reader.base.config.get_text_config().hidden_size
+        return cls.config_class(**vars(lora_config), **settings, input_size=width)
 
     def __init__(self, config: DocConfig):
         super().__init__()
         self.config = c = config
         if c.n_heads % 4:
             raise UserError(f"--n_heads must be a multiple of 4, not {c.n_heads}")
-        self.names = sorted(c.paths)  # the order of the queries, as published
+        self.names = sorted(c.targets)  # the order of the queries, as published
         self.recompute = False  # True: compute the Perceiver again in the backward pass, to save memory
-        self.layers = c.used_layers()
+        self.layers = c.adapted_layers()
         L, M, d = len(self.layers), len(self.names), c.latent_size
         self.perceiver = Perceiver(c, M * c.r * (L if c.early_exit else 1))
 
@@ -370,40 +546,49 @@ class DocToLoRA(nn.Module):
         self.b1 = nn.Parameter(torch.zeros(L, 1, 1, 4 * d))
         self.W2 = nn.Parameter(torch.randn(L, 4 * d, d) * (4 * d) ** -0.5)
         self.b2 = nn.Parameter(torch.zeros(L, 1, 1, d))
-        width = max(c.in_features[name] + c.out_features[name] for name in self.names)
+        width = max(target.n_in + target.n_out for target in c.targets.values())
         self.head = nn.Parameter(torch.randn(L, M, d, width) * d**-0.5)
 
         # A and B of a chunk are multiplied by a scaler; the bias is one more adapter, added once per document
         self.scaler, self.bias = nn.ParameterDict(), nn.ParameterDict()
         for name in self.names:
-            L = len(c.layers_of(name))
-            self.scaler[f"{name}_A"] = nn.Parameter(torch.ones(L, c.r, 1))
-            self.scaler[f"{name}_B"] = nn.Parameter(torch.ones(L, 1, c.r))
-            self.bias[f"{name}_A"] = nn.Parameter(torch.zeros(L, c.r, c.in_features[name]))
-            self.bias[f"{name}_B"] = nn.Parameter(torch.zeros(L, c.out_features[name], c.r))
+            target, key = c.targets[name], lora.key(name)
+            n_layers = len(target.layers)
+            self.scaler[f"{key}_A"] = nn.Parameter(torch.ones(n_layers, c.r, 1))
+            self.scaler[f"{key}_B"] = nn.Parameter(torch.ones(n_layers, 1, c.r))
+            self.bias[f"{key}_A"] = nn.Parameter(torch.zeros(n_layers, c.r, target.n_in))
+            self.bias[f"{key}_B"] = nn.Parameter(torch.zeros(n_layers, target.n_out, c.r))
 
     @torch.no_grad()
     def start_as_lora(self) -> None:
         """Change nothing at first, as published: the bias is LoRA's initialisation, and B of chunks is 0."""
         for name in self.names:
-            lora.init_A_(self.bias[f"{name}_A"])
-            self.bias[f"{name}_B"].zero_()
-            self.scaler[f"{name}_B"].zero_()
+            lora.init_A_(self.bias[f"{lora.key(name)}_A"])
+            self.bias[f"{lora.key(name)}_B"].zero_()
+            self.scaler[f"{lora.key(name)}_B"].zero_()
 
-    def forward(self, documents: "ChunkedDocuments") -> Adapter:
+    def condition(self, documents: list, reader: DocumentReader, others=()) -> ChunkedDocuments:
+        """The chunks of n documents, each a text or a list of texts."""
+        chunked = split_documents(self.config, documents, reader, self.training)
+        for texts in others:
+            theirs = split_documents(self.config, texts, reader, self.training)
+            chunked.n_reads = max(chunked.n_reads, len(theirs.groups))
+        return chunked
+
+    def forward(self, documents: ChunkedDocuments) -> Adapter:
         """n documents -> A [n, L, R, in], B [n, L, out, R].
 
         R is r for each chunk of the longest document, and r for the bias.
         """
         written = []
         for group in documents.groups:
-            features, mask = documents.read(group)
+            features, mask = read_chunks(self.config, documents.reader, group)
             if self.recompute:
                 written.append(checkpoint(self.write_chunks, features, mask, use_reentrant=False))
             else:
                 written.append(self.write_chunks(features, mask))
-        for _ in range(documents.n_extra):  # other processes read more groups, and need this one's shards
-            documents.read(documents.groups[0])
+        for _ in range(len(documents.groups), documents.n_reads):  # others need this process's shards
+            read_chunks(self.config, documents.reader, documents.groups[0])
         chunks = {}
         for name in self.names:
             A = torch.cat([adapter[name][0] for adapter in written])  # [chunks, L, r, in]
@@ -427,10 +612,10 @@ class DocToLoRA(nn.Module):
         x = torch.einsum("nlmrd,lmdw->nlmrw", x, self.head)  # [n, L, M, r, width]
         adapter = {}
         for m, name in enumerate(self.names):
-            n_in, n_out = c.in_features[name], c.out_features[name]
+            target, key = c.targets[name], lora.key(name)
             out = x[:, c.positions(name), m]  # [n, L, r, width], of the layers that have it
-            A, B = out[..., :n_in], out[..., n_in : n_in + n_out].mT
-            adapter[name] = (self.scaler[f"{name}_A"] * A, self.scaler[f"{name}_B"] * B)
+            A, B = out[..., : target.n_in], out[..., target.n_in : target.n_in + target.n_out].mT
+            adapter[name] = (self.scaler[f"{key}_A"] * A, self.scaler[f"{key}_B"] * B)
         return adapter
 
     def join(self, chunks: Adapter, counts: list[int]) -> Adapter:
@@ -442,12 +627,13 @@ class DocToLoRA(nn.Module):
         R = (max(counts) + 1) * self.config.r
         joined = {}
         for name, (A, B) in chunks.items():
+            bias_A, bias_B = self.bias[f"{lora.key(name)}_A"], self.bias[f"{lora.key(name)}_B"]
             documents_A, documents_B = [], []
             for doc_A, doc_B in zip(A.split(counts), B.split(counts)):
                 doc_A = doc_A.transpose(0, 1).flatten(1, 2)  # [L, count * r, in]
                 doc_B = doc_B.permute(1, 2, 0, 3).flatten(2)  # [L, out, count * r]
-                doc_A = torch.cat([doc_A, self.bias[f"{name}_A"]], -2)
-                doc_B = torch.cat([doc_B, self.bias[f"{name}_B"]], -1)
+                doc_A = torch.cat([doc_A, bias_A], -2)
+                doc_B = torch.cat([doc_B, bias_B], -1)
                 padding = R - doc_A.shape[-2]
                 documents_A.append(F.pad(doc_A, (0, 0, 0, padding)))
                 documents_B.append(F.pad(doc_B, (0, padding)))
@@ -455,110 +641,10 @@ class DocToLoRA(nn.Module):
         return joined
 
 
-def split_document(ids: list[int], config: DocConfig, training: bool) -> list[list[int]]:
-    """Split the token ids of a document into as few chunks as possible, of like length.
-
-    In training with `random_chunks` their number is drawn from the published mixture (1: 1/2, 2: 1/8, 3 to 8:
-    1/16 each); a chunk then has about 25 tokens or more.
-    """
-    n = math.ceil(len(ids) / config.chunk_len)
-    if training and config.random_chunks:
-        mixture = torch.tensor([1 / 2, 1 / 8] + 6 * [1 / 16])
-        drawn = 1 + int(torch.multinomial(mixture, 1))
-        n = max(n, min(len(ids) // 25, drawn))
-    size = math.ceil(len(ids) / n)
-    return [ids[i : i + size] for i in range(0, len(ids), size)]
-
-
-# -------------------- What a network is given --------------------
-
-
-def make_condition(net: nn.Module, texts: list, base: nn.Module, tokenizer, encode=None):
-    """The condition from which `net` writes n adapters.
-
-    For descriptions: the output of the text encoder `encode`, with the network's LoRA, [n, E]. For documents,
-    each a text or a list of texts: `ChunkedDocuments`, which the base model reads when the network asks.
-    """
-    if net.reads == "documents":
-        return chunk_documents(net.config, texts, base, tokenizer, net.training)
-    if net.config.encoder_rank:
-        lora.set_adapter(encode.network, net.encoder_lora(0), net.encoder_lora.config.scaling)
-    return encode(texts)
-
-
-Chunk = list[int]  # token ids
-TOKENS_READ_AT_ONCE = 4096  # by the base model, to save memory
-
-
-@dataclass
-class ChunkedDocuments:
-    """What Doc-to-LoRA is given: n documents, split into chunks of tokens.
-
-    The base model reads a group of chunks at a time: the states of all chunks at once would take too much
-    memory.
-    """
-
-    groups: list[list[Chunk]]  # chunks that are read together
-    counts: list[int]  # chunks of each document
-    read: Callable[[list[Chunk]], tuple[Tensor, Tensor | None]]  # a group -> features, mask: `read_chunks`
-    n_extra: int = 0  # with --shard: further reads, since all processes run the base model equally often
-
-
-def chunk_documents(config: DocConfig, documents: list, base, tokenizer, training=False) -> ChunkedDocuments:
-    """Split documents into chunks, each a whole turn of the chat template, and group chunks for reading."""
-    before, after = model.around_document(tokenizer) if config.chat else ("", "")
-    before_ids, after_ids = model.tokenize(tokenizer, before), model.tokenize(tokenizer, after)
-    chunks, counts = [], []
-    for document in documents:
-        count = 0
-        texts = [document] if isinstance(document, str) else document
-        for text in texts:
-            ids = model.tokenize(tokenizer, before + text.strip() + after)
-            pieces = split_document(ids, config, training)
-            for i, piece in enumerate(pieces):
-                start = before_ids if i > 0 else []
-                end = after_ids if i < len(pieces) - 1 else []
-                chunks.append(start + piece + end)
-            count += len(pieces)
-        counts.append(count)
-    longest = max(len(chunk) for chunk in chunks)
-    group_size = max(1, TOKENS_READ_AT_ONCE // longest)
-    groups = [chunks[i : i + group_size] for i in range(0, len(chunks), group_size)]
-    read = partial(read_chunks, config, base, tokenizer)
-    return ChunkedDocuments(groups, counts, read, processes.lockstep(base, len(groups)) - len(groups))
-
-
-def read_chunks(config: DocConfig, base, tokenizer, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
-    """The base model's states of n chunks: features [n, L, T, f], with early_exit [n, T, f]; mask [n, T].
-
-    The mask is 1 for a token and 0 for padding, or None if nothing is padded.
-    """
-    ids = model.pad(chunks, tokenizer.pad_token_id).to(base.device)  # [n, T]
-    mask = None
-    if len({len(chunk) for chunk in chunks}) > 1:
-        mask = model.pad([[1] * len(chunk) for chunk in chunks], 0).to(base.device)
-    lora.set_adapter(base, None)
-    return model.hidden_states(base, ids, mask, config.early_exit).float(), mask
-
-
 # -------------------- Files --------------------
 
-ARCHS = {"t2l": TextToLoRA, "d2l": DocToLoRA}
-FILES = ["hypernet.safetensors", "config.json", *published.FILES]
-
-
-def encoder_lora_config(network: nn.Module, encoder: str, rank: int) -> LoRAConfig:
-    """The LoRA on all linear layers of a text encoder; its scaling is 2."""
-    names = lora.linear_names(network)
-    return lora.config_for(network, names, encoder, r=rank, alpha=2.0 * rank, rslora=False)
-
-
-def make_net(net_class, config: HypernetConfig) -> nn.Module:
-    """A network with random weights. If its text encoder has a LoRA, it is net.encoder_lora."""
-    net = net_class(config)
-    if net.reads == "descriptions" and config.encoder_rank:
-        net.encoder_lora = lora.LoRABank(LoRAConfig(**config.encoder_lora), 1)
-    return net
+ARCHS = {"t2l": TextToLoRA, "slots": SlotTextToLoRA, "d2l": DocToLoRA}
+FILES = ["hypernet.safetensors", "config.json", "descriptions.json"]
 
 
 def save_hypernet(net: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -571,40 +657,46 @@ def save_hypernet(net: nn.Module, folder: str | Path, dtype: torch.dtype = torch
     write_file(folder / "config.json", {"arch": arch, **asdict(net.config)})
 
 
-def load_hypernet(folder: str | Path, module_order: list[str] | None = None) -> nn.Module:
-    """Read a hypernetwork that train.py wrote, or a published one; in float32 and eval mode.
-
-    `module_order` is for published ones, see support/published.py.
-    """
+def load_hypernet(folder: str | Path) -> nn.Module:
+    """Read a hypernetwork that train.py wrote, in float32 and eval mode."""
     folder = Path(folder)
-    if published.is_published(folder):
-        arch, fields, weights = published.read_checkpoint(folder, module_order)
-    else:
-        if not (folder / "config.json").exists():
-            raise UserError(f"{folder} holds no hypernetwork: neither config.json nor a published checkpoint")
-        fields = read_file(folder / "config.json")
-        arch = fields.pop("arch", None)
-        weights = read_file(folder / "hypernet.safetensors")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} holds an adapter, not a hypernetwork; PEFT loads it")
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no hypernetwork: config.json is missing")
+    settings = read_object(folder / "config.json")
+    net_class = ARCHS.get(settings.pop("arch", None))
+    if net_class is None:
+        raise UserError(f"{folder} holds no hypernetwork of this project: config.json names no --arch")
+    weights = read_file(folder / "hypernet.safetensors")
     try:
-        net_class = ARCHS[arch]
         with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
-            net = make_net(net_class, net_class.config_class(**fields))
-        published.check_memory(net, folder)
+            net = net_class(net_class.config_class(**settings))
         weights = {key: tensor.float().contiguous() for key, tensor in weights.items()}
         net.load_state_dict(weights, assign=True)
-    except (TypeError, KeyError, RuntimeError) as e:
+    except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as e:
         raise UserError(f"{folder}: the weights do not match their settings: {e}") from None
     return net.eval()
 
 
+NOT_COMPARED = ("trunk_dropout", "input_dropout", "random_chunks", "instruction")  # by `copy_weights`
+
+
 def copy_weights(folder: str, net: nn.Module) -> None:
-    """Start a network from the weights of another one, for the same adapters and of the same sizes."""
+    """Start a network from the weights of another one, for the same base model and of the same settings."""
     start = load_hypernet(folder)
-    for name in ("paths", "layers", "r", "alpha", "rslora", "size", "slots", "encoder_rank"):
-        ours, theirs = (str(getattr(c, name, None)) for c in (net.config, start.config))
-        if ours != theirs:  # as text: the order counts, too
-            raise UserError(f"--init_from {folder}: that network has other settings ({name})")
-    try:
-        net.load_state_dict(start.state_dict())
-    except RuntimeError:
-        raise UserError(f"--init_from {folder}: that network has other settings") from None
+    ours, theirs = vars(net.config), vars(start.config)
+    hub.check_base(ours["base_model"], ours["base_shape"], theirs["base_model"], theirs["base_shape"])
+    for config_field in fields(net.config):
+        name = config_field.name
+        if name in ("base_model", "base_shape", "encoder_lora", *NOT_COMPARED):
+            continue
+        same = name in theirs and ours[name] == theirs[name]
+        if name == "encoder":
+            same = hub.may_be_same(ours[name], theirs[name])
+        elif name == "targets":  # their order counts, too
+            same = list(ours[name].items()) == list(theirs[name].items())
+        if not same:
+            message = f"--init_from {folder}: that network has other settings"
+            raise UserError(f"{message} ({name}: {theirs.get(name)}, not {ours[name]})")
+    net.load_state_dict(start.state_dict())

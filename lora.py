@@ -14,154 +14,16 @@ of adapters. With an adapter a linear layer computes (LoRA, arXiv 2106.09685, eq
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.files import UserError, read_file, write_file
+from support.files import UserError, read_file, read_object, write_file
 from support.hub import source_of
 
 Adapter = dict[str, tuple[Tensor, Tensor]]
 
-# -------------------- Where an adapter goes --------------------
-
-
-@dataclass
-class LoRAConfig:
-    """Adapter metadata: the layers it belongs to, and how it is scaled."""
-
-    base_model: str = ""  # a Hugging Face id, a folder, or "tiny"
-    base_shape: list[int] = field(default_factory=list)  # its layers, hidden size and vocabulary
-    n_layers: int = 0  # of the decoder
-    paths: dict[str, str] = field(default_factory=dict)  # {"q_proj": "model.layers.{}.self_attn.q_proj"}
-    # {"q_proj": [3, 7]}: the layers that have a target, if not all have it
-    layers: dict[str, list[int]] = field(default_factory=dict)
-    in_features: dict[str, int] = field(default_factory=dict)
-    out_features: dict[str, int] = field(default_factory=dict)
-    r: int = 8
-    alpha: float = 16.0
-    rslora: bool = True  # rank-stabilised scaling (arXiv 2312.03732), as published
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.scaling_divisor(self.r)
-
-    def scaling_divisor(self, r: int) -> float:
-        return r**0.5 if self.rslora else r
-
-    def layers_of(self, name: str) -> list[int]:
-        """The numbers of the decoder layers that have this target; L of them."""
-        return self.layers.get(name) or list(range(self.n_layers))
-
-    def used_layers(self) -> list[int]:
-        """The numbers of the decoder layers that have any target."""
-        return sorted({layer for name in self.paths for layer in self.layers_of(name)})
-
-    def positions(self, name: str) -> slice | list[int]:
-        """Where the layers of a target are among `used_layers`."""
-        used, own = self.used_layers(), self.layers_of(name)
-        return slice(None) if own == used else [used.index(layer) for layer in own]
-
-
-LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # the first number in a module's path is its layer
-
-
-def layer_number(path: str) -> int:
-    return int(LAYER_NUMBER.search(path)[1])
-
-
-def without_layer(path: str) -> str:
-    """ "model.layers.3.self_attn.q_proj" -> "model.layers.{}.self_attn.q_proj" """
-    return LAYER_NUMBER.sub(".{}.", path, count=1)
-
-
-class Place(NamedTuple):
-    """Where the linear layers of a target are, and their shape."""
-
-    path: str  # without the number of the layer
-    n_in: int
-    n_out: int
-
-    def names(self) -> list[str]:
-        """Possible names for a target, the shortest first."""
-        last, shape = self.path.split(".")[-1], f"{self.n_out}x{self.n_in}"
-        in_layer = self.path.split("{}.")[-1].replace(".", "_")
-        whole = self.path.replace(".{}", "").replace(".", "_")
-        return [last, f"{last}_{shape}", in_layer, whole, f"{whole}_{shape}"]
-
-
-def name_targets(places: list[Place]) -> dict[Place, str]:
-    """For each place the shortest name that no other one has."""
-    names = {}
-    for place in places:
-        for length, name in enumerate(place.names()):
-            if [other.names()[length] for other in places].count(name) == 1:
-                names[place] = name
-                break
-    return names
-
-
-def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, list[tuple[str, nn.Linear]]]:
-    """{target: [(path, linear layer) in the order of the decoder layers]}.
-
-    `target_modules` are names of linear layers or of targets. Raises UserError if no layer has a name, or if
-    its layers are of a class of their own, such as quantised ones.
-    """
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # skip a vision tower
-    decoder_modules = set(decoder.modules())
-    found: dict[Place, list[tuple[str, nn.Linear]]] = {}
-    for path, module in base.named_modules():
-        if isinstance(module, nn.Linear) and module in decoder_modules and LAYER_NUMBER.search(path):
-            place = Place(without_layer(path), module.in_features, module.out_features)
-            found.setdefault(place, []).append((path, module))
-    if not found:
-        raise UserError("this model has no nn.Linear layers (GPT-2 has Conv1D), so it cannot have an adapter")
-
-    names, targets = name_targets(list(found)), {}
-    for wanted in target_modules:
-        chosen = [place for place in found if wanted in (names[place], place.names()[0])]
-        if not chosen:
-            others = ", ".join(sorted({place.names()[0] for place in found}))
-            raise UserError(f"this model has no linear layers named {wanted}, but {others}")
-        for place in chosen:
-            targets[names[place]] = found[place]
-            kind = type(found[place][0][1])
-            if kind.forward not in (nn.Linear.forward, LoRALinear.forward):
-                raise UserError(
-                    f"{wanted} is {kind.__name__}: quantised layers and the like have no adapters"
-                )
-    return targets
-
-
-def linear_names(network: nn.Module) -> list[str]:
-    """The names of all linear layers in numbered layers: the last parts of their paths."""
-    paths = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
-    return sorted({path.split(".")[-1] for path in paths if LAYER_NUMBER.search(path)})
-
-
-def config_for(base: nn.Module, target_modules: list[str], base_model: str, **settings) -> LoRAConfig:
-    """The LoRAConfig of adapters for these modules of `base`; `settings` are r, alpha and rslora."""
-    config = LoRAConfig(base_model=base_model, base_shape=base_shape(base.config), **settings)
-    config.n_layers = config.base_shape[0]
-    for name, layers in find_targets(base, target_modules).items():
-        path, module = layers[0]
-        config.paths[name] = without_layer(path)
-        config.in_features[name] = module.in_features
-        config.out_features[name] = module.out_features
-        if len(layers) < config.n_layers:
-            config.layers[name] = [layer_number(path) for path, _ in layers]
-    return config
-
-
-def base_shape(config) -> list[int]:
-    """[layers, hidden size, vocabulary]: identifies a base model that is stored in a folder."""
-    text = config.get_text_config()
-    return [text.num_hidden_layers, text.hidden_size, text.vocab_size]
-
-
-# -------------------- The layer that applies it --------------------
+# -------------------- The layer that applies an adapter --------------------
 
 
 def init_A_(A: Tensor) -> Tensor:
@@ -195,14 +57,157 @@ class LoRALinear(nn.Linear):
         return y + update.view_as(y).to(y.dtype)
 
 
+# -------------------- Where it goes --------------------
+
+
+@dataclass
+class Target:
+    """A set of linear layers: where they are, and their shape."""
+
+    path: str  # "model.layers.{}.self_attn.q_proj"
+    layers: list[int]  # the numbers of the decoder layers that have one; L of them
+    n_in: int
+    n_out: int
+
+    def paths(self) -> list[str]:
+        """The paths of its linear layers."""
+        return [self.path.format(layer) for layer in self.layers]
+
+
+@dataclass
+class LoRAConfig:
+    """Adapter metadata: the layers it belongs to, and how it is scaled."""
+
+    base_model: str = ""  # a Hugging Face id, a folder, or "tiny"
+    base_shape: list[int] = field(default_factory=list)  # its layers, hidden size and vocabulary
+    n_layers: int = 0  # of the decoder
+    targets: dict[str, Target] = field(default_factory=dict)
+    r: int = 8
+    alpha: float = 16.0
+    rslora: bool = True  # rank-stabilised scaling (arXiv 2312.03732), as published
+    instruction: bool = False  # prompts in training contained the task's instruction
+
+    def __post_init__(self):
+        for name, target in self.targets.items():
+            if isinstance(target, dict):  # from a JSON file
+                self.targets[name] = Target(**target)
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+    def adapted_layers(self) -> list[int]:
+        """The numbers of the decoder layers that have any target."""
+        layers = set()
+        for target in self.targets.values():
+            layers.update(target.layers)
+        return sorted(layers)
+
+    def positions(self, name: str) -> slice | list[int]:
+        """Where the layers of a target are among `adapted_layers`."""
+        adapted, layers = self.adapted_layers(), self.targets[name].layers
+        return slice(None) if layers == adapted else [adapted.index(layer) for layer in layers]
+
+
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # the first number in a module's path is its layer
+
+
+def split_path(path: str) -> tuple[str, int]:
+    """ "model.layers.3.self_attn.q_proj" -> ("model.layers.{}.self_attn.q_proj", 3) """
+    return LAYER_NUMBER.sub(".{}.", path, count=1), int(LAYER_NUMBER.search(path)[1])
+
+
+def linear_layers(network: nn.Module) -> dict[str, nn.Linear]:
+    """{path: layer} of the linear layers in numbered layers."""
+    decoder = network.get_decoder() if hasattr(network, "get_decoder") else network  # skip a vision tower
+    decoder_modules = set(decoder.modules())
+    found = {}
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Linear) and module in decoder_modules and LAYER_NUMBER.search(path):
+            found[path] = module
+    if not found:
+        raise UserError("this model has no nn.Linear layers (GPT-2 has Conv1D), so it cannot have an adapter")
+    return found
+
+
+def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, Target]:
+    """The targets of these names: suffixes of the paths of linear layers, as in PEFT.
+
+    Raises UserError if a name fits no layer, or layers in several places or of several shapes, or layers of a
+    class of their own, such as quantised ones.
+    """
+    layers, targets = linear_layers(base), {}
+    for name in target_modules:
+        chosen = {path: layer for path, layer in layers.items() if f".{path}".endswith(f".{name}")}
+        if not chosen:
+            last_parts = sorted({path.split(".")[-1] for path in layers})
+            raise UserError(f"this model has no linear layers named {name}, but {', '.join(last_parts)}")
+        for layer in chosen.values():
+            if type(layer).forward not in (nn.Linear.forward, LoRALinear.forward):
+                kind = type(layer).__name__
+                raise UserError(f"{name} is {kind}: quantised layers and the like have no adapters")
+        targets[name] = one_target(name, {path: layer.weight.shape for path, layer in chosen.items()})
+    return targets
+
+
+def one_target(name: str, shapes: dict[str, tuple[int, int]]) -> Target:
+    """The target that consists of the layers {path: (out, in)}. Raises UserError if they are several."""
+    places, sizes = {}, {}
+    for path, (n_out, n_in) in shapes.items():
+        place, layer = split_path(path)
+        places.setdefault(place, []).append(layer)
+        sizes.setdefault((n_in, n_out), []).append(path)
+    if len(places) > 1:
+        suffixes = ", ".join(sorted(place.split("{}.")[-1] for place in places))
+        raise UserError(f"{name} is in several places; name one of them: {suffixes}")
+    if len(sizes) > 1:
+        example = next(iter(shapes)).split(".", 1)[-1]
+        raise UserError(f"{name} has {len(sizes)} shapes; name single layers, such as {example}")
+    (path, layers), (n_in, n_out) = next(iter(places.items())), next(iter(sizes))
+    return Target(path, layers, n_in, n_out)
+
+
+def all_targets(network: nn.Module) -> dict[str, Target]:
+    """A target for each place of linear layers in numbered layers; its name is its path in the layer."""
+    places = {}
+    for path, layer in linear_layers(network).items():
+        places.setdefault(split_path(path)[0], {})[path] = layer.weight.shape
+    targets = {}
+    for place, shapes in places.items():
+        name = place.split("{}.")[-1].replace(".", "_")
+        targets[name] = one_target(name, shapes)
+    return targets
+
+
+def config_for(base: nn.Module, targets: dict[str, Target], base_model: str, **settings) -> LoRAConfig:
+    """The LoRAConfig of adapters for these targets of `base`; `settings` are its further fields."""
+    shape = base_shape(base.config)
+    return LoRAConfig(base_model, shape, n_layers=shape[0], targets=targets, **settings)
+
+
+def base_shape(config) -> list[int]:
+    """[layers, hidden size, vocabulary]: identifies a base model that is stored in a folder."""
+    text = config.get_text_config()
+    return [text.num_hidden_layers, text.hidden_size, text.vocab_size]
+
+
+# -------------------- Using it --------------------
+
+
 def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> nn.Module:
-    """Replace each linear layer of these targets by a LoRALinear; returns the model.
+    """Replace each linear layer of these names by a LoRALinear; returns the model.
 
     `dropout` acts on the input of A, in training only. Without an adapter the output is unchanged.
     """
-    for name, layers in find_targets(base, target_modules).items():
-        for index, (path, linear) in enumerate(layers):
+    return inject_targets(base, find_targets(base, target_modules), dropout)
+
+
+def inject_targets(base: nn.Module, targets: dict[str, Target], dropout: float = 0.0) -> nn.Module:
+    """As `inject`, for targets that are known."""
+    for name, target in targets.items():
+        for index, path in enumerate(target.paths()):
             parent, child = path.rsplit(".", 1)
+            linear = base.get_submodule(path)
             setattr(base.get_submodule(parent), child, LoRALinear(linear, name, index, dropout))
     return base
 
@@ -211,12 +216,12 @@ def injected_layers(base: nn.Module) -> list[LoRALinear]:
     return [module for module in base.modules() if isinstance(module, LoRALinear)]
 
 
-def check_fits(base: nn.Module, adapter: Adapter) -> None:
-    """Raise UserError if `adapter` does not fit the injected layers of `base`."""
+def check_fits(layers: list[LoRALinear], adapter: Adapter) -> None:
+    """Raise UserError if an adapter does not fit the injected layers of a model."""
     shapes = {}  # {target: (layers, in, out)}
-    for module in injected_layers(base):
-        n_layers, _, _ = shapes.get(module.name, (0, 0, 0))
-        shapes[module.name] = (n_layers + 1, module.in_features, module.out_features)
+    for layer in layers:
+        n_layers, _, _ = shapes.get(layer.name, (0, 0, 0))
+        shapes[layer.name] = (n_layers + 1, layer.in_features, layer.out_features)
     for name, (A, B) in adapter.items():
         shape = (A.shape[-3], A.shape[-1], B.shape[-2])
         if shapes.get(name) != shape:
@@ -231,37 +236,38 @@ def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None 
     a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on.
     """
     assert adapter is None or scaling is not None, "an adapter needs its scaling (config.scaling)"
-    check_fits(base, adapter or {})
     layers = injected_layers(base)
+    check_fits(layers, adapter or {})
     pairs = {}  # {target: [(A, B) of its first layer, of its second, ...]}
     for name, (A, B) in (adapter or {}).items():
         weight = layers[0].weight
         A, B = A.to(weight.device, weight.dtype), B.to(weight.device, weight.dtype)
         pairs[name] = list(zip(A.unbind(-3), B.unbind(-3)))  # indexing would have a slower backward pass
-    for module in layers:
-        module.A = module.B = None
-        if module.name in pairs:
-            A, B = pairs[module.name][module.index]
-            module.A = A.view(-1, *A.shape[-2:])  # [n, r, in]
-            module.B = B.view(-1, *B.shape[-2:])  # [n, out, r]
-            module.scaling = scaling
+    for layer in layers:
+        layer.A = layer.B = None
+        if layer.name in pairs:
+            A, B = pairs[layer.name][layer.index]
+            layer.A = A.view(-1, *A.shape[-2:])  # [n, r, in]
+            layer.B = B.view(-1, *B.shape[-2:])  # [n, out, r]
+            layer.scaling = scaling
 
 
 def set_dropout(base: nn.Module, active: bool) -> None:
     """Switch the dropout on the adapters' inputs on or off. The base model itself stays in eval mode."""
-    for module in injected_layers(base):
-        module.train(active)
+    for layer in injected_layers(base):
+        layer.train(active)
 
 
 @torch.no_grad()
 def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
     """Add one adapter to the weights, for good: W + scaling * B A."""
-    check_fits(base, adapter)
-    for module in injected_layers(base):
-        if module.name in adapter:
-            A, B = adapter[module.name]
-            update = scaling * B[module.index].float() @ A[module.index].float()  # [out, in]
-            module.weight.data = (module.weight.float() + update).to(module.weight.dtype)
+    layers = injected_layers(base)
+    check_fits(layers, adapter)
+    for layer in layers:
+        if layer.name in adapter:
+            A, B = adapter[layer.name]
+            update = scaling * B[layer.index].float() @ A[layer.index].float()  # [out, in]
+            layer.weight.data = (layer.weight.float() + update).to(layer.weight.dtype)
 
 
 # -------------------- Several adapters --------------------
@@ -272,14 +278,10 @@ def concat_rank(adapters: list[Adapter]) -> Adapter:
 
     B1 A1 + B2 A2 = [B1 B2] [A1; A2]
     """
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for adapter in adapters:
-        for name, pair in adapter.items():
-            pairs.setdefault(name, []).append(pair)
     joined = {}
-    for name in pairs:
-        A = torch.cat([A for A, _ in pairs[name]], -2)  # [..., L, r1 + r2 + ..., in]
-        B = torch.cat([B for _, B in pairs[name]], -1)
+    for name in adapters[0]:
+        A = torch.cat([adapter[name][0] for adapter in adapters], -2)  # [..., L, r1 + r2 + ..., in]
+        B = torch.cat([adapter[name][1] for adapter in adapters], -1)
         joined[name] = (A, B)
     return joined
 
@@ -287,6 +289,11 @@ def concat_rank(adapters: list[Adapter]) -> Adapter:
 def select(adapter: Adapter, index) -> Adapter:
     """Adapters of a batch: an integer takes one, a list or index tensor a new batch, with repetition."""
     return {name: (A[index], B[index]) for name, (A, B) in adapter.items()}
+
+
+def key(name: str) -> str:
+    """The name of a target as torch takes it for a parameter: without dots."""
+    return name.replace(".", "_")
 
 
 class LoRABank(nn.Module):
@@ -299,113 +306,122 @@ class LoRABank(nn.Module):
         super().__init__()
         self.config = config
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
-        for name in config.paths:
-            L, n_in, n_out = len(config.layers_of(name)), config.in_features[name], config.out_features[name]
-            A = init_A_(torch.empty(L, config.r, n_in))
-            self.A[name] = nn.Parameter(A.repeat(n, 1, 1, 1))  # [n, L, r, in]
-            self.B[name] = nn.Parameter(torch.zeros(n, L, n_out, config.r))
+        for name, target in config.targets.items():
+            L = len(target.layers)
+            A = init_A_(torch.empty(L, config.r, target.n_in))
+            self.A[key(name)] = nn.Parameter(A.repeat(n, 1, 1, 1))  # [n, L, r, in]
+            self.B[key(name)] = nn.Parameter(torch.zeros(n, L, target.n_out, config.r))
 
     def forward(self, index) -> Adapter:
-        return {name: (self.A[name][index], self.B[name][index]) for name in self.A}
+        return {name: (self.A[key(name)][index], self.B[key(name)][index]) for name in self.config.targets}
 
 
 # -------------------- Adapter folders, in PEFT's format --------------------
 
 
 def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> None:
-    """Write one adapter as PEFT does. If its rank is not config.r, lora_alpha is set to keep the scaling."""
-    tensors, ranks, alphas = {}, {}, {}
+    """Write one adapter as PEFT does, and prompt.json: whether prompts need the task's instruction.
+
+    Its rank is that of its matrices. If this is not config.r, lora_alpha is set to keep the scaling.
+    """
+    tensors, names = {}, []
     for name, (A, B) in adapter.items():
-        r, layers = A.shape[-2], config.layers_of(name)
-        pattern = config.paths[name].split(".")[-1]
-        if pattern != name:  # another target has it, too
-            pattern = config.paths[name].replace(".", r"\.").format(f"({'|'.join(map(str, layers))})")
-        ranks[pattern] = r
-        alphas[pattern] = config.scaling * config.scaling_divisor(r)
-        for index, layer in enumerate(layers):
-            key = "base_model.model." + config.paths[name].format(layer)
-            tensors[f"{key}.lora_A.weight"] = A[index]
-            tensors[f"{key}.lora_B.weight"] = B[index]
+        r, target = A.shape[-2], config.targets[name]
+        names.append(name)
+        for index, path in enumerate(target.paths()):
+            tensors[f"base_model.model.{path}.lora_A.weight"] = A[index]
+            tensors[f"base_model.model.{path}.lora_B.weight"] = B[index]
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": source_of(config.base_model),
         "inference_mode": True,
-        "target_modules": list(dict.fromkeys(config.paths[name].split(".")[-1] for name in adapter)),
+        "target_modules": names,
         "lora_dropout": 0.0,
         "bias": "none",
-        "r": max(ranks.values()),
-        "lora_alpha": round(max(alphas.values()), 6),
+        "r": r,
+        "lora_alpha": round(config.scaling * (r**0.5 if config.rslora else r), 6),
         "use_rslora": config.rslora,
     }
-    if len(set(ranks.values())) > 1:
-        peft |= {"rank_pattern": ranks, "alpha_pattern": alphas}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "adapter_model.safetensors", tensors)
     write_file(folder / "adapter_config.json", peft)
+    write_file(folder / "prompt.json", {"instruction": config.instruction})
 
 
+ADAPTER_FILES = ["adapter_model.safetensors", "adapter_config.json", "prompt.json"]
 ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+\.\d+\..+)\.lora_(?P<matrix>[AB])\.weight")
+ANY_VALUE = {  # fields of adapter_config.json that do not change what the A and B of a layer mean
+    *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules"),
+    *("megatron_core", "qalora_group_size"),  # they have values by default, and matter only beside others
+}
+PLAIN = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}  # base unchanged
+
+
+def read_peft_config(folder: Path) -> dict:
+    """The adapter_config.json of a plain LoRA; UserError names what is not plain."""
+    peft = read_object(folder / "adapter_config.json")
+    if peft.get("peft_type") != "LORA":
+        raise UserError(f"{folder} is not a LoRA adapter: peft_type is {peft.get('peft_type')}")
+    for name, value in peft.items():
+        if value and name not in ANY_VALUE and value not in PLAIN.get(name, []):
+            raise UserError(f"{folder} is not a plain LoRA adapter: {name} is {value}")
+    for name in ("r", "lora_alpha"):
+        value = peft.get(name)
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise UserError(f"{folder}/adapter_config.json: {name} must be a number above 0, not {value!r}")
+    return peft
 
 
 def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
-    """Read an adapter folder in PEFT's format: A [L, r, in], B [L, out, r] per module, and its config.
+    """Read an adapter folder in PEFT's format: A [L, r, in], B [L, out, r] per target, and its config.
 
-    If PEFT scales some modules differently (alpha_pattern, rank_pattern), we keep one scaling and fold
-    the difference into B. Layers of smaller rank are zero-padded to the largest rank of their module.
-    Raises UserError if the folder holds anything but the A and B of linear layers.
+    Raises UserError if it is anything but a plain LoRA of one rank and one scaling.
     """
     folder = Path(folder)
-    peft = read_file(folder / "adapter_config.json")
-    extras = peft.get("use_dora") or peft.get("modules_to_save") or peft.get("bias", "none") != "none"
-    if peft.get("peft_type") != "LORA" or extras or not {"r", "lora_alpha"} <= set(peft):
-        raise UserError(f"{folder} is not a plain LoRA adapter")
-    config = LoRAConfig(base_model=peft.get("base_model_name_or_path") or "")
-    config.r, config.alpha, config.rslora = peft["r"], peft["lora_alpha"], peft.get("use_rslora", False)
+    peft = read_peft_config(folder)
+    config = LoRAConfig(base_model=peft.get("base_model_name_or_path") or "", r=peft["r"])
+    config.alpha, config.rslora = peft["lora_alpha"], bool(peft.get("use_rslora"))
+    if (folder / "prompt.json").exists():
+        config.instruction = bool(read_object(folder / "prompt.json").get("instruction"))
 
     matrices: dict[str, dict[str, Tensor]] = {}  # {path: {"A": [r, in], "B": [out, r]}}
-    for key, tensor in read_file(folder / "adapter_model.safetensors").items():
-        match = ADAPTER_KEY.fullmatch(key)
+    for tensor_name, tensor in read_file(folder / "adapter_model.safetensors").items():
+        match = ADAPTER_KEY.fullmatch(tensor_name)
         if not match:
-            raise UserError(f"{folder} holds {key}, which is not the A or B of a layer")
-        if match["matrix"] == "B":
-            scaling = peft_alpha(peft, match["path"]) / config.scaling_divisor(tensor.shape[-1])
-            tensor = tensor * (scaling / config.scaling)
+            raise UserError(f"{folder} holds {tensor_name}, which is not the A or B of a layer")
         matrices.setdefault(match["path"], {})[match["matrix"]] = tensor
+    if not matrices:
+        raise UserError(f"{folder} holds an adapter without tensors")
 
-    found: dict[Place, dict[int, tuple[Tensor, Tensor]]] = {}  # {place: {layer: (A, B)}}
+    shapes = {}  # {target: {path: (out, in)}}
     for path, pair in matrices.items():
         if len(pair) < 2:
             raise UserError(f"{folder} holds only {' and '.join(pair)} of {path}")
-        place = Place(without_layer(path), pair["A"].shape[-1], pair["B"].shape[-2])
-        found.setdefault(place, {})[layer_number(path)] = (pair["A"], pair["B"])
-    if not found:
-        raise UserError(f"{folder} holds an adapter without tensors")
-    config.n_layers = 1 + max(layer for layers in found.values() for layer in layers)
-
-    adapter, names = {}, name_targets(list(found))
-    for place, by_layer in found.items():
-        name, numbers = names[place], sorted(by_layer)
-        r = max(len(A) for A, _ in by_layer.values())
-        padded_A, padded_B = [], []
-        for layer in numbers:
-            A, B = by_layer[layer]
-            padded_A.append(F.pad(A, (0, 0, 0, r - A.shape[0])))
-            padded_B.append(F.pad(B, (0, r - B.shape[1])))
-        adapter[name] = (torch.stack(padded_A), torch.stack(padded_B))  # [L, r, in], [L, out, r]
-        config.paths[name], config.in_features[name], config.out_features[name] = place
-        if len(numbers) < config.n_layers:
-            config.layers[name] = numbers
+        A, B = pair["A"], pair["B"]
+        if A.dim() != 2 or B.dim() != 2 or len(A) != config.r or B.shape[1] != config.r:
+            raise UserError(f"{folder}: {path} has another rank than r = {config.r}")
+        shapes.setdefault(target_name(path, peft["target_modules"]), {})[path] = (len(B), A.shape[1])
+    adapter = {}
+    for name in shapes:
+        by_layer = dict(sorted(shapes[name].items(), key=lambda item: split_path(item[0])[1]))
+        target = config.targets[name] = one_target(name, by_layer)
+        A = torch.stack([matrices[path]["A"] for path in target.paths()])  # [L, r, in]
+        B = torch.stack([matrices[path]["B"] for path in target.paths()])  # [L, out, r]
+        adapter[name] = (A, B)
+    config.n_layers = 1 + max(config.adapted_layers())
     return adapter, config
 
 
-def peft_alpha(peft: dict, path: str) -> float:
-    """lora_alpha of one layer: PEFT's alpha_pattern holds regular expressions for the end of its path."""
-    for pattern, alpha in (peft.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return alpha
-    return peft["lora_alpha"]
+def target_name(path: str, target_modules) -> str:
+    """Which of PEFT's target_modules a layer belongs to; if they are a pattern, the end of its path."""
+    if isinstance(target_modules, list):
+        for name in target_modules:
+            if f".{path}".endswith(f".{name}"):
+                return name
+    return path.split(".")[-1]
 
 
 def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfig]:
@@ -416,9 +432,8 @@ def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfi
     adapters, kinds = [], []
     for folder in folders:
         adapter, config = load_adapter(folder)
-        shapes = {name: (A.shape, B.shape) for name, (A, B) in adapter.items()}
         adapters.append(adapter)
-        kinds.append((shapes, config.scaling))
+        kinds.append((list(config.targets.items()), config.r, config.scaling))
         if kinds[-1] != kinds[0]:
             raise UserError(f"the adapters in {folder} and {folders[0]} differ in modules, rank or scaling")
     batch = {}

@@ -1,9 +1,11 @@
-"""The two frozen models: the base model that is adapted, and the text encoder that reads the description.
+"""The two frozen models: the base model, which is adapted, and the text encoder, which reads descriptions.
 
-Both come from a preset, a Hugging Face id or a folder. The preset `tiny` needs neither download nor GPU.
+Each is a preset, a Hugging Face id or a folder. The preset `tiny` needs neither download nor GPU.
 """
 
-from functools import cache, partial
+import sys
+from contextlib import contextmanager
+from functools import cache, lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lora
 from support import processes
-from support.files import UserError, read_file
-from support.hashing import hash_encoder
-from support.hub import encoder_source, fetch, from_pretrained, load_text_model, longest_text
+from support.files import UserError, read_object
+from support.hashing import HASH_WIDTH, hash_encoder
+from support.hub import fetch, from_pretrained, load_text_model, load_weights, longest_text
 from support.processes import Process
 
 # -------------------- The base model --------------------
 
 
 def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
-    """(base model, tokenizer): frozen, in eval mode. dtype None is float32 on CPU and bfloat16 elsewhere."""
+    """(base model, tokenizer): frozen, in eval mode. dtype None is that of `default_dtype`."""
     tokenizer = from_pretrained(AutoTokenizer, name)
-    base = from_pretrained(AutoModelForCausalLM, name, dtype=dtype or default_dtype(device))
+    base = load_weights(AutoModelForCausalLM, name, dtype=dtype or default_dtype(device))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -32,27 +34,28 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
         prepends_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         if prepends_bos:
             tokenizer.chat_template = "{{ bos_token }}" + PLAIN_TEMPLATE
-    eos = base.generation_config.eos_token_id or tokenizer.eos_token_id
+    eos = base.generation_config.eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
     base.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
+        base.set_attn_implementation("eager")  # with sdpa, transformers before 5.19 drops Gemma 2's softcap
     return base.to(device).requires_grad_(False).eval(), tokenizer
 
 
 def default_dtype(device) -> torch.dtype:
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    """float32 on a CPU and on GPUs that only emulate bfloat16 (before Ampere), otherwise bfloat16."""
+    kind = torch.device(device).type
+    if kind == "cpu" or (kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)):
+        return torch.float32
+    return torch.bfloat16
 
 
-def load_injected(
-    name: str, target_modules: list[str], process: Process, dtype=None, dropout: float = 0.0, shard=False
-):
-    """(base model with LoRA layers, tokenizer). With `shard` its layers are spread over the processes."""
-    if not shard:
-        base, tokenizer = load_base(name, process.device, dtype)
-        return lora.inject(base, target_modules, dropout), tokenizer
-    mesh = processes.make_mesh(process)
+def load_sharded(name: str, process: Process, dtype: torch.dtype, target_modules: list[str], dropout: float):
+    """(base model with LoRA layers, tokenizer), with the decoder's layers spread over the processes."""
     with processes.in_turn(process):  # so that host memory holds the whole model only once
-        base, tokenizer = load_base(name, "cpu", dtype or default_dtype(process.device))
+        base, tokenizer = load_base(name, "cpu", dtype)
         lora.inject(base, target_modules, dropout)
-        processes.shard_layers(decoder_layers(base), mesh)
+        processes.shard_layers(base.get_decoder(), decoder_layers(base), process)
         base.to(process.device)
     return base, tokenizer
 
@@ -137,68 +140,70 @@ def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
 
 
 def check_known(tokenizer, texts: list[str]) -> None:
-    """Raise UserError for a word that the tokenizer has no token for (the tiny one knows few)."""
+    """Raise UserError for words that the tokenizer has no token for (the tiny one knows few)."""
     if tokenizer.unk_token_id is None:
         return
     words = sorted({word for text in texts for word in text.split()})
     if tokenizer.unk_token_id not in tokenize(tokenizer, " ".join(words)):
         return
-    for word in words:
-        if tokenizer.unk_token_id in tokenize(tokenizer, word):
-            raise UserError(f"the base model has no token for {word} (the tiny one: see tasks/tiny.json)")
+    unknown = [word for word in words if tokenizer.unk_token_id in tokenize(tokenizer, word)]
+    if unknown:
+        some = ", ".join(unknown[:20]) + (", ..." if len(unknown) > 20 else "")
+        known = ", ".join(tokenizer.convert_ids_to_tokens(range(20, 120, 20)))
+        message = f"the base model has no token for {some}; it knows words such as {known}"
+        raise UserError(f"{message} (all those of the tiny one: tasks/tiny.json)")
 
 
 @torch.no_grad()
-def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens=32, strip=True) -> list[str]:
-    """Greedy answers to rendered prompts, in one batch, with the adapters that are set.
+def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
+    """Greedy answers to rendered prompts, in one batch, with the adapters that are set, as they are written.
 
-    White space is stripped, but trailing space is kept if the answer was cut off. With strip=False the
-    answers are the text after the prompts, unchanged.
+    Some tokenizers drop the first space of a text, so prompt and answer are decoded together.
     """
     sequences = [tokenize(tokenizer, p) for p in prompts]
     ids = pad(sequences, tokenizer.pad_token_id, left=True).to(base.device)  # [n, T]
     mask = pad([[1] * len(sequence) for sequence in sequences], 0, left=True).to(base.device)
     out = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
-    if not strip:  # some tokenizers drop the first space of a text, so decode prompt and answer together
-        before = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        whole = tokenizer.batch_decode(out, skip_special_tokens=True)
-        return [text[len(start) :] for start, text in zip(before, whole)]
-    new = out[:, ids.shape[1] :]  # [n, up to max_new_tokens]
-    eos = torch.tensor(base.generation_config.eos_token_id or [], device=new.device)
-    ended = torch.isin(new, eos).any(1)
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.strip() if is_whole else text.lstrip() for text, is_whole in zip(texts, ended)]
+    before = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    whole = tokenizer.batch_decode(out, skip_special_tokens=True)
+    return [text[len(start) :] for start, text in zip(before, whole)]
 
 
-def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):
-    """Run the base model, with the adapters that are set, on n examples (ids of prompt and answer).
-
-    `neftune_alpha` adds noise to the input embeddings (NEFTune, arXiv 2310.05914). Returns, for all answer
-    tokens: logits [tokens, vocabulary], the index of their example [tokens], the right tokens [tokens].
-    """
-    sequences = [prompt + answer for prompt, answer in examples]
-    labels = [[-1] * len(prompt) + answer for prompt, answer in examples]  # -1 is not part of the answer
-    ids = pad(sequences, 0).to(base.device)  # [n, T], padded at the end: a causal model needs no mask
-    labels = pad(labels, -1).to(base.device)  # [n, T]
-    example_index, position = (labels[:, 1:] >= 0).nonzero(
-        as_tuple=True
-    )  # logits here predict an answer token
-    first, last = position.min(), position.max()
-    kept = torch.arange(first, last + 1, device=ids.device)  # of the whole batch
+@contextmanager
+def neftune(base: nn.Module, alpha: float):
+    """Add noise to the base model's input embeddings (NEFTune, arXiv 2310.05914); none if alpha is 0."""
 
     def add_noise(embeddings: nn.Module, _, x: Tensor) -> Tensor:
         """Uniform noise, scaled so that its expected norm does not grow with T and d. x [n, T, d]"""
-        noise = torch.empty_like(x).uniform_(-1, 1) * neftune_alpha / (x.shape[1] * x.shape[2]) ** 0.5
+        noise = torch.empty_like(x).uniform_(-1, 1) * alpha / (x.shape[1] * x.shape[2]) ** 0.5
         return x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's embeddings are multiplied by it
 
-    hook = base.get_input_embeddings().register_forward_hook(add_noise) if neftune_alpha else None
+    hook = base.get_input_embeddings().register_forward_hook(add_noise) if alpha else None
     try:
-        logits = base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
+        yield
     finally:
         if hook:
             hook.remove()
-    answer_logits = logits[example_index, position - first].float()
-    return answer_logits, example_index, labels[example_index, position + 1]
+
+
+def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]]):
+    """Run the base model, with the adapters that are set, on n examples (ids of prompt and answer).
+
+    Returns, for all answer tokens: logits [tokens, vocabulary], the index of their example [tokens], the
+    right tokens [tokens].
+    """
+    sequences, is_answer = [], []
+    for prompt, right in examples:
+        sequences.append(prompt + right)
+        is_answer.append([0] * len(prompt) + [1] * len(right))
+    ids = pad(sequences, 0).to(base.device)  # [n, T], padded at the end: a causal model needs no mask
+    is_answer = pad(is_answer, 0).to(base.device)  # [n, T]
+    # logits at a position predict the next token
+    example_index, position = is_answer[:, 1:].nonzero(as_tuple=True)  # [tokens]
+    first, last = position.min(), position.max()
+    kept = torch.arange(first, last + 1, device=ids.device)  # positions whose logits are needed
+    logits = base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
+    return logits[example_index, position - first].float(), example_index, ids[example_index, position + 1]
 
 
 def decoder_layers(base: nn.Module) -> nn.ModuleList:
@@ -244,50 +249,56 @@ def recompute_layers(base: nn.Module) -> None:
 # -------------------- The text encoder: n descriptions -> [n, E] --------------------
 
 
-def load_encoder(name: str, device="cpu", base_and_tokenizer=(), full_stop=False, with_lora=False):
-    """A text encoder, as a callable: list of n descriptions -> [n, E].
-
-    `name` is a preset, "hash", "base" (with `base_and_tokenizer`), a hub id or a folder. With `full_stop`,
-    descriptions that end in a letter get a full stop, as published. With `with_lora` its network,
-    `encode.network`, has LoRA layers.
-    """
-    name = encoder_source(name)
+def load_encoder(name: str, device="cpu", base_and_tokenizer=(), full_stop=False) -> "TextEncoder":
+    """The text encoder of this name: "hash", "base" (with `base_and_tokenizer`), a hub id or a folder."""
     if name == "hash":
-        embed = hash_encoder
-    elif name == "base":
-        embed = partial(base_encoder, *base_and_tokenizer)
-    else:
-        embed = TransformerEncoder(name, device)
+        return TextEncoder(name, hash_encoder, HASH_WIDTH, device, full_stop)
+    if name == "base":
+        width = base_and_tokenizer[0].config.get_text_config().hidden_size
+        return TextEncoder(name, partial(base_encoder, *base_and_tokenizer), width, device, full_stop)
+    embed = TransformerEncoder(name, device)
+    return TextEncoder(name, embed, embed.model.config.hidden_size, device, full_stop, embed.model)
 
-    def encode(texts: list[str]) -> Tensor:
+
+class TextEncoder:
+    """A callable: list of n descriptions -> [n, E].
+
+    With `full_stop`, descriptions that end in a letter get a full stop, as published.
+    """
+
+    def __init__(self, name: str, embed, width: int, device, full_stop: bool, network=None):
+        self.name, self.embed, self.width, self.device = name, embed, width, device  # width: E
+        self.full_stop = full_stop
+        self.network: nn.Module | None = network  # of one with layers; it may have a LoRA
+        self.embed_once = lru_cache(2**16)(lambda text: embed([text])[0])
+
+    def __call__(self, texts: list[str]) -> Tensor:
         texts = [text.strip() for text in texts]
-        if full_stop:
+        if self.full_stop:
             texts = [f"{text}." if text[-1].isalpha() else text for text in texts]
-        return embed(texts).to(device)
-
-    if with_lora:
-        if name in ("hash", "base"):
-            raise UserError(f"--encoder_rank, a LoRA on the text encoder, needs one with layers, not {name}")
-        encode.network = embed.model
-        lora.inject(encode.network, lora.linear_names(encode.network))
-    return encode
+        if self.network is None or lora.injected_layers(self.network):
+            return self.embed(texts).to(self.device)
+        # frozen: each text is read once, and alone, so that its embedding does not depend on the batch
+        return torch.stack([self.embed_once(text) for text in texts])
 
 
 class TransformerEncoder:
     """A text encoder of the hub, pooled as its own 1_Pooling/config.json says: mean, CLS or last token."""
 
     def __init__(self, name: str, device="cpu"):
-        self.tokenizer = from_pretrained(AutoTokenizer, name)
+        self.tokenizer = from_pretrained(AutoTokenizer, name, flag="--encoder")
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         self.model = load_text_model(name).to(device).requires_grad_(False).eval()
         self.max_length = min(8192, longest_text(self.model))  # tokens
-        pooling = fetch(name) / "1_Pooling" / "config.json"
-        self.pooling = read_file(pooling) if pooling.exists() else {}
+        pooling = fetch(name, flag="--encoder") / "1_Pooling" / "config.json"
+        self.pooling = read_object(pooling) if pooling.exists() else {}
+        self.has_cut = False
 
     def __call__(self, texts: list[str]) -> Tensor:
         out = []
-        settings = dict(padding=True, padding_side="right", truncation=True, max_length=self.max_length)
         for i in range(0, len(texts), 64):
-            batch = self.tokenizer(texts[i : i + 64], return_tensors="pt", **settings).to(self.model.device)
+            batch = self.tokenize(texts[i : i + 64]).to(self.model.device)
             h = self.model(**batch).last_hidden_state.float()  # [n, T, E]
             mask = batch["attention_mask"]  # [n, T]
             if self.pooling.get("pooling_mode_cls_token"):
@@ -298,6 +309,16 @@ class TransformerEncoder:
                 h = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             out.append(F.normalize(h, dim=-1))  # [n, E]
         return torch.cat(out)
+
+    def tokenize(self, texts: list[str]):
+        """Token ids and mask [n, T]. Says once if a text is longer than the network can read."""
+        settings = dict(padding=True, padding_side="right", truncation=True, max_length=self.max_length)
+        batch = self.tokenizer(texts, return_tensors="pt", **settings)
+        if batch["input_ids"].shape[1] == self.max_length and not self.has_cut:
+            self.has_cut = True
+            message = f"note: the text encoder reads {self.max_length} tokens of a description, not more:"
+            print(message, max(texts, key=len)[:60], "...", file=sys.stderr)
+        return batch
 
 
 @torch.no_grad()

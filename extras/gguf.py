@@ -43,6 +43,12 @@ def permute(B: Tensor, n_heads: int) -> Tensor:
     return B.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
+def config_of(base_model: str):
+    """The config of a base model; its weights are not downloaded."""
+    folder = hub.fetch(hub.source_of(base_model), ["config.json"])
+    return hub.from_pretrained(AutoConfig, str(folder))
+
+
 def main() -> None:
     args = parse_args()
     try:
@@ -50,7 +56,7 @@ def main() -> None:
     except ImportError:
         raise UserError("GGUF files need the package gguf: pip install gguf") from None
     adapter, config = lora.load_adapter(args.adapter)
-    base = hub.from_pretrained(AutoConfig, args.base_model or config.base_model)
+    base = config_of(args.base_model or config.base_model)
     if base.model_type not in ARCHITECTURES:
         raise UserError(f"no GGUF adapters for {base.model_type}, but for {', '.join(ARCHITECTURES)}")
     architecture, permutes = ARCHITECTURES[base.model_type]
@@ -63,15 +69,13 @@ def main() -> None:
     writer = gguf.GGUFWriter(unfinished, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
-    rank = max(A.shape[-2] for A, _ in adapter.values())
-    writer.add_float32("adapter.lora.alpha", config.scaling * rank)  # llama.cpp scales by alpha / rank
+    writer.add_float32("adapter.lora.alpha", config.scaling * config.r)  # llama.cpp scales by alpha / rank
     for name, (A, B) in adapter.items():
-        B = B * (A.shape[-2] / rank)  # if its rank is smaller
-        for index, layer in enumerate(config.layers_of(name)):
-            key = name_map.get_name(config.paths[name].format(layer))
+        for index, path in enumerate(config.targets[name].paths()):
+            key, last = name_map.get_name(path), path.split(".")[-1]
             if key is None:
-                raise UserError(f"llama.cpp has no name for {config.paths[name]} of {base.model_type}")
-            layer_B = permute(B[index], n_heads[name]) if permutes and name in n_heads else B[index]
+                raise UserError(f"llama.cpp has no name for {path} of {base.model_type}")
+            layer_B = permute(B[index], n_heads[last]) if permutes and last in n_heads else B[index]
             writer.add_tensor(f"{key}.weight.lora_a", A[index].float().contiguous().numpy())  # [r, in]
             writer.add_tensor(f"{key}.weight.lora_b", layer_B.float().contiguous().numpy())  # [out, r]
     writer.write_header_to_file()
@@ -79,7 +83,7 @@ def main() -> None:
     writer.write_tensors_to_file()
     writer.close()
     unfinished.replace(args.out)
-    print(f"{args.out}: rank {rank} on {', '.join(adapter)}, for {architecture}")
+    print(f"{args.out}: rank {config.r} on {', '.join(adapter)}, for {architecture}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ the right; for other tasks it is the first part of the name.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 
 import data
 import generate
-import hypernet
 import model
 from support import flags, processes
 from support.files import UserError, command
@@ -67,22 +67,23 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     torch.manual_seed(0)
-    device = processes.choose_device(args.device)
-    net = generate.load_net(args.hypernet, "descriptions", args, device)
+    device = processes.start_single(args.device)
+    net, _ = generate.load_net(args.hypernet, "descriptions", args, device)
     if not hasattr(net, "embed_task"):
         raise UserError("the map is of Text-to-LoRA: this network has no task embedding")
     splits = load_tasks(args.tasks)
     chosen = splits if args.split == "all" else {args.split: data.pick(splits, args.split)}
     tasks = {task.name: task for split in chosen.values() for task in split}
     tasks = list(tasks.values())[: args.n_tasks]
-    encoder = args.encoder or net.config.encoder
-    base_and_tokenizer = (None, None)
-    if encoder == "base":
-        base_and_tokenizer = model.load_base(args.base_model or net.config.base_model, device)
-    c, texts = net.config, [task.descriptions[0] for task in tasks]
-    encode = model.load_encoder(encoder, device, base_and_tokenizer, c.full_stop, c.encoder_rank > 0)
+    if len(tasks) < 3:
+        raise UserError(f"a map needs at least three tasks, not {len(tasks)}")
+    base, tokenizer = None, None
+    if (args.encoder or net.config.encoder) == "base":
+        base, tokenizer = model.load_base(args.base_model or net.config.base_model, device)
+    settings = replace(net.config, encoder=args.encoder or net.config.encoder)
+    reader = net.load_reader(settings, base, tokenizer, device)
     with torch.no_grad():
-        text_emb = hypernet.make_condition(net, texts, *base_and_tokenizer, encode)
+        text_emb = net.condition([task.descriptions[0] for task in tasks], reader)
     embeddings, changes = vectors_of(net, text_emb)
 
     parts = [task.name.split("-") for task in tasks]

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import model
 from data import Example
 from support import flags, processes
-from support.files import command, write_file
+from support.files import UserError, command, write_file
 from support.state import bfloat16_if_fast
 from tasks import facts, tiny
 
@@ -95,11 +95,13 @@ def save(net: LlamaForCausalLM, folder: Path) -> None:
 
 def main() -> None:
     parser = flags.Parser(__doc__)
-    parser.add_argument("out_dir", type=Path, help="folder for the model and its tokenizer")
-    parser.add_argument("--steps", type=int, default=8000, help="training steps")
+    parser.add_argument("out_dir", type=Path, help="a new folder for the model and its tokenizer")
+    parser.add_argument("--steps", type=flags.at_least(1), default=8000, help="training steps")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
     args = parser.parse_args()
-    steps, device = args.steps, processes.choose_device(args.device)
+    if args.out_dir.exists() and any(args.out_dir.iterdir()):
+        raise UserError(f"{args.out_dir} is in use; choose another folder")
+    steps, device = args.steps, processes.start_single(args.device)
     torch.manual_seed(0)
     net = LlamaForCausalLM(
         LlamaConfig(

@@ -1,9 +1,9 @@
 """Teach a hypernetwork new words, and give each of two chores a slot: python -m extras.reword FROM OUT_DIR
 
-FROM is Text-to-LoRA of size large, trained by SFT on chores. A copy of it learns to write, from the
+FROM is Text-to-LoRA (--arch t2l or slots) of size large, trained by SFT on chores. A copy of it learns to write, from the
 descriptions of tasks/chores_descriptions.json, the adapters that FROM writes from templates: reconstruction,
 with the network itself as its oracle. It takes no base model, and little time. SFT can go on from the result
-(train.py --init_from, with the same --slots and --encoder_rank).
+(train.py --init_from, with the same --slots and --encoder_rank). The result is of --arch slots.
 
 With --slots 2, if FROM has one slot, the first slot learns to write what FROM writes for the first chore of a
 chain alone, the second one what it writes for the second chore alone. The sum of the two does the whole chain
@@ -14,7 +14,7 @@ the squared length of W d.
 """
 
 import random
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hypernet
-import model
+import lora
 from support import flags, processes
 from support.files import UserError, command
+from support.flags import settings_of
 from support.state import bfloat16_if_fast
 from tasks import chores
 
@@ -37,24 +38,31 @@ GATE = 0.7  # what the gates of both slots learn if a task has two chores: bette
 
 
 def load_copy(args, device: torch.device):
-    """(FROM, a copy with the slots and the LoRA that are asked for, their text encoder)."""
+    """(FROM, a copy with the slots and the LoRA that are asked for, what reads descriptions for each)."""
     start = hypernet.load_hypernet(args.start).to(device)  # in eval mode
     if getattr(start.config, "size", "") != "large":
         raise UserError(f"{args.start} is not Text-to-LoRA of size large")
-    config = replace(start.config, slots=max(args.slots, start.config.slots))
-    config.encoder_rank = start.config.encoder_rank or args.encoder_rank
-    name, rank = args.encoder or config.encoder, config.encoder_rank
+    name = args.encoder or start.config.encoder
     if name == "base":
         raise UserError(f"{args.start} has the base model as its text encoder, which is not loaded here")
-    encode = model.load_encoder(name, device, full_stop=config.full_stop, with_lora=rank > 0)
-    if rank and not config.encoder_lora:
-        config.encoder_lora = asdict(hypernet.encoder_lora_config(encode.network, config.encoder, rank))
-    net = hypernet.make_net(type(start), config).to(device)
+    readers = []
+    for _ in range(2):
+        readers.append(start.load_reader(replace(start.config, encoder=name), None, None, device))
+    n_before = getattr(start.config, "slots", 1)
+    settings = {item.name: getattr(start.config, item.name) for item in settings_of(hypernet.TextConfig)}
+    settings["slots"] = max(args.slots, n_before)
+    settings["encoder_rank"] = getattr(start.config, "encoder_rank", 0) or args.encoder_rank
+    about = {item.name: getattr(start.config, item.name) for item in fields(lora.LoRAConfig)}
+    config = hypernet.SlotTextToLoRA.make_config(lora.LoRAConfig(**about), settings, readers[1])
+    config.encoder = start.config.encoder
+    if getattr(start.config, "encoder_rank", 0):
+        config.encoder_lora = start.config.encoder_lora
+    net = hypernet.SlotTextToLoRA(config).to(device)
     weights = start.state_dict()
     for key in ("task_encoder.0.weight", "task_encoder.0.bias"):
-        weights[key] = torch.cat([weights[key]] * (config.slots // start.config.slots))
+        weights[key] = torch.cat([weights[key]] * (config.slots // n_before))
     net.load_state_dict(weights, strict=False)  # gates and the LoRA may be new
-    return start, net, encode
+    return start, net, readers
 
 
 def metric(net: hypernet.TextToLoRA) -> list[Tensor]:
@@ -74,22 +82,24 @@ class Written(NamedTuple):
     gate: Tensor  # how much each slot counts [n, S]
 
 
-def write(net: hypernet.TextToLoRA, factors: list[Tensor], encode, texts: list[str], layers) -> Written:
+def write(net: hypernet.TextToLoRA, factors: list[Tensor], reader, texts: list[str], layers) -> Written:
     """What a network writes from descriptions, for some of the layers (a slice or a list of numbers)."""
-    task_emb = net.embed_task(hypernet.make_condition(net, texts, None, None, encode))  # [n, S, d/2]
+    has_slots = isinstance(net, hypernet.SlotTextToLoRA)
+    task_emb = net.embed_task(net.condition(texts, reader))  # [n, S, d/2]
+    task_emb = task_emb if has_slots else task_emb[:, None]
     x = net.trunk(net.rows(task_emb.flatten(0, 1))[:, layers])  # [n * S, layers, M, head_in]
     x = torch.stack([x[:, :, m] @ C for m, C in enumerate(factors)], 2).unflatten(0, task_emb.shape[:2])
-    gate = net.gate(task_emb)[..., 0].sigmoid() if net.config.slots > 1 else x.new_ones(x.shape[:2])
+    gate = net.gate(task_emb)[..., 0].sigmoid() if has_slots else x.new_ones(x.shape[:2])
     return Written(x.float(), gate.float())
 
 
 @torch.no_grad()
-def make_targets(net, factors, encode, chains: list[chores.Chain]) -> dict[chores.Chain, Written]:
+def make_targets(net, factors, reader, chains: list[chores.Chain]) -> dict[chores.Chain, Written]:
     """What a network writes from the templates of each task: x [S, L, M, head_in], gate [S]."""
     targets = {}
     for chain in tqdm(chains, desc="targets"):
         texts = [chores.from_template(chain, random.Random(f"{chain} {i}")) for i in range(TEMPLATES)]
-        x, gate = write(net, factors, encode, texts, slice(None))
+        x, gate = write(net, factors, reader, texts, slice(None))
         targets[chain] = Written(x.mean(0), gate.mean(0))
     return targets
 
@@ -123,18 +133,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.out_dir.exists() and any(args.out_dir.iterdir()):
         raise UserError(f"{args.out_dir} is in use; choose another folder")
-    device = processes.choose_device(args.device)
+    device = processes.start_single(args.device)
     torch.manual_seed(0)
-    start, net, encode = load_copy(args, device)
+    start, net, (reader, new_reader) = load_copy(args, device)
     factors = metric(net)
     names = {task.name for task in chores.load()["train"]}
     chains = [chain for chain in chores.all_chains() if chores.name_of(chain) in names]
     weights = [chores.weight(chain) for chain in chains]
-    if net.config.slots > start.config.slots:
+    if net.config.slots > getattr(start.config, "slots", 1):
         single = [chain for chain in chains if len(chain) == 2]
-        targets = split_targets(make_targets(start, factors, encode, single), chains)
+        targets = split_targets(make_targets(start, factors, reader, single), chains)
     else:
-        targets = make_targets(start, factors, encode, chains)
+        targets = make_targets(start, factors, reader, chains)
     stacked = torch.stack([target.x[0] for target in targets.values()])
     variance = (stacked - stacked.mean(0)).square().mean()
 
@@ -149,7 +159,7 @@ def main() -> None:
         layers = rng.sample(range(len(net.layers)), min(LAYERS, len(net.layers)))
         texts = [chores.description(chain, rng.randrange(1000)) for chain in batch]
         with bfloat16_if_fast(device):
-            x, gate = write(net, factors, encode, texts, layers)
+            x, gate = write(net, factors, new_reader, texts, layers)
         target_x = torch.stack([targets[chain].x[:, layers] for chain in batch])
         target_gate = torch.stack([targets[chain].gate for chain in batch]).to(device)
         error = (x - target_x).square().mean((2, 3, 4)) / variance  # [n, S]; 1 if all got the mean target

@@ -7,6 +7,7 @@ The page is for this machine only, unless GRADIO_SERVER_NAME names an address.
 
 import argparse
 import html
+import os
 import shutil
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 import generate
 import lora
 import model
-from support import flags, hub
+from support import flags, hub, processes
 from support.files import UserError, command
 
 MOST_LINES, MOST_LETTERS = 32, 20_000  # of what a visitor may type
@@ -27,10 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser = flags.Parser(__doc__)
     parser.add_argument("--port", type=int, default=7860, help="port of this machine")
     generate.add_model_flags(parser)
-    args = parser.parse_args()
-    if args.shard:
-        raise UserError("--shard does not go with the page")
-    return args
+    return parser.parse_args()
 
 
 def load_nets(args, device) -> list:
@@ -38,7 +36,7 @@ def load_nets(args, device) -> list:
     nets, errors = [], []
     for reads in ("descriptions", "documents"):
         try:
-            nets.append(generate.load_net(args.hypernet, reads, args, device))
+            nets.append(generate.load_net(args.hypernet, reads, args, device)[0])
         except UserError as e:
             errors.append(e)
     if not nets:
@@ -48,17 +46,18 @@ def load_nets(args, device) -> list:
 
 def main() -> None:
     args = parse_args()
+    folder = tempfile.TemporaryDirectory()  # of the latest adapters and of gradio's copies, gone at the end
+    os.environ["GRADIO_TEMP_DIR"] = folder.name
     try:
         import gradio
     except ImportError:
         raise UserError("the page needs gradio: pip install gradio") from None
-    process = generate.start(args)
-    nets = load_nets(args, process.device)
-    base, tokenizer = generate.load_base_for([net.config for net in nets], args, process)
+    device = processes.start_single(args.device)
+    nets = load_nets(args, device)
+    base, tokenizer = generate.load_base_for([net.config for net in nets], args, device)
     lock = threading.Lock()  # the base model holds one visitor's adapter at a time
-    folder = tempfile.TemporaryDirectory()  # of the latest adapters, one per tab
 
-    def answer(net, encode, text: str, inputs: str):
+    def answer(net, reader, text: str, inputs: str):
         """(table, time, zip file) for what a visitor has typed."""
         questions = [line for line in inputs.splitlines() if line.strip()]
         if not text.strip() or not questions:
@@ -66,23 +65,24 @@ def main() -> None:
         if len(questions) > MOST_LINES or len(text) + len(inputs) > MOST_LETTERS:
             message = f"At most {MOST_LINES} lines and {MOST_LETTERS:,} letters."
             raise gradio.Error(message, print_exception=False)
-        reads_documents = net.reads == "documents"
-        its_args = argparse.Namespace(**vars(args) | {"doc": reads_documents})
-        if its_args.instruction is None:
-            its_args.instruction = net.config.instruction
+        wanted = net.config.instruction if args.instruction is None else args.instruction
+        instruction = text + model.SUFFIX if wanted and net.reads == "descriptions" else ""
         with lock:
             try:
-                model.check_known(tokenizer, questions + ([text] if reads_documents else []))
-                adapters, milliseconds = generate.write_adapters(net, [text], base, tokenizer, encode)
+                model.check_known(tokenizer, questions + ([text] if net.reads == "documents" else []))
+                adapters, milliseconds = generate.write_adapters(net, [text], base, reader)
                 adapter, scaling = lora.select(adapters, 0), net.config.scaling
-                answers, _ = generate.compare(base, tokenizer, adapter, scaling, text, questions, its_args)
-                written = Path(folder.name, net.reads, "adapter")
-                lora.save_adapter(written, adapter, net.config)
-                archive = shutil.make_archive(str(written), "zip", written)
+                answers = []
+                for its_adapter in (None, adapter):
+                    said = generate.ask(base, tokenizer, questions, its_adapter, scaling, instruction, args)
+                    answers.append(said)
+                archive = Path(folder.name, net.reads, "adapter.zip")
+                lora.save_adapter(archive.with_suffix(""), adapter, net.config)
+                shutil.make_archive(str(archive.with_suffix("")), "zip", archive.with_suffix(""))
             except UserError as e:
                 raise gradio.Error(html.escape(str(e)), print_exception=False) from None
-        table = [list(cells) for cells in zip(questions, answers["base model"], answers["with adapter"])]
-        return table, f"Written in {milliseconds:.1f} ms.", archive
+        table = [list(cells) for cells in zip(questions, *answers)]
+        return table, f"Written in {milliseconds:.1f} ms.", str(archive)
 
     tabs = {}
     for net in nets:
@@ -91,8 +91,8 @@ def main() -> None:
         headers = ["input", "base model", "with adapter"]
         table = gradio.Dataframe(headers=headers, datatype="str", label="Answers", wrap=True)
         results = [table, gradio.Markdown(), gradio.File(label="The adapter, as PEFT loads it")]
-        function = partial(answer, net, generate.load_encoder_for(net, base, tokenizer, args))
-        examples = hub.examples(net.config.base_model)[net.reads]
+        function = partial(answer, net, generate.load_reader_for(net, base, tokenizer, args))
+        examples = hub.examples(net.config.base_model).get(net.reads)
         settings = dict(examples=examples, flagging_mode="never", api_name=title.lower())
         tabs[title] = gradio.Interface(function, boxes, results, submit_btn="Write an adapter", **settings)
     page = gradio.TabbedInterface(list(tabs.values()), list(tabs), "Text-to-LoRA")

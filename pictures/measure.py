@@ -46,7 +46,7 @@ def measure(
 def main() -> None:
     """Print the table: the hypernetwork on unseen edits, controls, and ordinary LoRAs if they are there."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else pictures.HERE
-    device = processes.choose_device("auto")
+    device = processes.start_single("auto")
     base, net = pictures.load_base(folder, device), hypernet.load_hypernet(folder).to(device)
     rng = random.Random(0)
 

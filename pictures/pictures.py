@@ -191,7 +191,7 @@ def make_trained(mode: str, base: Transformer) -> nn.Module:
     """What is trained: the base model, a hypernetwork, or ordinary LoRAs."""
     if mode == "base":
         return base
-    config = lora.config_for(base, TARGETS, "pictures", r=4, alpha=8.0)
+    config = lora.config_for(base, lora.find_targets(base, TARGETS), "pictures", r=4, alpha=8.0)
     if mode == "hypernet":
         width = hash_encoder(["cat"]).shape[1]
         sizes = dict(input_size=width, latent_size=96, head_in_size=64)
@@ -331,11 +331,11 @@ def main() -> None:
     parser.add_argument("--out", default="strip.png", help="the picture to write")
     parser.add_argument("--input", help=f"a PNG of {SIZE} x {SIZE} pixels in place of random sources")
     parser.add_argument("--train", choices=list(STEPS), help="base, hypernet; oracles, one: ordinary LoRAs")
-    parser.add_argument("--steps", type=int, help="training steps")
+    parser.add_argument("--steps", type=flags.at_least(1), help="training steps")
     parser.add_argument("--weights", type=Path, default=HERE, help="folder of the weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
     args = parser.parse_args()
-    device = processes.choose_device(args.device)
+    device = processes.start_single(args.device)
     if args.train:
         train(args.train, args.weights, args.steps or STEPS[args.train], device)
     elif args.desc and all(text.strip() for text in args.desc):

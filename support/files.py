@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from http.client import HTTPException
@@ -20,21 +21,37 @@ class UserError(ValueError):
 
 def command(main) -> None:
     """Run a command's main(). A UserError, or a file error, is one line on stderr and exit code 2."""
-    is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"  # of torchrun's on this machine
     try:
+        sys.argv = [word.encode("utf-8", "surrogateescape").decode("utf-8") for word in sys.argv]
         main()
-    except (UserError, OSError, SafetensorError) as e:
-        if is_first_process:
-            print("error:", " ".join(str(e).split()), file=sys.stderr)
+    except UnicodeError as e:
+        print_error(f"a text is not valid UTF-8: {e}")
         sys.exit(2)
-    except torch.OutOfMemoryError:  # on any of the processes
+    except (UserError, OSError, SafetensorError) as e:
+        print_error(" ".join(str(e).split()))
+        sys.exit(2)
+    except torch.OutOfMemoryError:
         advice = "a smaller --micro_batch, --tasks_per_batch or --batch_size, or --gradient_checkpointing"
-        print(f"error: out of GPU memory; try {advice}", file=sys.stderr)
+        print_error(f"out of GPU memory; try {advice}")
         sys.exit(2)
     except KeyboardInterrupt:
-        if is_first_process:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def print_error(message: str) -> None:
+    """Print an error once.
+
+    Most errors occur in all processes of torchrun. A later one waits a few seconds before it prints: if the
+    first one has failed, too, torchrun ends it in this time.
+    """
+    process = os.environ.get("LOCAL_RANK", "0")
+    if process != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+        message = f"{message} (process {process})"
+    print("error:", message, file=sys.stderr)
 
 
 def write_file(path: Path, content: dict | list | str) -> None:
@@ -56,36 +73,55 @@ def write_file(path: Path, content: dict | list | str) -> None:
         tmp.unlink(missing_ok=True)
 
 
-def read_file(path: str | Path) -> dict:
+def read_file(path: str | Path):
     """Read tensors (.safetensors) or JSON. Raises UserError if the file is missing or broken."""
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = json.loads(text)
+        if r"\ud" in text.lower():  # half of a surrogate pair is valid JSON, but not a text
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, SafetensorError, RecursionError) as e:
         raise UserError(f"{path} cannot be read: {e}") from None
 
 
-# -------------------- The folder that generate.py writes --------------------
+def read_object(path: str | Path) -> dict:
+    """Read a JSON file that holds an object."""
+    content = read_file(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, {{...}}")
+    return content
 
 
-def may_overwrite(folder: Path) -> bool:
-    """Whether a folder may be overwritten: it is new, empty, or made by generate.py."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return True
-    return (folder / "description.txt").exists() or (folder / "0" / "description.txt").exists()
+# -------------------- A folder that generate.py writes --------------------
+
+MARK = "written_by_generate.json"  # lists the files that generate.py has written into a folder
 
 
-def remove_adapters(folder: Path) -> None:
-    """Remove the adapters that an earlier call has written into a folder."""
-    numbered = [path for path in folder.glob("[0-9]*") if path.is_dir()]
-    for old in (*numbered, folder):
-        for name in ("adapter_model.safetensors", "adapter_config.json", "description.txt"):
-            (old / name).unlink(missing_ok=True)
-        if old.exists() and not any(old.iterdir()):
-            old.rmdir()
+def check_folder(folder: Path) -> None:
+    """Raise UserError for a folder with files of somebody else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise UserError(f"{folder} is not empty, and generate.py did not write it; choose another folder")
+
+
+def claim(folder: Path, files: list[str]) -> None:
+    """Remove the files that an earlier call wrote into a folder, and note those that are written next.
+
+    The note is written first, so that a call that fails half-way can be repeated.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = read_file(folder / MARK) if (folder / MARK).exists() else []
+    write_file(folder / MARK, sorted({*earlier, *files}))
+    for name in earlier:
+        (folder / name).unlink(missing_ok=True)
+        parent = (folder / name).parent
+        if parent != folder and parent.exists() and not any(parent.iterdir()):
+            parent.rmdir()
+    write_file(folder / MARK, sorted(files))
 
 
 # -------------------- Downloads --------------------

@@ -2,12 +2,14 @@
 
 A file of flags has one flag and its value on a line, as in `--lr 3e-3  # a comment`. `@FILE` arguments stand
 first and mean the flags in the file, which may begin with further files. If a flag occurs twice, the last one
-counts. Settings come from a table, or are the fields of a dataclass that are made by `setting`.
+counts. The settings of a run and of a network are the fields of dataclasses that are made by `setting`.
 """
 
 import argparse
 import dataclasses
 import math
+import os
+import re
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -16,17 +18,23 @@ from support.files import UserError
 
 
 class Setting(NamedTuple):
-    """A flag with a default, and the least and greatest value that a number may have."""
+    """A flag with its default, and the values that it may have."""
 
     name: str
     default: bool | int | float | str
     meaning: str
     least: float = 0
     most: float = math.inf
+    choices: tuple[str, ...] = ()
+    runs: str = ""  # kinds of runs, such as "lora sft"; "" is all
 
     def number(self, text: str) -> int | float:
         """The value of a number, checked."""
-        value = type(self.default)(text)
+        try:
+            value = type(self.default)(text)
+        except ValueError:
+            kind = "a whole number" if isinstance(self.default, int) else "a number"
+            raise argparse.ArgumentTypeError(f"must be {kind}, not {text}") from None
         if not value >= self.least:
             raise argparse.ArgumentTypeError(f"must be at least {self.least}, not {text}")
         if value > self.most:
@@ -34,9 +42,9 @@ class Setting(NamedTuple):
         return value
 
 
-def setting(default, meaning: str, least: float = 0, most: float = math.inf):
-    """A field of a dataclass that is also a flag."""
-    return dataclasses.field(default=default, metadata={"flag": (meaning, least, most)})
+def setting(default, meaning: str, least=0, most=math.inf, choices=(), runs=""):
+    """A field of a dataclass that is also a flag. The arguments are those of `Setting`."""
+    return dataclasses.field(default=default, metadata={"flag": (meaning, least, most, choices, runs)})
 
 
 def settings_of(config_class) -> list[Setting]:
@@ -46,6 +54,15 @@ def settings_of(config_class) -> list[Setting]:
         if "flag" in field.metadata:
             settings.append(Setting(field.name, field.default, *field.metadata["flag"]))
     return settings
+
+
+def used_by(kinds: set[str], settings: list[Setting]) -> tuple[list[Setting], list[Setting]]:
+    """Settings that runs of these kinds use, and the others."""
+    used, unused = [], []
+    for setting in settings:
+        is_used = not setting.runs or kinds & set(setting.runs.split())
+        (used if is_used else unused).append(setting)
+    return used, unused
 
 
 def at_least(least: int):
@@ -69,54 +86,87 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(message)
 
-    def add_settings(self, settings: list[Setting], choices: dict[str, list[str]]) -> None:
+    def add_settings(self, settings: list[Setting]) -> None:
         """A flag for each setting, of the type of its default."""
         for setting in settings:
             options = {"default": setting.default}
             if isinstance(setting.default, bool):
                 options["action"] = argparse.BooleanOptionalAction
             elif isinstance(setting.default, str):
-                options["choices"] = choices.get(setting.name)
+                options["choices"] = setting.choices or None
             else:
                 options["type"] = setting.number
             self.add_argument(f"--{setting.name}", **options)
 
 
-def expand(words: list[str]) -> list[str]:
-    """Replace the @FILEs that stand first by the flags in them. An "@" anywhere else is text."""
+# -------------------- Files of flags --------------------
+
+# white space, a comment (only at the start of a word), or a word: plain and quoted parts side by side
+TOKEN = re.compile(r"""\s+ | \#.* | (?: [^\s'"\\] | '[^']*' | "(?:\\.|[^"\\])*" | \\. )+""", re.VERBOSE)
+
+
+def words_in(text: str) -> list[str]:
+    """The words of a file of flags. Raises ValueError if a quotation is not closed."""
+    words, position = [], 0
+    while position < len(text):
+        token = TOKEN.match(text, position)
+        if not token:
+            raise ValueError(f"no closing quotation in {text[position:].splitlines()[0]}")
+        if not token[0].isspace() and not token[0].startswith("#"):
+            words += shlex.split(token[0])
+        position = token.end()
+    return words
+
+
+def expand(words: list[str], inside: tuple[str, ...] = ()) -> list[str]:
+    """Replace the @FILEs that stand first by the flags in them. An "@" anywhere else is text.
+
+    `inside` are the files that are being read.
+    """
     if not words or not words[0].startswith("@"):
         return words
     file = words[0].removeprefix("@")
+    if file in inside:
+        raise UserError(f"{file} cannot be read as a file of flags: it names itself")
     try:
-        in_file = shlex.split(Path(file).read_text(encoding="utf-8"), comments=True)
+        in_file = words_in(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:
         raise UserError(f"{file} cannot be read as a file of flags: {e}") from None
-    return expand(in_file) + expand(words[1:])
+    return expand(in_file, (*inside, file)) + expand(words[1:], inside)
 
 
-def words_of_run(folder: Path) -> list[str]:
-    """The command line of the interrupted run in a folder, with all its settings."""
-    if not (folder / "state.safetensors").exists():
-        raise UserError(f"--resume: {folder} holds no interrupted run")
-    return expand([f"@{folder / 'train.args'}"])
+def last_value(words: list[str], flag: str, default: str) -> str:
+    """The value of a flag among unparsed words: that of its last occurrence."""
+    for i in reversed(range(len(words))):
+        if words[i].startswith(f"{flag}="):
+            return words[i].removeprefix(f"{flag}=")
+        if words[i] == flag and i + 1 < len(words):
+            return words[i + 1]
+    return default
 
 
-def refuse_changes(before: argparse.Namespace, args: argparse.Namespace, may_change: list[str]) -> None:
-    """Raise UserError if a resumed run has other settings than before, except for those in may_change."""
-    for name, value in vars(before).items():
-        if getattr(args, name) != value and name not in [*may_change, "resume", "help"]:
-            raise UserError(f"--resume: this run has --{name} {value}, not {getattr(args, name)}")
+def say_changes(settings: list[Setting], before, args, may_change: list[str]) -> None:
+    """Print what a resumed run changes. Raises UserError if that is not in may_change."""
+    changes = []
+    for name in [setting.name for setting in settings]:
+        old, new = getattr(before, name), getattr(args, name)
+        if old != new and name not in may_change:
+            raise UserError(f"--resume: this run has --{name} {old}, not {new}")
+        if old != new:
+            changes.append(f"--{name} {new} (before: {old})")
+    if changes and os.environ.get("RANK", "0") == "0":
+        print("changed:", ", ".join(changes))
 
 
 def as_text(settings: list[Setting], args: argparse.Namespace) -> str:
     """The settings as the text of a file of flags."""
     lines = []
-    for name, default, *_ in settings:
-        value = getattr(args, name)
-        if isinstance(default, bool):
-            lines.append(f"--{name}" if value else f"--no-{name}")
+    for setting in settings:
+        value = getattr(args, setting.name)
+        if isinstance(setting.default, bool):
+            lines.append(f"--{setting.name}" if value else f"--no-{setting.name}")
         else:
-            lines.append(f"--{name} {shlex.quote(str(value))}")
+            lines.append(f"--{setting.name} {shlex.quote(str(value))}")
     return "\n".join(lines) + "\n"
 
 

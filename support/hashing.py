@@ -11,9 +11,10 @@ from torch import Tensor
 FUNCTION_WORDS = """a an the of to in on at by for from with or but is are was were be been it its this that
     these those them they their there you your i me my we our as then than so what which who whatever any some
     please into out up down . , ; : - ?""".split()  # they say little about the task
+HASH_WIDTH = 8192
 
 
-def hash_encoder(texts: list[str], width: int = 8192) -> Tensor:
+def hash_encoder(texts: list[str], width: int = HASH_WIDTH) -> Tensor:
     """Feature hashing, no network: signed sums of words, pairs of near words and 3- to 5-letter pieces."""
     out = np.zeros((len(texts), width), np.float32)  # [n, E]
     for vector, text in zip(out, texts):

@@ -1,7 +1,6 @@
 """Where models are: presets, ids on the Hugging Face hub, folders. Loading them with errors of one line."""
 
 import logging
-import re
 from pathlib import Path
 
 import torch
@@ -9,10 +8,16 @@ import transformers
 from huggingface_hub import snapshot_download  # comes with transformers
 from huggingface_hub.errors import HTTPError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextEncoding,
+)
 from transformers.utils import logging as transformers_logging
 
-from support.files import UserError, read_file
+from support.files import UserError, read_object
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -26,8 +31,6 @@ PRESETS = {  # name: (base model, text encoder)
     "gemma-2-2b": ("google/gemma-2-2b-it", GTE),
     "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", GTE),
     "mistral-7b": ("mistralai/Mistral-7B-Instruct-v0.2", GTE),
-    "qwen3.5-4b": ("Qwen/Qwen3.5-4B", GTE),  # shapes tested, never run
-    "gemma-4-e2b": ("google/gemma-4-E2B-it", GTE),  # shapes tested, never run
 }
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 NOT_NEEDED = ["onnx/*", "openvino/*", "original/*", "consolidated*"]  # duplicate formats
@@ -64,9 +67,11 @@ def preset_encoder(base_model: str) -> str:
     return PRESETS[preset][1] if preset else "base"
 
 
-def encoder_source(encoder: str) -> str:
-    """What --encoder names; a preset's name stands for its text encoder."""
-    return PRESETS[encoder][1] if encoder in PRESETS else encoder
+def may_be_same(name: str, other: str) -> bool:
+    """Whether two names may mean one model. Hub ids are compared; a folder may hold any model."""
+    if Path(name).is_dir() or Path(other).is_dir():
+        return True
+    return name.lower() == other.lower()
 
 
 def check_base(name: str, shape: list[int], trained_for: str, trained_shape: list[int]) -> None:
@@ -85,27 +90,30 @@ def check_base(name: str, shape: list[int], trained_for: str, trained_shape: lis
         raise UserError(f"{message} (layers, hidden size, vocabulary: {trained_shape} and {shape})")
 
 
-def fetch(name: str, files: list[str] = MODEL_FILES) -> Path:
-    """A folder: `name` itself, or USER/REPO or USER/REPO/SUB/FOLDER of the hub, downloaded once."""
+def fetch(name: str, files: list[str] = MODEL_FILES, flag: str = "--base_model") -> Path:
+    """A folder: `name` itself, or USER/REPO or USER/REPO/SUB/FOLDER of the hub, downloaded once.
+
+    Errors name the flag with which a user gave the name.
+    """
     if not is_hub_id(name):
         if not Path(name).is_dir():
-            presets = ", ".join(PRESETS)
-            raise UserError(f"{name} is neither a folder, nor a preset ({presets}), nor a Hugging Face id")
+            presets = f", a preset ({', '.join(PRESETS)})" if flag == "--base_model" else ""
+            raise UserError(f"{flag} {name} is neither a folder{presets} nor USER/REPO on the hub")
         return Path(name)
     user, repo, *subfolders = name.strip("/").split("/")
     patterns = ["/".join([*subfolders, file]) for file in files]
     try:
         folder = snapshot_download(f"{user}/{repo}", allow_patterns=patterns, ignore_patterns=NOT_NEEDED)
     except (OSError, ValueError, HTTPError) as e:
-        reason = first_line(e)
-        raise UserError(f"{name} is not a folder here, and cannot be downloaded: {reason}") from None
+        message = f"{name} is not a folder here, and cannot be downloaded: {first_line(e)}"
+        raise UserError(f"{message}; if it is on this machine, pass its folder: {flag} DIR") from None
     return Path(folder, *subfolders)
 
 
 def fetch_models(base_model: str, encoder: str) -> None:
     """Download a base model and a text encoder, if they are not on this machine yet."""
-    if encoder_source(encoder) not in ("hash", "base"):
-        fetch(encoder_source(encoder))
+    if encoder not in ("hash", "base"):
+        fetch(encoder, flag="--encoder")
     fetch(source_of(base_model))
 
 
@@ -118,13 +126,22 @@ def first_line(error: Exception) -> str:
 # -------------------- Loading --------------------
 
 
-def from_pretrained(loader, name: str, **settings):
+def from_pretrained(loader, name: str, flag: str = "--base_model", **settings):
     """loader.from_pretrained on a preset's base model, a folder or a Hugging Face id."""
-    folder = fetch(source_of(name))
+    folder = fetch(source_of(name), flag=flag)
     try:
         return loader.from_pretrained(folder, local_files_only=True, **settings)
-    except (OSError, ValueError, KeyError, ImportError) as e:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError) as e:
         raise UserError(f"{name} cannot be loaded: {first_line(e)}") from None
+
+
+def load_weights(loader, name: str, flag: str = "--base_model", **settings) -> nn.Module:
+    """A model with its weights. Raises UserError if some are missing: they would be random."""
+    network, report = from_pretrained(loader, name, flag, output_loading_info=True, **settings)
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # poolers are not used
+    if missing:
+        raise UserError(f"{name} cannot be loaded: {len(missing)} weights are missing, such as {missing[0]}")
+    return network
 
 
 def load_skeleton(name: str) -> nn.Module:
@@ -134,19 +151,25 @@ def load_skeleton(name: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def load_text_model(name: str):
-    """The network of a text encoder; that of gte-*-v1.5 without the code of its repository."""
-    config = read_file(fetch(name) / "config.json")
-    if config.get("model_type") != "new":
-        return from_pretrained(AutoModel, name)
-    if not hasattr(transformers, "GteModel"):
-        raise UserError(f"{name} needs transformers 5.18 or newer")
-    return from_pretrained(transformers.GteModel, name, config=gte_config(config))
+def load_text_model(name: str) -> nn.Module:
+    """The network of a text encoder in float32; that of gte-*-v1.5 without the code of its repository."""
+    settings = {"flag": "--encoder", "dtype": torch.float32}
+    fields = read_object(fetch(name, flag="--encoder") / "config.json")
+    if fields.get("model_type") == "new":
+        if not hasattr(transformers, "GteModel"):
+            raise UserError(f"{name} needs transformers 5.18 or newer")
+        return load_weights(transformers.GteModel, name, config=gte_config(fields), **settings)
+    config = from_pretrained(AutoConfig, name, flag="--encoder")
+    if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # of T5 only its encoder
+        return load_weights(AutoModelForTextEncoding, name, **settings)
+    return load_weights(AutoModel, name, **settings)
 
 
 def longest_text(text_model: nn.Module) -> int:
     """How many tokens a text encoder has positions for."""
-    n_positions = getattr(text_model.config, "max_position_embeddings", 8192)  # T5 has no limit
+    n_positions = getattr(text_model.config, "max_position_embeddings", 0)
+    if n_positions <= 0:  # no limit: T5, XLNet
+        return 8192
     table = getattr(getattr(text_model, "embeddings", None), "position_embeddings", None)
     unused = getattr(table, "padding_idx", None)  # RoBERTa-style models start positions at padding_idx + 1
     return n_positions if unused is None else n_positions - unused - 1
@@ -167,17 +190,7 @@ def gte_config(config: dict):
 # -------------------- What to show for a shipped hypernetwork --------------------
 
 
-def examples(base_model: str) -> dict[str, list]:
+def examples(base_model: str) -> dict:
     """What to show for a base model, from examples.json beside what is shipped for it."""
     path = CHECKPOINTS / preset_of(base_model) / "examples.json"
-    return read_file(path) if path.exists() else {"descriptions": [], "documents": [], "sorts": []}
-
-
-def example_inputs(base_model: str, description: str) -> list[str]:
-    """Inputs to show an adapter on: of the sort that the description names most, otherwise the first."""
-    best, most_named = [], -1
-    for sort in examples(base_model)["sorts"]:
-        named = [word for word in sort["words"] if re.search(rf"\b{word}", description.lower())]
-        if len(named) > most_named:
-            best, most_named = sort["inputs"], len(named)
-    return best
+    return read_object(path) if preset_of(base_model) and path.exists() else {}

@@ -10,15 +10,16 @@ NO_DECAY = ("scaler", "bias", "latents", "queries", "b1", "b2")
 
 def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
     """AdamW. Heads have a learning rate of their own; scales, biases, norms and latents no weight decay."""
-    groups = []
+    groups = {}  # {(factor on lr, weight decay): parameters}; a fused kernel takes a whole group at once
     for name, p in net.named_parameters():
-        if not p.requires_grad:
-            continue
         lr_factor = args.head_lr if name.startswith("head") else 1.0
         decays = p.dim() > 1 and not any(word in name for word in NO_DECAY)
         weight_decay = args.weight_decay if decays else 0.0
-        groups.append({"params": [p], "lr_factor": lr_factor, "weight_decay": weight_decay})
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+        groups.setdefault((lr_factor, weight_decay), []).append(p)
+    settings = []
+    for (lr_factor, weight_decay), parameters in groups.items():
+        settings.append({"params": parameters, "lr_factor": lr_factor, "weight_decay": weight_decay})
+    return torch.optim.AdamW(settings, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
 
 def learning_rate(step: int, args) -> float:

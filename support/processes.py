@@ -2,13 +2,13 @@
 
     torchrun --nproc_per_node=8 train.py @config/llama-3.1-8b.args --shard
 
-In training all processes draw the same tasks, and each takes every n-th of them (data.make_batch). Each
-returns its part of the loss; DDP averages the gradients, and the loop of train.py turns averages into sums.
-The first process validates, writes and prints.
+All processes draw the same tasks, and each takes every n-th of them (data.make_parts). Each returns its part
+of the loss; DDP averages the gradients, and `update` in train.py turns averages into sums. The first process
+validates, writes and prints.
 
 With --shard each process holds its part of the parameters of every decoder layer (FSDP2), and a layer is
 gathered only while it computes. Embeddings and head stay whole. All processes must run the base model equally
-often (`lockstep`), so all of them validate. In generate.py and eval.py all processes compute the same.
+often, so all of them validate.
 """
 
 import gc
@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from support.files import UserError
 
@@ -36,7 +37,7 @@ class Process(NamedTuple):
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that --device names. Under torchrun each process has a GPU of its own.
+    """The device that --device names, a GPU always with its index. Under torchrun each process has its own.
 
     Raises UserError if there is no such device, or if there are more processes than GPUs.
     """
@@ -49,25 +50,50 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: there are auto, cpu, cuda, cuda:1 and so on, and mps") from None
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has none")
+    if device.type == "mps" and "RANK" in os.environ:
+        raise UserError("--device mps: a single process only, started with python and not torchrun")
     if device.type == "cuda":
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if n_local > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if max(n_local, (device.index or 0) + 1) > n_gpus:
+        index = int(os.environ["LOCAL_RANK"]) if n_local > 1 else device.index or 0
+        if max(n_local, index + 1) > n_gpus:
             asked = f"{n_local} processes" if n_local > 1 else f"--device {name}"
             raise UserError(f"{asked}, but the number of GPUs on this machine is {n_gpus} (or --device cpu)")
+        device = torch.device("cuda", index)
+    return device
+
+
+def use_device(name: str) -> torch.device:
+    """Choose the device; a GPU becomes the current one."""
+    device = choose_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # cuDNN's attention, the default on an H100, plans anew for every length of a batch: up to a second
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
 def start(device_name: str) -> Process:
     """Join the processes of torchrun, if there are any, and choose the device."""
-    device = choose_device(device_name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
+        raise UserError("RANK is set and LOCAL_RANK is not: start several processes with torchrun")
+    device = use_device(device_name)
     if "RANK" not in os.environ:
         return Process(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)
     return Process(device, dist.get_rank(), int(os.environ["LOCAL_RANK"]), dist.get_world_size())
+
+
+def start_single(device_name: str) -> torch.device:
+    """The device of a command that has a single process."""
+    if "RANK" in os.environ:
+        raise UserError("this command needs a single process: python, not torchrun")
+    return use_device(device_name)
+
+
+def name_of(device: torch.device) -> str:
+    """A device in words: a GPU by its name, so that nobody overlooks that it was not found."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def leave() -> None:
@@ -95,24 +121,6 @@ def first_goes_ahead(process: Process):
         dist.barrier()
 
 
-def gather(process: Process, value) -> list:
-    """The values of all processes."""
-    if process.count == 1:
-        return [value]
-    values = [None] * process.count
-    dist.all_gather_object(values, value)
-    return values
-
-
-# -------------------- A base model that is sharded over the processes --------------------
-
-
-def check_shard(shard: bool) -> None:
-    """Raise UserError if --shard is given without torchrun."""
-    if shard and "RANK" not in os.environ:
-        raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
-
-
 @contextmanager
 def in_turn(process: Process):
     """One process after another: each passes as many barriers as there are processes."""
@@ -123,29 +131,18 @@ def in_turn(process: Process):
         dist.barrier()
 
 
-def make_mesh(process: Process) -> DeviceMesh:
-    """All processes in a row, as `shard_layers` needs them."""
-    return init_device_mesh(process.device.type, (process.count,))
+def total(process: Process, value: torch.Tensor) -> torch.Tensor:
+    """The sum of a value over all processes."""
+    if process.count > 1:
+        dist.all_reduce(value)
+    return value
 
 
-def shard_layers(layers: nn.ModuleList, mesh: DeviceMesh) -> None:
+def shard_layers(decoder: nn.Module, layers: nn.ModuleList, process: Process) -> None:
     """Leave each process its part of the parameters of every decoder layer."""
+    mesh = init_device_mesh(process.device.type, (process.count,))
     for layer in layers:
-        # each layer is a root of FSDP, and a root would stay gathered after its forward pass
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-
-
-def is_sharded(base: nn.Module) -> bool:
-    return any(isinstance(module, FSDPModule) for module in base.modules())
-
-
-def lockstep(base: nn.Module, n: int) -> int:
-    """How often this process has to run the base model, if it needs n runs itself.
-
-    If the model is sharded, all processes must run it equally often: as often as the one that needs it most.
-    """
-    if not is_sharded(base):
-        return n
-    most = torch.tensor(n, device=base.device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
+    # one root for all layers: they share its streams, and so the memory in which layers are gathered
+    whole = {p for p in decoder.parameters() if not isinstance(p, DTensor)}
+    fully_shard(decoder, mesh=mesh, ignored_params=whole)

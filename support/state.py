@@ -1,12 +1,116 @@
-"""What trainings share: the state that --resume continues from, Ctrl-C, and bfloat16 where it is fast."""
+"""The books of a run: its folder, metrics.jsonl, the state that --resume continues from, the best weights."""
 
+import json
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from support.files import read_file, write_file
+from support.files import UserError, read_file, read_object, write_file
+
+
+@contextmanager
+def reserved(folder: Path, settings: str):
+    """Take an empty folder for a run and write its settings there, train.args.
+
+    Raises UserError if another run has it. A run that fails before it saves anything gives the folder back.
+    """
+    in_use = f"--out_dir {folder} is in use; choose another, or --resume an interrupted run"
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(in_use)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with (folder / "train.args").open("x", encoding="utf-8") as file:  # "x": two runs may start at once
+            file.write(settings)
+    except FileExistsError:
+        raise UserError(in_use) from None
+    try:
+        yield
+    finally:
+        if [file.name for file in folder.iterdir()] == ["train.args"]:
+            (folder / "train.args").unlink()
+            for path in made:
+                path.rmdir()
+
+
+KEEP = ("loss", "accuracy", "last")  # which weights are kept
+
+
+class Books:
+    """metrics.jsonl with a row per step, and which weights are to be kept.
+
+    `keep` is "loss" (lowest validation loss), "accuracy" (highest validation accuracy) or "last".
+    """
+
+    def __init__(self, folder: Path, keep: str):
+        self.keep = keep
+        self.metrics = folder / "metrics.jsonl"
+        self.state, self.tasks = folder / "state.safetensors", folder / "state.json"
+        self.best: dict | None = None  # the row of the best weights so far
+        self.wandb = None
+
+    def start_wandb(self, settings: dict) -> None:
+        """Log to Weights & Biases, too, which is optional."""
+        import wandb
+
+        wandb.init(project="text-to-lora", name=self.metrics.parent.name, config=settings)
+        self.wandb = wandb
+
+    def add(self, row: dict) -> bool:
+        """Write the row of a step. Returns whether its weights are the best so far, by a validation."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+        return self.is_best(row)
+
+    def is_best(self, row: dict) -> bool:
+        """Whether the weights of a step are at least as good as the best so far."""
+        if self.keep == "last" or "val_loss" not in row:
+            return False
+        key, sign = ("val_loss", -1) if self.keep == "loss" else ("val_accuracy", 1)
+        if self.best and sign * row[key] < sign * self.best[key]:
+            return False
+        self.best = row
+        return True
+
+    def what_was_kept(self, last_step: int) -> str:
+        """Which weights lie in the folder, in words."""
+        if not self.best:
+            return f"the weights of the last step, {last_step}"
+        step, loss, accuracy = self.best["step"], self.best["val_loss"], self.best["val_accuracy"]
+        rule = "lowest validation loss" if self.keep == "loss" else "highest validation accuracy"
+        return f"the weights of step {step}, with the {rule} (loss {loss:.4f}, right answers {accuracy:.2f})"
+
+    def save_state(self, step: int, net: nn.Module, optimizer, tasks: dict) -> None:
+        """Write what --resume needs; `tasks` identifies what the run is trained on."""
+        if not self.tasks.exists():
+            write_file(self.tasks, tasks)
+        save_state(self.state, step, net, optimizer)
+
+    def resume(self, net: nn.Module, optimizer, tasks: dict) -> int:
+        """Put the saved state into net and optimizer; returns the number of steps done."""
+        saved = read_object(self.tasks)
+        if saved != tasks:
+            changed = sorted(set(saved["names"]) ^ set(tasks["names"]))
+            what = f"added or removed: {', '.join(changed[:5])}" if changed else "their texts are different"
+            raise UserError(f"--resume: the tasks have changed since this run was started ({what})")
+        return load_state(self.state, net, optimizer)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after a saved state."""
+        rows = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:step]  # one per step
+        write_file(self.metrics, "".join(rows))
+        for row in rows:
+            self.is_best(json.loads(row))
+
+    def close(self) -> None:
+        """Remove the state of a finished run."""
+        self.state.unlink()
+        self.tasks.unlink()
 
 
 def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:

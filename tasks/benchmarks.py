@@ -23,7 +23,7 @@ from urllib.parse import urlencode
 
 from tqdm import tqdm
 
-from data import Example, Splits, Task
+from data import Example, Splits, Task, no_start
 from support.files import UserError, cache_folder, download, read_file, write_file
 
 ROWS_SERVICE = "https://datasets-server.huggingface.co/rows"
@@ -69,26 +69,41 @@ def boolq(record: dict) -> tuple[Example, str]:
 def gsm8k(record: dict) -> tuple[Example, str]:
     steps, right = record["answer"].split("####")
     right = right.strip()
-    return Example(record["question"], [right], "Let's think step by step."), f"{steps}The answer is {right}."
+    return Example(record["question"], [right]), f"{steps}The answer is {right}."
 
 
 def humaneval(record: dict) -> tuple[Example, str]:
     """The head of a function to complete. The right answer is its tests."""
     head = record["prompt"]
     tests = f"{record['test']}\ncheck({record['entry_point']})"
-    text = f"Complete this Python function.\n\n```python\n{head}```"
-    start = CODE_START + head
-    return Example(text, [tests], start), f"{start}{record['canonical_solution']}```"
+    text = f"Complete this Python function.\n\n{CODE_START}{head}```"
+    return Example(text, [tests]), f"{CODE_START}{head}{record['canonical_solution']}```"
 
 
 def mbpp(record: dict) -> tuple[Example, str]:
     """A function to write, with one of its tests. The right answer is all of them."""
     tests = "\n".join([record.get("test_setup_code") or "", *record["test_list"]])
     text = f"{record['text']}\nThe code should pass this test:\n{record['test_list'][0]}"
-    return Example(text, [tests], CODE_START), f"{CODE_START}{record['code']}\n```"
+    return Example(text, [tests]), f"{CODE_START}{record['code']}\n```"
 
+
+# -------------------- How the answer starts --------------------
 
 CODE_START = "```python\n"
+
+
+def with_steps(example: Example) -> str:
+    return "Let's think step by step."
+
+
+def with_code(example: Example) -> str:
+    return CODE_START
+
+
+def with_head(example: Example) -> str:
+    """The head of the function that the input shows."""
+    return CODE_START + example.input.split(CODE_START)[1].removesuffix("```")
+
 
 # -------------------- Scores --------------------
 
@@ -108,7 +123,7 @@ def true_or_false(example: Example, answer: str) -> bool:
 
 def last_number(example: Example, answer: str) -> bool:
     """Whether the last number of the answer is the right one."""
-    numbers = re.findall(r"-?\d[\d,]*\.?\d*", answer)
+    numbers = re.findall(r"(?:(?<!\d)-)?\d[\d,]*\.?\d*", answer)  # "3-5" has no minus five
     if not numbers:
         return False
     found = numbers[-1].replace(",", "").rstrip(".")
@@ -117,7 +132,8 @@ def last_number(example: Example, answer: str) -> bool:
 
 def passes_tests(example: Example, answer: str) -> bool:
     """Whether the code of the answer passes the tests. Runs it!"""
-    code = example.start.removeprefix(CODE_START) + answer.split("```")[0]
+    head = with_head(example).removeprefix(CODE_START) if CODE_START in example.input else ""
+    code = head + answer.split("```")[0]
     return run_program(f"{code}\n{example.answers[0]}")
 
 
@@ -180,27 +196,26 @@ class Benchmark(NamedTuple):
     split: str
     n_records: int
     to_example: Callable[[dict], tuple[Example, str]]
-    is_right: Callable[[Example, str], bool]
-    answer_tokens: int
+    is_right: Callable[[Example, str], bool] = first_character
+    answer_tokens: int = 8
+    start: Callable[[Example], str] = no_start
 
 
 BENCHMARKS = {
-    "arc_challenge": Benchmark("allenai/ai2_arc", "ARC-Challenge", "test", 1172, arc, first_character, 8),
-    "arc_easy": Benchmark("allenai/ai2_arc", "ARC-Easy", "test", 2376, arc, first_character, 8),
-    "boolq": Benchmark("google/boolq", "default", "validation", 3270, boolq, true_or_false, 8),
-    "gsm8k": Benchmark("openai/gsm8k", "main", "test", 1319, gsm8k, last_number, 256),
-    "hellaswag": Benchmark("Rowan/hellaswag", "default", "validation", 10042, hellaswag, first_character, 8),
+    "arc_challenge": Benchmark("allenai/ai2_arc", "ARC-Challenge", "test", 1172, arc),
+    "arc_easy": Benchmark("allenai/ai2_arc", "ARC-Easy", "test", 2376, arc),
+    "boolq": Benchmark("google/boolq", "default", "validation", 3270, boolq, true_or_false),
+    "gsm8k": Benchmark("openai/gsm8k", "main", "test", 1319, gsm8k, last_number, 256, with_steps),
+    "hellaswag": Benchmark("Rowan/hellaswag", "default", "validation", 10042, hellaswag),
     "humaneval": Benchmark(
-        "openai/openai_humaneval", "openai_humaneval", "test", 164, humaneval, passes_tests, 512
+        "openai/openai_humaneval", "openai_humaneval", "test", 164, humaneval, passes_tests, 512, with_head
     ),
     "mbpp": Benchmark(  # the paper used 399 of them, MBPP+
-        "google-research-datasets/mbpp", "full", "test", 500, mbpp, passes_tests, 512
+        "google-research-datasets/mbpp", "full", "test", 500, mbpp, passes_tests, 512, with_code
     ),
-    "openbookqa": Benchmark("allenai/openbookqa", "main", "test", 500, arc, first_character, 8),
-    "piqa": Benchmark("ybisk/piqa", "plain_text", "validation", 1838, piqa, first_character, 8),
-    "winogrande": Benchmark(
-        "allenai/winogrande", "winogrande_debiased", "validation", 1267, winogrande, first_character, 8
-    ),
+    "openbookqa": Benchmark("allenai/openbookqa", "main", "test", 500, arc),
+    "piqa": Benchmark("ybisk/piqa", "plain_text", "validation", 1838, piqa),
+    "winogrande": Benchmark("allenai/winogrande", "winogrande_debiased", "validation", 1267, winogrande),
 }
 
 
@@ -233,9 +248,18 @@ def benchmark_task(name: str) -> Task:
         test.append(example)
         shots.append(Example(example.input, [shown]))
     descriptions = read_file(TEXTS)["descriptions"][name]
-    task = Task(name, descriptions, shots[-4:], test, is_benchmark=True)
-    task.is_right, task.answer_tokens = benchmark.is_right, benchmark.answer_tokens
-    return task
+    return Task(
+        name,
+        descriptions,
+        train=shots[-4:],
+        test=test,
+        is_right=benchmark.is_right,
+        start=benchmark.start,
+        n_scored=None,
+        n_descriptions=3,  # as published
+        answer_tokens=benchmark.answer_tokens,
+        has_instruction=False,
+    )
 
 
 def names_in(tasks: str, run_code: bool) -> list[str]:
@@ -266,9 +290,10 @@ def beside_published(results: dict[str, dict[str, float]], preset: str) -> dict[
         table[method] = scores | {"average": statistics.fmean(scores.values())}
     all_measured = all(len(scores) == len(BENCHMARKS) for scores in results.values())
     for method, percents in read_file(TEXTS)["published"].get(preset, {}).items():
-        scores = {name: percent / 100 for name, percent in percents.items()}
-        if not all_measured:
-            scores.pop("average")  # not comparable
+        measured = {name for scores in results.values() for name in scores}
+        if all_measured:  # otherwise the averages are not comparable
+            measured.add("average")
+        scores = {name: percents[name] / 100 for name in percents if name in measured}
         table[f"{method} (published)"] = scores
     return table
 

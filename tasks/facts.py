@@ -25,4 +25,4 @@ def document(rng: random.Random, n_lines: int) -> Task:
 
 def load() -> Splits:
     """All documents by split."""
-    return document_splits(document, "facts")
+    return document_splits(document, "facts", [4, 16, 64, 128, 256])

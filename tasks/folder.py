@@ -80,9 +80,16 @@ def read_task(path: Path) -> Task:
         raise UserError(f'{path} must be {{"descriptions": [...], "Instances": [...]}}')
     task = read_document(content, path) if "document" in content else read_instances(content, path)
     task.name = content.get("name", path.stem)
-    if not isinstance(task.name, str) or Path(task.name).name != task.name or task.name in ("", ".."):
+    if not isinstance(task.name, str) or not can_name_a_folder(task.name):
         raise UserError(f'{path}: "name" must be a text that can name a folder')
     return task
+
+
+def can_name_a_folder(name: str) -> bool:
+    """Whether the adapter of a task can lie in a folder of this name, beside the files of a run."""
+    is_file_of_run = Path(name).suffix in (".args", ".json", ".jsonl", ".safetensors")
+    is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
+    return is_plain and not is_file_of_run and len(name.encode()) <= 200
 
 
 def as_texts(value, where: str) -> list[str]:
@@ -105,14 +112,16 @@ def as_objects(content: dict, key: str, path: Path, example: str) -> list[dict]:
     """The list of objects under a key. Raises UserError if it is anything else."""
     objects = content.get(key)
     if not isinstance(objects, list) or not objects or not all(isinstance(entry, dict) for entry in objects):
-        raise UserError(f'{path}: "{key}" must be a list such as [{example}, ...]')
+        message = f'{path}: "{key}" must be a list such as [{example}, ...]'
+        raise UserError(message if key in content else f"{message}; the file has {', '.join(content)}")
     return objects
 
 
 def read_instances(content: dict, path: Path) -> Task:
     """The task of a file in the format of Natural Instructions."""
     if "descriptions" not in content and "Definition" not in content:
-        raise UserError(f'{path}: "descriptions" is missing: a list of texts that say what the task is')
+        keys = ", ".join(content) or "nothing"
+        raise UserError(f'{path}: "descriptions" is missing, texts that say what the task is; it has {keys}')
     key = "descriptions" if "descriptions" in content else "Definition"
     descriptions = as_texts(content[key], f'{path}: "{key}"')
     definition = ""

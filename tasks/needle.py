@@ -19,4 +19,4 @@ def document(rng: random.Random, n_lines: int) -> Task:
 
 def load() -> Splits:
     """All documents by split."""
-    return document_splits(document, "needle")
+    return document_splits(document, "needle", [1, 4, 16, 32, 64])

@@ -1,4 +1,4 @@
-"""The edits of pictures, the step, the strip: python -m pytest -q pictures"""
+"""The edits of pictures, the step, the strip."""
 
 import random
 
@@ -9,12 +9,7 @@ from safetensors.torch import load_file
 import hypernet
 import lora
 from pictures import edits, pictures
-from test_all import (
-    close,
-    command,
-    interrupted_in_call,
-    seed,  # noqa: F401 (a fixture)
-)
+from tests.helpers import close, command, interrupted_in_call
 
 
 def test_edits_of_pictures_do_what_they_say():

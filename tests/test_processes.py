@@ -1,4 +1,4 @@
-"""Several processes, sharding and GPUs: python -m pytest -q support"""
+"""Several processes, sharding and GPUs."""
 
 import contextlib
 import importlib
@@ -20,8 +20,7 @@ import generate
 import model
 from support import processes
 from support.files import read_file, write_file
-from support.test_encoder import bert_folder
-from test_all import (  # noqa: F401 (a fixture)
+from tests.helpers import (
     D2L,
     HERE,
     LORA,
@@ -35,8 +34,8 @@ from test_all import (  # noqa: F401 (a fixture)
     losses_of,
     needs_gpu,
     run_of,
-    seed,
 )
+from tests.test_encoder import bert_folder
 
 
 def free_port() -> int:
@@ -45,7 +44,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def on_two_processes(folder: Path, commands: dict[str, list]) -> dict[str, str]:
+def on_two_processes(folder: Path, commands: dict[str, list], **variables: str) -> dict[str, str]:
     """Run commands {name: [module, words ...]}, each on the same two processes; what the first one prints.
 
     They are started as torchrun would start them, once for all commands, since that takes most of the time.
@@ -53,8 +52,8 @@ def on_two_processes(folder: Path, commands: dict[str, list]) -> dict[str, str]:
     write_file(folder / "commands.json", {name: [*map(str, words)] for name, words in commands.items()})
     write_file(folder / "ports.json", [free_port() for _ in commands])
     env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    start = [sys.executable, "-c", "from support.test_processes import work; work()", str(folder)]
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)} | variables
+    start = [sys.executable, "-c", "from tests.test_processes import work; work()", str(folder)]
     ranks = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
     running = [subprocess.Popen(start, cwd=HERE, env=rank) for rank in ranks]
     try:
@@ -82,7 +81,7 @@ def work() -> None:
 def main() -> None:
     """Count the layers of a sharded base model that are whole, and the bytes of its layers."""
     process = processes.start("auto")
-    base, _ = model.load_injected("tiny", ["q_proj"], process, shard=True)
+    base, _ = model.load_sharded("tiny", process, torch.float32, ["q_proj"], 0.0)
     layers = base.get_decoder().layers
 
     def is_whole(layer) -> bool:
@@ -106,7 +105,7 @@ LONG = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpoi
 ODD = [*SHORT, "--tasks_per_batch", "3"]
 ALONE = [*SHORT, "--tasks_per_batch", "1"]  # there is nothing for the second process
 RUNS = {"sft": SHORT, "sharded": [*SHORT, "--shard"], "documents": [*DOCS, "--shard"], "long": LONG}
-HEARD = [*SHORT, "--encoder", "BERT", "--encoder_rank", "2"]  # BERT stands for a folder
+HEARD = ["--arch", "slots", *SHORT, "--encoder", "BERT", "--encoder_rank", "2"]  # BERT stands for a folder
 RUNS |= {"long_sharded": [*LONG, "--shard"], "odd": ODD, "alone": ALONE, "encoder": HEARD}
 
 
@@ -114,27 +113,13 @@ RUNS |= {"long_sharded": [*LONG, "--shard"], "odd": ODD, "alone": ALONE, "encode
 def pair(tmp_path_factory):
     """(folder, what each command has printed) of everything that is tested on two processes."""
     folder, commands = tmp_path_factory.mktemp("pair"), {}
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     (folder / "bert").mkdir()
     bert_folder(folder / "bert")
     for name, words in RUNS.items():
         words = [word.replace("BERT", str(folder / "bert")) for word in words]
         commands[name] = ["train", *words, "--max_steps", "5", "--out_dir", folder / name]
-    documents = folder / "unanswered"
-    documents.mkdir()
-    for name in ("cat", "dog", "cow", "sun", "wolf"):
-        content = {"document": f"{name} -> red <eos>", "questions": [{"question": name}]}
-        write_file(documents / f"{name}.json", content)
-    answering = ["--tasks", documents, "--tasks_per_batch", "2", "--max_steps", "1"]
-    commands["answers"] = ["train", *D2L, *answering, "--out_dir", folder / "answers"]
-    asked = [*SAY, "--input", "cat red dog shirt", "--out", folder / "adapter", "--shard"]
-    commands["generate"] = ["generate", *asked]
-    asked = ["--methods", "t2l", "--split", "val", "--n_examples", "2", "--shard"]
-    commands["eval"] = ["eval", *asked]
-    commands["layers"] = ["support.test_processes"]
-    said = on_two_processes(folder, commands)
-    del os.environ["CUDA_VISIBLE_DEVICES"]
-    return folder, said
+    commands["layers"] = ["tests.test_processes"]
+    return folder, on_two_processes(folder, commands, CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -157,32 +142,14 @@ def test_two_processes_are_one(pair, tmp_path, name):
 def test_parts_of_a_step_are_unequal_where_that_is_tested():
     run = run_of(*LONG)
 
-    def n_examples(step: int, rank: int) -> int:
+    def n_examples(step: int) -> list[int]:
         drawn = data.draw(run.tasks, step, run.args)
-        return len(data.make_batch(run.tokenizer, run.tasks, drawn, run.args, rank, 2).examples)
+        return [len(part.examples) for part in data.make_parts(run.tokenizer, run.tasks, drawn, run.args, 2)]
 
-    assert any(n_examples(step, 0) != n_examples(step, 1) for step in range(5))
+    assert any(len(set(n_examples(step))) == 2 for step in range(5))
     alone = data.draw(run.tasks, 0, run_of(*ALONE).args)
-    idle = data.make_batch(run.tokenizer, run.tasks, alone, run.args, 1, 2)
+    _, idle = data.make_parts(run.tokenizer, run.tasks, alone, run.args, 2)
     assert idle.tasks == alone and idle.task_fraction == idle.example_fraction == 0
-
-
-def test_missing_answers_are_generated_in_parts(pair):
-    folder, _ = pair
-    answers = read_file(folder / "answers" / "answers.json")
-    base, tokenizer = model.load_base("tiny")
-    assert len(answers) == 5
-    for question, answer in answers.items():
-        name = question.split(": ")[1]
-        prompt = model.render(tokenizer, model.chat(tokenizer, name, f"{name} -> red <eos>"))
-        assert model.answer(base, tokenizer, [prompt]) == [answer]
-
-
-def test_a_sharded_base_model_answers_as_a_whole_one(pair):
-    folder, said = pair
-    assert said["generate"].count("with adapter  chat chien") == 1
-    assert "with adapter" not in (folder / "generate-1.txt").read_text()
-    assert "| t2l | 1.000 |" in said["eval"] and (folder / "adapter" / "description.txt").exists()
 
 
 def test_a_sharded_base_model_is_never_whole(pair):
@@ -231,8 +198,8 @@ def test_every_command_on_cuda(tmp_path):
     methods = ["--methods", "base,icl,t2l,mt_lora,recon", "--mt_lora", tmp_path / "mt", "--split", "val"]
     methods += ["--recon", tmp_path / "recon", "--n_examples", "2"]
     assert command(evaluation, *methods) == 0
-    lengths = ["--tasks", "facts", "--lengths", "4", "--n_examples", "3"]
-    assert command(evaluation, *lengths, "--hypernet", TINY / "d2l") == 0
+    long = ["--tasks", "facts", "--split", "long", "--n_tasks", "3", "--n_examples", "3"]
+    assert command(evaluation, *long, "--hypernet", TINY / "d2l") == 0
 
 
 @needs_gpu
@@ -242,9 +209,7 @@ def test_two_gpus_and_shards_are_one(tmp_path):
     commands, float32 = {}, ["--max_steps", "5", "--dtype", "float32", "--dropout", "0"]
     for name, words in {"plain": SHORT, "sharded": [*SHORT, "--shard"]}.items():
         commands[name] = ["train", *words, *float32, "--out_dir", tmp_path / name]
-    commands["generate"] = ["generate", *SAY, "--shard", "--out", tmp_path / "adapter"]
-    commands["eval"] = ["eval", "--methods", "t2l", "--split", "val", "--n_examples", "2", "--shard"]
-    commands["layers"] = ["support.test_processes"]
+    commands["layers"] = ["tests.test_processes"]
     said = on_two_processes(tmp_path, commands)
     one = fit(tmp_path / "one", *SHORT, *float32)
     for name in ("plain", "sharded"):

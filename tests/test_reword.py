@@ -1,4 +1,4 @@
-"""New words by self-reconstruction: python -m pytest -q extras"""
+"""New words by self-reconstruction."""
 
 import random
 
@@ -10,11 +10,7 @@ import model
 from extras import reword
 from support.files import read_file
 from tasks import chores
-from test_all import (
-    command,
-    seed,  # noqa: F401 (a fixture)
-    small_config,
-)
+from tests.helpers import command, small_config
 
 CHAINS = [("name", "name-surname"), ("name", "any-bold"), ("name", "name-initials"), ("name", "any-quotes")]
 CHAINS += [("name", "name-surname", "any-bold"), ("name", "name-initials", "any-quotes")]

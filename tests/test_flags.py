@@ -1,4 +1,4 @@
-"""Settings as flags, files of flags, what a run records: python -m pytest -q support"""
+"""Settings as flags, files of flags, what a run records."""
 
 import re
 import sys
@@ -7,18 +7,9 @@ import pytest
 
 import eval as evaluation
 import generate
-import lora
 import train
 from support import flags
-from test_all import (
-    D2L,
-    HERE,
-    NAMES,
-    command,
-    random_adapter,
-    seed,  # noqa: F401 (a fixture)
-    tiny_llama,
-)
+from tests.helpers import D2L, HERE, command
 
 
 def test_help_shows_the_values_of_the_run(capsys):
@@ -42,9 +33,9 @@ def test_help_shows_the_values_of_the_run(capsys):
 def test_every_file_of_flags_is_a_run(file, monkeypatch, tmp_path):
     """Each setting is known, and what a run records is what it was given."""
     monkeypatch.chdir(HERE)
-    config = lora.config_for(tiny_llama(), NAMES, "tiny")
-    lora.save_adapter(tmp_path / "oracles" / "one", random_adapter(config), config)
-    words = ["--out_dir", str(tmp_path / "new"), "--oracles", str(tmp_path / "oracles")]
+    words = ["--out_dir", str(tmp_path / "new")]
+    if "recon" in str(file):
+        words += ["--oracles", str(tmp_path / "oracles")]
     monkeypatch.setattr(sys, "argv", ["train.py", f"@{file}", *words])
     args = train.parse_args()
     (tmp_path / "train.args").write_text(args.as_text)
@@ -62,12 +53,50 @@ def test_only_leading_words_name_files_of_flags(tmp_path, monkeypatch):
     assert flags.expand(words) == expected
 
 
-def test_a_run_by_reconstruction_records_what_its_oracles_are(tmp_path, monkeypatch):
-    config = lora.config_for(tiny_llama(), ["v_proj", "o_proj"], "tiny", r=3, alpha=5.0)
-    lora.save_adapter(tmp_path / "one", random_adapter(config, r=3), config)
-    start = ["train.py", "--mode", "recon", "--oracles", str(tmp_path)]
-    for given in [], ["--target_modules", "v_proj,o_proj", "--rank", "3"]:
-        monkeypatch.setattr(sys, "argv", [*start, *given])
-        args = train.parse_args()
-        assert (args.rank, args.alpha, args.target_modules) == (3, 5.0, "o_proj,v_proj")
-        assert "--rank 3\n" in args.as_text and "--target_modules o_proj,v_proj\n" in args.as_text
+RECON = ["--mode", "recon", "--oracles", "/nowhere"]
+UNUSED = [
+    ["--mode", "lora", "--slots", "4"],
+    ["--mode", "lora", "--encoder_rank", "8"],
+    ["--mode", "lora", "--oracles", "/nowhere"],
+    ["--mode", "lora", "--encoder", "base"],
+    ["--mode", "lora", "--init_from", "out/x"],
+    ["--oracles", "/nowhere"],
+    ["--multi_task"],
+    ["--distill", "4"],
+    ["--slots", "2"],
+    ["--n_latents", "3"],
+    [*RECON, "--l1", "1"],
+    [*RECON, "--dropout", "0.1"],
+    [*RECON, "--label_smoothing", "0.1"],
+    [*RECON, "--rank", "4"],
+    [*RECON, "--shard"],
+    [*D2L, "--instruction"],
+    [*D2L, "--label_smoothing", "0.1"],
+    [*D2L, "--encoder", "hash"],
+]
+
+
+@pytest.mark.parametrize("words", UNUSED, ids=" ".join)
+def test_a_flag_that_counts_for_nothing_is_refused(words, capsys):
+    assert command(train, *words) == 2
+    assert " is not a setting of --mode " in capsys.readouterr().err
+
+
+def test_words_of_a_file_of_flags():
+    text = "\ufeff--tasks a#b # comment with an apostrophe's end\n#another\n--out_dir 'a # b' --x \"it's\"".lstrip(
+        "\ufeff"
+    )
+    assert flags.words_in(text) == ["--tasks", "a#b", "--out_dir", "a # b", "--x", "it's"]
+    with pytest.raises(ValueError, match="no closing quotation in 'a b"):
+        flags.words_in("--x 'a b")
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    (tmp_path / "a.args").write_text("--lr 2\n", encoding="utf-8-sig")
+    assert flags.expand([f"@{tmp_path / 'a.args'}"]) == ["--lr", "2"]
+
+
+def test_the_last_value_of_a_flag_counts():
+    words = ["--mode", "lora", "--mode=recon", "--x", "1"]
+    assert flags.last_value(words, "--mode", "sft") == "recon"
+    assert flags.last_value(words, "--arch", "t2l") == "t2l"

@@ -1,4 +1,4 @@
-"""The script that trained the tiny base model: python -m pytest -q extras"""
+"""The script that trained the tiny base model."""
 
 import random
 
@@ -6,10 +6,7 @@ import torch
 
 import model
 from extras import pretrain
-from test_all import (
-    command,
-    seed,  # noqa: F401 (a fixture)
-)
+from tests.helpers import command
 
 
 def test_the_base_model_learns_to_go_on(tmp_path, monkeypatch):

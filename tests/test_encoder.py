@@ -1,4 +1,4 @@
-"""Text encoders, and a LoRA on one, trained along with the hypernetwork: python -m pytest -q support"""
+"""Text encoders, and a LoRA on one, trained along with the hypernetwork."""
 
 import collections
 import shutil
@@ -12,7 +12,16 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5EncoderModel,
+    XLNetConfig,
+    XLNetModel,
+)
 
 import data
 import eval as evaluation
@@ -23,17 +32,8 @@ import model
 import train
 from support.files import write_file
 from support.hub import load_text_model
-from support.processes import Process
 from tasks import tiny
-from test_all import (
-    SHORT,
-    close,
-    command,
-    fit,
-    refused,
-    run_of,
-    seed,  # noqa: F401 (a fixture)
-)
+from tests.helpers import SHORT, close, command, fit, refused, run_of
 
 
 def bert_folder(folder: Path) -> nn.Module:
@@ -168,7 +168,7 @@ def encoder(tmp_path_factory) -> str:
 
 
 def settings(encoder: str, *words) -> list:
-    return [*SHORT, "--encoder", encoder, "--encoder_rank", "2", *words]
+    return ["--arch", "slots", "--slots", "1", *SHORT, "--encoder", encoder, "--encoder_rank", "2", *words]
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,8 @@ def runs(encoder, tmp_path_factory) -> list:
 def test_training_reaches_the_encoder(runs):
     """All of its linear layers, and nothing where it stays frozen."""
     adapter = hypernet.load_hypernet(runs[0]).encoder_lora(0)
-    assert set(adapter) == {"query", "key", "value", "dense_16x16", "dense_32x16", "dense_16x32"}
+    names = {"attention_self_query", "attention_self_key", "attention_self_value"}
+    assert set(adapter) == names | {"attention_output_dense", "intermediate_dense", "output_dense"}
     for A, B in adapter.values():
         assert len(A) == len(B) == 2  # layers
         assert B.abs().sum() > 0
@@ -200,10 +201,10 @@ def test_generate_applies_it_without_a_flag(runs, encoder, tmp_path):
     net = hypernet.load_hypernet(runs[0])
     merged, weights = load_text_model(encoder), net.encoder_lora(0)
     for i, layer in enumerate(merged.encoder.layer):
-        places = {"query": layer.attention.self.query, "key": layer.attention.self.key}
-        places |= {"value": layer.attention.self.value, "dense_16x16": layer.attention.output.dense}
-        places |= {"dense_32x16": layer.intermediate.dense, "dense_16x32": layer.output.dense}
-        for name, linear in places.items():
+        own = layer.attention.self
+        linears = [own.query, own.key, own.value]
+        linears += [layer.attention.output.dense, layer.intermediate.dense, layer.output.dense]
+        for name, linear in zip(weights, linears):
             A, B = weights[name]
             linear.weight.data += 2 * B[i].data @ A[i].data
     before = model.load_encoder(encoder)([text])
@@ -230,15 +231,14 @@ def test_two_networks_do_not_mix(runs, tmp_path, monkeypatch):
     words = ["--methods", "base", "--compare", *map(str, folders), "--split", "val"]
     monkeypatch.setattr(sys, "argv", ["eval.py", *words])
     args, tasks = evaluation.parse_args(), tiny.load()["val"][:2]
-    models = evaluation.Models(args, ["base"], tasks, Process(torch.device("cpu")))
-    assert len(models.encoders) == 2  # one with a LoRA, one without
+    methods = evaluation.choose_methods(args, tasks)
+    models = evaluation.Models(args, methods, tasks, torch.device("cpu"))
     questions = [evaluation.Question(task, task.test[0], task.descriptions[0], "", []) for task in tasks]
     texts = [question.description for question in questions]
     for folder in (*folders, *reversed(folders)):
-        models.set_adapters(str(folder), questions)
+        models.set_adapters(methods[str(folder)], questions)
         net = hypernet.load_hypernet(folder)
-        encode = model.load_encoder(net.config.encoder, with_lora=net.config.encoder_rank > 0)
-        alone, _ = generate.write_adapters(net, texts, models.base, models.tokenizer, encode)
+        alone, _ = generate.write_adapters(net, texts, models.base, model.load_encoder(net.config.encoder))
         first = next(layer for layer in lora.injected_layers(models.base) if layer.name == "q_proj")
         close(first.B, alone["q_proj"][1][:, 0], 1e-4, 1e-5)
 
@@ -259,7 +259,7 @@ def test_its_gradient_is_that_of_the_loss(encoder):
     for distance in (0.02, -0.02):  # along the gradient
         for p, g in zip(weights, gradients):
             p.data += distance * g / length
-        losses.append(train.sft_step(run, run.net, drawn))
+        losses.append(sum(train.sft_step(run, run.net, drawn).values()))
         for p, g in zip(weights, gradients):
             p.data -= distance * g / length
     assert length > 1e-5
@@ -267,4 +267,70 @@ def test_its_gradient_is_that_of_the_loss(encoder):
 
 
 def test_a_lora_needs_an_encoder_with_a_network():
-    refused("needs one with layers", run_of, *SHORT, "--encoder_rank", "2")
+    refused("text encoder with layers, not hash", run_of, "--arch", "slots", *SHORT, "--encoder_rank", "2")
+
+
+# -------------------- Encoders of other families --------------------
+
+
+def with_tokenizer_of_bert(network: nn.Module, folder: Path) -> str:
+    """The folder of a random text encoder with BERT's tokenizer."""
+    bert_folder(folder)
+    network.save_pretrained(folder)
+    return str(folder)
+
+
+def test_of_t5_only_the_encoder_is_loaded(tmp_path):
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=10, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, pad_token_id=0)
+    network = T5EncoderModel(config).eval()
+    encode = model.load_encoder(with_tokenizer_of_bert(network, tmp_path))
+    hidden = network(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
+    close(encode(["one"])[0], F.normalize(hidden.mean(0), dim=0), 1e-5, 1e-6)
+
+
+def test_a_network_without_a_limit_of_length(tmp_path):
+    torch.manual_seed(0)
+    config = XLNetConfig(vocab_size=10, d_model=16, n_layer=1, n_head=2, d_inner=32)  # its length is -1
+    encode = model.load_encoder(with_tokenizer_of_bert(XLNetModel(config), tmp_path))
+    assert encode(["one two three " * 30]).isfinite().all()
+
+
+def test_a_tokenizer_without_a_pad_token(tmp_path):
+    bert_folder(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    write_file(file, {"tokenizer_class": "BertTokenizer", "pad_token": None, "eos_token": "[SEP]"})
+    both = model.load_encoder(str(tmp_path)).embed(["one", "two three four"])
+    close(both[0], model.load_encoder(str(tmp_path))(["one"])[0], 1e-5, 1e-6)
+
+
+def test_weights_in_float16_are_computed_in_float32(tmp_path):
+    bert_folder(tmp_path).half().save_pretrained(tmp_path)
+    encode = model.load_encoder(str(tmp_path))
+    assert encode.network.dtype == encode(["one"]).dtype == torch.float32
+
+
+def test_missing_weights_of_a_text_encoder_are_named(tmp_path):
+    bert = bert_folder(tmp_path)
+    kept = {key: t for key, t in bert.state_dict().items() if "layer.1." not in key and "pooler" not in key}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused("16 weights are missing, such as encoder.layer.1", model.load_encoder, str(tmp_path))
+
+
+def test_a_description_that_is_cut_is_mentioned_once(tmp_path, capsys):
+    bert_folder(tmp_path)
+    encode = model.load_encoder(str(tmp_path))
+    encode(["one two"])
+    assert not capsys.readouterr().err
+    for _ in range(2):
+        encode(["one two three four " * 200])
+    assert capsys.readouterr().err.count("reads 512 tokens of a description, not more: one two") == 1
+
+
+def test_a_frozen_encoder_reads_each_text_once_and_alone(tmp_path):
+    bert_folder(tmp_path)
+    encode, read = model.load_encoder(str(tmp_path)), []
+    encode.network.register_forward_hook(lambda *_: read.append(1))
+    first = encode(["one", "two three", "one"])
+    assert torch.equal(first[0], first[2]) and len(read) == 2
+    assert torch.equal(encode(["two three"])[0], first[1]) and len(read) == 2

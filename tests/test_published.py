@@ -1,11 +1,10 @@
-"""Published checkpoints, rebuilt in their layouts, and the golden one: python -m pytest -q support"""
+"""Published checkpoints, rebuilt in their layouts, and the golden one."""
 
 import collections
 import contextlib
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import types
@@ -21,22 +20,9 @@ import hypernet
 import lora
 import model
 import train
-from support import published
+from extras import published
 from support.files import UserError, read_file, write_file
-from test_all import (  # noqa: F401 (fixtures)
-    HERE,
-    NAMES,
-    SAY,
-    SCALING,
-    TINY,
-    close,
-    golden,
-    one_layer,
-    refused,
-    seed,
-    server,
-    small_config,
-)
+from tests.helpers import HERE, NAMES, SCALING, TINY, close, command, golden, one_layer, refused, small_config
 
 SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
 RECON_FILES = [f"llama_{size}_recon_{loss}" for size in ("L", "M", "S", "Srot") for loss in ("z", "dw")]
@@ -77,29 +63,30 @@ def test_published_layout_round_trip(tmp_path, size, kind):
     net = hypernet.TextToLoRA(small_config("small" if size == "rotary" else size, **changes)).eval()
     for p in net.parameters():
         nn.init.normal_(p, std=0.5)
-    for p in net.deviation.values():
-        p.data.fill_({"delta_w": 0.01, "z_score": 0.7}.get(kind, 1.0))
-    for p in net.offset.values() if kind == "delta_w" else []:
-        p.data.zero_()
+    for tensor in net.deviation.buffers():
+        tensor.fill_({"delta_w": 0.01, "z_score": 0.7}.get(kind, 1.0))
+    for tensor in net.offset.buffers():
+        tensor.zero_() if kind == "delta_w" else tensor.normal_(std=0.5)
     args = dict(emb_model="some/one", factorized=kind != "delta_w", training_task="recon")
     args |= {"training_task": "sft"} if kind == "sft" else {}
     weights = in_published_layout(net, kind)
     folder = published_folder(tmp_path, weights, base_model="google/gemma-2-2b-it", **args)
-    again, emb = hypernet.load_hypernet(folder), torch.randn(2, 7)
+    assert command(published, folder, tmp_path / "ours") == 0
+    again, emb = hypernet.load_hypernet(tmp_path / "ours"), torch.randn(2, 7)
     close(again(emb), net(emb), 1e-5, 1e-6)
     c = again.config
     assert (c.size, c.encoder, c.full_stop, c.instruction) == (net.config.size, "some/one", True, True)
-    assert c.scaling == SCALING and c.paths == {name: f"model.layers.{{}}.self_attn.{name}" for name in NAMES}
-    swapped = hypernet.load_hypernet(folder, NAMES[::-1])(emb)
+    assert c.scaling == SCALING and c.targets == net.config.targets
+    swapped = published.convert(folder, NAMES[::-1])(emb)
     published_folder(tmp_path, weights, order=NAMES[::-1], **args)  # named the other way round
-    close(hypernet.load_hypernet(folder)(emb)["q_proj"][0], swapped["q_proj"][0])
+    close(published.convert(folder)(emb)["q_proj"][0], swapped["q_proj"][0])
     net.module_emb[0].weight.data = net.module_emb[0].weight.data.flip(0)
     close(swapped["q_proj"][0], net(emb)["q_proj"][0], 1e-5, 1e-6)
 
 
 def test_broken_published_checkpoints_are_refused_in_words(tmp_path):
     weights = in_published_layout(hypernet.TextToLoRA(small_config("medium", r=8)), "sft")
-    file, load = tmp_path / "hypermod.pt", hypernet.load_hypernet
+    file, load = tmp_path / "hypermod.pt", published.convert
     published_folder(tmp_path, weights)
     refused("no published checkpoint", load, tmp_path, ["q_proj", "k_proj"])
     published_folder(tmp_path, {k: t for k, t in weights.items() if "mixer" not in k})
@@ -120,12 +107,12 @@ def test_golden_published_document_checkpoint():
     if not folder.exists():
         pytest.skip("the golden checkpoint is not here")
     tensors, info = load_file(folder / "golden.safetensors"), read_file(folder / "golden.json")
-    net = hypernet.load_hypernet(folder / "small_d2l" / "checkpoint-80000")
+    net = published.convert(folder / "small_d2l" / "checkpoint-80000")
     base, tokenizer = model.load_base(str(folder / "tiny-gemma2"))
     lora.inject(base, ["down_proj"])
     assert net.config.scaling == pytest.approx(info["scaling"])
     net.config.chunk_len = info["max_ctx_chunk_len"]
-    condition = hypernet.make_condition(net, info["documents"], base, tokenizer)
+    condition = net.condition(info["documents"], hypernet.DocumentReader(base, tokenizer))
     documents = net(condition)["down_proj"]
     assert condition.counts == tensors["batch/n_ctx_chunks"].tolist()
     close(documents, (tensors["batch/A/down_proj"], tensors["batch/B/down_proj"].mT))
@@ -167,7 +154,7 @@ def published_doc_file(folder: Path, monkeypatch, **changes) -> tuple[dict, dict
 def test_a_published_document_checkpoint_is_read_without_its_code(tmp_path, monkeypatch):
     _, tensors = published_doc_file(tmp_path, monkeypatch)
     monkeypatch.delitem(sys.modules, "ctx_to_lora")
-    net = hypernet.load_hypernet(tmp_path)
+    net = published.convert(tmp_path)
     A, B = net.write_chunks(tensors["in/features"], tensors["in/attn_mask"])["down_proj"]
     close((A, B), (tensors["out/A/down_proj"], tensors["out/B/down_proj"].mT))
     assert net.config.base_model == "google/gemma-2-2b-it" and net.config.scaling == pytest.approx(2 * 8**1.5)
@@ -187,35 +174,42 @@ def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkey
     for call, *args in (os.system, f"touch {mark}"), (open, str(mark), "w"), (eval, program), (exec, program):
         published_doc_file(tmp_path, monkeypatch, extra=Hostile(call, *args))
         with contextlib.suppress(UserError):  # if it is read at all, as a record
-            hypernet.load_hypernet(tmp_path)
+            published.convert(tmp_path)
         published_doc_file(tmp_path, monkeypatch, hypernet_config=Hostile(call, *args))
-        refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
+        refused("no published Doc-to-LoRA checkpoint", published.convert, tmp_path)
         assert not mark.exists()
     content, _ = published_doc_file(tmp_path, monkeypatch)
     for missing in "hypernet_config", "head.weight", "ctx_encoder_args":
         torch.save({key: value for key, value in content.items() if key != missing}, file)
-        refused("no published Doc-to-LoRA|do not match", hypernet.load_hypernet, tmp_path)
+        refused("no published Doc-to-LoRA|do not match", published.convert, tmp_path)
     published_doc_file(tmp_path, monkeypatch)
     file.write_bytes(file.read_bytes()[:5000])
-    refused("no published Doc-to-LoRA checkpoint", hypernet.load_hypernet, tmp_path)
+    refused("no published Doc-to-LoRA checkpoint", published.convert, tmp_path)
 
 
 def test_a_checkpoint_that_asks_for_terabytes_is_refused_in_words(tmp_path, monkeypatch):
     weights = in_published_layout(hypernet.TextToLoRA(small_config("large", r=8)), "sft")
     for name in NAMES:  # a few bytes in the file
-        weights[f"heads.{name}.weight"] = torch.zeros(1).expand(8 * 20, 10**12)
+        n_out = len(weights[f"heads.{name}.bias"])
+        weights[f"heads.{name}.weight"] = torch.zeros(1).expand(n_out, 10**12)
+    weights["mlp3.4.weight"] = torch.zeros(1).expand(10**12, 96)
+    weights["mlp3.4.bias"] = torch.zeros(1).expand(10**12)
     published_folder(tmp_path, weights)
-    refused("that network would take .* bytes, this machine has", hypernet.load_hypernet, tmp_path)
+    refused("that network would have .* parameters", published.convert, tmp_path)
     (tmp_path / "hypermod.pt").unlink()
     published_doc_file(tmp_path, monkeypatch, extra=Hostile(bytearray, 10**11))
-    refused("holds a bytearray", hypernet.load_hypernet, tmp_path)
+    refused("holds a bytearray", published.convert, tmp_path)
+    network = published_doc_file(tmp_path, monkeypatch)[0]["hypernet_config"]
+    network.layer_indices = torch.arange(10**5)
+    published_doc_file(tmp_path, monkeypatch, hypernet_config=network)
+    refused("100000 layers", published.convert, tmp_path)
 
 
-def test_a_published_hypernetwork_from_the_hub(tmp_path, server):  # noqa: F811
+def test_a_published_hypernetwork_from_the_hub(tmp_path, server):
     net = hypernet.load_hypernet(TINY / "sft_small")
     weights = in_published_layout(net, "sft")
     sent = published_folder(tmp_path / "sent", weights, emb_model="hash", order=net.names)
-    own = [file for file in sent.iterdir() if file.name in hypernet.FILES]
+    own = [file for file in sent.iterdir() if file.name in published.FILES]
     files = {f"trained/tiny/{f.name}": f.read_bytes() for f in own} | {"trained/other/big.bin": b"x"}
     tree = [dict(type="file", path=name, size=len(content), oid="b" * 40) for name, content in files.items()]
     repo = {"id": "u/r", "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
@@ -224,16 +218,17 @@ def test_a_published_hypernetwork_from_the_hub(tmp_path, server):  # noqa: F811
     server.files = {path: (content, len(content)) for path, content in encoded.items()}
     for name, content in files.items():
         server.files[f"/u/r/resolve/{'a' * 40}/{name}"] = (content, len(content))
-    words = [*SAY, "--hypernet", "u/r/trained/tiny", "--input", "cat red dog shirt", "--no-instruction"]
-    words = [sys.executable, "generate.py", *words, "--out", str(tmp_path / "out")]
     env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_HUB_DISABLE_XET": "1"}
-    env |= dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), no_proxy="127.0.0.1")
-    start = lambda **more: subprocess.run(words, cwd=HERE, env=env | more, capture_output=True, text=True)
-    run = start()
-    assert run.returncode == 0 and "with adapter" in run.stdout, run.stderr
+    env |= dict(HF_HOME=str(tmp_path / "home"), no_proxy="127.0.0.1", PYTHONPATH=str(HERE))
+    program = "import sys\nfrom extras import published\nfrom tests import helpers\n"
+    program += "sys.exit(helpers.command(published, 'u/r/trained/tiny', sys.argv[1]))"
+    for name, url in (("first", server.url), ("again", "http://127.0.0.1:1")):  # then it is on this machine
+        words = [sys.executable, "-c", program, str(tmp_path / name)]
+        run = subprocess.run(words, cwd=HERE, env=env | {"HF_ENDPOINT": url}, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        text_emb = torch.randn(2, 8192)
+        close(hypernet.load_hypernet(tmp_path / name)(text_emb)["q_proj"], net(text_emb)["q_proj"], 1e-4)
     assert not any("other" in path for path in server.asked)
-    again = start(HF_ENDPOINT="http://127.0.0.1:1")  # now it is on this machine
-    assert again.stdout.split("\n", 1)[1] == run.stdout.split("\n", 1)[1], again.stderr
 
 
 # -------------------- Numbers of the published implementations --------------------
@@ -245,7 +240,7 @@ def golden_net(file: str, folder: Path) -> tuple[hypernet.TextToLoRA, dict, dict
     tensors, info = load_file(f"{path}.safetensors"), read_file(f"{path}.json")
     args = {k: info["constructor_args"][k] for k in ("training_task", "factorized", "delta_w_scaling")}
     weights = {k[3:]: t for k, t in tensors.items() if k.startswith("sd/")}
-    return hypernet.load_hypernet(published_folder(folder, weights, **args)), tensors, info
+    return published.convert(published_folder(folder, weights, **args)), tensors, info
 
 
 def golden_base() -> nn.Module:
@@ -287,7 +282,7 @@ def test_golden_sft_losses_and_gradients(tmp_path, file):
     for smoothing in (0.0, 0.1):
         loss = train.answer_loss(*answers, smoothing)
         close(loss, tensors[f"sft/ls{smoothing}_sample/sft_loss"][0], 0, 5e-5)
-    l2 = 1e-3 * train.mean_weight(adapter, torch.square)
+    l2 = 1e-3 * train.weight_size(adapter, torch.square)
     close(l2, tensors["sft/generated_w_l2_loss"][0], 0, 1e-8)
     (loss + l2).backward()
     ours = dict(net.named_parameters())
@@ -302,11 +297,11 @@ def test_golden_reconstruction_losses(tmp_path, file):
     net, tensors, _ = golden_net(file, tmp_path)
     for name in NAMES:  # the loss is that of real runs, whose offset is zero
         for k in "AB":
-            net.offset[f"{name}_{k}"].data -= 0 if "recon_dw" in file else tensors[f"sd/AB_offset.{k}.{name}"]
+            net.offset[f"{name}_{k}"].sub_(0 if "recon_dw" in file else tensors[f"sd/AB_offset.{k}.{name}"])
     adapter = net(tensors["recon/in/task_embs"].flatten(0, 1))
     pick = lambda k, name: tensors[f"recon/in/target/{k}/{name}"].repeat_interleave(2, 0)
     target = {name: (pick("A", name), pick("B", name)) for name in NAMES}
-    kind = {"recon_dw": "delta_w", "recon_z": "z_score", "recon_f": "plain"}[re.search("recon_.*", file)[0]]
+    kind = "delta_w" if "recon_dw" in file else "z_score"  # the deviation of recon_f is 1
     close(train.recon_loss(kind, adapter, target, net.deviation), tensors["recon/loss"][0], 1e-5, 5e-6)
 
 
@@ -315,8 +310,8 @@ def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
     path = golden(file, "d2l")
     tensors, info = load_file(f"{path}.safetensors"), read_file(f"{path}.json")
     shared = load_file(f"{golden('perceiver_shared', 'd2l')}.safetensors")
-    sizes = dict(in_features=info["d_in"], out_features=info["d_out"], input_size=64, latent_size=64)
-    sizes |= dict(paths={"down_proj": "model.layers.{}.mlp.down_proj"}, n_layers=4, n_blocks=3, alpha=128)
+    sizes = dict(targets=published.make_targets(4, info["d_in"], info["d_out"]), n_layers=4, alpha=128)
+    sizes |= dict(input_size=64, latent_size=64, n_blocks=3)
     net = hypernet.DocToLoRA(hypernet.DocConfig(**sizes, early_exit=file == "down_flat")).eval()
     weights = {key: tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float() for key in info["state_dict"]}
     net.load_state_dict(published.doc_weights(weights))
@@ -326,7 +321,7 @@ def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
 
 @pytest.mark.parametrize("file", ["down_l2l", "down_flat"])
 @torch.no_grad()
-def test_golden_documents(file):
+def test_golden_documents(file, monkeypatch):
     net, tensors = golden_doc_net(file)
     pair = lambda key: (tensors[f"{key}/A/down_proj"], tensors[f"{key}/B/down_proj"].mT)
     chunks = net.write_chunks(tensors["in/features"], tensors["in/attn_mask"])
@@ -354,7 +349,8 @@ def test_golden_documents(file):
     real = mask.bool()
     close(features.movedim(-2, 1)[real], tensors["e2e/features"].movedim(-2, 1)[real], 1e-4, 1e-4)
     counts = tensors["e2e/n_ctx_chunks"].tolist()
-    documents = net(hypernet.ChunkedDocuments([[]], counts, lambda group: (features, mask)))
+    monkeypatch.setattr(hypernet, "read_chunks", lambda *_: (features, mask))
+    documents = net(hypernet.ChunkedDocuments([[]], counts, reader=None))
     rows = [i for i, n in enumerate(tensors["e2e/n_queries"].tolist()) for _ in range(n)]
     lora.set_adapter(lora.inject(base, ["down_proj"]), lora.select(documents, rows), net.config.scaling)
     asked = tensors["e2e/attention_mask"].bool()

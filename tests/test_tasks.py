@@ -1,4 +1,4 @@
-"""Sources of tasks: python -m pytest -q tasks"""
+"""Sources of tasks."""
 
 import collections
 import copy
@@ -7,7 +7,6 @@ import json
 import random
 import re
 import time
-import types
 import urllib.error
 
 import pytest
@@ -20,7 +19,7 @@ from extras import pretrain
 from support import files
 from support.files import UserError, read_file
 from tasks import benchmarks, chores, folder, load_tasks, lots_of_loras, tiny
-from test_all import command, refused, seed, server  # noqa: F401 (fixtures)
+from tests.helpers import command, refused
 
 
 def test_held_out_tasks_are_nowhere_in_training():
@@ -65,7 +64,7 @@ def test_tiny_answers_are_right_and_tell_tasks_apart():
     for parts in rng.sample(tiny.splits()["train"], 60):  # another part gives another answer
         chosen, change, layout = parts
         for _ in range(5):
-            question, (answer,), _ = tiny.example(parts, rng)
+            question, (answer,) = tiny.example(parts, rng)
             ours = keep(question.split(), chosen)
             assert answer == write(ours, change, layout) and len(set(question.split())) == 4
             assert all(other == change or answer != write(ours, other, layout) for other in tiny.MAPS)
@@ -177,6 +176,10 @@ MISTAKES = {  # files, and what the one line of error says; {f} is the folder
         {"a.json": SWAP | {"name": "../a"}},
         '"name" must be a text that can name a folder',
     ),
+    "name of a file of a run": ({"a.json": SWAP | {"name": "metrics.jsonl"}}, "can name a folder"),
+    "a name that is too long": ({"a.json": SWAP | {"name": "Ü" * 140}}, "can name a folder"),
+    "half a surrogate pair": ({"a.json": '{"descriptions": ["\\ud800"], "Instances": []}'}, "cannot be read"),
+    "other keys": ({"a.json": {"task": "x", "items": []}}, "it has task, items"),
     "number for a name": ({"a.json": SWAP | {"name": 3}}, '"name" must be a text'),
     "no descriptions": ({"a.json": {"Instances": SWAP["Instances"]}}, '"descriptions" is missing'),
     "empty list": ({"a.json": SWAP | {"descriptions": []}}, '"descriptions" must be a text or a list'),
@@ -249,6 +252,18 @@ def test_a_benchmarks_row_as_prompt_and_score(name):
     assert is_right is benchmarks.passes_tests or is_right(example, shown)
 
 
+def test_a_range_has_no_negative_number():
+    example = Example("", ["5"])
+    assert benchmarks.last_number(example, "It is between 3-5.") and benchmarks.last_number(example, "3 - 5")
+    assert not benchmarks.last_number(example, "It is -5.")
+    assert benchmarks.last_number(Example("", ["-5"]), "It is -5.")
+
+
+def test_the_answer_of_humaneval_starts_with_the_head_of_the_function():
+    example, _ = benchmarks.humaneval(ROWS["humaneval"][0])
+    assert benchmarks.with_head(example) == "```python\ndef f(x):\n"
+
+
 def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server):  # noqa: F811
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(benchmarks, "ROWS_SERVICE", server.url + "/rows")
@@ -309,8 +324,8 @@ def test_generated_code_cannot_pass_or_hurt(program, monkeypatch):
 def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
     """A base model's own answers are right; code is left out without --run_code."""
     base, tokenizer = model.load_base("tiny")
-    (said,) = model.answer(base, tokenizer, ["cat ->"])
-    made = dict(descriptions=["d"] * 3, train=[], is_benchmark=True)
+    (said,) = [text.strip() for text in model.answer(base, tokenizer, ["cat ->"])]
+    made = dict(descriptions=["d"] * 3, train=[], n_scored=None, n_descriptions=3, has_instruction=False)
     piqa = data.Task("piqa", test=[Example("cat", [said])], is_right=benchmarks.first_character, **made)
     fails = [Example("cat", ["assert False"])]
     mbpp = data.Task("mbpp", test=fails, is_right=benchmarks.passes_tests, **made)
@@ -325,6 +340,5 @@ def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
         assert read_file(tmp_path / "b.json")["results"]["base"]["per_task"]["piqa"] == 1.0
     assert command(evaluation, "--tasks", "mbpp") == 2
     assert "error: mbpp is scored by running code" in capsys.readouterr().err
-    args = types.SimpleNamespace(lengths=None)
-    beside = evaluation.make_table({"base": {"piqa": 0.5}}, "mistral-7b", args)
-    assert "| t2l (published) | 0.82 |  |" in beside
+    beside = benchmarks.beside_published({"base": {"piqa": 0.5}}, "mistral-7b")
+    assert "| t2l (published) | 0.82 |  |" in evaluation.make_table(beside, "test")

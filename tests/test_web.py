@@ -12,7 +12,7 @@ import time
 import pytest
 
 from extras import web
-from test_all import DESC, HERE, refused
+from tests.helpers import DESC, HERE, refused
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def browser():
 
 
 def test_a_missing_hypernetwork_is_named():
-    args = argparse.Namespace(hypernet="/nope", module_order=None, base_model=None)
+    args = argparse.Namespace(hypernet="/nope", base_model=None)
     refused("/nope is neither a folder", web.load_nets, args, "cpu")
     args.hypernet = None
     assert [net.reads for net in web.load_nets(args, "cpu")] == ["descriptions", "documents"]

@@ -1,14 +1,14 @@
-"""Read published checkpoints of Text-to-LoRA and Doc-to-LoRA as what our own files would hold.
+"""Convert a published checkpoint of Text-to-LoRA or Doc-to-LoRA: python -m extras.published FROM OUT_DIR
 
-    python generate.py --hypernet SakanaAI/text-to-lora/trained_t2l/gemma_2b_t2l --desc "..."
-    python generate.py --hypernet SakanaAI/doc-to-lora/gemma_demo/checkpoint-80000 --doc notes.txt
+    python -m extras.published SakanaAI/text-to-lora/trained_t2l/gemma_2b_t2l out/gemma_t2l
+    python -m extras.published SakanaAI/doc-to-lora/gemma_demo/checkpoint-80000 out/gemma_d2l
+    python generate.py --hypernet out/gemma_t2l --desc "..." --input "..."
 
-Not tested against the published weights, which we could not download; tested on small checkpoints in the same
-layout, written by the published code. Pickles are read by torch's restricted unpickler: nothing in them runs.
+FROM is a folder, or a folder on the hub. Not tested against the published weights, which we could not
+download; tested on small checkpoints in the same layout, written by the published code. Pickles are read by
+torch's restricted unpickler: nothing in them runs.
 """
 
-import math
-import os
 import pickletools
 import zipfile
 from pathlib import Path
@@ -17,36 +17,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.files import UserError, read_file
+import hypernet
+from support import flags, hub
+from support.files import UserError, command, read_object
 
 FILES = ["hypermod.pt", "args.yaml", "adapter_config.json", "pytorch_model.bin"]
+MOST_LAYERS = 1000  # of a base model, and blocks of a Perceiver
+MOST_PARAMETERS = 10**10  # a small file can ask for more, since torch stores a repeated number once
 Checkpoint = tuple[str, dict[str, Any], dict[str, Tensor]]  # architecture, fields of its config, weights
 
 
-def is_published(folder: Path) -> bool:
-    """Whether a folder holds a published checkpoint."""
-    return (folder / "hypermod.pt").exists() or (folder / "pytorch_model.bin").exists()
-
-
-def read_checkpoint(folder: Path, module_order: list[str] | None = None) -> Checkpoint:
-    """Read a published checkpoint of either network. Raises UserError if its files are broken."""
+def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
+    """The network of a published checkpoint. Raises UserError if its files are broken."""
     if (folder / "pytorch_model.bin").exists():
-        return read_doc_to_lora(folder)
-    return read_text_to_lora(folder, module_order)
-
-
-def check_memory(net: nn.Module, folder: Path) -> None:
-    """Raise UserError if a network does not fit into memory: a small file can ask for terabytes."""
-    n_bytes = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if n_bytes > memory:
-        raise UserError(f"{folder}: that network would take {n_bytes:,} bytes, this machine has {memory:,}")
+        arch, fields, weights = read_doc_to_lora(folder)
+    elif (folder / "hypermod.pt").exists():
+        arch, fields, weights = read_text_to_lora(folder, module_order)
+    else:
+        raise UserError(f"{folder} holds no published checkpoint: neither hypermod.pt nor pytorch_model.bin")
+    net_class = hypernet.ARCHS[arch]
+    with torch.device("meta"):  # only shapes, so that nothing is allocated before they are compared
+        net = net_class(net_class.config_class(**fields))
+    expected = {key: tensor.shape for key, tensor in net.state_dict().items()}
+    found = {key: tensor.shape for key, tensor in weights.items()}
+    if found != expected:
+        differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+        raise UserError(f"{folder}: the weights do not match their settings: {', '.join(differing[:5])}")
+    n_parameters = sum(tensor.numel() for tensor in weights.values())
+    if n_parameters > MOST_PARAMETERS:
+        raise UserError(f"{folder}: that network would have {n_parameters:,} parameters")
+    net.load_state_dict({key: tensor.float().contiguous() for key, tensor in weights.items()}, assign=True)
+    return net.eval()
 
 
 def path_of(name: str) -> str:
     """Where a target module is in the published base models."""
     block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
     return f"model.layers.{{}}.{block}.{name}"
+
+
+def make_targets(n_layers: int, in_features: dict[str, int], out_features: dict[str, int]) -> dict[str, dict]:
+    """The targets of a config, one for each module. All layers have them."""
+    if n_layers > MOST_LAYERS:
+        raise ValueError(f"{n_layers} layers")
+    targets = {}
+    for name in in_features:
+        shape = {"n_in": in_features[name], "n_out": out_features[name]}
+        targets[name] = {"path": path_of(name), "layers": list(range(n_layers)), **shape}
+    return targets
 
 
 class Record:
@@ -100,7 +118,7 @@ def read_text_to_lora(folder: Path, module_order: list[str] | None = None) -> Ch
     """
     import yaml  # comes with transformers; nothing else needs it
 
-    peft = read_file(folder / "adapter_config.json")
+    peft = read_object(folder / "adapter_config.json")
     try:
         args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
         weights = read_pickle(folder / "hypermod.pt")
@@ -128,9 +146,7 @@ def text_fields(peft: dict, args: dict, weights: dict[str, Tensor], names: list[
     return {
         "base_model": peft["base_model_name_or_path"],
         "n_layers": n_layers,
-        "paths": {name: path_of(name) for name in names},
-        "in_features": in_features,
-        "out_features": out_features,
+        "targets": make_targets(n_layers, in_features, out_features),
         "r": r,
         "alpha": peft["lora_alpha"],
         "rslora": peft.get("use_rslora", False),
@@ -157,12 +173,12 @@ def our_weights(weights: dict[str, Tensor], fields: dict[str, Any], args: dict) 
                 ours[our + key.removeprefix(published)] = tensor
     if fields["size"] != "large":
         embeddings = []
-        for name in fields["paths"]:
+        for name in fields["targets"]:
             embeddings.append(torch.stack([weights[f"out_emb.{name}.A"], weights[f"out_emb.{name}.B"]]))
         ours["AB_emb"] = torch.stack(embeddings)  # [M, 2, d]
 
     of_delta_w = args["training_task"] == "recon" and not args["factorized"]
-    for name in fields["paths"]:
+    for name in fields["targets"]:
         for matrix in "AB":
             offset, deviation = weights[f"AB_offset.{matrix}.{name}"], torch.tensor(1.0)
             if of_delta_w:  # the target was B A times delta_w_scaling: A and B are divided by its root each
@@ -221,19 +237,20 @@ def doc_fields(content: dict[str, Any]) -> dict[str, Any]:
     if aggregator.num_self_attn_per_block or network.num_pre_head_layers != 1 or network.use_per_rank_bias:
         raise ValueError("this variant of the network was not published")
     in_features, out_features = network.feature_sizes
+    n_blocks = sum("encoder.layers" in key and key.endswith("q_proj.weight") for key in content)
+    if n_blocks > MOST_LAYERS:
+        raise ValueError(f"{n_blocks} blocks")
     return {
         "base_model": content["base_model_name_or_path"],
         "n_layers": len(network.layer_indices),
-        "paths": {name: path_of(name) for name in in_features},
-        "in_features": in_features,
-        "out_features": out_features,
+        "targets": make_targets(len(network.layer_indices), in_features, out_features),
         "r": r,
         "alpha": network.lora_config.lora_alpha * r**0.5,  # there the scaling is lora_alpha itself
         "input_size": aggregator.feature_size,
         "early_exit": reader.ctx_encoder_type == "early_exit",
         "latent_size": network.latent_size,
         "n_latents": aggregator.n_latent_queries,
-        "n_blocks": sum("encoder.layers" in key and key.endswith("q_proj.weight") for key in content),
+        "n_blocks": n_blocks,
         "n_heads": 16,
         "chunk_len": 8192,  # of the published evaluation
     }
@@ -261,3 +278,22 @@ def doc_weights(content: dict[str, Any]) -> dict[str, Tensor]:
             tensor = tensor.mT  # [L, r, out] -> [L, out, r]; scaler: [L, r, 1] -> [L, 1, r]
         ours[key] = tensor
     return ours
+
+
+def main() -> None:
+    parser = flags.Parser(__doc__)
+    add = parser.add_argument
+    add("start", metavar="FROM", help="a folder, or USER/REPO/FOLDER on the hub")
+    add("out_dir", metavar="OUT_DIR", type=Path, help="a new folder")
+    add("--module_order", help="of Text-to-LoRA: its target modules in the order of the module embedding")
+    args = parser.parse_args()
+    if args.out_dir.exists() and any(args.out_dir.iterdir()):
+        raise UserError(f"{args.out_dir} is in use; choose another folder")
+    order = args.module_order.split(",") if args.module_order else None
+    net = convert(hub.fetch(args.start, FILES, flag="FROM"), order)
+    hypernet.save_hypernet(net, args.out_dir)
+    print(f"{args.out_dir}: {net.config.base_model}, {', '.join(net.names)}")
+
+
+if __name__ == "__main__":
+    command(main)

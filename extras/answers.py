@@ -1,0 +1,82 @@
+"""Generate missing answers about documents: python -m extras.answers FOLDER OUT_DIR --base_model NAME
+
+FOLDER holds documents with questions, see the README. Questions without an answer are answered by the base
+model with the document in its prompt, as published. OUT_DIR is a new folder of the same files with all
+answers; a second call goes on where the first one was interrupted.
+"""
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+import generate
+import model
+from support import flags, processes
+from support.files import UserError, command, read_object, write_file
+from tasks.folder import load_folder, task_files
+
+ANSWER_TOKENS = 64  # the longest answer
+PROMPT_TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
+
+
+def answer_file(base, tokenizer, content: dict) -> int:
+    """Answer the open questions of one file, in place. Returns how many did not fit into the window."""
+    window = base.config.get_text_config().max_position_embeddings
+    open_entries, prompts, longest = [], [], 0
+    for entry in content["questions"]:
+        if "answer" in entry:
+            continue
+        prompt = model.render(tokenizer, model.chat(tokenizer, entry["question"].strip(), content["document"]))
+        n_tokens = len(model.tokenize(tokenizer, prompt))
+        if n_tokens + ANSWER_TOKENS <= window:
+            open_entries.append(entry)
+            prompts.append(prompt)
+            longest = max(longest, n_tokens)
+    n_at_once = max(1, PROMPT_TOKENS_AT_ONCE // max(1, longest))
+    for i in range(0, len(prompts), n_at_once):
+        answers = model.answer(base, tokenizer, prompts[i : i + n_at_once], ANSWER_TOKENS)
+        for entry, answer in zip(open_entries[i : i + n_at_once], answers):
+            entry["answer"] = answer.strip()
+    answered = [entry for entry in content["questions"] if entry.get("answer")]
+    n_left_out = len(content["questions"]) - len(answered)
+    content["questions"] = answered
+    return n_left_out
+
+
+def main() -> None:
+    parser = flags.Parser(__doc__)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="documents and questions")
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a new folder")
+    parser.add_argument("--base_model", required=True, help="the model that answers: a preset, an id, a folder")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
+    args = parser.parse_args()
+    if not args.folder.is_dir():
+        raise UserError(f"{args.folder} is not a folder")
+    splits = load_folder(args.folder)  # checks the files
+    if not all(task.is_document for tasks in splits.values() for task in tasks):
+        raise UserError(f"{args.folder} holds tasks; only documents can have open questions")
+    device = processes.start_single(args.device)
+    base, tokenizer = model.load_base(args.base_model, device)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    n_left_out = 0
+    for name, path in tqdm(task_files(args.folder).items(), desc="documents", unit="file"):
+        target = args.out_dir / path.name
+        if target.exists():  # an earlier call answered it
+            continue
+        content = read_object(path)
+        n_left_out += answer_file(base, tokenizer, content)
+        if content["questions"]:
+            write_file(target, content)
+    if (args.folder / "splits.json").exists():
+        splits = json.loads((args.folder / "splits.json").read_text(encoding="utf-8-sig"))
+        kept = task_files(args.out_dir)
+        splits = {split: [name for name in names if name in kept] for split, names in splits.items()}
+        write_file(args.out_dir / "splits.json", splits)
+    if n_left_out:
+        print(f"left out: {n_left_out} questions; the document is too long, or the answer was empty")
+    print(f"now: python train.py @config/d2l.args --base_model {args.base_model} --tasks {args.out_dir}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,112 @@
+"""Fixtures of the tests."""
+
+import http.server
+import json
+import threading
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import hypernet
+import lora
+import model
+from support.files import write_file
+from tasks import load_tasks, tiny
+from tests.helpers import TINY, config_for, needs_gpu, random_adapter, small_config, tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def seed(request, monkeypatch):
+    """The same random numbers, and no GPU for a test that does not need one."""
+    torch.manual_seed(0)
+    if needs_gpu.mark not in request.node.iter_markers():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory) -> Path:
+    """A random Doc-to-LoRA hypernetwork for the tiny base, in its folder."""
+    torch.manual_seed(0)
+    base, _ = model.load_base("tiny")
+    config = config_for(base, ["down_proj"], "tiny", alpha=2 * 8**2)
+    sizes = dict(input_size=128, latent_size=32, n_blocks=1, n_heads=4, chunk_len=6)
+    net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(config) | sizes))
+    for p in [*net.scaler.values(), *net.bias.values()]:
+        nn.init.normal_(p, std=0.2)
+    folder = tmp_path_factory.mktemp("reader")
+    hypernet.save_hypernet(net, folder)
+    return folder
+
+
+@pytest.fixture
+def server():
+    """Serves server.files {path: (content, announced length)}; notes the paths asked for in server.asked."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            self.server.asked.append(self.path)
+            content, length = self.server.files.get(self.path.split("?")[0], (None, 0))
+            status = 404 if content is None else 200
+            if self.server.replies:  # in this order, whatever is asked for
+                content, status = self.server.replies.pop(0)
+                length = len(content)
+            self.send_response(status)
+            self.send_header("Retry-After", "7")
+            headers = {"Content-Length": str(length), "X-Repo-Commit": "a" * 40, "Connection": "close"}
+            for name, value in (headers | {"ETag": f'"{zlib.crc32(content or b""):040d}"'}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            return content
+
+        def do_GET(self):
+            self.wfile.write(self.do_HEAD() or b"")
+            self.close_connection = True
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.replies, server.files, server.asked = [], {}, []
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory, reader) -> dict[str, Path]:
+    """Folders and files with which commands go wrong."""
+    tmp = tmp_path_factory.mktemp("mistakes")
+    for name in ("base", "tiny"):
+        tiny_llama(vocab_size=len(tiny.VOCABULARY)).save_pretrained(tmp / name)
+        model.load_base("tiny")[1].save_pretrained(tmp / name)
+    net = hypernet.TextToLoRA(small_config("small", base_model="base", input_size=8192))
+    hypernet.save_hypernet(net, tmp / "other")
+    task = {"Definition": ["Swap."], "Instances": [{"input": "Paris Rome", "output": ["Rome Paris"]}]}
+    question = {"document": "cat -> gato <eos>", "questions": [{"question": "cat"}]}
+    texts = {
+        "note.txt": "cat -> red",
+        "foreign/precious.txt": "mine",
+        "tasks/swap.json": json.dumps(task),
+        "open/a.json": json.dumps(question),
+        "self.args": "@{}\n".format(tmp / "self.args"),
+    }
+    for file, text in texts.items():
+        (tmp / file).parent.mkdir(exist_ok=True)
+        (tmp / file).write_text(text)
+    config = config_for(tiny_llama(), base_model="base")
+    name = load_tasks("tiny")["train"][0].name
+    lora.save_adapter(tmp / "oracles" / name, random_adapter(config), config)
+    elsewhere = config_for(tiny_llama(), base_model="nobody/nothing")
+    lora.save_adapter(tmp / "elsewhere", random_adapter(elsewhere), elsewhere)
+    (tmp / "list").mkdir()
+    write_file(tmp / "list" / "config.json", [1])
+    own = dict(base=tmp / "base", other=tmp / "other", foreign=tmp / "foreign", reader=reader)
+    own |= dict(adapter=tmp / "oracles" / name, elsewhere=tmp / "elsewhere")
+    return own | dict(tmp=tmp, net=TINY / "sft_large")

@@ -1,0 +1,194 @@
+"""What several test files use."""
+
+import functools
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import data
+import eval as evaluation
+import hypernet
+import lora
+import train
+from support import files, hub, processes
+from support.files import UserError, read_file
+from tasks import chores, facts, tiny
+
+HERE, TINY = Path(__file__).parents[1], hub.CHECKPOINTS / "tiny"
+NAMES, SCALING = ["q_proj", "v_proj"], 16 / 8**0.5
+DECODERS = [GemmaConfig, Gemma2Config, Gemma3TextConfig, Gemma3Config, Qwen2Config, Qwen3Config]
+DECODERS += [LlamaConfig, MistralConfig, CohereConfig, Phi3Config]
+DESC = "Keep only the animals and translate them into French."
+SAY = ["--desc", DESC]
+SHORT = "--n_tasks 8 --tasks_per_batch 4 --examples_per_task 2".split()
+SHORT += "--size small --latent_size 32 --head_in_size 32 --input_dropout 0 --trunk_dropout 0".split()
+SHORT += ["--dropout", "0"]
+D2L, LORA = ["@config/d2l.args"], ["@config/lora.args"]
+REAL = ["--base_model", os.environ.get("T2L_BASE"), "--encoder", os.environ.get("T2L_ENCODER")]
+needs_models = pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE names no real model")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+for source in (tiny, facts, chores):
+    source.load = functools.cache(source.load)  # making the tasks takes a second
+
+
+def golden(file: str, folder: str = "t2l") -> Path:
+    """A golden file without its ending. Skips the test if there is none."""
+    for path in (HERE / "assets" / "golden" / file, Path(os.environ.get("T2L_GOLDEN", "")) / folder / file):
+        if Path(f"{path}.safetensors").exists():
+            return path
+    pytest.skip(f"{file} is not here")
+
+
+def close(a, b, rtol=1e-5, atol=1e-5):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=float(atol))
+
+
+def tiny_llama(**changes) -> nn.Module:
+    """A random Llama with grouped key-value heads and a head size that is not hidden / heads."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=3, head_dim=8)
+    config = LlamaConfig(**sizes | dict(num_attention_heads=4, num_key_value_heads=2) | changes)
+    return AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+
+
+def small_decoder(make) -> nn.Module:
+    """A random decoder, with grouped key-value heads and, if possible, a head size not hidden / heads."""
+    torch.manual_seed(0)
+    both = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    sizes = both | dict(vocab_size=50, num_hidden_layers=2, num_key_value_heads=2)
+    sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    sizes |= {} if make in (Qwen2Config, CohereConfig, Phi3Config) else {"head_dim": 12}
+    eyes = both | dict(num_hidden_layers=3, image_size=28, patch_size=14)
+    both = dict(text_config=sizes, vision_config=eyes, mm_tokens_per_image=4)
+    base = AutoModelForCausalLM.from_config(make(**both if make is Gemma3Config else sizes))
+    for p in base.requires_grad_(False).eval().parameters():
+        p.data *= 3
+    return base
+
+
+def config_for(base: nn.Module, names=NAMES, base_model: str = "x", **settings) -> lora.LoRAConfig:
+    """The configuration of adapters for these modules."""
+    return lora.config_for(base, lora.find_targets(base, names), base_model, **settings)
+
+
+def random_adapter(config: lora.LoRAConfig, *batch: int, r: int = 8) -> lora.Adapter:
+    adapter = {}
+    for name, target in config.targets.items():
+        A = torch.randn(*batch, len(target.layers), r, target.n_in) * 0.1
+        B = torch.randn(*batch, len(target.layers), target.n_out, r) * 0.1
+        adapter[name] = (A, B)
+    return adapter
+
+
+def injected(base: nn.Module, names=NAMES) -> tuple[nn.Module, lora.LoRAConfig]:
+    """The base model, ready for adapters of these modules, and their configuration."""
+    config = config_for(base, names)
+    return lora.inject(base, names), config
+
+
+def with_peft(base: nn.Module, folder: Path) -> nn.Module:
+    """The base model with the adapter of a folder, as PEFT reads it."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    with warnings.catch_warnings():  # of a deprecated name, and of layers of a vision tower
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base, folder).eval()
+
+
+def one_layer(linear: nn.Linear, name: str = "q_proj") -> nn.ModuleDict:
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({name: linear})])})
+
+
+def small_config(size: str, arch=hypernet.TextConfig, **changes) -> hypernet.TextConfig:
+    """Three layers with a q_proj of 10 to 10 and a v_proj of 10 to 6."""
+    targets = {}
+    for name, n_out in (("q_proj", 10), ("v_proj", 6)):
+        targets[name] = lora.Target(f"model.layers.{{}}.self_attn.{name}", [0, 1, 2], 10, n_out)
+    sizes = dict(targets=targets, n_layers=3, r=4, input_size=7, latent_size=24, head_in_size=20, size=size)
+    return arch(**sizes | changes)
+
+
+def command(module, *words) -> int:
+    """Run a command's main() in this process; its exit code."""
+    sys.argv = [f"{module.__name__}.py", *map(str, words)]
+    try:
+        files.command(module.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def run_of(*words, device="cpu") -> train.Run:
+    """What train.py prepares for these flags."""
+    sys.argv = ["train.py", *map(str, words), "--out_dir", "unused"]
+    args = train.parse_args()
+    return train.prepare(args, processes.Process(torch.device(device)))
+
+
+def batch_of(run: train.Run, drawn: list[data.DrawnTask]) -> data.Batch:
+    """What a single process computes for these tasks."""
+    return data.make_parts(run.tokenizer, run.tasks, drawn, run.args)[0]
+
+
+def gradients(run: train.Run, step: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss and the gradients that a training step leaves in the network."""
+    run.net.zero_grad()
+    torch.manual_seed(0)
+    losses = train.sft_step(run, run.net, data.draw(run.tasks, step, run.args))
+    return sum(losses.values()), [p.grad.clone() for p in run.net.parameters()]
+
+
+def refused(message: str, action, *args) -> None:
+    """The action ends in a UserError that says so."""
+    with pytest.raises(UserError, match=message):
+        action(*args)
+
+
+def interrupted_in_call(n: int, function):
+    """(a function whose n-th call brings Ctrl-C, the list of its calls)."""
+    calls = []
+
+    def call(*args):
+        calls.append(1)
+        if len(calls) == n:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*args)
+
+    return call, calls
+
+
+def losses_of(folder: Path, key: str = "loss") -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+def fit(folder: Path, *words) -> list[float]:
+    """Train into a folder; the losses."""
+    assert command(train, *words, "--out_dir", folder) == 0
+    return losses_of(folder)
+
+
+def evaluate(file: Path, *words) -> dict:
+    """What eval.py writes to a file, by method."""
+    assert command(evaluation, *words, "--out", file) == 0
+    return read_file(file)["results"]

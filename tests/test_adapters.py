@@ -1,0 +1,190 @@
+"""Adapters as PEFT, merged weights and other architectures have them."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Phi3Config,
+)
+
+import generate
+import lora
+import model
+import train
+from support.files import read_file, write_file
+from tests.helpers import (
+    DECODERS,
+    NAMES,
+    SAY,
+    SCALING,
+    close,
+    command,
+    config_for,
+    injected,
+    one_layer,
+    random_adapter,
+    refused,
+    small_decoder,
+    tiny_llama,
+    with_peft,
+)
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+@pytest.mark.parametrize("joined", [False, True])
+def test_peft_reads_our_adapter(tmp_path, rslora, joined):
+    base, names = tiny_llama(), ["q_proj", "v_proj", "down_proj"]
+    config = config_for(base, names, r=4, alpha=8, rslora=rslora)
+    adapter = random_adapter(config, r=4)
+    if joined:  # with a second adapter along the rank
+        adapter = lora.concat_rank([adapter, random_adapter(config, r=2)])
+    lora.save_adapter(tmp_path, adapter, config)
+    ids = torch.randint(160, (2, 9))
+    theirs = with_peft(tiny_llama(), tmp_path)(ids).logits
+    plain = lora.inject(base, names)(ids).logits
+    assert (plain - theirs).abs().max() > 0.01
+    for ours, its_config in ((adapter, config), lora.load_adapter(tmp_path)):
+        lora.set_adapter(base, ours, its_config.scaling)
+        close(base(ids).logits, theirs)
+
+
+def peft_adapter(folder: Path, **settings) -> nn.Module:
+    """A random adapter that PEFT has made and written; its model."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    settings = dict(r=4, lora_alpha=8, target_modules=NAMES, init_lora_weights=False) | settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**settings)).eval()
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": r".*\.[qv]_proj"}])
+def test_we_read_pefts_adapter(tmp_path, settings):
+    theirs = peft_adapter(tmp_path, **settings)
+    adapter, config = lora.load_adapter(tmp_path)
+    base, ids = lora.inject(tiny_llama(), list(config.targets)), torch.randint(160, (2, 9))
+    lora.set_adapter(base, adapter, config.scaling)
+    close(base(ids).logits, theirs(ids).logits)
+
+
+NOT_PLAIN = {
+    "rank_pattern": {"v_proj": 6},
+    "alpha_pattern": {"v_proj": 3},
+    "init_lora_weights": "pissa",
+    "layers_to_transform": [0],
+    "alora_invocation_tokens": [1, 2],
+    "layer_replication": [[0, 1]],
+    "target_parameters": ["x"],
+    "modules_to_save": ["lm_head"],
+    "use_dora": True,
+    "use_bdlora": {"x": 1},
+    "use_qalora": True,
+    "arrow_config": {"top_k": 1},
+    "loftq_config": {"bits": 4},
+    "bias": "all",
+    "something_of_next_year": 1,
+}
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_what_is_not_plain_is_refused_by_name(tmp_path, name):
+    base, config = injected(tiny_llama())
+    lora.save_adapter(tmp_path, random_adapter(config), config)
+    peft = read_file(tmp_path / "adapter_config.json")
+    write_file(tmp_path / "adapter_config.json", peft | {name: NOT_PLAIN[name]})
+    refused(f"not a plain LoRA adapter: {name} is", lora.load_adapter, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"r": 0}, {"r": "8"}, {"lora_alpha": 0}, {"lora_alpha": None}])
+def test_ranks_and_scalings_are_numbers(tmp_path, change):
+    base, config = injected(tiny_llama())
+    lora.save_adapter(tmp_path, random_adapter(config), config)
+    peft = read_file(tmp_path / "adapter_config.json")
+    write_file(tmp_path / "adapter_config.json", peft | change)
+    refused("must be a number above 0", lora.load_adapter, tmp_path)
+
+
+def test_what_does_not_fit_is_refused_in_words(tmp_path):
+    refused("no linear layers named qkv, but down_proj, gate_proj", lora.inject, tiny_llama(), ["qkv"])
+
+    class Quantised(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    refused("q_proj is Quantised: quantised", lora.inject, one_layer(Quantised(4, 4)), ["q_proj"])
+    adapter = random_adapter(config_for(tiny_llama(hidden_size=32)))
+    refused("for another model", lora.set_adapter, lora.inject(tiny_llama(), NAMES), adapter, 1.0)
+    refused("is missing", lora.load_adapter, tmp_path)
+    write_file(tmp_path / "adapter_config.json", [{"peft_type": "LORA"}])
+    refused("must hold a JSON object", lora.load_adapter, tmp_path)
+
+
+def test_a_name_of_several_places_or_shapes_is_told_apart():
+    def block(n: int) -> nn.ModuleDict:
+        return nn.ModuleDict({"attn": nn.ModuleDict({"out": nn.Linear(4, n)}), "out": nn.Linear(4, 4)})
+
+    base = nn.ModuleDict({"layers": nn.ModuleList([block(4), block(6)])})
+    refused("out is in several places; name one of them: attn.out, out", lora.find_targets, base, ["out"])
+    refused(
+        "attn.out has 2 shapes; name single layers, such as 0.attn.out", lora.find_targets, base, ["attn.out"]
+    )
+    targets = lora.find_targets(base, ["1.attn.out"])
+    assert targets == {"1.attn.out": lora.Target("layers.{}.attn.out", [1], 4, 6)}
+
+
+@pytest.mark.parametrize("make", DECODERS)
+def test_an_adapter_on_every_architecture(tmp_path, make):
+    """The logits are PEFT's and the merged model's; the gradients are the same with checkpointing."""
+    own = ["qkv_proj"] if make is Phi3Config else ["q_proj", "v_proj"]
+    base, config = injected(small_decoder(make), [*own, "o_proj", "down_proj"])
+    adapter, ids = random_adapter(config), torch.randint(1, 50, (2, 9))
+    lora.save_adapter(tmp_path / "adapter", adapter, config)
+    plain = base(ids).logits
+    lora.set_adapter(base, adapter, SCALING)
+    ours = base(ids).logits
+    assert (ours - plain).abs().max() > 0.01
+    examples = [(row[:3], row[3:]) for row in ids.tolist()]
+    logits, example, right = model.answer_logits(base, examples)
+    close(logits, ours[:, 2:-1].flatten(0, 1), 1e-4, 1e-4)  # whatever the model does to its logits
+    assert right.tolist() == ids[:, 3:].flatten().tolist() and example.tolist() == [0] * 6 + [1] * 6
+    leaves, grads, calls = [x.requires_grad_() for pair in adapter.values() for x in pair], [], []
+    base.get_submodule(config.targets[own[0]].paths()[0]).register_forward_hook(lambda *_: calls.append(1))
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.recompute_layers(base)
+        lora.set_adapter(base, adapter, SCALING)
+        grads.append(torch.autograd.grad(train.answer_loss(*model.answer_logits(base, examples)), leaves))
+    assert len(calls) == 1 + 2  # once without, and once more in the backward pass with checkpointing
+    assert all(grad.abs().max() > 0 for grad in grads[0])
+    close(*grads, 1e-4, 1e-6)
+    lora.set_adapter(base.eval(), None)
+    lora.merge(base, adapter, SCALING)
+    base.save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    close(merged(ids).logits, ours, 1e-4, 1e-4)
+    close(ours, with_peft(small_decoder(make), tmp_path / "adapter")(ids).logits)
+
+
+def test_peft_finds_the_tiny_base_model(tmp_path):
+    """The adapter names a folder that exists, and its tokenizer brings the chat template."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    assert command(generate, *SAY, "--out", tmp_path / "adapter") == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(
+        read_file(tmp_path / "adapter/adapter_config.json")["base_model_name_or_path"]
+    )
+    messages = [{"role": "user", "content": "cat red dog shirt"}]
+    inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    answer = base.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert (
+        tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        == "chat chien"
+    )

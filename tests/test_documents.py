@@ -1,0 +1,217 @@
+"""Doc-to-LoRA, and sources of documents."""
+
+import math
+import re
+
+import torch
+
+import data
+import eval as evaluation
+import generate
+import hypernet
+import lora
+import model
+import train
+from data import Example
+from extras import answers
+from support.files import read_file, write_file
+from tasks import load_tasks
+from tests.helpers import D2L, TINY, batch_of, close, command, evaluate, fit, run_of, tiny_llama, with_peft
+
+
+def test_the_perceivers_size():
+    """That of the published one for gemma-2-2b."""
+    targets = {"down_proj": lora.Target("", list(range(26)), 9216, 2304)}
+    sizes = dict(n_layers=26, targets=targets, input_size=2304)
+    for changes, n in ({"n_blocks": 8}, 309_468_064), ({}, 315_237_792), ({"early_exit": True}, 315_340_192):
+        with torch.device("meta"):
+            net = hypernet.DocToLoRA(hypernet.DocConfig(**sizes, **changes))
+        assert sum(p.numel() for p in net.parameters()) == n
+
+
+def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch):
+    """Neither the other documents of a batch, nor how many chunks are read at once, nor their order."""
+    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
+    lora.inject(base, net.names)
+    texts = ["cat -> red", "dog -> blue horse chair\nbird hat lemon apple sun", "hat -> sun moon tree"]
+    read = lambda documents: net.condition(documents, hypernet.DocumentReader(base, tokenizer))
+    delta = lambda documents: (lambda A, B: B @ A)(*net(read(documents))["down_proj"])
+    A, B = net(read(texts))["down_proj"]
+    for i, text in enumerate(texts):
+        rank = 8 * (1 + math.ceil(len(model.tokenize(tokenizer, text)) / 6))
+        close(delta([text])[0], B[i] @ A[i], 1e-4)
+        assert not A[i, :, rank:].any() and A[i, :, :rank].any(-1).all()
+    both, turned = delta([texts[:2]])[0], delta([texts[1::-1]])[0]
+    close(both, turned, 1e-4)
+    bias = net.bias["down_proj_B"] @ net.bias["down_proj_A"]
+    close(both, B[0] @ A[0] + B[1] @ A[1] - bias, 1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(hypernet, "TOKENS_READ_AT_ONCE", 1)
+        one_by_one = read(texts)
+    assert {len(group) for group in one_by_one.groups} == {1} and len(read(texts).groups) == 1
+    close(net(one_by_one)["down_proj"][0], A)
+    net.start_as_lora()
+    assert all(not (B @ A).any() for A, B in net(read(texts)).values())
+    assert net.bias["down_proj_A"].std() > 0.4 / 384**0.5  # B alone is zero, so that it learns
+    net.config.random_chunks, net.config.chunk_len = True, 64
+    count = lambda: set(read(["cat dog sun " * 20] * 40).counts)
+    assert count() == {1} and len(net.train() and count()) > 1  # drawn in training only
+
+
+def test_a_group_without_padding_has_no_mask(reader):
+    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
+    lora.inject(base, net.names)
+    reads = hypernet.DocumentReader(base, tokenizer)
+    features, mask = hypernet.read_chunks(net.config, reads, [[5, 6, 7], [8, 9, 10]])
+    assert mask is None
+    ones = torch.ones(2, 3)
+    close(net.write_chunks(features, None)["down_proj"], net.write_chunks(features, ones)["down_proj"])
+    assert hypernet.read_chunks(net.config, reads, [[5, 6, 7], [8]])[1].sum() == 4
+
+
+def test_the_perceiver_is_computed_again_to_save_memory(reader):
+    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
+    lora.inject(base, net.names)
+    condition, found, calls = net.condition(["cat -> red"], hypernet.DocumentReader(base, tokenizer)), [], []
+    net.perceiver.register_forward_hook(lambda *_: calls.append(1))
+    for net.recompute in (False, True):
+        A, B = net(condition)["down_proj"]
+        loss, parameters = (B @ A).square().sum(), list(net.parameters())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found.append([gradient for gradient in gradients if gradient is not None])
+    close(*found)
+    assert len(calls) == 1 + 2
+
+
+def test_early_exit_is_after_a_quarter_of_the_layers():
+    base, ids = tiny_llama(num_hidden_layers=8), torch.randint(160, (2, 5))
+    states = base.model(ids, output_hidden_states=True).hidden_states  # input of each layer, output
+    early = model.hidden_states(base, ids, None, early_exit=True)
+    close(early, base.model.norm(states[2]))
+    every = model.hidden_states(base, ids, None)  # after an early exit, too
+    close(every[:, :7], torch.stack(states[:7], 1))
+    close(every[:, 7], base.model.norm(states[7]))
+
+
+def test_documents_get_longer_as_the_training_goes():
+    run = run_of(*D2L, "--max_steps", "100")
+    lines = lambda i: run.tasks[i].descriptions[0].count("\n") + 1
+    longest = lambda step: max(lines(item.index) for item in data.draw(run.tasks, step, run.args))
+    assert longest(0) <= 4 and longest(99) == 32
+
+
+def test_the_size_of_weights_does_not_depend_on_padding():
+    """A short document's penalty is the same beside a long one as alone."""
+    A, B = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 4)
+    A[0, :, 2:], B[0, ..., 2:] = 0, 0
+    together = train.weight_size({"x": (A, B)}, torch.abs)
+    means = [A[0, :, :2].abs().mean() + B[0, ..., :2].abs().mean(), A[1].abs().mean() + B[1].abs().mean()]
+    close(together, sum(means) / 2)
+
+
+def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys):
+    """Trained on documents with one fact each, the hypernetwork writes adapters that know them."""
+    facts, docs, net = {"cat": "gatto", "dog": "cane", "cow": "mucca"}, tmp_path / "docs", tmp_path / "net"
+    docs.mkdir()
+    for name, fact in facts.items():
+        text = " ".join(["red blue yellow black"] * 3 + [name, fact])
+        asked = {"question": "horse", "answer": fact}
+        write_file(docs / f"{name}.json", {"document": text, "questions": [asked]})
+        (tmp_path / f"{name}.txt").write_text(text)
+    words = [*D2L, *"--latent_size 32 --chunk_len 5 --lr 3e-3 --tasks_per_batch 3 --max_steps".split()]
+    fit(net, *words, "150", "--tasks", docs)
+    capsys.readouterr()
+    for name, fact in facts.items():
+        words = ["--doc", tmp_path / f"{name}.txt", "--hypernet", net, "--input", "horse"]
+        assert command(generate, *words, "--out", tmp_path / name) == 0
+        shown = capsys.readouterr().out
+        assert f"with adapter  {fact}\n" in shown and "14 tokens" in shown and "rank 32 on down_proj" in shown
+        assert "in context" in shown and re.search(r"with adapter \d+ ms", shown)
+    both = ["--doc", tmp_path / "cat.txt", "--doc", tmp_path / "dog.txt"]  # one adapter
+    assert command(generate, *both, "--hypernet", net, "--out", tmp_path / "both") == 0
+    assert lora.load_adapter(tmp_path / "both")[0]["down_proj"][0].shape[-2] == 8 * 7  # six chunks, a bias
+    words = ["--tasks", docs, "--split", "train", "--hypernet", net, "--methods", "base,t2l,t2l_shuffled"]
+    results = evaluate(tmp_path / "e.json", *words)
+    assert [results[k]["mean"] for k in ("base", "t2l", "t2l_shuffled")] == [0, 1, 0]
+    words = ["--tasks", docs, "--split", "train", "--methods", "t2l", "--hypernet", TINY / "sft_large"]
+    assert command(evaluation, *words) == 2 and "reads descriptions, not documents" in capsys.readouterr().err
+    base, tokenizer = model.load_base("tiny")
+    prompt = [model.render(tokenizer, model.chat(tokenizer, "horse"))]
+    assert model.answer(with_peft(base, tmp_path / "cow"), tokenizer, prompt, 8) == [" mucca"]
+
+
+def test_readers_of_some_and_of_all_layers_are_compared(reader, tmp_path):
+    net = hypernet.load_hypernet(reader)
+    early = hypernet.DocToLoRA(hypernet.DocConfig(**vars(net.config) | {"early_exit": True}))
+    hypernet.save_hypernet(early, tmp_path / "early")
+    words = ["--tasks", "facts", "--methods", "t2l", "--n_tasks", "3", "--n_examples", "1"]
+    for first, second in (tmp_path / "early", reader), (reader, tmp_path / "early"):
+        assert command(evaluation, *words, "--hypernet", first, "--compare", second) == 0
+
+
+def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
+    run = run_of(*D2L)
+    run.args.distill, run.args.l2 = 5, 0.0
+    run.net = hypernet.load_hypernet(reader)
+    document, example = run.tasks[0].descriptions[0], run.tasks[0].train[0]
+    loss = train.sft_step(run, run.net, [data.DrawnTask(0, document, [example])])["task"]
+    written = run.net(run.net.condition([document], run.reader))
+    logprobs = []
+    for instruction, adapter in ((document, None), ("", written)):
+        lora.set_adapter(run.base, adapter, run.net.config.scaling)
+        prompt, target = data.example_ids(run.tokenizer, example.input, example.answers[0], instruction)
+        logits = run.base(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+        logprobs.append(logits.log_softmax(-1))
+    teacher, student = logprobs
+    expected = (teacher.exp() * (teacher - student)).gather(-1, teacher.topk(5).indices).sum(-1).mean()
+    close(loss, expected, 1e-4)
+    assert expected > 0.1
+
+
+def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
+    run = run_of(*D2L)
+    run.args.distill, run.args.max_tokens = 5, 12
+    data.cached_ids.cache_clear()
+    batch = [data.DrawnTask(0, "cat -> red <eos>", [Example("cat", ["red"])])]
+    batch.append(data.DrawnTask(1, "cat dog cow pig\n" * 9, [Example("cat", ["red"])]))
+    kept = batch_of(run, batch)
+    assert kept.tasks == batch[:1] and [row.task for row in kept.examples] == [0]
+    assert len(kept.examples[0].teacher_prompt) > len(kept.examples[0].prompt)
+    assert data.cached_ids.cache_info().currsize == 1  # the question without the document
+
+
+def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path, capsys):
+    """A second call answers only what is missing; what does not fit into the window is left out."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    known = {"question": "dog", "answer": "blue"}
+    for name, document in (("a", "cat -> red <eos>"), ("b", "cat -> sun <eos>"), ("long", "cat " * 600)):
+        write_file(folder / f"{name}.json", {"document": document, "questions": [{"question": "cat"}, known]})
+    write_file(folder / "splits.json", {"train": ["a", "long"], "val": ["b"]})
+    assert command(train, *D2L, "--tasks", folder, "--out_dir", tmp_path / "net") == 2
+    assert f"python -m extras.answers {folder} NEW_FOLDER" in capsys.readouterr().err
+    words = [folder, out, "--base_model", "tiny"]
+    assert command(answers, *words) == 0 and "left out: 1 questions" in capsys.readouterr().out
+    base, tokenizer = model.load_base("tiny")
+    for name in ("a", "b"):
+        content = read_file(out / f"{name}.json")
+        prompt = model.render(tokenizer, model.chat(tokenizer, "cat", content["document"]))
+        (said,) = model.answer(base, tokenizer, [prompt], 64)
+        assert content["questions"] == [{"question": "cat", "answer": said.strip()}, known]
+    assert read_file(out / "long.json")["questions"] == [known]
+    (out / "b.json").unlink()
+    edited = read_file(out / "a.json") | {"name": "kept"}
+    write_file(out / "a.json", edited)
+    assert command(answers, *words) == 0 and (out / "b.json").exists()
+    assert read_file(out / "a.json") == edited
+    assert len(load_tasks(out)["train"]) == 2
+
+
+def test_documents_are_split_in_the_published_mixture():
+    config, row = hypernet.DocConfig(random_chunks=True), list(range(400))
+    splits = [hypernet.split_document(row, config, True) for _ in range(4000)]
+    assert all(sum(parts, []) == row for parts in splits)
+    share = [sum(len(parts) == n for parts in splits) / 4000 for n in range(1, 9)]
+    close(torch.tensor(share), torch.tensor([0.5, 0.125] + 6 * [0.0625]), 0, 0.03)
+    assert all(len(part) >= 25 for _ in range(50) for part in hypernet.split_document(row[:60], config, True))
+    assert [len(part) for part in hypernet.split_document(3 * row, config, False)] == [400, 400, 400]

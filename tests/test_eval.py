@@ -1,0 +1,164 @@
+"""The methods and scores of eval.py."""
+
+import types
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import lora
+import model
+from data import Example
+from extras import plot
+from support.files import read_file, write_file
+from tasks import load_tasks
+from tests.helpers import TINY, command, evaluate, fit, refused
+
+
+def test_all_documents_are_scored_also_those_of_equal_names(tmp_path, monkeypatch):
+    asked, real = [], evaluation.make_questions
+    monkeypatch.setattr(evaluation, "make_questions", lambda *a: asked.extend(real(*a)) or real(*a))
+    results = evaluate(tmp_path / "f.json", "--tasks", "facts", "--methods", "base", "--n_examples", "1")
+    assert len(asked) == 100 and len(results["base"]["per_task"]) == 6
+
+
+def test_which_descriptions_a_method_is_given():
+    args = types.SimpleNamespace(n_examples=None)
+    tasks = load_tasks("tiny")["test"][:3]
+    used = lambda name: evaluation.make_questions(tasks, evaluation.METHODS[name], False, args)
+    for question in used("t2l_reworded"):
+        assert question.description in question.task.reworded
+    for question in used("t2l_shuffled"):
+        assert question.description in tasks[(tasks.index(question.task) + 1) % 3].descriptions
+    known = {text for task in tasks for text in [*task.descriptions, *task.reworded]}
+    assert not known & {question.description for question in used("t2l_random")}
+    assert len(used("t2l")) == 75
+    for question in evaluation.make_questions(
+        tasks, evaluation.METHODS["t2l_shuffled"], True, args
+    ):  # the task's own instruction
+        assert question.instruction.removesuffix(model.SUFFIX) in question.task.descriptions
+    benchmark = data.Task(
+        "piqa", list("abc"), [], [Example(str(i), ["1"]) for i in range(30)], n_scored=None, n_descriptions=3
+    )
+    methods = [evaluation.METHODS[name] for name in ("base", "t2l")]
+    counts = [len(evaluation.make_questions([benchmark], method, False, args)) for method in methods]
+    assert counts == [30, 90]
+
+
+def test_scores_and_their_interval(monkeypatch):
+    low, high = map(float, evaluation.interval([0.0, 1.0] * 50).split(" to "))
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.012)  # the normal approximation
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.012)
+    base, tokenizer = model.load_base("tiny")
+    goes_on = lambda base, tokenizer, prompts, n: [" ".join("red cat sun moon".split()[:n])]
+    monkeypatch.setattr(model, "answer", goes_on)
+    models = types.SimpleNamespace(tokenizer=tokenizer, base=base)
+    models.has_instruction, models.set_adapters = lambda *_: False, lambda *_: None
+    args = types.SimpleNamespace(n_examples=None, batch_size=8, contains=False, max_new_tokens=None)
+
+    def score(right: str) -> float:
+        task = data.Task("x", ["d"], [], [Example("cat dog", [right])])
+        return evaluation.score(models, [task], "base", evaluation.METHODS["base"], args)["x"]
+
+    assert score("red cat sun moon") == 1 and score("red") == 0  # an answer that goes on is wrong
+    args.contains = True
+    assert score("red") == 1
+
+
+def test_examples_in_the_prompt_are_not_those_asked():
+    args = types.SimpleNamespace(n_examples=None)
+    task = load_tasks("tiny")["test"][0]
+    task = data.Task("x", ["d"], task.train[:4], [*task.test[:9], task.train[0]])  # one is in both parts
+    for question in evaluation.make_questions([task], evaluation.METHODS["icl"], False, args):
+        shown = [text for text, _ in question.shots]
+        assert len(shown) == 3 and set(shown) <= {example.input for example in task.train}
+        assert question.example.input not in shown
+
+
+def test_a_description_may_stand_for_a_list_of_them(tmp_path):
+    name = load_tasks("tiny")["test"][0].name
+    write_file(tmp_path / "d.json", {name: "Reverse the words."})
+    args = types.SimpleNamespace(tasks="tiny", split="test", n_tasks=0, run_code=False, instruction=None)
+    args.descriptions = tmp_path / "d.json"
+    (task,) = evaluation.choose_tasks(args, [])
+    assert task.descriptions == ["Reverse the words."]
+    assert load_tasks("tiny")["test"][0].descriptions != task.descriptions  # the source keeps its own
+    write_file(tmp_path / "d.json", {name: [3]})
+    refused("must be a text or a list of texts", evaluation.choose_tasks, args, [])
+
+
+def test_eval_writes_the_promised_json_and_table(tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    words = ["--hypernet", TINY / "recon", "--n_tasks", "12", "--n_examples", "4", "--out", out]
+    same_name = tmp_path / "sft_small"  # as the folder of another one
+    same_name.symlink_to(TINY / "sft_medium")
+    words += ["--methods", "base,t2l,t2l_shuffled", "--compare", TINY / "sft_small", same_name]
+    assert command(evaluation, *words) == 0
+    content, shown = read_file(out), capsys.readouterr().out
+    rows = ["base", "t2l", "t2l_shuffled", str(TINY / "sft_small"), str(same_name)]
+    assert list(content["results"]) == rows
+    assert content["settings"]["split"] == "test"
+    for row, scores in content["results"].items():
+        values = list(scores["per_task"].values())
+        mean = sum(values) / 12
+        assert len(values) == 12 and abs(scores["mean"] - mean) < 1e-9
+        assert f"| {row} | {mean:.3f} | {evaluation.interval(values)} | {min(values):.2f} |" in shown
+
+
+def test_a_folder_named_like_a_method_is_a_row_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(TINY / "sft_small")
+    words = ["--methods", "base", "--compare", "base", "--n_tasks", "2", "--n_examples", "2"]
+    results = evaluate(tmp_path / "e.json", *words)
+    assert list(results) == ["base", "./base"] and results["./base"]["mean"] > results["base"]["mean"]
+
+
+def test_few_tasks_have_a_column_each():
+    results = {"t2l": {"16 lines": 0.5, "4 lines": 1.0}, "prompt": {"4 lines": 0.25}}
+    lines = evaluation.make_table(results, "long").splitlines()
+    assert lines[0] == "| method | 4 lines | 16 lines |"
+    assert lines[2:] == ["| t2l | 1.00 | 0.50 |", "| prompt | 0.25 |  |"]
+
+
+@pytest.mark.parametrize("names", ["ab", ["4 lines", "16 lines"]])
+def test_scores_are_drawn(tmp_path, names):
+    pytest.importorskip("matplotlib")
+    results = {"base": {"mean": 0.1, "per_task": dict.fromkeys(names, 0.1)}}
+    write_file(tmp_path / "r.json", {"settings": {"split": "test"}, "results": results})
+    assert command(plot, tmp_path / "r.json", tmp_path / "new" / "r.png") == 0
+    assert (tmp_path / "new" / "r.png").stat().st_size > 5000
+    write_file(tmp_path / "r.json", {})
+    assert command(plot, tmp_path / "r.json", tmp_path / "r.png") == 2
+
+
+def test_an_answer_may_be_as_long_as_the_right_one():
+    """More than the 64 tokens that generate.py writes."""
+    _, tokenizer = model.load_base("tiny")
+    task = data.Task("x", ["d"], [], [Example("cat", ["cat " * 99])])
+    question = evaluation.Question(task, task.test[0], "", "", [])
+    args = types.SimpleNamespace(contains=False, max_new_tokens=None)
+    assert evaluation.answer_tokens(tokenizer, question, args) == 101
+    args.max_new_tokens = 7
+    assert evaluation.answer_tokens(tokenizer, question, args) == 7
+
+
+def test_only_benchmarks_have_published_rows(tmp_path, capsys):
+    """Also if a task of one's own is called like one."""
+    task = {"name": "piqa", "descriptions": ["x"], "Instances": [{"input": "cat", "output": ["cat"]}] * 5}
+    write_file(tmp_path / "a.json", task)
+    words = ["--tasks", tmp_path, "--split", "train", "--methods", "base"]
+    assert command(evaluation, *words) == 0
+    assert "published" not in capsys.readouterr().out
+
+
+def test_a_lora_is_asked_as_it_was_trained(tmp_path):
+    """With the instruction in the prompt, if it was there in training."""
+    words = ["--n_tasks", "4", "--tasks_per_batch", "4", "--max_steps", "1"]
+    for name, given in (("plain", []), ("with", ["--instruction"])):
+        fit(tmp_path / name, "@config/mt_lora.args", *words, *given)
+        assert lora.load_adapter(tmp_path / name)[1].instruction == bool(given)
+        args = types.SimpleNamespace(mt_lora=tmp_path / name, instruction=None, base_model=None, dtype=None)
+        method = evaluation.METHODS["mt_lora"]
+        models = evaluation.Models(args, {"mt_lora": method}, load_tasks("tiny")["val"], torch.device("cpu"))
+        assert models.has_instruction(method, args) == bool(given)

@@ -1,0 +1,152 @@
+"""Files and folders: nothing half-written, nothing of somebody else's lost."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import generate
+import lora
+import model
+from support import files, hub
+from support.files import read_file, write_file
+from tests.helpers import DESC, NAMES, SAY, command, refused, tiny_llama
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    file, link = tmp_path / "a.json", tmp_path / "link"
+    write_file(file, {"a": 1})
+    os.link(file, link)
+    write_file(file, {"a": 2})
+    assert read_file(file) == {"a": 2} and json.loads(link.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        write_file(file, {"a": object()})
+    assert read_file(file) == {"a": 2} and not list(tmp_path.glob("*.tmp"))
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    write_file(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_two_models_of_one_shape_are_told_apart_by_their_ids():
+    hub.check_base("User/a", [1, 2, 3], "user/A", [1, 2, 3])
+    hub.check_base("./some/folder", [1, 2, 3], "user/b", [])
+    refused("cannot be used with", hub.check_base, "u/a", [1, 2, 3], "u/b", [1, 2, 3])
+
+
+# -------------------- What generate.py overwrites --------------------
+
+
+@pytest.mark.parametrize("flag", ["--out", "--merge"])
+def test_a_users_folder_is_never_taken_for_one_of_ours(tmp_path, capsys, flag):
+    """A description.txt says nothing about whose folder it is."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("description.txt", "expert.safetensors", "adapter_config.json"):
+        (mine / name).write_text("mine")
+    words = [*SAY, "--out", tmp_path / "out"] if flag == "--merge" else SAY
+    assert command(generate, *words, flag, mine) == 2 and "did not write it" in capsys.readouterr().err
+    assert all(file.read_text() == "mine" for file in mine.iterdir()) and len(list(mine.iterdir())) == 3
+
+
+def test_what_the_last_call_wrote_is_replaced_and_nothing_else(tmp_path):
+    out = tmp_path / "out"
+    assert command(generate, *SAY, "--desc", "Reverse the fruits.", "--out", out) == 0
+    assert (out / "0" / "adapter_config.json").exists()
+    (out / "0" / "notes.txt").write_text("mine")
+    (out / "expert.safetensors").write_text("mine")
+    assert command(generate, *SAY, "--out", out) == 0  # one adapter in place of two
+    written = {*lora.ADAPTER_FILES, "description.txt", files.MARK}
+    assert {file.name for file in out.iterdir()} == written | {"0", "expert.safetensors"}
+    assert [file.name for file in (out / "0").iterdir()] == ["notes.txt"]
+    assert not (out / "1").exists() and (out / "description.txt").read_text() == DESC + "\n"
+
+
+def test_a_call_that_failed_half_way_can_be_repeated(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "save_adapter", lambda *_: 1 / 0)  # as if the disk were full
+        with pytest.raises(ZeroDivisionError):
+            command(generate, *SAY, "--out", out)
+    assert command(generate, *SAY, "--out", out) == 0 and lora.load_adapter(out)[0]
+
+
+def test_a_merged_model_takes_the_place_of_an_adapter(tmp_path):
+    """Plain transformers, with peft installed, would look for an adapter in its folder."""
+    merged, words = tmp_path / "merged", ["--input", "cat red dog shirt", "--out", tmp_path / "one"]
+    assert command(generate, *SAY, "--out", merged) == 0
+    assert command(generate, "--desc", "Reverse the fruits.", *words, "--merge", merged) == 0
+    (merged / "expert.safetensors").write_text("mine")
+    assert command(generate, *SAY, *words, "--merge", merged) == 0  # written anew
+    assert not (merged / "adapter_config.json").exists()
+    assert (merged / "expert.safetensors").read_text() == "mine"
+    assert (merged / "description.txt").read_text() == DESC + "\n"
+    weights = merged / "model.safetensors"
+    assert weights.stat().st_mode == (merged / "description.txt").stat().st_mode
+    (merged / "expert.safetensors").unlink()
+    base, tokenizer = model.load_base(str(merged))
+    prompt = model.render(tokenizer, model.chat(tokenizer, "cat red dog shirt"))
+    assert model.answer(base, tokenizer, [prompt], 8) == [" chat chien"]
+    AutoModelForCausalLM.from_pretrained(merged)
+
+
+# -------------------- Models that are not whole --------------------
+
+
+def save_without(base, folder: Path, *keys: str) -> None:
+    """A model's folder, with some of its weights left out."""
+    base.save_pretrained(folder)
+    kept = {key: tensor.clone() for key, tensor in base.state_dict().items() if key not in keys}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    model.load_base("tiny")[1].save_pretrained(folder)
+
+
+def test_missing_weights_of_a_base_model_are_named(tmp_path):
+    layer = "model.layers.2."
+    gone = [key for key in tiny_llama().state_dict() if key.startswith(layer)]
+    save_without(tiny_llama(), tmp_path, *gone)
+    refused(f"9 weights are missing, such as {layer}input_layernorm.weight", model.load_base, str(tmp_path))
+
+
+def test_tied_weights_are_not_missing(tmp_path):
+    save_without(tiny_llama(tie_word_embeddings=True), tmp_path, "lm_head.weight")
+    model.load_base(str(tmp_path))
+
+
+def test_a_config_that_is_a_list_is_one_line(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    model.load_base("tiny")[1].save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    refused("cannot be loaded", model.load_base, str(tmp_path))
+
+
+def test_weights_of_another_shape_are_one_line(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    model.load_base("tiny")[1].save_pretrained(tmp_path)
+    config = read_file(tmp_path / "config.json")
+    write_file(tmp_path / "config.json", config | {"intermediate_size": 64})
+    refused("cannot be loaded", model.load_base, str(tmp_path))
+
+
+def test_token_number_0_may_end_answers(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    model.load_base("tiny")[1].save_pretrained(tmp_path)
+    write_file(tmp_path / "generation_config.json", {"eos_token_id": 0})
+    assert model.load_base(str(tmp_path))[0].generation_config.eos_token_id == 0
+
+
+def test_an_adapter_folder_says_whether_prompts_need_the_instruction(tmp_path):
+    base = tiny_llama()
+    config = lora.config_for(base, lora.find_targets(base, NAMES), "x", instruction=True)
+    lora.save_adapter(tmp_path, lora.LoRABank(config, 1)(0), config)
+    assert lora.load_adapter(tmp_path)[1].instruction
+    shutil.copytree(tmp_path, tmp_path / "of_peft")
+    (tmp_path / "of_peft" / "prompt.json").unlink()  # PEFT writes none
+    assert not lora.load_adapter(tmp_path / "of_peft")[1].instruction

@@ -1,0 +1,166 @@
+"""What users do wrong ends in one line on stderr, with exit code 2 and nothing written."""
+
+import signal
+import sys
+
+import pytest
+import torch
+
+import eval as evaluation
+import generate
+import train
+from extras import answers, pretrain, published
+from extras import gguf as converter
+from extras import map as mapping
+from support import files
+from tests.helpers import HERE, SAY, SHORT, command
+
+NET, READER = ["--hypernet", "{net}"], ["--hypernet", "{reader}"]
+BASE = ["--base_model", "{base}"]
+RECON = ["--mode", "recon", "--oracles", "{tmp}/oracles"]
+DOCUMENTS = [f"@{HERE}/config/d2l.args"]
+BAD = {
+    # generate.py
+    "no description": (generate, [], "say what to do"),
+    "empty description": (generate, [*SAY, "--desc", "  "], "--desc number 2 is empty"),
+    "empty input": (generate, [*SAY, "--input", ""], "--input is empty"),
+    "both": (generate, [*SAY, "--doc", "{tmp}/note.txt"], "--desc and --doc: not both"),
+    "two to merge": (generate, [*SAY, *SAY, "--merge", "{tmp}/m"], "takes a single --desc"),
+    "merge into the adapter": (generate, [*SAY, "--merge", "{tmp}/m", "--out", "{tmp}/m"], "two folders"),
+    "foreign output": (generate, [*SAY, "--out", "{foreign}"], "did not write it"),
+    "foreign folder to merge into": (generate, [*SAY, "--merge", "{foreign}"], "did not write it"),
+    "no checkpoint": (generate, [*SAY, "--hypernet", "{tmp}/none"], "is neither a folder nor USER/REPO"),
+    "a preset's name": (generate, [*SAY, "--hypernet", "tiny"], "--hypernet tiny is neither a folder nor"),
+    "an adapter": (generate, [*SAY, "--hypernet", "{adapter}"], "holds an adapter, not a hypernetwork"),
+    "a config that is a list": (generate, [*SAY, "--hypernet", "{tmp}/list"], "must hold a JSON object"),
+    "nothing shipped": (generate, [*SAY, "--base_model", "mistral-7b"], "no hypernetwork for mistral-7b"),
+    "other base": (generate, [*SAY, *NET, *BASE], "cannot be used with"),
+    "other base of the same name": (
+        generate,
+        [*SAY, *NET, "--base_model", "{tmp}/tiny"],
+        "cannot be used with",
+    ),
+    "other widths": (generate, [*SAY, "--hypernet", "{other}", *BASE], "another model"),
+    "unknown words": (
+        generate,
+        [*SAY, "--input", "cat unicorn gnu"],
+        "no token for gnu, unicorn; it knows words",
+    ),
+    "not on the hub": (
+        generate,
+        [*SAY, "--hypernet", "nobody/nothing/sub"],
+        "pass its folder: --hypernet DIR",
+    ),
+    "another text encoder": (generate, ["--desc", "cat", *NET, "--encoder", "base"], "gives 128"),
+    "an encoder offline": (generate, [*SAY, *NET, "--encoder", "no/body"], "pass its folder: --encoder DIR"),
+    "no document": (generate, ["--doc", "{tmp}/none.txt"], "cannot be read as text"),
+    "binary document": (generate, ["--doc", "{net}/hypernet.safetensors"], "cannot be read as text"),
+    "document for text-to-lora": (generate, ["--doc", "{tmp}/note.txt", *NET], "reads descriptions"),
+    "description for doc-to-lora": (generate, [*SAY, *READER], "reads documents"),
+    "a document as instruction": (generate, ["--doc", "{tmp}/note.txt", "--instruction"], "goes with --desc"),
+    "unknown device": (generate, [*SAY, "--device", "gpu"], "--device gpu: there are auto, cpu, cuda"),
+    "no tokens": (generate, [*SAY, "--max_new_tokens", "0"], "--max_new_tokens: must be at least 1"),
+    "a rank that is none": (train, ["--rank", "8.5"], "--rank: must be a whole number, not 8.5"),
+    # eval.py
+    "unknown method": (evaluation, ["--methods", "t2l,magic"], "unknown method magic"),
+    "missing folder": (evaluation, ["--methods", "oracle"], "the method oracle needs --oracles DIR"),
+    "no rewordings": (
+        evaluation,
+        ["--tasks", "facts", "--methods", "t2l_reworded"],
+        "no descriptions for these",
+    ),
+    "fewer oracles": (evaluation, ["--oracles", "{tmp}/oracles"], "--n_tasks 0 takes the first ones"),
+    "no test part": (evaluation, ["--tasks", "{tmp}/tasks", "--split", "train"], "has no test part"),
+    "no test split": (evaluation, ["--tasks", "{tmp}/tasks"], "but: train (--split train)"),
+    "an adapter for a network": (evaluation, ["--recon", "{adapter}"], "holds an adapter"),
+    "unknown tasks": (evaluation, ["--tasks", "{tmp}/none"], "neither benchmarks, chores"),
+    "instruction with documents": (evaluation, ["--tasks", "facts", "--instruction"], "into every prompt"),
+    # train.py
+    "unknown base": (train, ["--base_model", "./nowhere"], "./nowhere is neither a folder, a preset"),
+    "unknown flag": (train, ["--depth", "3"], "--depth is not a setting of --mode sft --arch t2l"),
+    "unknown architecture": (train, ["--arch", "t3l"], "--arch: invalid choice: 't3l'"),
+    "shards without torchrun": (train, ["--shard"], "--shard needs several processes"),
+    "not a number": (train, ["--lr", "fast"], "--lr: must be a number, not fast"),
+    "nothing as a scaling": (train, ["--alpha", "0"], "--alpha: must be at least 0.001"),
+    "no file of flags": (train, ["@config/none.args"], "config/none.args"),
+    "a file that names itself": (train, ["@{tmp}/self.args"], "it names itself"),
+    "a file of flags after a flag": (train, ["--lr", "1", "@x.args"], "@x.args is not a setting"),
+    "tasks of unknown words": (train, ["--tasks", "{tmp}/tasks"], "no token for Paris, Rome"),
+    "open questions": (train, [*DOCUMENTS, "--tasks", "{tmp}/open"], "python -m extras.answers"),
+    "documents as tasks": (train, ["--tasks", "facts"], "cannot be used with --arch t2l"),
+    "tasks as documents": (train, ["--arch", "d2l"], "reads documents (see config/d2l.args)"),
+    "documents of equal names": (train, ["--mode", "lora", "--tasks", "facts"], "tasks of equal names"),
+    "documents as instructions": (
+        train,
+        ["--mode", "lora", "--multi_task", "--tasks", "facts", "--instruction"],
+        "would put the document itself into the prompt",
+    ),
+    "documents by reconstruction": (
+        train,
+        [*RECON, "--arch", "d2l"],
+        "--arch d2l is trained with --mode sft",
+    ),
+    "no oracles": (train, ["--mode", "recon"], "needs --oracles"),
+    "empty oracles": (train, ["--mode", "recon", "--oracles", "{foreign}"], "holds no adapters of the train"),
+    "oracles of another base": (train, RECON, "another model"),
+    "another network to start from": (
+        train,
+        [*SHORT, "--init_from", "{net}"],
+        "has other settings (size: large",
+    ),
+    "too much dropout": (train, ["--trunk_dropout", "1.5"], "--trunk_dropout: must be at most 1, not 1.5"),
+    "no such device": (train, ["--device", "cuda:7"], "--device cuda:7, but the number of GPUs"),
+    "no modules": (train, ["--target_modules", ""], "no linear layers named"),
+    "benchmarks to train on": (train, ["--tasks", "benchmarks"], "are for eval.py"),
+    "odd heads": (train, [*DOCUMENTS, "--n_heads", "9"], "--n_heads must be a multiple of 4"),
+    "odd width": (train, ["--latent_size", "10"], "--latent_size must be a multiple of 4"),
+    # extras
+    "a folder of somebody else": (pretrain, ["{foreign}"], "is in use; choose another folder"),
+    "an adapter's base model offline": (converter, ["{elsewhere}", "{tmp}/x.gguf"], "--base_model DIR"),
+    "one task on a map": (mapping, ["--split", "val", "--n_tasks", "2"], "--n_tasks: must be at least 3"),
+    "tasks with answers": (answers, ["{tmp}/tasks", "{tmp}/new", *BASE], "only documents can have open"),
+    "no published checkpoint": (published, ["{foreign}", "{tmp}/new"], "holds no published checkpoint"),
+    "published into a folder in use": (published, ["{foreign}", "{foreign}"], "is in use"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(places, monkeypatch, capsys, case, tmp_path):
+    module, words, message = BAD[case]
+    if module is converter:
+        pytest.importorskip("gguf")
+    if module is mapping:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)  # what a default would write is seen, and a user's out/ not in the way
+    before = sorted(places["tmp"].rglob("*"))
+    assert command(module, *[word.format(**places) for word in words]) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.strip().splitlines() if line.startswith("error:") or " error: " in line]
+    assert message in error and "Traceback" not in error and len(lines) == 1
+    assert sorted(places["tmp"].rglob("*")) == before and not list(tmp_path.iterdir())
+
+
+def test_a_broken_text_on_the_command_line_is_one_line(capsys):
+    assert command(generate, "--desc", "caf\udce9") == 2  # what Python makes of a byte of Latin-1
+    assert "a text is not valid UTF-8" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    with pytest.raises(SystemExit) as stop:
+        files.command(main)
+    assert stop.value.code == 2 and "out of GPU memory; try a smaller" in capsys.readouterr().err
+
+
+def test_an_error_of_a_later_process_is_printed_unless_it_is_ended(capsys, monkeypatch):
+    waits = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    before = signal.getsignal(signal.SIGTERM)
+    files.print_error("the disk is full")
+    signal.signal(signal.SIGTERM, before)
+    assert waits == [5] and capsys.readouterr().err == "error: the disk is full (process 3)\n"

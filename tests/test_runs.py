@@ -1,0 +1,309 @@
+"""Runs: their folders, their state, what they keep."""
+
+import collections
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import data
+import hypernet
+import train
+from data import Example
+from support import optimizer, state
+from support.files import read_file, write_file
+from tasks import chores
+from tests.helpers import (
+    HERE,
+    LORA,
+    SHORT,
+    command,
+    fit,
+    interrupted_in_call,
+    losses_of,
+    refused,
+    run_of,
+    small_config,
+)
+
+
+def test_learning_rates():
+    args = types.SimpleNamespace(lr=2.0, warmup=0.1, max_steps=100, schedule="linear")
+    rates = [optimizer.learning_rate(step, args) for step in range(100)]
+    assert rates[0] == 0.2 and rates[9] == rates[10] == max(rates) == 2.0
+    assert abs(rates[55] - 1.0) < 1e-9 and 0 < rates[-1] < 0.03
+    args.schedule = "cosine"
+    rates = [optimizer.learning_rate(step, args) for step in range(101)]
+    assert abs(rates[55] - 1.0) < 1e-6 and rates[100] == pytest.approx(1e-7)
+    assert rates == rates[:10] + sorted(rates[10:])[::-1]
+    args.schedule, args.warmup = "late", 0.3
+    rates = [optimizer.learning_rate(step, args) for step in range(100)]
+    assert rates[30:67] == [2.0] * 37 and abs(rates[83] - 1.0) < 0.05 and rates[99] < 0.1
+    args.head_lr, args.weight_decay = 0.5, 0.01
+    groups = optimizer.make_optimizer(hypernet.TextToLoRA(small_config("large")), args).param_groups
+    kinds = collections.Counter((group["lr_factor"], group["weight_decay"]) for group in groups)
+    assert set(kinds) == {(0.5, 0.01), (0.5, 0.0), (1.0, 0.01), (1.0, 0.0)}
+    assert len(groups) == 4  # one for each kind
+
+
+def test_gradients_are_clipped_and_heads_have_their_learning_rate(tmp_path, monkeypatch):
+    norms, real = [], torch.optim.AdamW.step
+
+    def note(optimizer, *args):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(nn.utils.get_total_norm(gradients))
+        return real(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    for words, least, most in (["--max_grad_norm", "1e-3"], 0, 1.1e-3), (["--max_grad_norm", "0"], 1e-2, 1e3):
+        norms.clear()
+        fit(tmp_path / words[1], *SHORT, *words, "--max_steps", "2")
+        assert len(norms) == 2 and all(least <= norm <= most for norm in norms)
+    for head_lr in ("0", "1"):
+        fit(tmp_path / f"heads{head_lr}", *SHORT, "--head_lr", head_lr, "--max_steps", "2")
+        weights = load_file(tmp_path / f"heads{head_lr}" / "hypernet.safetensors")
+        assert weights["heads.q_proj.weight"].any() == (head_lr == "1")  # they begin as zeros
+
+
+def start_training(*words) -> subprocess.Popen:
+    start = [sys.executable, "train.py", *map(str, words)]
+    return subprocess.Popen(start, cwd=HERE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(run: subprocess.Popen, folder: Path, n: int) -> None:
+    metrics = folder / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= n):
+        time.sleep(0.01)
+
+
+def test_resume_after_kill_is_exact(tmp_path, capsys):
+    words = [*SHORT, "--dropout", "0.1", "--neftune_alpha", "5", "--max_steps", "60", "--val_every", "7"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    fit(whole, *words)
+    run = start_training(*words, "--out_dir", cut)
+    wait_for_steps(run, cut, 17)
+    run.kill()
+    run.communicate()
+    metrics = cut / "metrics.jsonl"
+    assert (cut / "state.safetensors").exists(), "the run had ended before it was killed"
+    metrics.write_text(metrics.read_text() + '{"step": 99, "lo')  # a kill may leave half a line
+    before = {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
+    assert command(train, *words, "--out_dir", cut) == command(train, *words, "--out_dir", whole) == 2
+    assert command(train, "--out_dir", cut, "--resume", "--max_steps", "3") == 2  # it is past that
+    assert command(train, "--out_dir", cut, "--resume", "--latent_size", "64") == 2  # another network
+    assert command(train, "--out_dir", whole, "--resume") == 2  # it is finished
+    assert "holds no interrupted run" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
+    assert command(train, "--out_dir", cut, "--resume") == 0  # the settings are those of the run
+    assert losses_of(cut) == losses_of(whole) and losses_of(cut, "val_loss") == losses_of(whole, "val_loss")
+    ours, theirs = (load_file(folder / "hypernet.safetensors") for folder in (cut, whole))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs) and not (cut / "state.safetensors").exists()
+
+
+def test_a_run_that_dies_in_its_first_step_leaves_nothing_behind(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "sft_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            command(train, *SHORT, "--out_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "a run"
+    monkeypatch.setattr(train, "sft_step", interrupted_in_call(3, train.sft_step)[0])
+    assert command(train, *SHORT, "--max_steps", "2000", "--out_dir", run) == 130
+    again = f"interrupted after 3 steps; to continue: python train.py --resume --out_dir '{run}'"
+    assert again in capsys.readouterr().err
+    assert int(load_file(run / "state.safetensors")["step"]) == len(losses_of(run)) == 3
+    assert len(fit(run, "--resume", "--max_steps", "5")) == 5
+
+
+def test_ctrl_c_under_torchrun(tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+    words = [*start, *SHORT, "--max_steps", "2000", "--out_dir", str(tmp_path / "run")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(words, cwd=HERE, stderr=subprocess.PIPE, text=True, env=env)
+    wait_for_steps(run, tmp_path / "run", 5)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate()
+    (line,) = [line for line in said.splitlines() if "interrupted after" in line]
+    steps = len(losses_of(tmp_path / "run"))
+    again = f"torchrun --nproc_per_node=2 train.py --resume --out_dir {tmp_path / 'run'}"
+    assert f"interrupted after {steps} steps; to continue: {again}" in line
+    assert int(load_file(tmp_path / "run" / "state.safetensors")["step"]) == steps >= 5
+
+
+def test_training_starts_from_a_given_hypernetwork(tmp_path):
+    fit(tmp_path / "first", *SHORT, "--max_steps", "2")
+    started = run_of(*SHORT, "--init_from", tmp_path / "first").net.state_dict()
+    saved = hypernet.load_hypernet(tmp_path / "first").state_dict()
+    assert all(torch.equal(started[name], saved[name]) for name in saved)
+
+
+def test_a_resumed_run_does_not_read_again_what_it_started_from(tmp_path, monkeypatch):
+    fit(tmp_path / "first", *SHORT, "--max_steps", "1")
+    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": 1 / 0})  # ends the run in step 2
+    words = [*SHORT, "--max_steps", "3", "--val_every", "2", "--init_from", tmp_path / "first"]
+    with pytest.raises(ZeroDivisionError):
+        command(train, *words, "--out_dir", tmp_path / "run")
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "first")
+    assert len(fit(tmp_path / "run", "--resume")) == 3
+
+
+def test_the_best_weights_are_kept(tmp_path, monkeypatch):
+    """Those with the lowest validation loss, to the last bit; neither the first nor the last ones."""
+    seen, losses = [], iter([0.5, 0.2, 0.9, 0.4])
+
+    def validate(run) -> dict:
+        seen.append(run.net.mlp3[1].weight.clone())
+        return {"val_loss": next(losses), "val_accuracy": 0.0}
+
+    monkeypatch.setattr(train, "validate", validate)
+    fit(tmp_path / "run", *SHORT, "--max_steps", "8", "--val_every", "2")
+    assert losses_of(tmp_path / "run", "val_loss") == [0.5, 0.2, 0.9, 0.4]
+    kept = load_file(tmp_path / "run" / "hypernet.safetensors")["mlp3.1.weight"]
+    assert [torch.equal(kept, weights) for weights in seen] == [False, True, False, False]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    words = [*SHORT, "--max_steps", "9", "--val_every", "2", "--out_dir", tmp_path / "run"]
+    real, calls = train.task_loss, []
+
+    def sixth_is_nan(*a):
+        calls.append(1)
+        return real(*a) * (float("nan") if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(train, "task_loss", sixth_is_nan)
+    assert command(train, *words) == 2 and "the loss is nan in step 5" in capsys.readouterr().err
+    assert int(load_file(tmp_path / "run" / "state.safetensors")["step"]) == 4
+    monkeypatch.setattr(train, "task_loss", real)
+    assert len(fit(tmp_path / "run", "--resume", "--lr", "1e-3")) == 9
+
+
+def test_a_run_whose_last_step_was_saved_is_finished(tmp_path, monkeypatch):
+    words = [*LORA, "--n_tasks", "2", "--max_steps", "2", "--val_every", "1", "--out_dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            command(train, *words)
+    assert command(train, "--resume", "--out_dir", tmp_path / "run") == 0
+    assert len(list((tmp_path / "run").glob("*/adapter_config.json"))) == 2
+
+
+# -------------------- What a run refuses, keeps and says --------------------
+
+
+def test_two_runs_into_one_folder_do_not_mix(tmp_path):
+    """The second one is refused from the first moment, long before the first one has written anything."""
+    folder = tmp_path / "run"
+    with state.reserved(folder, "--lr 1\n"):
+        refused("is in use; choose another", state.reserved(folder, "--lr 2\n").__enter__)
+        assert (folder / "train.args").read_text() == "--lr 1\n"
+    assert not folder.exists()  # nothing was saved
+
+
+def task_folder_of(folder: Path, names: str) -> Path:
+    """A folder of tasks that swap two words, with one of each name."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        instances = [{"input": f"cat {word}", "output": [f"{word} cat"]} for word in ("dog", "red", "sun")]
+        content = {"descriptions": [f"Swap {name}."], "Instances": instances}
+        write_file(folder / f"{name}.json", content)
+    return folder
+
+
+def test_a_run_with_other_tasks_than_before_is_not_resumed(tmp_path, monkeypatch, capsys):
+    tasks, run = task_folder_of(tmp_path / "tasks", "ab"), tmp_path / "run"
+    words = [*LORA, "--tasks", tasks, "--max_steps", "50", "--out_dir", run]
+    monkeypatch.setattr(train, "sft_step", interrupted_in_call(2, train.sft_step)[0])
+    assert command(train, *words) == 130
+    monkeypatch.undo()
+    task_folder_of(tasks, "c")
+    assert command(train, "--resume", "--out_dir", run) == 2
+    assert (
+        "the tasks have changed since this run was started (added or removed: c)" in capsys.readouterr().err
+    )
+    (tasks / "c.json").unlink()
+    content = read_file(tasks / "a.json")
+    write_file(tasks / "a.json", content | {"descriptions": ["Swap them."]})
+    assert command(train, "--resume", "--out_dir", run) == 2
+    assert "their texts are different" in capsys.readouterr().err
+    write_file(tasks / "a.json", content)
+    assert command(train, "--resume", "--max_steps", "4", "--out_dir", run) == 0
+    said = capsys.readouterr().out
+    assert "changed: --max_steps 4 (before: 50)" in said
+    assert f"to go on: python eval.py --base_model tiny --tasks {tasks} --split train --oracles {run}" in said
+    assert sorted(file.name for file in run.iterdir()) == ["a", "b", "metrics.jsonl", "train.args"]
+
+
+@pytest.mark.parametrize("keep, kept", [("loss", 4), ("accuracy", 6), ("last", 8)])
+def test_a_run_keeps_the_weights_that_it_is_asked_for(tmp_path, monkeypatch, capsys, keep, kept):
+    seen = {}
+    measured = iter([(0.5, 0.1), (0.2, 0.4), (0.9, 0.7), (0.4, 0.6)])
+
+    def validate(run) -> dict:
+        loss, accuracy = next(measured)
+        seen[2 * len(seen) + 2] = run.net.mlp3[1].weight.clone()
+        return {"val_loss": loss, "val_accuracy": accuracy}
+
+    monkeypatch.setattr(train, "validate", validate)
+    words = [*SHORT, "--max_steps", "8", "--val_every", "2", "--keep", keep]
+    fit(tmp_path / "run", *words)
+    weights = load_file(tmp_path / "run" / "hypernet.safetensors")["mlp3.1.weight"]
+    assert [step for step in seen if torch.equal(seen[step], weights)] == [kept]
+    said = capsys.readouterr().out
+    assert f"step {kept}, with the" in said or f"the last step, {kept}" in said
+
+
+def test_each_term_of_the_loss_has_a_column(tmp_path):
+    fit(tmp_path / "run", *SHORT, "--l1", "0.1", "--max_steps", "2")
+    terms = [losses_of(tmp_path / "run", f"loss_{name}") for name in ("task", "l1", "l2")]
+    assert [sum(values) for values in zip(*terms)] == pytest.approx(losses_of(tmp_path / "run"))
+
+
+OTHER = {  # settings of a network that has weights of the same shapes all the same
+    "alpha": ["--alpha", "8"],
+    "full_stop": ["--full_stop"],
+    "target_modules": ["--target_modules", "v_proj,q_proj"],
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_start_of_other_settings_is_refused(tmp_path, name):
+    fit(tmp_path / "first", *SHORT, "--max_steps", "1")
+    refused(
+        "that network has other settings", run_of, *SHORT, *OTHER[name], "--init_from", tmp_path / "first"
+    )
+
+
+def test_a_start_with_another_text_encoder_is_refused(tmp_path):
+    fit(tmp_path / "first", *SHORT, "--max_steps", "1")
+    config = read_file(tmp_path / "first" / "config.json")
+    write_file(tmp_path / "first" / "config.json", config | {"encoder": "some/encoder", "alpha": 16})
+    refused(
+        "other settings .encoder: some/encoder, not hash", run_of, *SHORT, "--init_from", tmp_path / "first"
+    )
+    write_file(tmp_path / "first" / "config.json", config | {"alpha": 16})  # 16 is 16.0
+    run_of(*SHORT, "--init_from", tmp_path / "first")
+
+
+def test_a_task_of_endless_examples_is_checked_quickly(monkeypatch):
+    run, looked = run_of(*SHORT), []
+    monkeypatch.setattr(
+        chores, "example", lambda chain, i, test=False: looked.append(i) or Example("cat", ["red"])
+    )
+    tasks = [chores.make_task(("name", "name-surname"))] * 2
+    looked.clear()
+    run.args.max_tokens = 1
+    refused("no example has at most --max_tokens 1", data.check, run.tokenizer, tasks, [], run.args, True)
+    assert len(looked) < 1000

@@ -1,0 +1,70 @@
+"""Shipped weights, and real models."""
+
+import itertools
+import re
+import warnings
+
+import pytest
+
+import generate
+from support.files import write_file
+from tests.helpers import HERE, REAL, TINY, command, evaluate, fit, needs_models
+
+README_SCORES = {"sft_large": 0.99, "sft_medium": 0.97, "sft_small": 0.95, "recon": 0.3}
+
+
+@pytest.mark.parametrize("name", README_SCORES)
+def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path, name):
+    results = evaluate(tmp_path / "s.json", "--hypernet", TINY / name, "--methods", "t2l,t2l_random")
+    assert results["t2l"]["mean"] >= README_SCORES[name] - 0.03
+    assert len(results["t2l"]["per_task"]) == 25 and results["t2l_random"]["mean"] < 0.1
+
+
+def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path):
+    words = ["--tasks", "facts", "--split", "long", "--n_tasks", "100", "--n_examples", "3"]
+    results = evaluate(tmp_path / "d.json", *words, "--methods", "t2l,t2l_shuffled")
+    for name, expected in {"4 lines": 0.85, "128 lines": 0.75}.items():
+        assert results["t2l"]["per_task"][name] >= expected
+        assert results["t2l_shuffled"]["per_task"][name] < 0.3  # chance is one of seven
+
+
+@needs_models
+def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
+    words = [*REAL, "--out", tmp_path / "a"]
+    asked = {
+        "just the family name please": ("Ada Lovelace", "Lovelace"),
+        "what comes after the at sign?": ("ada.lovelace@engine.org", "engine.org"),
+        "I need this date the way Germans write it, with dots.": ("1815-12-10", "10.12.1815"),
+    }
+    for description, (text, _) in asked.items():
+        assert command(generate, *words, "--desc", description, "--input", text) == 0
+    said = re.findall(r"with adapter  (.*)", capsys.readouterr().out)
+    assert said == [answer for _, answer in asked.values()]
+
+
+@needs_models
+def test_the_readmes_lines_for_peft(tmp_path, capsys):
+    pytest.importorskip("peft", reason="peft is not installed")
+    words = [*REAL, "--out", tmp_path / "adapter"]
+    assert command(generate, *words, "--desc", "just the family name please") == 0
+    program = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    program = program.replace("HuggingFaceTB/SmolLM2-135M-Instruct", REAL[1])
+    capsys.readouterr()
+    with warnings.catch_warnings():  # of a deprecated name in peft
+        warnings.simplefilter("ignore")
+        exec(program.replace("out/adapter", str(tmp_path / "adapter")), {})
+    assert capsys.readouterr().out == "Lovelace\n"
+
+
+@needs_models
+def test_a_real_model(tmp_path):
+    pairs = itertools.product(("red", "blue", "green"), ("cat", "dog", "cow"))
+    instances = [{"input": f"{a} {b}", "output": [f"{b} {a}"]} for a, b in pairs]
+    write_file(tmp_path / "swap.json", {"descriptions": ["Swap the two words."], "Instances": instances})
+    words = "--size small --dropout 0 --lr 3e-3 --max_steps 12".split()
+    words += [*REAL, "--tasks", tmp_path, "--examples_per_task", "4", "--tasks_per_batch", "1"]
+    losses = fit(tmp_path / "net", *words)
+    assert losses[-1] < 0.6 * losses[0]
+    words = ["--desc", "Swap the two words.", "--hypernet", tmp_path / "net", "--input", "red cat"]
+    words += ["--max_new_tokens", "8", "--out", tmp_path / "adapter"]
+    assert command(generate, *words) == 0
