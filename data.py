@@ -96,7 +96,7 @@ def draw(tasks: list[Task], step: int, args) -> list[DrawnTask]:
     """The tasks of a step: --tasks_per_batch of them (0: all), and a description and examples of each."""
     rng = random.Random(f"{args.seed} {step}")
     candidates = range(len(tasks))
-    if args.short_first:  # the shortest third of the documents at first, all from half-way on
+    if args.short_first:  # tasks are sorted by length: the shortest third at first, all from half-way on
         fraction = min(1, 1 / 3 + 4 / 3 * step / args.max_steps)
         candidates = candidates[: math.ceil(len(tasks) * fraction)]
     indices = sample(rng, candidates, args.tasks_per_batch or len(candidates))
@@ -160,8 +160,8 @@ def make_parts(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, n_pro
     kept = tokenize(tokenizer, tasks, drawn, args)
     kept_tasks = sorted({example.task for example in kept})
     parts = []
-    for rank in range(n_processes):
-        mine = kept_tasks[rank::n_processes]
+    for process in range(n_processes):
+        mine = kept_tasks[process::n_processes]
         is_idle = not mine  # more processes than tasks: this one repeats the first task, with weight 0
         mine = mine or kept_tasks[:1]
         examples = []

@@ -41,6 +41,65 @@ from support.files import UserError, command, read_object, write_file
 from tasks import benchmarks, load_tasks
 from tasks import folder as task_folder
 
+# -------------------- Where adapters come from --------------------
+
+
+class Question(NamedTuple):
+    """One example to be answered."""
+
+    task: Task
+    example: Example
+    description: str  # from which the adapter is written
+    instruction: str  # stands in the prompt before the input
+    shots: list[tuple[str, str]]
+
+
+class OneAdapter:
+    """An adapter that answers all questions."""
+
+    def __init__(self, folder: str, tasks: list[Task], args, device):
+        self.adapter, self.config = lora.load_adapters([Path(folder)], device)
+
+    def adapters(self, questions: list[Question]) -> lora.Adapter:
+        return self.adapter
+
+
+class Oracles:
+    """An adapter for each task."""
+
+    def __init__(self, folder: str, tasks: list[Task], args, device):
+        self.names = [task.name for task in tasks]
+        existing = [name for name in self.names if Path(folder, name).is_dir()]
+        if len(existing) < len(self.names):
+            found = f"{folder} holds adapters of {len(existing)} of these {len(self.names)} tasks"
+            raise UserError(f"{found}; --n_tasks {len(existing)} takes the first ones, as in training")
+        self.bank, self.config = lora.load_adapters([Path(folder, name) for name in self.names], device)
+
+    def adapters(self, questions: list[Question]) -> lora.Adapter:
+        return lora.select(self.bank, [self.names.index(question.task.name) for question in questions])
+
+
+class Written:
+    """A hypernetwork that writes an adapter for each description."""
+
+    def __init__(self, folder: str, tasks: list[Task], args, device):
+        self.net, _ = generate.load_net(folder, what_is_read(tasks), args, device)
+        self.config = self.net.config
+
+    def connect(self, base, tokenizer, args) -> None:
+        """Load what reads texts for the network, which may be the base model."""
+        self.reader = generate.load_reader_for(self.net, base, tokenizer, args)
+
+    def adapters(self, questions: list[Question]) -> lora.Adapter:
+        texts = list(dict.fromkeys(question.description for question in questions))  # each is read once
+        written = self.net(self.net.condition(texts, self.reader))
+        return lora.select(written, [texts.index(question.description) for question in questions])
+
+
+def what_is_read(tasks: list[Task]) -> str:
+    return "documents" if tasks[0].is_document else "descriptions"
+
+
 # -------------------- The methods --------------------
 
 
@@ -70,28 +129,34 @@ def noise(tasks: list[Task], t: int) -> list[str]:
 class Method(NamedTuple):
     """Whose adapter answers, from which descriptions it is written, and what stands in the prompt."""
 
-    adapter: str = ""  # "" for none, "hypernet", or the flag that names a folder
+    source: type | None = None  # one of the three above; None is no adapter
+    flag: str = ""  # which names the source's folder
     descriptions: Callable[[list[Task], int], list[str]] = own  # [] if a task has none
     with_description: bool = False  # in the prompt
     n_shots: int = 0  # examples in the prompt
+    folder: str = ""  # in place of the flag, for --compare
 
-    @property
-    def is_written(self) -> bool:
-        """Whether a hypernetwork writes its adapters."""
-        return self.adapter not in ("", "mt_lora", "oracles")
+    def folder_in(self, args, tasks: list[Task]) -> str:
+        """The folder of the source. Raises UserError if there is none."""
+        folder = self.folder or getattr(args, self.flag)
+        if not folder and self.flag == "hypernet":
+            folder = str(generate.shipped_hypernet(args.base_model or "tiny", what_is_read(tasks)))
+        if not folder:
+            raise UserError(f"needs --{self.flag} DIR")
+        return folder
 
 
 METHODS = {
     "base": Method(),
     "icl": Method(n_shots=3),
     "prompt": Method(with_description=True),
-    "mt_lora": Method("mt_lora"),
-    "oracle": Method("oracles"),
-    "t2l": Method("hypernet"),
-    "t2l_reworded": Method("hypernet", reworded),
-    "t2l_shuffled": Method("hypernet", of_next_task),
-    "t2l_random": Method("hypernet", noise),
-    "recon": Method("recon"),
+    "mt_lora": Method(OneAdapter, "mt_lora"),
+    "oracle": Method(Oracles, "oracles"),
+    "t2l": Method(Written, "hypernet"),
+    "t2l_reworded": Method(Written, "hypernet", reworded),
+    "t2l_shuffled": Method(Written, "hypernet", of_next_task),
+    "t2l_random": Method(Written, "hypernet", noise),
+    "recon": Method(Written, "recon"),
 }
 
 
@@ -142,136 +207,73 @@ def choose_tasks(args, benchmark_names: list[str]) -> list[Task]:
 
 def choose_methods(args, tasks: list[Task]) -> dict[str, Method]:
     """Those of --methods, or all that have what they need; and those of --compare."""
-    chosen = {}
+    chosen, left_out = {}, []
     for name in args.methods.split(",") if args.methods else METHODS:
         if name not in METHODS:
             raise UserError(f"unknown method {name}; there are {', '.join(METHODS)}")
-        try:
-            check_needs(name, args, tasks)
+        lacks = what_is_missing(METHODS[name], args, tasks)
+        if lacks and args.methods:
+            raise UserError(f"the method {name} {lacks}")
+        if lacks:
+            left_out.append(f"{name} ({lacks})")
+        else:
             chosen[name] = METHODS[name]
-        except UserError:
-            if args.methods:
-                raise
     for folder in args.compare:
         label = folder if "/" in folder else f"./{folder}"  # which no method is called
-        chosen[label] = Method(folder)
+        chosen[label] = Method(Written, folder=folder)
+    if left_out:
+        print(f"left out: {', '.join(left_out)}")
     return chosen
 
 
-def check_needs(name: str, args, tasks: list[Task]) -> None:
-    """Raise UserError if a method lacks something."""
-    method = METHODS[name]
-    if method.adapter == "hypernet":
-        net_folder(method, args, tasks)
-    elif method.adapter and not getattr(args, method.adapter):
-        raise UserError(f"the method {name} needs --{method.adapter} DIR")
-    if not all(method.descriptions(tasks, t) for t in range(len(tasks))):
-        raise UserError(f"the method {name} has no descriptions for these tasks")
-
-
-def net_folder(method: Method, args, tasks: list[Task]) -> str:
-    """The folder of the hypernetwork that writes a method's adapters."""
-    if method.adapter == "recon":
-        return args.recon
-    if method.adapter == "hypernet":
-        reads = "documents" if tasks[0].is_document else "descriptions"
-        return args.hypernet or str(generate.shipped_hypernet(args.base_model or "tiny", reads))
-    return method.adapter  # of --compare
-
-
-# -------------------- Where adapters come from --------------------
-
-
-class Question(NamedTuple):
-    """One example to be answered."""
-
-    task: Task
-    example: Example
-    description: str  # from which the adapter is written
-    instruction: str  # stands in the prompt before the input
-    shots: list[tuple[str, str]]
-
-
-class OneAdapter:
-    """An adapter that answers all questions."""
-
-    def __init__(self, folder: str, device):
-        self.adapter, self.config = lora.load_adapters([Path(folder)], device)
-
-    def adapters(self, questions: list[Question]) -> lora.Adapter:
-        return self.adapter
-
-
-class Oracles:
-    """An adapter for each task."""
-
-    def __init__(self, folder: str, tasks: list[Task], device):
-        self.names = [task.name for task in tasks]
-        existing = [name for name in self.names if Path(folder, name).is_dir()]
-        if len(existing) < len(self.names):
-            found = f"{folder} holds adapters of {len(existing)} of these {len(self.names)} tasks"
-            raise UserError(f"{found}; --n_tasks {len(existing)} takes the first ones, as in training")
-        self.bank, self.config = lora.load_adapters([Path(folder, name) for name in self.names], device)
-
-    def adapters(self, questions: list[Question]) -> lora.Adapter:
-        return lora.select(self.bank, [self.names.index(question.task.name) for question in questions])
-
-
-class Written:
-    """A hypernetwork that writes an adapter for each description."""
-
-    def __init__(self, folder: str, reads: str, args, device):
-        self.net, _ = generate.load_net(folder, reads, args, device)
-        self.config, self.reader = self.net.config, None  # which is loaded after the base model
-
-    def adapters(self, questions: list[Question]) -> lora.Adapter:
-        texts = list(dict.fromkeys(question.description for question in questions))  # each is read once
-        written = self.net(self.net.condition(texts, self.reader))
-        return lora.select(written, [texts.index(question.description) for question in questions])
+def what_is_missing(method: Method, args, tasks: list[Task]) -> str:
+    """What a method needs and does not have; "" if it has all."""
+    try:
+        if method.source:
+            method.folder_in(args, tasks)
+    except UserError as e:
+        return str(e)
+    has_texts = all(method.descriptions(tasks, t) for t in range(len(tasks)))
+    return "" if has_texts else "has no descriptions for these tasks"
 
 
 class Models:
-    """The base model, and where the adapters of each method come from."""
+    """The base model, and the source of each method's adapters."""
 
     def __init__(self, args, methods: dict[str, Method], tasks: list[Task], device):
-        self.sources = {}  # {Method.adapter: source}
-        reads = "documents" if tasks[0].is_document else "descriptions"
-        for method in methods.values():
-            if not method.adapter or method.adapter in self.sources:
-                continue
-            if method.is_written:
-                source = Written(net_folder(method, args, tasks), reads, args, device)
-            elif method.adapter == "mt_lora":
-                source = OneAdapter(args.mt_lora, device)
-            else:
-                source = Oracles(args.oracles, tasks, device)
-            self.sources[method.adapter] = source
+        self.sources, loaded = {}, {}  # {name of a method: source}, {(class, folder): source}
+        for name, method in methods.items():
+            if method.source:
+                folder = method.folder_in(args, tasks)
+                if (method.source, folder) not in loaded:
+                    loaded[method.source, folder] = method.source(folder, tasks, args, device)
+                self.sources[name] = loaded[method.source, folder]
 
         # the hypernetworks go first: the first one names the base model
-        sources = sorted(self.sources.values(), key=lambda source: not isinstance(source, Written))
+        sources = sorted(loaded.values(), key=lambda source: not isinstance(source, Written))
         self.configs = [source.config for source in sources]
         self.base_model = args.base_model or (self.configs[0].base_model if self.configs else "tiny")
         self.base, self.tokenizer = generate.load_base_for(self.configs, args, device)
         for source in sources:
             if isinstance(source, Written):
-                source.reader = generate.load_reader_for(source.net, self.base, self.tokenizer, args)
+                source.connect(self.base, self.tokenizer, args)
 
-    def has_instruction(self, method: Method, args) -> bool:
+    def has_instruction(self, name: str, args) -> bool:
         """Whether the instruction stands in a method's prompts: as a flag says, or as in training.
 
         A method without an adapter goes by the first one.
         """
         if args.instruction is not None:
             return args.instruction
-        if method.adapter:
-            return self.sources[method.adapter].config.instruction
+        if name in self.sources:
+            return self.sources[name].config.instruction
         return bool(self.configs) and self.configs[0].instruction
 
     @torch.no_grad()
-    def set_adapters(self, method: Method, questions: list[Question]) -> None:
+    def set_adapters(self, name: str, questions: list[Question]) -> None:
         """Set the adapters with which a method answers these questions."""
-        if method.adapter:
-            source = self.sources[method.adapter]
+        if name in self.sources:
+            source = self.sources[name]
             lora.set_adapter(self.base, source.adapters(questions), source.config.scaling)
         else:
             lora.set_adapter(self.base, None)
@@ -297,7 +299,7 @@ def make_questions(tasks: list[Task], method: Method, with_instruction: bool, ar
             others = [shot for shot in task.train[: method.n_shots + 1] if shot.input != example.input]
             shots = [(shot.input, shot.answers[0]) for shot in others[: method.n_shots]]
             used = [descriptions[i % len(descriptions)]]
-            if method.is_written and task.n_descriptions > 1:
+            if method.source is Written and task.n_descriptions > 1:
                 used = descriptions[: task.n_descriptions]
             for description in used:
                 questions.append(Question(task, example, description, instruction, shots))
@@ -312,7 +314,7 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
     tokenizer = models.tokenizer
     window = models.base.config.get_text_config().max_position_embeddings
     asked = []  # (longest answer, prompt, question)
-    for question in make_questions(tasks, method, models.has_instruction(method, args), args):
+    for question in make_questions(tasks, method, models.has_instruction(name, args), args):
         chat = model.chat(tokenizer, question.example.input, question.instruction, question.shots)
         prompt = model.render(tokenizer, chat) + question.task.start(question.example)
         n_tokens = answer_tokens(tokenizer, question, args)
@@ -325,7 +327,7 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
     bar = tqdm(total=len(asked), desc=name, unit="answer", leave=False)
     for i in range(0, len(asked), args.batch_size):
         n_tokens, prompts, questions = zip(*asked[i : i + args.batch_size])
-        models.set_adapters(method, questions)
+        models.set_adapters(name, questions)
         answers = model.answer(models.base, tokenizer, list(prompts), max(n_tokens))
         for question, answer in zip(questions, answers):
             is_right = question.task.is_right(question.example, answer)

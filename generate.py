@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig
 
@@ -173,14 +174,16 @@ def show(inputs: list[str], answers: dict[str, list[str]]) -> None:
 
 
 @torch.no_grad()
-def say_nearest(net, reader, folder: Path, text: str) -> None:
-    """Print the nearest training description: what is unlike all of them gets a confident answer, too."""
+def nearest_descriptions(net, reader, folder: Path, texts: list[str]) -> list[str]:
+    """For each text the nearest training description: what is unlike all gets a confident answer, too."""
     if not (folder / "descriptions.json").exists():
-        return
-    known = read_file(folder / "descriptions.json")
-    vectors = torch.nn.functional.normalize(net.condition([text, *known], reader).float(), dim=-1)  # [n, E]
-    nearness, index = (vectors[1:] @ vectors[0]).max(0)
-    print(f"  nearest of {len(known)} training descriptions ({nearness:.2f} of 1): {known[index]}")
+        return [""] * len(texts)
+    known, lines = read_file(folder / "descriptions.json"), []
+    vectors = F.normalize(net.condition([*texts, *known], reader).float(), dim=-1)  # [texts + known, E]
+    nearness, indices = (vectors[: len(texts)] @ vectors[len(texts) :].T).max(-1)  # [texts]
+    for value, index in zip(nearness.tolist(), indices.tolist()):
+        lines.append(f"nearest of {len(known)} training descriptions ({value:.2f} of 1): {known[index]}")
+    return lines
 
 
 def say_length(inputs: list[str], base_model: str) -> None:
@@ -236,6 +239,7 @@ def main() -> None:
     folders = [str(i) for i in range(len(texts))] if len(texts) > 1 else ["."]
     names = [*lora.ADAPTER_FILES, "description.txt"]
     files.claim(Path(args.out), [str(Path(folder, name)) for folder in folders for name in names])
+    nearest = nearest_descriptions(net, reader, net_folder, texts) if args.desc else [""]
     for i, (text, folder) in enumerate(zip(texts, folders)):
         folder, adapter = Path(args.out, folder), lora.select(adapters, i)
         lora.save_adapter(folder, adapter, net.config)
@@ -245,8 +249,8 @@ def main() -> None:
         rank = next(iter(adapter.values()))[0].shape[-2]
         where = f"{', '.join(adapter)} in {len(net.config.adapted_layers())} layers"
         print(f"  adapter: {folder}/ (rank {rank} on {where})")
-        if args.desc:
-            say_nearest(net, reader, net_folder, text)
+        if nearest[i]:
+            print(f"  {nearest[i]}")
         if inputs:
             compare(base, tokenizer, inputs, adapter, net, text, args)
     if not inputs:

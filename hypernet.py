@@ -8,13 +8,13 @@ file. `--arch` then takes its name, and every `setting` of its config is a flag 
     net_class.config_class
                          a dataclass: HypernetConfig and its own settings
     net_class.load_reader(settings, base, tokenizer, device)
-                         what reads texts for it: a text encoder, the base model, or anything else
+                         what reads texts for it: a text encoder, the base model, or anything else; `settings`
+                         are the flags of train.py, or the config of a network that was trained
     net_class.make_config(lora_config, settings, reader)
                          the config of a new network
     net_class(config)    the network, with random weights; net.config is its config
-    net.condition(texts, reader, others)
-                         its input for n texts. `others` matters only if it runs the base model: with --shard
-                         it holds the texts of each process, and all have to run the base model equally often
+    net.condition(texts, reader)
+                         its input for n texts
     net(condition)       -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r
     net.start_as_lora()  makes it write LoRA's initialisation, with B = 0, for every text: the start of SFT
     net.recompute        set by --gradient_checkpointing: if it costs much memory, compute activations again
@@ -26,7 +26,7 @@ needs `normalize` and `deviation`, see TextToLoRA.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -90,8 +90,8 @@ def rotate(x: Tensor, positions: int) -> Tensor:
     return torch.cat([x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()], -1)
 
 
-class Constants(nn.Module):
-    """A dictionary of buffers."""
+class Buffers(nn.Module):
+    """A dictionary of buffers, as nn.ParameterDict is one of parameters."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         super().__init__()
@@ -172,13 +172,13 @@ class TextToLoRA(nn.Module):
             for matrix, shape in (("A", (L, c.r, target.n_in)), ("B", (L, target.n_out, c.r))):
                 offset[f"{lora.key(name)}_{matrix}"] = torch.zeros(shape)
                 deviation[f"{lora.key(name)}_{matrix}"] = torch.ones(shape if c.z_score else ())
-        self.offset, self.deviation = Constants(offset), Constants(deviation)
+        self.offset, self.deviation = Buffers(offset), Buffers(deviation)
 
     def make_task_encoder(self, half: int) -> nn.Module:
         """The projection of the text encoder's output [n, E] to the task embedding [n, d/2]."""
         return nn.Sequential(nn.Linear(self.config.input_size, half), nn.LayerNorm(half))
 
-    def condition(self, texts: list[str], encoder: model.TextEncoder, others=()) -> Tensor:
+    def condition(self, texts: list[str], encoder: model.TextEncoder) -> Tensor:
         """The text encoder's output for n descriptions [n, E]."""
         return encoder(texts)
 
@@ -230,8 +230,7 @@ class TextToLoRA(nn.Module):
     def add_ranks(self, x: Tensor) -> Tensor:
         """A row for each rank. [..., d] -> [..., r, d]
 
-        mlp2 is applied a second time, as published: to the rotated rows if rotary, otherwise to the rank
-        embeddings alone.
+        mlp2(rotated x) if rotary, otherwise x + mlp2(rank_emb). That mlp2 is applied again is published.
         """
         if self.config.rotary:
             return self.mlp2(rotate(x, self.config.r))
@@ -270,10 +269,10 @@ class TextToLoRA(nn.Module):
     def normalize(self, oracles: Adapter) -> None:
         """For z-scores: offset and deviation are the mean and deviation over a batch of adapters."""
         for name, (A, B) in oracles.items():
-            for key, target in ((f"{lora.key(name)}_A", A), (f"{lora.key(name)}_B", B)):
-                correction = 1 if len(target) > 1 else 0
-                self.offset[key].copy_(target.cpu().double().mean(0))  # exact if all are equal
-                self.deviation[key].copy_(target.std(0, correction=correction) + 1e-10)
+            for key, matrices in ((f"{lora.key(name)}_A", A), (f"{lora.key(name)}_B", B)):  # [n, L, ...]
+                correction = 1 if len(matrices) > 1 else 0
+                self.offset[key].copy_(matrices.cpu().double().mean(0))  # exact if all are equal
+                self.deviation[key].copy_(matrices.std(0, correction=correction) + 1e-10)
 
 
 # -------------------- Text-to-LoRA with slots (not in the paper) --------------------
@@ -284,7 +283,7 @@ class SlotConfig(TextConfig):
     """Further settings of SlotTextToLoRA."""
 
     slots: int = setting(2, "adapters per description, joined along the rank", least=1)
-    encoder_rank: int = setting(0, "rank of a LoRA on the text encoder, trained along (0: none)")
+    encoder_rank: int = setting(0, "rank of a LoRA on the text encoder, trained as well (0: none)")
     encoder_lora: dict = field(default_factory=dict)  # its LoRAConfig; its weights are net.encoder_lora
 
 
@@ -292,7 +291,7 @@ class SlotTextToLoRA(TextToLoRA):
     """Writes S adapters per description, from a task embedding each, joined along the rank.
 
     They help with tasks of several parts ("the surname, then in capitals"). A LoRA on the text encoder, which
-    is otherwise frozen, may be trained along.
+    is otherwise frozen, may be trained as well.
     """
 
     modes = ("sft",)  # an oracle has the rank of one slot
@@ -319,7 +318,7 @@ class SlotTextToLoRA(TextToLoRA):
         linear = nn.Linear(self.config.input_size, self.config.slots * half)
         return nn.Sequential(linear, nn.LayerNorm(half))
 
-    def condition(self, texts: list[str], encoder: model.TextEncoder, others=()) -> Tensor:
+    def condition(self, texts: list[str], encoder: model.TextEncoder) -> Tensor:
         """The output of the text encoder with this network's LoRA [n, E]."""
         if self.config.encoder_rank:
             config = self.encoder_lora.config
@@ -386,7 +385,7 @@ class ChunkedDocuments:
 
 
 def split_document(ids: Chunk, config: DocConfig, training: bool) -> list[Chunk]:
-    """Split the token ids of a document into as few chunks as possible, of like length.
+    """Split the token ids of a document into as few chunks as possible, of similar length.
 
     In training with `random_chunks` their number is drawn from the published mixture (1: 1/2, 2: 1/8, 3 to 8:
     1/16 each); a chunk then has about 25 tokens or more.
@@ -480,8 +479,8 @@ class CrossAttention(nn.Module):
         v = split_heads(self.v_proj(context), self.kv_heads)
         if mask is not None:
             mask = mask[:, None, None].bool()  # [b, 1, 1, T]
-        # the 4 query heads that share keys and values become 4 n queries of one head. The same could be said
-        # by enable_gqa, but with a mask a GPU would then take its slowest kernel
+        # the 4 query heads that share keys and values become 4 n queries of one head; with enable_gqa and a
+        # mask, torch 2.13 would take its slowest kernel on a GPU, which keeps all scores in memory
         q = q.unflatten(1, (self.kv_heads, 4)).flatten(2, 3)  # [b, kv_heads, 4 n, 128]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         h = h.unflatten(2, (4, -1)).flatten(1, 2)  # [b, heads, n, 128]
@@ -567,13 +566,9 @@ class DocToLoRA(nn.Module):
             self.bias[f"{lora.key(name)}_B"].zero_()
             self.scaler[f"{lora.key(name)}_B"].zero_()
 
-    def condition(self, documents: list, reader: DocumentReader, others=()) -> ChunkedDocuments:
+    def condition(self, documents: list, reader: DocumentReader) -> ChunkedDocuments:
         """The chunks of n documents, each a text or a list of texts."""
-        chunked = split_documents(self.config, documents, reader, self.training)
-        for texts in others:
-            theirs = split_documents(self.config, texts, reader, self.training)
-            chunked.n_reads = max(chunked.n_reads, len(theirs.groups))
-        return chunked
+        return split_documents(self.config, documents, reader, self.training)
 
     def forward(self, documents: ChunkedDocuments) -> Adapter:
         """n documents -> A [n, L, R, in], B [n, L, out, R].
@@ -606,7 +601,7 @@ class DocToLoRA(nn.Module):
             features = features.flatten(0, 1)  # [n * L, T, f]
             mask = mask if mask is None else mask.repeat_interleave(L, 0)  # [n * L, T]
         x = self.perceiver(features, mask).reshape(n, L, M, c.r, -1)  # [n, L, M, r, d]
-        h = F.silu(torch.einsum("nlmrd,lde->nlmre", self.block_in(x), self.W1) + self.b1)
+        h = F.silu(torch.einsum("nlmrd,lde->nlmre", self.block_in(x), self.W1) + self.b1)  # [n, L, M, r, 4 d]
         x = x + self.block_out(torch.einsum("nlmre,led->nlmrd", h, self.W2) + self.b2)
         x = x / x.norm(dim=-1, keepdim=True)
         x = torch.einsum("nlmrd,lmdw->nlmrw", x, self.head)  # [n, L, M, r, width]
@@ -643,7 +638,6 @@ class DocToLoRA(nn.Module):
 
 # -------------------- Files --------------------
 
-ARCHS = {"t2l": TextToLoRA, "slots": SlotTextToLoRA, "d2l": DocToLoRA}
 FILES = ["hypernet.safetensors", "config.json", "descriptions.json"]
 
 
@@ -679,7 +673,8 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     return net.eval()
 
 
-NOT_COMPARED = ("trunk_dropout", "input_dropout", "random_chunks", "instruction")  # by `copy_weights`
+NOT_COMPARED = ("base_model", "base_shape", "encoder", "encoder_lora", "instruction")
+NOT_COMPARED += ("trunk_dropout", "input_dropout", "random_chunks")
 
 
 def copy_weights(folder: str, net: nn.Module) -> None:
@@ -687,16 +682,16 @@ def copy_weights(folder: str, net: nn.Module) -> None:
     start = load_hypernet(folder)
     ours, theirs = vars(net.config), vars(start.config)
     hub.check_base(ours["base_model"], ours["base_shape"], theirs["base_model"], theirs["base_shape"])
-    for config_field in fields(net.config):
-        name = config_field.name
-        if name in ("base_model", "base_shape", "encoder_lora", *NOT_COMPARED):
-            continue
-        same = name in theirs and ours[name] == theirs[name]
-        if name == "encoder":
-            same = hub.may_be_same(ours[name], theirs[name])
-        elif name == "targets":  # their order counts, too
-            same = list(ours[name].items()) == list(theirs[name].items())
-        if not same:
-            message = f"--init_from {folder}: that network has other settings"
-            raise UserError(f"{message} ({name}: {theirs.get(name)}, not {ours[name]})")
+    differing = [name for name in ours if name not in NOT_COMPARED and ours[name] != theirs.get(name)]
+    if list(ours["targets"]) != list(theirs["targets"]):  # their order counts, too
+        differing.append("targets")
+    if "encoder" in ours and not hub.may_be_same(ours["encoder"], theirs.get("encoder", "")):
+        differing.append("encoder")
+    if differing:
+        name = differing[0]
+        message = f"--init_from {folder}: that network has other settings"
+        raise UserError(f"{message} ({name}: {theirs.get(name)}, not {ours[name]})")
     net.load_state_dict(start.state_dict())
+
+
+ARCHS = {"t2l": TextToLoRA, "slots": SlotTextToLoRA, "d2l": DocToLoRA}

@@ -131,14 +131,18 @@ def linear_layers(network: nn.Module) -> dict[str, nn.Linear]:
 
 
 def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, Target]:
-    """The targets of these names: suffixes of the paths of linear layers, as in PEFT.
+    """The targets of these names: ends of the paths of linear layers, as in PEFT.
 
-    Raises UserError if a name fits no layer, or layers in several places or of several shapes, or layers of a
-    class of their own, such as quantised ones.
+    A name may have {} in place of the layer's number, as in `single_blocks.{}.to_q`. Raises UserError if it
+    fits no layer, or layers in several places or of several shapes, or layers of a class of their own, such as
+    quantised ones.
     """
     layers, targets = linear_layers(base), {}
     for name in target_modules:
-        chosen = {path: layer for path, layer in layers.items() if f".{path}".endswith(f".{name}")}
+        chosen = {}
+        for path, layer in layers.items():
+            if f".{path}".endswith(f".{name}") or f".{split_path(path)[0]}".endswith(f".{name}"):
+                chosen[path] = layer
         if not chosen:
             last_parts = sorted({path.split(".")[-1] for path in layers})
             raise UserError(f"this model has no linear layers named {name}, but {', '.join(last_parts)}")
@@ -158,8 +162,9 @@ def one_target(name: str, shapes: dict[str, tuple[int, int]]) -> Target:
         places.setdefault(place, []).append(layer)
         sizes.setdefault((n_in, n_out), []).append(path)
     if len(places) > 1:
-        suffixes = ", ".join(sorted(place.split("{}.")[-1] for place in places))
-        raise UserError(f"{name} is in several places; name one of them: {suffixes}")
+        ends = {place.split("{}.")[-1] for place in places}
+        names = ends if len(ends) == len(places) else places
+        raise UserError(f"{name} is in several places; name one of them: {', '.join(sorted(names))}")
     if len(sizes) > 1:
         example = next(iter(shapes)).split(".", 1)[-1]
         raise UserError(f"{name} has {len(sizes)} shapes; name single layers, such as {example}")
@@ -327,7 +332,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
     tensors, names = {}, []
     for name, (A, B) in adapter.items():
         r, target = A.shape[-2], config.targets[name]
-        names.append(name)
+        names += target.paths() if "{}" in name else [name]
         for index, path in enumerate(target.paths()):
             tensors[f"base_model.model.{path}.lora_A.weight"] = A[index]
             tensors[f"base_model.model.{path}.lora_B.weight"] = B[index]
@@ -419,6 +424,8 @@ def target_name(path: str, target_modules) -> str:
     """Which of PEFT's target_modules a layer belongs to; if they are a pattern, the end of its path."""
     if isinstance(target_modules, list):
         for name in target_modules:
+            if path == name:
+                return split_path(path)[0]
             if f".{path}".endswith(f".{name}"):
                 return name
     return path.split(".")[-1]

@@ -270,13 +270,15 @@ class TextEncoder:
         self.name, self.embed, self.width, self.device = name, embed, width, device  # width: E
         self.full_stop = full_stop
         self.network: nn.Module | None = network  # of one with layers; it may have a LoRA
+        self.is_kept = name != "hash"  # hashing is fast, and its long vectors would fill the memory
         self.embed_once = lru_cache(2**16)(lambda text: embed([text])[0])
 
     def __call__(self, texts: list[str]) -> Tensor:
         texts = [text.strip() for text in texts]
         if self.full_stop:
             texts = [f"{text}." if text[-1].isalpha() else text for text in texts]
-        if self.network is None or lora.injected_layers(self.network):
+        has_lora = self.network is not None and lora.injected_layers(self.network)
+        if has_lora or not self.is_kept:
             return self.embed(texts).to(self.device)
         # frozen: each text is read once, and alone, so that its embedding does not depend on the batch
         return torch.stack([self.embed_once(text) for text in texts])

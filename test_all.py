@@ -6,10 +6,12 @@ and T2L_ENCODER name their folders.
 """
 
 import ast
+import inspect
 import itertools
 import math
 import re
 import sys
+import textwrap
 import types
 
 import pytest
@@ -32,6 +34,7 @@ from data import Example
 from support import processes
 from support.files import read_file, write_file
 from tasks import load_tasks
+from tests.conftest import seed  # noqa: F401 (a fixture)
 from tests.helpers import (
     D2L,
     HERE,
@@ -439,7 +442,7 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     words += ["--split", "train", "--n_tasks", "4", "--n_examples", "2"]
     results = evaluate(tmp_path / "e.json", *words)
     assert set(results) == {"mt_lora", "oracle"}
-    bank = evaluation.Oracles(oracles, tasks, "cpu")
+    bank = evaluation.Oracles(oracles, tasks, None, "cpu")
     order = [2, 0, 1]
     questions = [evaluation.Question(tasks[i], None, "", "", []) for i in order]
     for name, (_, B) in bank.adapters(questions).items():  # each question has the oracle of its task
@@ -480,3 +483,76 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
         lora.set_adapter(base, adapter, config.scaling)
         assert said() == answers[2 * i : 2 * i + 2]
     assert answers[:2] == ["chat chien", "ours loup"]
+    nearest = re.findall(r"nearest of 240 training descriptions \((0\.\d\d) of 1\): .", shown)
+    assert len(nearest) == 2 and all(float(nearness) > 0.3 for nearness in nearest)
+
+
+# -------------------- What the README says --------------------
+def shapes_in_readme() -> dict[str, list[int]]:
+    """{place: shape} of the table "One step, in shapes"."""
+    shapes = {}
+    for line in (
+        (HERE / "README.md").read_text().split("### One step, in shapes")[1].split("## ")[0].splitlines()
+    ):
+        if found := re.fullmatch(r"\| (.+) \| `(.+)` \| `\[(.+)\]` \|", line):
+            shapes[found[1]] = [int(n) for n in found[3].split(", ")]
+    return shapes
+
+
+def test_one_step_has_the_shapes_of_the_readme(monkeypatch):
+    seen, run = {}, run_of()
+    drawn = data.draw(run.tasks, 0, run.args)
+    seen["tasks drawn, with a description each"] = [len(drawn)]
+
+    def note(owner, function: str, *labels, result=lambda out: [out]):
+        real = getattr(owner, function)
+
+        def call(*args, **kwargs):
+            out = real(*args, **kwargs)
+            for label, tensor in zip(labels, result(out)):
+                seen.setdefault(label, list(tensor.shape))
+            return out
+
+        monkeypatch.setattr(owner, function, call)
+
+    note(run.net, "condition", "output of the text encoder")
+    note(run.net, "embed_task", "task embeddings")
+    note(run.net, "rows", "rows: task, layer, module side by side")
+    note(run.net, "trunk", "input of the heads")
+    written = ("A of `q_proj`", "B of `v_proj`, whose output is smaller")
+    note(run.net, "write", *written, result=lambda out: (out["q_proj"][0], out["v_proj"][1]))
+    in_step = "gradient of A, collected over all micro-batches"
+    note(lora, "select", "A for each example of a micro-batch", result=lambda out: [out["q_proj"][0]])
+
+    def note_layer(layer, *_) -> None:
+        seen.setdefault("A in one linear layer", [*layer.A.shape])
+
+    lora.injected_layers(run.base)[0].register_forward_hook(note_layer)
+    real_backward = torch.autograd.backward
+
+    def backward(outputs, *gradients, **settings):
+        if isinstance(outputs, list):  # the last one of the step
+            seen[in_step] = [*gradients[0][0].shape]
+        return real_backward(outputs, *gradients, **settings)
+
+    monkeypatch.setattr(torch.autograd, "backward", backward)
+    train.sft_step(run, run.net, drawn)
+    assert seen == shapes_in_readme()
+
+
+def test_the_readmes_contrastive_loss_is_one_term_more(monkeypatch):
+    block = (HERE / "README.md").read_text().split("# in sft_step, after `extra = {}`\n")[1].split("  ```")[0]
+    place = "    extra = {}  # {name: loss}\n"
+    source = inspect.getsource(train.sft_step)
+    assert place in source
+    names = dict(vars(train))
+    exec(source.replace(place, place + textwrap.indent(textwrap.dedent(block), "    ")), names)
+    run, losses = run_of(*SHORT), []
+    run.args.l2 = 0.0
+    optimizer = torch.optim.AdamW(run.net.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        terms = names["sft_step"](run, run.net, data.draw(run.tasks, 0, run.args))
+        optimizer.step()
+        losses.append(terms["contrastive"])
+    assert set(terms) == {"task", "contrastive"} and losses[-1] < 0.5 * losses[0]

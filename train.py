@@ -112,7 +112,7 @@ class Settings:
 
 MAY_CHANGE = [  # with --resume: length, learning rate, how the step is computed, where the run is
     *("max_steps", "lr", "head_lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard"),
-    *("device", "val_every", "keep", "out_dir", "wandb"),
+    *("device", "val_every", "out_dir", "wandb"),
 ]
 
 
@@ -125,8 +125,8 @@ def parse_args() -> argparse.Namespace:
         if not Path(folder, "state.safetensors").exists():
             raise UserError(f"--resume: {folder} holds no interrupted run")
         earlier = [*flags.expand([f"@{folder}/train.args"]), "--out_dir", folder]
-    mode = flags.last_value(earlier + words, "--mode", Settings.mode)
-    arch = flags.last_value(earlier + words, "--arch", Settings.arch)
+    mode = flags.last_value(earlier or words, "--mode", Settings.mode)
+    arch = flags.last_value(earlier or words, "--arch", Settings.arch)
     net_class = hypernet.ARCHS.get(arch, hypernet.TextToLoRA)
     kinds = {mode, net_class.reads} if mode == "sft" else {mode}
     settings, unused = flags.used_by(kinds, flags.settings_of(Settings))
@@ -135,7 +135,7 @@ def parse_args() -> argparse.Namespace:
     # one parse
     parser = flags.Parser(__doc__, add_help=False)
     parser.add_settings(settings + net_settings)
-    parser.set_defaults(**{item.name: item.default for item in unused})
+    parser.set_defaults(**{item.name: item.default for item in unused})  # for code that reads them
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     args, unknown = parser.parse_known_args(earlier + words)
@@ -206,7 +206,8 @@ def distill_loss(logits: Tensor, example_index: Tensor, teacher: Tensor, k: int)
 def weight_size(adapter: Adapter, measure) -> Tensor:
     """Mean of measure(A) plus mean of measure(B), torch.abs or torch.square, summed over the modules.
 
-    Each adapter of the batch counts equally. Ranks that are zero in A are padding and do not count.
+    Each adapter of the batch counts equally. Ranks that are zero in A do not count: they are padding
+    (`DocToLoRA.join`).
     """
     total = 0.0
     for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
@@ -261,10 +262,12 @@ def make_condition(run: Run, drawn: list[data.DrawnTask], parts: list[data.Batch
     if run.args.mode == "lora":
         indices = [0 if run.args.multi_task else item.index for item in drawn]
         return torch.tensor(indices, device=run.base.device)
-    others = []
-    if run.args.shard:
-        others = [[item.description for item in part.tasks] for part in parts]
-    return run.net.condition([item.description for item in drawn], run.reader, others)
+    condition = run.net.condition([item.description for item in drawn], run.reader)
+    if run.args.shard and isinstance(condition, hypernet.ChunkedDocuments):
+        for part in parts:  # all processes have to run the base model equally often
+            theirs = run.net.condition([item.description for item in part.tasks], run.reader)
+            condition.n_reads = max(condition.n_reads, len(theirs.groups))
+    return condition
 
 
 def autocast(run: Run):
@@ -292,7 +295,7 @@ def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]
     The adapters stay set: with gradient checkpointing, the backward pass uses them once more.
     """
     args = run.args
-    teacher = teacher_logits(run, examples) if args.distill else None
+    teacher = teacher_logits(run, examples) if args.distill else None  # of the same answer tokens
     set_adapters(run, adapters, examples)
     with model.neftune(run.base, args.neftune_alpha):
         pairs = [(e.prompt, e.answer) for e in examples]
@@ -362,7 +365,7 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str,
     outputs, gradients = [], []
     for name in written:
         outputs += written[name]
-        for leaf in leaves[name]:  # no token may have reached an adapter, if the base model has experts
+        for leaf in leaves[name]:  # in a base model with experts, a layer may receive no tokens
             gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
     for name, loss in extra.items():
         losses[name] = loss.detach()
@@ -564,13 +567,14 @@ def train(run: Run, folder: Path) -> bool:
     if process.count > 1:
         net = DistributedDataParallel(run.net, broadcast_buffers=False)
     optimizer = make_optimizer(run.net, args)
-    books, tasks, first = state.Books(folder, args.keep), data.identify(run.tasks), 0
+    books, task_ids = state.Books(folder, args.keep), data.identify(run.tasks)
+    n_done = 0  # steps
     if args.resume:
-        first = books.resume(run.net, optimizer, tasks)
-        if first > args.max_steps:
-            raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {first} steps")
+        n_done = books.resume(run.net, optimizer, task_ids)
+        if n_done > args.max_steps:
+            raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {n_done} steps")
         if is_first:
-            books.rewind(first)
+            books.rewind(n_done)
             write_file(folder / "train.args", args.as_text)
     if is_first:
         n_parameters = sum(p.numel() for p in run.net.parameters())
@@ -580,10 +584,10 @@ def train(run: Run, folder: Path) -> bool:
             books.start_wandb(vars(args))
 
     interrupts = state.on_ctrl_c()
-    bar = tqdm(total=args.max_steps, initial=first, disable=not is_first, desc=args.mode)
+    bar = tqdm(total=args.max_steps, initial=n_done, disable=not is_first, desc=args.mode)
     n_examples = (args.tasks_per_batch or len(run.tasks)) * args.examples_per_task  # of a step
     measured = {}  # by the last validation
-    for step in range(first, args.max_steps):
+    for step in range(n_done, args.max_steps):
         row = update(run, net, optimizer, step)
         is_due = (step + 1) % args.val_every == 0 or step + 1 == args.max_steps
         if is_due and run.val_tasks and (is_first or args.shard):
@@ -594,8 +598,8 @@ def train(run: Run, folder: Path) -> bool:
         if is_first:
             if books.add(row):
                 save(run, folder)
-            if is_due or step == first or interrupted:
-                books.save_state(step + 1, run.net, optimizer, tasks)
+            if is_due or interrupted or step == n_done:  # the first state shows early that the disk has room
+                books.save_state(step + 1, run.net, optimizer, task_ids)
             speed = f"{(bar.format_dict['rate'] or 0) * n_examples:.1f}"
             bar.set_postfix({"loss": row["loss"]} | measured | {"examples/s": speed}, refresh=False)
             bar.update()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import generate
 import model
 from support import flags, processes
 from support.files import UserError, command, read_object, write_file
@@ -27,7 +26,8 @@ def answer_file(base, tokenizer, content: dict) -> int:
     for entry in content["questions"]:
         if "answer" in entry:
             continue
-        prompt = model.render(tokenizer, model.chat(tokenizer, entry["question"].strip(), content["document"]))
+        chat = model.chat(tokenizer, entry["question"].strip(), content["document"])
+        prompt = model.render(tokenizer, chat)
         n_tokens = len(model.tokenize(tokenizer, prompt))
         if n_tokens + ANSWER_TOKENS <= window:
             open_entries.append(entry)
@@ -48,7 +48,7 @@ def main() -> None:
     parser = flags.Parser(__doc__)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="documents and questions")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a new folder")
-    parser.add_argument("--base_model", required=True, help="the model that answers: a preset, an id, a folder")
+    parser.add_argument("--base_model", required=True, help="what answers: a preset, an id or a folder")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
     args = parser.parse_args()
     if not args.folder.is_dir():

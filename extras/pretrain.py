@@ -19,7 +19,6 @@ import model
 from data import Example
 from support import flags, processes
 from support.files import UserError, command, write_file
-from support.state import bfloat16_if_fast
 from tasks import facts, tiny
 
 TEXTS = 16  # per step
@@ -121,7 +120,7 @@ def main() -> None:
         texts = [tokenize(text) for text in draw(step, steps)]
         ids = model.pad([ids for ids, _ in texts], IDS["<pad>"]).to(device)  # [texts, T]
         labels = model.pad([labels for _, labels in texts], -100).to(device)
-        with bfloat16_if_fast(device):
+        with processes.bfloat16_if_fast(device):
             logits = net(ids).logits[:, :-1].float()  # [texts, T - 1, vocabulary]
         losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")  # 0 for no label
         loss = (losses.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()

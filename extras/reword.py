@@ -1,9 +1,9 @@
 """Teach a hypernetwork new words, and give each of two chores a slot: python -m extras.reword FROM OUT_DIR
 
-FROM is Text-to-LoRA (--arch t2l or slots) of size large, trained by SFT on chores. A copy of it learns to write, from the
-descriptions of tasks/chores_descriptions.json, the adapters that FROM writes from templates: reconstruction,
-with the network itself as its oracle. It takes no base model, and little time. SFT can go on from the result
-(train.py --init_from, with the same --slots and --encoder_rank). The result is of --arch slots.
+FROM is Text-to-LoRA (--arch t2l or slots) of size large, trained by SFT on chores. A copy of it, of --arch
+slots, learns to write, from the descriptions of tasks/chores_descriptions.json, the adapters that FROM writes
+from templates: reconstruction, with the network itself as its oracle. It takes no base model, and little
+time. SFT can go on from the result (train.py --init_from, with the same --slots and --encoder_rank).
 
 With --slots 2, if FROM has one slot, the first slot learns to write what FROM writes for the first chore of a
 chain alone, the second one what it writes for the second chore alone. The sum of the two does the whole chain
@@ -27,7 +27,6 @@ import lora
 from support import flags, processes
 from support.files import UserError, command
 from support.flags import settings_of
-from support.state import bfloat16_if_fast
 from tasks import chores
 
 BATCH = 64  # descriptions per step
@@ -158,7 +157,7 @@ def main() -> None:
         batch = rng.choices(chains, weights, k=BATCH)
         layers = rng.sample(range(len(net.layers)), min(LAYERS, len(net.layers)))
         texts = [chores.description(chain, rng.randrange(1000)) for chain in batch]
-        with bfloat16_if_fast(device):
+        with processes.bfloat16_if_fast(device):
             x, gate = write(net, factors, new_reader, texts, layers)
         target_x = torch.stack([targets[chain].x[:, layers] for chain in batch])
         target_gate = torch.stack([targets[chain].gate for chain in batch]).to(device)

@@ -59,9 +59,9 @@ def settings_of(config_class) -> list[Setting]:
 def used_by(kinds: set[str], settings: list[Setting]) -> tuple[list[Setting], list[Setting]]:
     """Settings that runs of these kinds use, and the others."""
     used, unused = [], []
-    for setting in settings:
-        is_used = not setting.runs or kinds & set(setting.runs.split())
-        (used if is_used else unused).append(setting)
+    for item in settings:
+        is_used = not item.runs or kinds & set(item.runs.split())
+        (used if is_used else unused).append(item)
     return used, unused
 
 
@@ -88,15 +88,15 @@ class Parser(argparse.ArgumentParser):
 
     def add_settings(self, settings: list[Setting]) -> None:
         """A flag for each setting, of the type of its default."""
-        for setting in settings:
-            options = {"default": setting.default}
-            if isinstance(setting.default, bool):
+        for item in settings:
+            options = {"default": item.default}
+            if isinstance(item.default, bool):
                 options["action"] = argparse.BooleanOptionalAction
-            elif isinstance(setting.default, str):
-                options["choices"] = setting.choices or None
+            elif isinstance(item.default, str):
+                options["choices"] = item.choices or None
             else:
-                options["type"] = setting.number
-            self.add_argument(f"--{setting.name}", **options)
+                options["type"] = item.number
+            self.add_argument(f"--{item.name}", **options)
 
 
 # -------------------- Files of flags --------------------
@@ -148,12 +148,12 @@ def last_value(words: list[str], flag: str, default: str) -> str:
 def say_changes(settings: list[Setting], before, args, may_change: list[str]) -> None:
     """Print what a resumed run changes. Raises UserError if that is not in may_change."""
     changes = []
-    for name in [setting.name for setting in settings]:
-        old, new = getattr(before, name), getattr(args, name)
-        if old != new and name not in may_change:
-            raise UserError(f"--resume: this run has --{name} {old}, not {new}")
+    for item in settings:
+        old, new = getattr(before, item.name), getattr(args, item.name)
+        if old != new and item.name not in may_change:
+            raise UserError(f"--resume: this run has --{item.name} {old}, not {new}")
         if old != new:
-            changes.append(f"--{name} {new} (before: {old})")
+            changes.append(f"--{item.name} {new} (before: {old})")
     if changes and os.environ.get("RANK", "0") == "0":
         print("changed:", ", ".join(changes))
 
@@ -161,17 +161,17 @@ def say_changes(settings: list[Setting], before, args, may_change: list[str]) ->
 def as_text(settings: list[Setting], args: argparse.Namespace) -> str:
     """The settings as the text of a file of flags."""
     lines = []
-    for setting in settings:
-        value = getattr(args, setting.name)
-        if isinstance(setting.default, bool):
-            lines.append(f"--{setting.name}" if value else f"--no-{setting.name}")
+    for item in settings:
+        value = getattr(args, item.name)
+        if isinstance(item.default, bool):
+            lines.append(f"--{item.name}" if value else f"--no-{item.name}")
         else:
-            lines.append(f"--{setting.name} {shlex.quote(str(value))}")
+            lines.append(f"--{item.name} {shlex.quote(str(value))}")
     return "\n".join(lines) + "\n"
 
 
 def print_settings(title: str, settings: list[Setting], args: argparse.Namespace) -> None:
     """Print each setting with its value and its meaning."""
     print(f"\n{title}\n")
-    for setting in settings:
-        print(f"  --{setting.name:24} {getattr(args, setting.name)!s:20}  {setting.meaning}")
+    for item in settings:
+        print(f"  --{item.name:24} {getattr(args, item.name)!s:20}  {item.meaning}")

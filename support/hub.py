@@ -110,13 +110,6 @@ def fetch(name: str, files: list[str] = MODEL_FILES, flag: str = "--base_model")
     return Path(folder, *subfolders)
 
 
-def fetch_models(base_model: str, encoder: str) -> None:
-    """Download a base model and a text encoder, if they are not on this machine yet."""
-    if encoder not in ("hash", "base"):
-        fetch(encoder, flag="--encoder")
-    fetch(source_of(base_model))
-
-
 def first_line(error: Exception) -> str:
     """What an error says first; the messages of libraries go on for pages."""
     text = str(error).strip()

@@ -48,7 +48,7 @@ class Books:
     def __init__(self, folder: Path, keep: str):
         self.keep = keep
         self.metrics = folder / "metrics.jsonl"
-        self.state, self.tasks = folder / "state.safetensors", folder / "state.json"
+        self.state_file, self.tasks_file = folder / "state.safetensors", folder / "state.json"
         self.best: dict | None = None  # the row of the best weights so far
         self.wandb = None
 
@@ -85,20 +85,20 @@ class Books:
         rule = "lowest validation loss" if self.keep == "loss" else "highest validation accuracy"
         return f"the weights of step {step}, with the {rule} (loss {loss:.4f}, right answers {accuracy:.2f})"
 
-    def save_state(self, step: int, net: nn.Module, optimizer, tasks: dict) -> None:
-        """Write what --resume needs; `tasks` identifies what the run is trained on."""
-        if not self.tasks.exists():
-            write_file(self.tasks, tasks)
-        save_state(self.state, step, net, optimizer)
+    def save_state(self, step: int, net: nn.Module, optimizer, task_ids: dict) -> None:
+        """Write what --resume needs; `task_ids` are the names and a checksum of the run's tasks."""
+        if not self.tasks_file.exists():
+            write_file(self.tasks_file, task_ids)
+        save_state(self.state_file, step, net, optimizer)
 
-    def resume(self, net: nn.Module, optimizer, tasks: dict) -> int:
+    def resume(self, net: nn.Module, optimizer, task_ids: dict) -> int:
         """Put the saved state into net and optimizer; returns the number of steps done."""
-        saved = read_object(self.tasks)
-        if saved != tasks:
-            changed = sorted(set(saved["names"]) ^ set(tasks["names"]))
+        saved = read_object(self.tasks_file)
+        if saved != task_ids:
+            changed = sorted(set(saved["names"]) ^ set(task_ids["names"]))
             what = f"added or removed: {', '.join(changed[:5])}" if changed else "their texts are different"
             raise UserError(f"--resume: the tasks have changed since this run was started ({what})")
-        return load_state(self.state, net, optimizer)
+        return load_state(self.state_file, net, optimizer)
 
     def rewind(self, step: int) -> None:
         """Forget the rows after a saved state."""
@@ -109,8 +109,8 @@ class Books:
 
     def close(self) -> None:
         """Remove the state of a finished run."""
-        self.state.unlink()
-        self.tasks.unlink()
+        self.state_file.unlink()
+        self.tasks_file.unlink()
 
 
 def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -147,9 +147,3 @@ def on_ctrl_c() -> list:
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
     return interrupts
-
-
-def bfloat16_if_fast(device: torch.device) -> torch.autocast:
-    """bfloat16 computation with float32 weights; float32 on CPUs without AVX-512, where it is much faster."""
-    is_fast = device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_fast)

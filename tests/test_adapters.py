@@ -1,5 +1,6 @@
 """Adapters as PEFT, merged weights and other architectures have them."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -131,11 +132,29 @@ def test_a_name_of_several_places_or_shapes_is_told_apart():
 
     base = nn.ModuleDict({"layers": nn.ModuleList([block(4), block(6)])})
     refused("out is in several places; name one of them: attn.out, out", lora.find_targets, base, ["out"])
-    refused(
-        "attn.out has 2 shapes; name single layers, such as 0.attn.out", lora.find_targets, base, ["attn.out"]
-    )
+    shapes = "attn.out has 2 shapes; name single layers, such as 0.attn.out"
+    refused(shapes, lora.find_targets, base, ["attn.out"])
     targets = lora.find_targets(base, ["1.attn.out"])
     assert targets == {"1.attn.out": lora.Target("layers.{}.attn.out", [1], 4, 6)}
+
+
+def test_two_stacks_of_layers_are_told_apart(tmp_path):
+    """As in Flux, whose blocks of both kinds have a to_q."""
+
+    def stack(n: int) -> nn.ModuleList:
+        return nn.ModuleList([nn.ModuleDict({"to_q": nn.Linear(4, 4)}) for _ in range(n)])
+
+    base = nn.ModuleDict({"blocks": stack(2), "single_blocks": stack(3)})
+    places = "name one of them: blocks.{}.to_q, single_blocks.{}.to_q"
+    refused(re.escape(places), lora.find_targets, base, ["to_q"])
+    names = ["blocks.{}.to_q", "single_blocks.{}.to_q"]
+    config = lora.LoRAConfig("x", n_layers=3, targets=lora.find_targets(base, names))
+    assert [len(target.layers) for target in config.targets.values()] == [2, 3]
+    adapter = lora.LoRABank(config, 1)(0)
+    lora.save_adapter(tmp_path, adapter, config)
+    again, config_again = lora.load_adapter(tmp_path)
+    assert config_again.targets == config.targets
+    close(again["blocks.{}.to_q"], adapter["blocks.{}.to_q"])
 
 
 @pytest.mark.parametrize("make", DECODERS)

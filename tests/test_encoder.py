@@ -236,7 +236,7 @@ def test_two_networks_do_not_mix(runs, tmp_path, monkeypatch):
     questions = [evaluation.Question(task, task.test[0], task.descriptions[0], "", []) for task in tasks]
     texts = [question.description for question in questions]
     for folder in (*folders, *reversed(folders)):
-        models.set_adapters(methods[str(folder)], questions)
+        models.set_adapters(str(folder), questions)
         net = hypernet.load_hypernet(folder)
         alone, _ = generate.write_adapters(net, texts, models.base, model.load_encoder(net.config.encoder))
         first = next(layer for layer in lora.injected_layers(models.base) if layer.name == "q_proj")

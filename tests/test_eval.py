@@ -106,12 +106,20 @@ def test_eval_writes_the_promised_json_and_table(tmp_path, capsys):
         assert f"| {row} | {mean:.3f} | {evaluation.interval(values)} | {min(values):.2f} |" in shown
 
 
-def test_a_folder_named_like_a_method_is_a_row_of_its_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["base", "t2l", "recon", "hypernet", "oracles"])
+def test_a_folder_named_like_a_method_is_a_row_of_its_own(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "base").symlink_to(TINY / "sft_small")
-    words = ["--methods", "base", "--compare", "base", "--n_tasks", "2", "--n_examples", "2"]
+    (tmp_path / name).symlink_to(TINY / "sft_small")
+    words = ["--methods", "base", "--compare", name, "--n_tasks", "2", "--n_examples", "2"]
     results = evaluate(tmp_path / "e.json", *words)
-    assert list(results) == ["base", "./base"] and results["./base"]["mean"] > results["base"]["mean"]
+    assert list(results) == ["base", f"./{name}"] and results[f"./{name}"]["mean"] > results["base"]["mean"]
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    words = ["--hypernet", TINY / "sft_small", "--n_tasks", "1", "--n_examples", "1"]
+    assert command(evaluation, *words) == 0
+    left_out = "left out: mt_lora (needs --mt_lora DIR), oracle (needs --oracles DIR), t2l_shuffled (has no"
+    assert left_out in capsys.readouterr().out
 
 
 def test_few_tasks_have_a_column_each():
@@ -161,4 +169,4 @@ def test_a_lora_is_asked_as_it_was_trained(tmp_path):
         args = types.SimpleNamespace(mt_lora=tmp_path / name, instruction=None, base_model=None, dtype=None)
         method = evaluation.METHODS["mt_lora"]
         models = evaluation.Models(args, {"mt_lora": method}, load_tasks("tiny")["val"], torch.device("cpu"))
-        assert models.has_instruction(method, args) == bool(given)
+        assert models.has_instruction("mt_lora", args) == bool(given)

@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import Gemma2Config
 
 import data
 import eval as evaluation
 import generate
+import lora
 import model
+import train
 from support import processes
 from support.files import read_file, write_file
 from tests.helpers import (
@@ -33,7 +37,9 @@ from tests.helpers import (
     gradients,
     losses_of,
     needs_gpu,
+    refused,
     run_of,
+    small_decoder,
 )
 from tests.test_encoder import bert_folder
 
@@ -215,3 +221,73 @@ def test_two_gpus_and_shards_are_one(tmp_path):
     for name in ("plain", "sharded"):
         assert losses_of(tmp_path / name) == pytest.approx(one, rel=1e-3)
     assert json.loads(said["layers"].splitlines()[0])["whole"] == [0, 0, 0]
+
+
+# -------------------- Devices, without a GPU --------------------
+
+
+@pytest.mark.parametrize("name, index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_always_has_an_index(monkeypatch, name, index):
+    """torch.cuda.set_device refuses a device without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert processes.choose_device(name) == torch.device("cuda", index)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # torchrun with one process
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert processes.choose_device(name) == torch.device("cuda", index)
+
+
+def test_the_gpu_is_made_the_current_one_and_attention_does_not_plan(monkeypatch):
+    used, planned = [], []
+    monkeypatch.setattr(processes, "choose_device", lambda name: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", planned.append)
+    assert processes.use_device("auto") == torch.device("cuda", 1)
+    assert used == [torch.device("cuda", 1)] and planned == [False]
+
+
+def test_bfloat16_is_not_emulated(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert model.default_dtype("cuda") == torch.float32  # a T4
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert model.default_dtype("cuda:1") == torch.bfloat16 and model.default_dtype("cpu") == torch.float32
+
+
+def test_what_goes_wrong_on_mps_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    words = ["train.py", "--device", "mps", "--gradient_checkpointing"]
+    monkeypatch.setattr(sys, "argv", words)
+    refused("--gradient_checkpointing on mps needs --dropout 0", train.parse_args)
+    monkeypatch.setattr(sys, "argv", [*words, "--dropout", "0"])
+    train.parse_args()
+    monkeypatch.setenv("RANK", "0")
+    refused("a single process only", processes.choose_device, "mps")
+
+
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")  # as srun does
+    refused("start several processes with torchrun", processes.start, "cpu")
+    refused("needs a single process: python, not torchrun", processes.start_single, "cpu")
+
+
+def test_a_seed_starts_the_same_network_on_every_device(monkeypatch):
+    """Random numbers are drawn before the network moves."""
+    drawn_on, real = [], lora.init_A_
+    monkeypatch.setattr(lora, "init_A_", lambda A: drawn_on.append(A.device.type) or real(A))
+    monkeypatch.setattr(nn.Module, "to", lambda module, device: drawn_on.append("moved") or module)
+    run_of(*SHORT)
+    assert drawn_on[-3:] == ["cpu", "cpu", "moved"]
+
+
+def test_the_base_model_does_not_hold_the_gradients_of_a_step():
+    run = run_of(*SHORT)
+    train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args))
+    assert all(layer.A is None and layer.B is None for layer in lora.injected_layers(run.base))
+
+
+def test_gemma_2_keeps_its_softcap(tmp_path):
+    """Some versions of transformers drop it with sdpa attention."""
+    base = small_decoder(Gemma2Config)
+    base.save_pretrained(tmp_path)
+    model.load_base("tiny")[1].save_pretrained(tmp_path)
+    assert model.load_base(str(tmp_path))[0].config._attn_implementation == "eager"
