@@ -284,6 +284,15 @@ class Models:
 Scores = dict[str, float]  # {task: share of right answers}
 
 
+class Asked(NamedTuple):
+    """A question as it is put to the base model."""
+
+    question: Question
+    prompt: str
+    n_tokens: int  # the longest answer
+    size: tuple[int, int, int]  # questions of similar size are answered together
+
+
 def make_questions(tasks: list[Task], method: Method, with_instruction: bool, args) -> list[Question]:
     """All test examples, each with one of the descriptions in turn, or with as many as the task says."""
     questions = []
@@ -313,28 +322,31 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
     """
     tokenizer = models.tokenizer
     window = models.base.config.get_text_config().max_position_embeddings
-    asked = []  # (longest answer, prompt, question)
+    asked = []
     for question in make_questions(tasks, method, models.has_instruction(name, args), args):
         chat = model.chat(tokenizer, question.example.input, question.instruction, question.shots)
         prompt = model.render(tokenizer, chat) + question.task.start(question.example)
         n_tokens = answer_tokens(tokenizer, question, args)
         if len(model.tokenize(tokenizer, prompt)) + n_tokens <= window:
-            asked.append((n_tokens, prompt, question))
-    model.check_known(tokenizer, [question.example.input for _, _, question in asked])
-    asked.sort(key=lambda row: (row[0], len(row[1])))  # a batch takes as long as its longest answer
+            rank = len(question.description) if question.task.is_document else 0  # of Doc-to-LoRA's adapters
+            asked.append(Asked(question, prompt, n_tokens, (rank, n_tokens, len(prompt))))
+    model.check_known(tokenizer, [row.question.example.input for row in asked])
+    asked.sort(key=lambda row: row.size)  # a batch takes as long as the longest of it
 
     hits = {}
     bar = tqdm(total=len(asked), desc=name, unit="answer", leave=False)
     for i in range(0, len(asked), args.batch_size):
-        n_tokens, prompts, questions = zip(*asked[i : i + args.batch_size])
-        models.set_adapters(name, questions)
-        answers = model.answer(models.base, tokenizer, list(prompts), max(n_tokens))
-        for question, answer in zip(questions, answers):
+        batch = asked[i : i + args.batch_size]
+        models.set_adapters(name, [row.question for row in batch])
+        n_tokens = max(row.n_tokens for row in batch)
+        answers = model.answer(models.base, tokenizer, [row.prompt for row in batch], n_tokens)
+        for row, answer in zip(batch, answers):
+            question = row.question
             is_right = question.task.is_right(question.example, answer)
             if args.contains and question.task.is_right is data.exact_match:
                 is_right = any(right in answer for right in question.example.answers)
             hits.setdefault(question.task.name, []).append(is_right)
-        bar.update(len(questions))
+        bar.update(len(batch))
     bar.close()
     return {name: statistics.fmean(hits[name]) for name in hits}
 
