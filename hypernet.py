@@ -8,10 +8,9 @@ file. `--arch` then takes its name, and every `setting` of its config is a flag 
     net_class.config_class
                          a dataclass: HypernetConfig and its own settings
     net_class.load_reader(settings, base, tokenizer, device)
-                         what reads texts for it: a text encoder, the base model, or anything else; `settings`
-                         are the flags of train.py, or the config of a network that was trained
-    net_class.make_config(lora_config, settings, reader)
-                         the config of a new network
+                         what reads texts for it: a text encoder, the base model, or anything else with
+                         `recorded`, which are fields of the config. `settings` are the flags of train.py, or
+                         the config of a network that was trained
     net_class(config)    the network, with random weights; net.config is its config
     net.condition(texts, reader)
                          its input for n texts
@@ -125,12 +124,6 @@ class TextToLoRA(nn.Module):
     @classmethod
     def load_reader(cls, settings, base, tokenizer, device) -> model.TextEncoder:
         return model.load_encoder(settings.encoder, device, (base, tokenizer), settings.full_stop)
-
-    @classmethod
-    def make_config(cls, lora_config: LoRAConfig, settings: dict, encoder: model.TextEncoder) -> TextConfig:
-        return cls.config_class(
-            **vars(lora_config), **settings, encoder=encoder.name, input_size=encoder.width
-        )
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -298,15 +291,11 @@ class SlotTextToLoRA(TextToLoRA):
     config_class = SlotConfig
 
     @classmethod
-    def make_config(cls, lora_config: LoRAConfig, settings: dict, encoder: model.TextEncoder) -> SlotConfig:
-        config = super().make_config(lora_config, settings, encoder)
-        if config.encoder_rank:
-            if encoder.network is None:
-                raise UserError(f"--encoder_rank needs a text encoder with layers, not {encoder.name}")
-            scale = dict(r=config.encoder_rank, alpha=2.0 * config.encoder_rank, rslora=False)  # scaling 2
-            targets = lora.all_targets(encoder.network)
-            config.encoder_lora = asdict(lora.config_for(encoder.network, targets, encoder.name, **scale))
-        return config
+    def load_reader(cls, settings, base, tokenizer, device) -> model.TextEncoder:
+        encoder = super().load_reader(settings, base, tokenizer, device)
+        if settings.encoder_rank:
+            encoder.add_lora(settings.encoder_rank, getattr(settings, "encoder_lora", {}))
+        return encoder
 
     def __init__(self, config: SlotConfig):
         super().__init__(config)
@@ -321,10 +310,7 @@ class SlotTextToLoRA(TextToLoRA):
     def condition(self, texts: list[str], encoder: model.TextEncoder) -> Tensor:
         """The output of the text encoder with this network's LoRA [n, E]."""
         if self.config.encoder_rank:
-            config = self.encoder_lora.config
-            if not lora.injected_layers(encoder.network):
-                lora.inject_targets(encoder.network, config.targets)
-            lora.set_adapter(encoder.network, self.encoder_lora(0), config.scaling)
+            lora.set_adapter(encoder.network, self.encoder_lora(0), self.encoder_lora.config.scaling)
         return encoder(texts)
 
     def embed_task(self, text_emb: Tensor) -> Tensor:
@@ -359,12 +345,12 @@ class DocConfig(HypernetConfig):
     chat: bool = setting(True, "read a chunk as a user turn of the base model's chat template")
 
 
-@dataclass
 class DocumentReader:
     """What reads documents: the base model itself, without an adapter."""
 
-    base: nn.Module
-    tokenizer: object
+    def __init__(self, base: nn.Module, tokenizer):
+        self.base, self.tokenizer = base, tokenizer
+        self.recorded = {"input_size": base.config.get_text_config().hidden_size}
 
 
 Chunk = list[int]  # token ids
@@ -522,11 +508,6 @@ class DocToLoRA(nn.Module):
     @classmethod
     def load_reader(cls, settings, base, tokenizer, device) -> DocumentReader:
         return DocumentReader(base, tokenizer)
-
-    @classmethod
-    def make_config(cls, lora_config: LoRAConfig, settings: dict, reader: DocumentReader) -> DocConfig:
-        width = reader.base.config.get_text_config().hidden_size
-        return cls.config_class(**vars(lora_config), **settings, input_size=width)
 
     def __init__(self, config: DocConfig):
         super().__init__()

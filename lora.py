@@ -113,7 +113,7 @@ LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # the first number in a module's path i
 
 
 def split_path(path: str) -> tuple[str, int]:
-    """ "model.layers.3.self_attn.q_proj" -> ("model.layers.{}.self_attn.q_proj", 3) """
+    """The path without its number, and the number: "model.layers.{}.self_attn.q_proj", 3."""
     return LAYER_NUMBER.sub(".{}.", path, count=1), int(LAYER_NUMBER.search(path)[1])
 
 

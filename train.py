@@ -138,10 +138,7 @@ def parse_args() -> argparse.Namespace:
     parser.set_defaults(**{item.name: item.default for item in unused})  # for code that reads them
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
-    args, unknown = parser.parse_known_args(earlier + words)
-    if unknown:
-        run = f"--mode {mode}" if mode == "lora" else f"--mode {mode} --arch {arch}"
-        raise UserError(f"{unknown[0]} is not a setting of {run} (--help lists them); @FILEs stand in front")
+    args = parser.parse(earlier + words, f"--mode {mode}" + (f" --arch {arch}" if net_settings else ""))
 
     # defaults that depend on other settings
     if args.encoder == "preset":
@@ -529,7 +526,7 @@ def make_hypernet(args, lora_config, base, tokenizer, process: Process, oracles:
     settings = {item.name: getattr(args, item.name) for item in flags.settings_of(net_class.config_class)}
     if args.mode == "recon":
         settings["z_score"] = args.recon_loss == "z_score"
-    net = net_class(net_class.make_config(lora_config, settings, reader))
+    net = net_class(net_class.config_class(**vars(lora_config), **settings, **reader.recorded))
     net.recompute = args.gradient_checkpointing
 
     # where it starts; a reconstruction of delta_w starts from random weights, as published

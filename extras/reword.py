@@ -14,7 +14,7 @@ the squared length of W d.
 """
 
 import random
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hypernet
-import lora
 from support import flags, processes
 from support.files import UserError, command
-from support.flags import settings_of
 from tasks import chores
 
 BATCH = 64  # descriptions per step
@@ -41,27 +39,22 @@ def load_copy(args, device: torch.device):
     start = hypernet.load_hypernet(args.start).to(device)  # in eval mode
     if getattr(start.config, "size", "") != "large":
         raise UserError(f"{args.start} is not Text-to-LoRA of size large")
-    name = args.encoder or start.config.encoder
+    fields = vars(start.config)
+    n_before, rank_before = fields.get("slots", 1), fields.get("encoder_rank", 0)
+    changes = {"slots": max(args.slots, n_before), "encoder_rank": rank_before or args.encoder_rank}
+    config = hypernet.SlotConfig(**fields | changes)
+    name = args.encoder or config.encoder
     if name == "base":
         raise UserError(f"{args.start} has the base model as its text encoder, which is not loaded here")
-    readers = []
-    for _ in range(2):
-        readers.append(start.load_reader(replace(start.config, encoder=name), None, None, device))
-    n_before = getattr(start.config, "slots", 1)
-    settings = {item.name: getattr(start.config, item.name) for item in settings_of(hypernet.TextConfig)}
-    settings["slots"] = max(args.slots, n_before)
-    settings["encoder_rank"] = getattr(start.config, "encoder_rank", 0) or args.encoder_rank
-    about = {item.name: getattr(start.config, item.name) for item in fields(lora.LoRAConfig)}
-    config = hypernet.SlotTextToLoRA.make_config(lora.LoRAConfig(**about), settings, readers[1])
-    config.encoder = start.config.encoder
-    if getattr(start.config, "encoder_rank", 0):
-        config.encoder_lora = start.config.encoder_lora
+    reader = start.load_reader(replace(start.config, encoder=name), None, None, device)
+    new_reader = hypernet.SlotTextToLoRA.load_reader(replace(config, encoder=name), None, None, device)
+    config.encoder_lora = new_reader.recorded.get("encoder_lora", {})
     net = hypernet.SlotTextToLoRA(config).to(device)
     weights = start.state_dict()
     for key in ("task_encoder.0.weight", "task_encoder.0.bias"):
         weights[key] = torch.cat([weights[key]] * (config.slots // n_before))
     net.load_state_dict(weights, strict=False)  # gates and the LoRA may be new
-    return start, net, readers
+    return start, net, (reader, new_reader)
 
 
 def metric(net: hypernet.TextToLoRA) -> list[Tensor]:

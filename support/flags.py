@@ -86,6 +86,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(message)
 
+    def parse(self, words: list[str], what: str) -> argparse.Namespace:
+        """Parse words. Raises UserError for a flag that is not a setting of `what`."""
+        args, unknown = self.parse_known_args(words)
+        if unknown:
+            message = f"{unknown[0]} is not a setting of {what} (--help lists them); @FILEs stand in front"
+            raise UserError(message)
+        return args
+
     def add_settings(self, settings: list[Setting]) -> None:
         """A flag for each setting, of the type of its default."""
         for item in settings:

@@ -238,7 +238,9 @@ def test_two_networks_do_not_mix(runs, tmp_path, monkeypatch):
     for folder in (*folders, *reversed(folders)):
         models.set_adapters(str(folder), questions)
         net = hypernet.load_hypernet(folder)
-        alone, _ = generate.write_adapters(net, texts, models.base, model.load_encoder(net.config.encoder))
+        alone, _ = generate.write_adapters(
+            net, texts, models.base, net.load_reader(net.config, None, None, "cpu")
+        )
         first = next(layer for layer in lora.injected_layers(models.base) if layer.name == "q_proj")
         close(first.B, alone["q_proj"][1][:, 0], 1e-4, 1e-5)
 

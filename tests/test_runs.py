@@ -233,7 +233,9 @@ def test_a_run_with_other_tasks_than_before_is_not_resumed(tmp_path, monkeypatch
     assert (
         "the tasks have changed since this run was started (added or removed: c)" in capsys.readouterr().err
     )
-    assert command(train, "--resume", "--keep", "last", "--out_dir", run) == 2  # other weights lie there already
+    assert (
+        command(train, "--resume", "--keep", "last", "--out_dir", run) == 2
+    )  # other weights lie there already
     assert "this run has --keep loss, not last" in capsys.readouterr().err
     assert command(train, "--resume", "--mode", "sft", "--out_dir", run) == 2
     assert "this run has --mode lora, not sft" in capsys.readouterr().err
