@@ -71,13 +71,17 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     return tasks[:n_tasks] if n_tasks else tasks
 
 
+def beginning(values: Sequence) -> list:
+    """A list; of an endless sequence, which makes its values when they are asked for, the first ones."""
+    return values if isinstance(values, list) else list(values[:8])
+
+
 def identify(tasks: list[Task]) -> dict:
-    """The names of tasks and a checksum of their texts. Of endless tasks only the beginning counts."""
+    """The names of tasks and a checksum of their texts."""
     checksum = 0
     for task in distinct(tasks):
-        for texts in (task.descriptions, task.train):
-            whole = texts if isinstance(texts, list) else texts[:8]
-            checksum = zlib.crc32(repr((task.name, whole)).encode("utf-8", "surrogatepass"), checksum)
+        texts = (task.name, task.definition, beginning(task.descriptions), beginning(task.train), task.test)
+        checksum = zlib.crc32(repr(texts).encode(), checksum)
     return {"names": [task.name for task in tasks], "checksum": checksum}
 
 
@@ -193,15 +197,12 @@ cached_ids = lru_cache(2**16)(example_ids)  # rendering a chat template takes a 
 
 # -------------------- Checks before training --------------------
 
-N_CHECKED = 8  # examples of each task: a task may have 100,000
-
-
 def check(tokenizer, tasks: list[Task], val_tasks: list[Task], args, is_first: bool) -> None:
     """Raise UserError for tasks that cannot be trained on; say once what will be left out."""
     tasks = distinct(tasks)
-    for task in tasks:
-        if not all(example.answers for example in task.train[:N_CHECKED]):
-            command = f"python -m extras.answers {args.tasks} NEW_FOLDER"
+    for task in tasks + val_tasks:
+        if not all(example.answers for example in [*beginning(task.train), *task.test]):
+            command = f"python -m extras.answers {args.tasks} NEW_FOLDER --base_model {args.base_model}"
             raise UserError(f"{task.name} has questions without an answer; to generate answers: {command}")
     n_too_long = count_too_long(tokenizer, tasks, args)
     if n_too_long == len(tasks):
@@ -216,7 +217,7 @@ def count_too_long(tokenizer, tasks: list[Task], args) -> int:
     n = 0
     for i, task in enumerate(tasks):
         description = task.descriptions[0] if args.instruction or args.distill else ""
-        drawn = DrawnTask(i, description, task.train[:N_CHECKED])
+        drawn = DrawnTask(i, description, task.train[:8])
         lengths = []  # in bytes; a token has at least one
         for example in drawn.examples:
             lengths.append(len((task.definition + description + example.input + example.answers[0]).encode()))
@@ -231,6 +232,6 @@ def check_words(tokenizer, tasks: list[Task]) -> None:
         return
     texts = set()
     for task in tasks:
-        for example in [*task.train[:100], *task.test[:100]]:
+        for example in [*beginning(task.train), *task.test]:
             texts.update((example.input, *example.answers[:1]))
     model.check_known(tokenizer, list(texts))

@@ -72,7 +72,8 @@ class Oracles:
         existing = [name for name in self.names if Path(folder, name).is_dir()]
         if len(existing) < len(self.names):
             found = f"{folder} holds adapters of {len(existing)} of these {len(self.names)} tasks"
-            raise UserError(f"{found}; --n_tasks {len(existing)} takes the first ones, as in training")
+            advice = f"; --n_tasks {len(existing)} takes the first ones, as in training" if existing else ""
+            raise UserError(found + advice)
         self.bank, self.config = lora.load_adapters([Path(folder, name) for name in self.names], device)
 
     def adapters(self, questions: list[Question]) -> lora.Adapter:
@@ -88,11 +89,11 @@ class Written:
 
     def connect(self, base, tokenizer, args) -> None:
         """Load what reads texts for the network, which may be the base model."""
-        self.reader = generate.load_reader_for(self.net, base, tokenizer, args)
+        self.base, self.reader = base, generate.load_reader_for(self.net, base, tokenizer, args)
 
     def adapters(self, questions: list[Question]) -> lora.Adapter:
         texts = list(dict.fromkeys(question.description for question in questions))  # each is read once
-        written = self.net(self.net.condition(texts, self.reader))
+        written, _ = generate.write_adapters(self.net, texts, self.base, self.reader)
         return lora.select(written, [texts.index(question.description) for question in questions])
 
 
@@ -322,7 +323,7 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
     """
     tokenizer = models.tokenizer
     window = models.base.config.get_text_config().max_position_embeddings
-    asked = []
+    asked, n_too_long = [], 0
     for question in make_questions(tasks, method, models.has_instruction(name, args), args):
         chat = model.chat(tokenizer, question.example.input, question.instruction, question.shots)
         prompt = model.render(tokenizer, chat) + question.task.start(question.example)
@@ -330,6 +331,10 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
         if len(model.tokenize(tokenizer, prompt)) + n_tokens <= window:
             rank = len(question.description) if question.task.is_document else 0  # of Doc-to-LoRA's adapters
             asked.append(Asked(question, prompt, n_tokens, (rank, n_tokens, len(prompt))))
+        else:
+            n_too_long += 1
+    if n_too_long:
+        print(f"{name}: {n_too_long} questions are left out, longer than the base model's window of {window}")
     model.check_known(tokenizer, [row.question.example.input for row in asked])
     asked.sort(key=lambda row: row.size)  # a batch takes as long as the longest of it
 
@@ -353,12 +358,12 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
 
 def answer_tokens(tokenizer, question: Question, args) -> int:
     """How long an answer may get."""
-    if question.task.answer_tokens:
-        return question.task.answer_tokens
     if args.contains:
         return args.max_new_tokens or 64
-    longest = max(len(model.tokenize(tokenizer, right)) for right in question.example.answers)
-    return min(args.max_new_tokens or longest + 2, longest + 2)  # a longer one is wrong anyway
+    longest = question.task.answer_tokens
+    if not longest:  # two more than the right one has: a longer answer is wrong anyway
+        longest = 2 + max(len(model.tokenize(tokenizer, right)) for right in question.example.answers)
+    return min(args.max_new_tokens or longest, longest)
 
 
 # -------------------- The table --------------------

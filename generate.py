@@ -179,7 +179,8 @@ def nearest_descriptions(net, reader, folder: Path, texts: list[str]) -> list[st
     if not (folder / "descriptions.json").exists():
         return [""] * len(texts)
     known, lines = read_file(folder / "descriptions.json"), []
-    vectors = F.normalize(net.condition([*texts, *known], reader).float(), dim=-1)  # [texts + known, E]
+    condition = net.condition([*texts, *known], reader).float()
+    vectors = F.normalize(condition.flatten(1), dim=-1)  # [texts + known, E]
     nearness, indices = (vectors[: len(texts)] @ vectors[len(texts) :].T).max(-1)  # [texts]
     for value, index in zip(nearness.tolist(), indices.tolist()):
         lines.append(f"nearest of {len(known)} training descriptions ({value:.2f} of 1): {known[index]}")

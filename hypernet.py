@@ -13,7 +13,7 @@ file. `--arch` then takes its name, and every `setting` of its config is a flag 
                          the config of a network that was trained
     net_class(config)    the network, with random weights; net.config is its config
     net.condition(texts, reader)
-                         its input for n texts
+                         its input for n texts; of descriptions [n, ...]
     net(condition)       -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r
     net.start_as_lora()  makes it write LoRA's initialisation, with B = 0, for every text: the start of SFT
     net.recompute        set by --gradient_checkpointing: if it costs much memory, compute activations again
@@ -563,7 +563,7 @@ class DocToLoRA(nn.Module):
                 written.append(checkpoint(self.write_chunks, features, mask, use_reentrant=False))
             else:
                 written.append(self.write_chunks(features, mask))
-        for _ in range(len(documents.groups), documents.n_reads):  # others need this process's shards
+        for _ in range(len(documents.groups), documents.n_reads):  # only so that others get its shards
             read_chunks(self.config, documents.reader, documents.groups[0])
         chunks = {}
         for name in self.names:
@@ -581,7 +581,8 @@ class DocToLoRA(nn.Module):
                 features = features[:, self.layers]
             features = features.flatten(0, 1)  # [n * L, T, f]
             mask = mask if mask is None else mask.repeat_interleave(L, 0)  # [n * L, T]
-        x = self.perceiver(features, mask).reshape(n, L, M, c.r, -1)  # [n, L, M, r, d]
+        x = self.perceiver(features, mask)  # [n * L, M * r, d], with early_exit [n, L * M * r, d]
+        x = x.reshape(n, L, M, c.r, -1)
         h = F.silu(torch.einsum("nlmrd,lde->nlmre", self.block_in(x), self.W1) + self.b1)  # [n, L, M, r, 4 d]
         x = x + self.block_out(torch.einsum("nlmre,led->nlmrd", h, self.W2) + self.b2)
         x = x / x.norm(dim=-1, keepdim=True)

@@ -113,7 +113,7 @@ LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # the first number in a module's path i
 
 
 def split_path(path: str) -> tuple[str, int]:
-    """The path without its number, and the number: "model.layers.{}.self_attn.q_proj", 3."""
+    """A path without its number, and the number: ("model.layers.{}.self_attn.q_proj", 3)."""
     return LAYER_NUMBER.sub(".{}.", path, count=1), int(LAYER_NUMBER.search(path)[1])
 
 
@@ -134,8 +134,7 @@ def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, Target
     """The targets of these names: ends of the paths of linear layers, as in PEFT.
 
     A name may have {} in place of the layer's number, as in `single_blocks.{}.to_q`. Raises UserError if it
-    fits no layer, or layers in several places or of several shapes, or layers of a class of their own, such as
-    quantised ones.
+    fits no layer, or layers in several places or of several shapes, or of another class, as quantised ones.
     """
     layers, targets = linear_layers(base), {}
     for name in target_modules:
@@ -213,6 +212,8 @@ def inject_targets(base: nn.Module, targets: dict[str, Target], dropout: float =
         for index, path in enumerate(target.paths()):
             parent, child = path.rsplit(".", 1)
             linear = base.get_submodule(path)
+            if isinstance(linear, LoRALinear):
+                raise UserError(f"{path} would belong to two targets: {linear.name} and {name}")
             setattr(base.get_submodule(parent), child, LoRALinear(linear, name, index, dropout))
     return base
 
@@ -408,7 +409,7 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
         A, B = pair["A"], pair["B"]
         if A.dim() != 2 or B.dim() != 2 or len(A) != config.r or B.shape[1] != config.r:
             raise UserError(f"{folder}: {path} has another rank than r = {config.r}")
-        shapes.setdefault(target_name(path, peft["target_modules"]), {})[path] = (len(B), A.shape[1])
+        shapes.setdefault(target_name(path, peft.get("target_modules")), {})[path] = (len(B), A.shape[1])
     adapter = {}
     for name in shapes:
         by_layer = dict(sorted(shapes[name].items(), key=lambda item: split_path(item[0])[1]))

@@ -96,8 +96,8 @@ class Settings:
     neftune_alpha: float = setting(0.0, "noise on the input embeddings (NEFTune)", runs="lora sft")
     l1: float = setting(0.0, "weight of the mean absolute value of the A and B", runs="lora sft")
     l2: float = setting(1e-3, "weight of the mean square of the A and B", runs="lora sft")
-    distill: int = setting(0, "k likeliest tokens with the document in the prompt", runs="documents")
-    recon_loss: str = setting("z_score", "what is compared", choices=("z_score", "delta_w"), runs="recon")
+    distill: int = setting(0, "learn k tokens of the base model with the document", runs="documents")
+    recon_loss: str = setting("z_score", "of A and B, or B A", choices=("z_score", "delta_w"), runs="recon")
     # the run
     seed: int = setting(0, "seed of all randomness")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU if there is one, otherwise the CPU")
@@ -105,7 +105,7 @@ class Settings:
     gradient_checkpointing: bool = setting(False, "save memory: compute activations twice", runs="lora sft")
     shard: bool = setting(False, "shard the base model over the processes", runs="lora sft")
     val_every: int = setting(250, "steps between two validations, or saves of the state", least=1)
-    keep: str = setting("loss", "weights that validate best by", choices=state.KEEP, runs="lora sft")
+    keep: str = setting("loss", "keep the best weights, by validation", choices=state.KEEP, runs="lora sft")
     out_dir: str = setting("out/run", "a new folder")
     wandb: bool = setting(False, "log to Weights & Biases as well")
 
@@ -125,6 +125,7 @@ def parse_args() -> argparse.Namespace:
         if not Path(folder, "state.safetensors").exists():
             raise UserError(f"--resume: {folder} holds no interrupted run")
         earlier = [*flags.expand([f"@{folder}/train.args"]), "--out_dir", folder]
+    # (a resumed run goes by its own mode; another one is refused below, by say_changes)
     mode = flags.last_value(earlier or words, "--mode", Settings.mode)
     arch = flags.last_value(earlier or words, "--arch", Settings.arch)
     net_class = hypernet.ARCHS.get(arch, hypernet.TextToLoRA)
@@ -151,7 +152,8 @@ def parse_args() -> argparse.Namespace:
         print(__doc__)
         print("--resume continues the interrupted run in --out_dir.")
         flags.print_settings("The settings of this run:", settings, args)
-        flags.print_settings(f"Those of its network (--arch {arch}):", net_settings, args)
+        if net_settings:
+            flags.print_settings(f"Those of its network (--arch {arch}):", net_settings, args)
         sys.exit(0)
     if args.resume:
         flags.say_changes(settings + net_settings, parser.parse_args(earlier), args, MAY_CHANGE)
@@ -208,7 +210,7 @@ def weight_size(adapter: Adapter, measure) -> Tensor:
     """
     total = 0.0
     for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
-        n_ranks = (A != 0).any(-1).sum((1, 2))  # [n], over all layers
+        n_ranks = (A != 0).any(-1).sum((1, 2))  # [n], over all layers; B has as many
         mean_A = measure(A).sum((1, 2, 3)) / (n_ranks * A.shape[-1])  # [n]
         mean_B = measure(B).sum((1, 2, 3)) / (n_ranks * B.shape[-2])
         total = total + mean_A.mean() + mean_B.mean()
@@ -254,7 +256,7 @@ class Run:
 def make_condition(run: Run, drawn: list[data.DrawnTask], parts: list[data.Batch] = ()):
     """The input of `run.net` for some tasks: indices of LoRAs, text embeddings, or documents.
 
-    Text encoders run here, outside autocast: they stay in float32, as published.
+    Text encoders run here, outside autocast: they compute in float32, as published.
     """
     if run.args.mode == "lora":
         indices = [0 if run.args.multi_task else item.index for item in drawn]
@@ -405,7 +407,8 @@ def update(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, step: int
             p.grad *= process.count  # DDP has averaged the gradients of the parts, which add up
     grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
     if not math.isfinite(sum(values) + grad_norm):
-        raise UserError(f"the loss is {sum(values)} in step {step}; try a lower --lr")
+        message = f"the loss is {sum(values)} in step {step + 1}, the gradient's length {grad_norm}"
+        raise UserError(f"{message}; try a lower --lr")
     optimizer.step()
     terms = {f"loss_{name}": value for name, value in zip(losses, values)}
     return {"step": step + 1, "loss": sum(values), **terms, "lr": lr, "grad_norm": grad_norm}
@@ -564,7 +567,7 @@ def train(run: Run, folder: Path) -> bool:
     if process.count > 1:
         net = DistributedDataParallel(run.net, broadcast_buffers=False)
     optimizer = make_optimizer(run.net, args)
-    books, task_ids = state.Books(folder, args.keep), data.identify(run.tasks)
+    books, task_ids = state.Books(folder, args.keep), data.identify(run.tasks + run.val_tasks)
     n_done = 0  # steps
     if args.resume:
         n_done = books.resume(run.net, optimizer, task_ids)
@@ -620,8 +623,9 @@ def next_command(args) -> str:
     """A command that uses what was trained."""
     folder = shlex.quote(args.out_dir)
     if args.mode == "lora":
-        flag = "--mt_lora" if args.multi_task else f"--split {args.split} --oracles"
-        return f"eval.py --base_model {args.base_model} --tasks {args.tasks} {flag} {folder}"
+        models = f"--base_model {shlex.quote(args.base_model)} --tasks {shlex.quote(args.tasks)}"
+        tasks = f"--split {args.split} --n_tasks {args.n_tasks} --oracles"
+        return f"eval.py {models} {'--mt_lora' if args.multi_task else tasks} {folder}"
     text = "--doc FILE" if hypernet.ARCHS[args.arch].reads == "documents" else '--desc "..."'
     return f'generate.py --hypernet {folder} {text} --input "..."'
 

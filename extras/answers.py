@@ -13,7 +13,7 @@ from tqdm import tqdm
 import model
 from support import flags, processes
 from support.files import UserError, command, read_object, write_file
-from tasks.folder import load_folder, task_files
+from tasks.folder import read_task, task_files
 
 ANSWER_TOKENS = 64  # the longest answer
 PROMPT_TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
@@ -53,14 +53,18 @@ def main() -> None:
     args = parser.parse_args()
     if not args.folder.is_dir():
         raise UserError(f"{args.folder} is not a folder")
-    splits = load_folder(args.folder)  # checks the files
-    if not all(task.is_document for tasks in splits.values() for task in tasks):
-        raise UserError(f"{args.folder} holds tasks; only documents can have open questions")
+    paths = task_files(args.folder)
+    for path in paths.values():
+        if not read_task(path).is_document:
+            raise UserError(f"{path} is a task; only documents can have open questions")
+    in_out = {path.stem for path in args.out_dir.glob("*")} - {"splits"}
+    if args.out_dir.resolve() == args.folder.resolve() or not in_out <= set(paths):
+        raise UserError(f"{args.out_dir} is in use; choose another folder")
     device = processes.start_single(args.device)
     base, tokenizer = model.load_base(args.base_model, device)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     n_left_out = 0
-    for name, path in tqdm(task_files(args.folder).items(), desc="documents", unit="file"):
+    for path in tqdm(paths.values(), desc="documents", unit="file"):
         target = args.out_dir / path.name
         if target.exists():  # an earlier call answered it
             continue
@@ -75,7 +79,7 @@ def main() -> None:
         write_file(args.out_dir / "splits.json", splits)
     if n_left_out:
         print(f"left out: {n_left_out} questions; the document is too long, or the answer was empty")
-    print(f"now: python train.py @config/d2l.args --base_model {args.base_model} --tasks {args.out_dir}")
+    print(f"answered: {len(task_files(args.out_dir))} documents, in {args.out_dir} (train.py --tasks)")
 
 
 if __name__ == "__main__":

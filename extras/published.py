@@ -36,8 +36,11 @@ def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
     else:
         raise UserError(f"{folder} holds no published checkpoint: neither hypermod.pt nor pytorch_model.bin")
     net_class = hypernet.ARCHS[arch]
-    with torch.device("meta"):  # only shapes, so that nothing is allocated before they are compared
-        net = net_class(net_class.config_class(**fields))
+    try:
+        with torch.device("meta"):  # only shapes, so that nothing is allocated before they are compared
+            net = net_class(net_class.config_class(**fields))
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"{folder}: the settings make no network: {e}") from None
     expected = {key: tensor.shape for key, tensor in net.state_dict().items()}
     found = {key: tensor.shape for key, tensor in weights.items()}
     if found != expected:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hypernet
+import lora
 from support import flags, processes
 from support.files import UserError, command
 from tasks import chores
@@ -61,9 +62,9 @@ def metric(net: hypernet.TextToLoRA) -> list[Tensor]:
     """For each head W a matrix C [head_in, head_in] with |d C| = |W d| for every d."""
     factors = []
     for name in net.names:
-        W = net.heads[name].weight.detach().cpu().double()
+        W = net.heads[lora.key(name)].weight.detach().cpu().double()
         gram = W.T @ W + 1e-9 * torch.eye(W.shape[1])
-        factors.append(torch.linalg.cholesky(gram).float().to(net.heads[name].weight.device))
+        factors.append(torch.linalg.cholesky(gram).float().to(net.heads[lora.key(name)].weight.device))
     return factors
 
 

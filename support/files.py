@@ -22,11 +22,10 @@ class UserError(ValueError):
 def command(main) -> None:
     """Run a command's main(). A UserError, or a file error, is one line on stderr and exit code 2."""
     try:
-        sys.argv = [word.encode("utf-8", "surrogateescape").decode("utf-8") for word in sys.argv]
+        for word in sys.argv:
+            if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
+                raise UserError(f"the command line is not valid UTF-8: {word!r}")
         main()
-    except UnicodeError as e:
-        print_error(f"a text is not valid UTF-8: {e}")
-        sys.exit(2)
     except (UserError, OSError, SafetensorError) as e:
         print_error(" ".join(str(e).split()))
         sys.exit(2)

@@ -182,4 +182,5 @@ def print_settings(title: str, settings: list[Setting], args: argparse.Namespace
     """Print each setting with its value and its meaning."""
     print(f"\n{title}\n")
     for item in settings:
-        print(f"  --{item.name:24} {getattr(args, item.name)!s:20}  {item.meaning}")
+        choices = f" ({', '.join(item.choices)})" if item.choices else ""
+        print(f"  --{item.name:24} {getattr(args, item.name)!s:20}  {item.meaning}{choices}")

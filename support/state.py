@@ -1,8 +1,9 @@
 """The books of a run: its folder, metrics.jsonl, the state that --resume continues from, the best weights."""
 
 import json
+import math
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ def reserved(folder: Path, settings: str):
     Raises UserError if another run has it. A run that fails before it saves anything gives the folder back.
     """
     in_use = f"--out_dir {folder} is in use; choose another, or --resume an interrupted run"
+    if folder.exists() and [file.name for file in folder.iterdir()] == ["train.args"]:
+        in_use = f"--out_dir {folder} is in use by a run that starts, or that was killed then; choose another"
     if folder.exists() and any(folder.iterdir()):
         raise UserError(in_use)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -32,8 +35,9 @@ def reserved(folder: Path, settings: str):
     finally:
         if [file.name for file in folder.iterdir()] == ["train.args"]:
             (folder / "train.args").unlink()
-            for path in made:
-                path.rmdir()
+            with suppress(OSError):  # another run may have made a folder beside it
+                for path in made:
+                    path.rmdir()
 
 
 KEEP = ("loss", "accuracy", "last")  # which weights are kept
@@ -65,14 +69,14 @@ class Books:
             file.write(json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=row["step"])
-        return self.is_best(row)
+        return self.note_best(row)
 
-    def is_best(self, row: dict) -> bool:
-        """Whether the weights of a step are at least as good as the best so far."""
+    def note_best(self, row: dict) -> bool:
+        """Whether the weights of a step are at least as good as the best so far; then they are the best."""
         if self.keep == "last" or "val_loss" not in row:
             return False
         key, sign = ("val_loss", -1) if self.keep == "loss" else ("val_accuracy", 1)
-        if self.best and sign * row[key] < sign * self.best[key]:
+        if math.isnan(row[key]) or (self.best and sign * row[key] < sign * self.best[key]):
             return False
         self.best = row
         return True
@@ -105,7 +109,7 @@ class Books:
         rows = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:step]  # one per step
         write_file(self.metrics, "".join(rows))
         for row in rows:
-            self.is_best(json.loads(row))
+            self.note_best(json.loads(row))
 
     def close(self) -> None:
         """Remove the state of a finished run."""

@@ -69,7 +69,7 @@ BAD = {
         ["--tasks", "facts", "--methods", "t2l_reworded"],
         "no descriptions for these",
     ),
-    "fewer oracles": (evaluation, ["--oracles", "{tmp}/oracles"], "--n_tasks 0 takes the first ones"),
+    "fewer oracles": (evaluation, ["--oracles", "{tmp}/oracles"], "holds adapters of 0 of these 25 tasks"),
     "no test part": (evaluation, ["--tasks", "{tmp}/tasks", "--split", "train"], "has no test part"),
     "no test split": (evaluation, ["--tasks", "{tmp}/tasks"], "but: train (--split train)"),
     "an adapter for a network": (evaluation, ["--recon", "{adapter}"], "holds an adapter"),
@@ -119,6 +119,8 @@ BAD = {
     "an adapter's base model offline": (converter, ["{elsewhere}", "{tmp}/x.gguf"], "--base_model DIR"),
     "one task on a map": (mapping, ["--split", "val", "--n_tasks", "2"], "--n_tasks: must be at least 3"),
     "tasks with answers": (answers, ["{tmp}/tasks", "{tmp}/new", *BASE], "only documents can have open"),
+    "answers into a folder in use": (answers, ["{tmp}/open", "{foreign}", *BASE], "is in use"),
+    "answers into the same folder": (answers, ["{tmp}/open", "{tmp}/open", *BASE], "is in use"),
     "no published checkpoint": (published, ["{foreign}", "{tmp}/new"], "holds no published checkpoint"),
     "published into a folder in use": (published, ["{foreign}", "{foreign}"], "is in use"),
 }
@@ -142,7 +144,7 @@ def test_bad_input_is_one_line_and_exit_code_2(places, monkeypatch, capsys, case
 
 def test_a_broken_text_on_the_command_line_is_one_line(capsys):
     assert command(generate, "--desc", "caf\udce9") == 2  # what Python makes of a byte of Latin-1
-    assert "a text is not valid UTF-8" in capsys.readouterr().err
+    assert "the command line is not valid UTF-8" in capsys.readouterr().err
 
 
 def test_out_of_memory_is_one_line(capsys, monkeypatch):

@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
         return real(*a) * (float("nan") if len(calls) == 6 else 1.0)
 
     monkeypatch.setattr(train, "task_loss", sixth_is_nan)
-    assert command(train, *words) == 2 and "the loss is nan in step 5" in capsys.readouterr().err
+    assert command(train, *words) == 2 and "the loss is nan in step 6" in capsys.readouterr().err
     assert int(load_file(tmp_path / "run" / "state.safetensors")["step"]) == 4
     monkeypatch.setattr(train, "task_loss", real)
     assert len(fit(tmp_path / "run", "--resume", "--lr", "1e-3")) == 9
@@ -207,7 +207,7 @@ def test_two_runs_into_one_folder_do_not_mix(tmp_path):
     """The second one is refused from the first moment, long before the first one has written anything."""
     folder = tmp_path / "run"
     with state.reserved(folder, "--lr 1\n"):
-        refused("is in use; choose another", state.reserved(folder, "--lr 2\n").__enter__)
+        refused("is in use by a run that starts", state.reserved(folder, "--lr 2\n").__enter__)
         assert (folder / "train.args").read_text() == "--lr 1\n"
     assert not folder.exists()  # nothing was saved
 
@@ -248,7 +248,8 @@ def test_a_run_with_other_tasks_than_before_is_not_resumed(tmp_path, monkeypatch
     assert command(train, "--resume", "--max_steps", "4", "--out_dir", run) == 0
     said = capsys.readouterr().out
     assert "changed: --max_steps 4 (before: 50)" in said
-    assert f"to go on: python eval.py --base_model tiny --tasks {tasks} --split train --oracles {run}" in said
+    again = f"eval.py --base_model tiny --tasks {tasks} --split train --n_tasks 0 --oracles {run}"
+    assert f"to go on: python {again}" in said
     assert sorted(file.name for file in run.iterdir()) == ["a", "b", "metrics.jsonl", "train.args"]
 
 

@@ -1,4 +1,4 @@
-"""A visitor of the page: python -m pytest -q extras (needs gradio, selenium and Chromium)"""
+"""A visitor of the page (needs gradio, selenium and Chromium)."""
 
 import argparse
 import contextlib
