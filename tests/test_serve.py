@@ -99,7 +99,7 @@ def send(url: str, method: str, path: str, content=None, headers={}) -> tuple[in
         return e.code, json.loads(e.read())
 
 
-ADAPTERS = "/v1/adapters"
+ADAPTERS, JSON = "/v1/adapters", {"Content-Type": "application/json"}
 
 
 def test_a_description_becomes_a_model(start, vllm, tmp_path):
@@ -203,13 +203,12 @@ def test_a_token_is_asked_for(start, monkeypatch):
 
 # -------------------- The real one --------------------
 
-CHORES = [
-    "just the family name please",
-    "Put the surname first, then a comma and the first name.",
-    "Say hello to them.",
-]
-CHORES += ["Give the initials with full stops.", "Write the name in brackets."]
-NAMES = ["Ada Lovelace", "Grace Hopper", "Alan Turing", "Mary Shelley"]
+TWENTY = """just the family name please|Put the surname first, then a comma and the first name.|Say hello to them.
+Give the initials with full stops.|Write the name in brackets.|Only the first name.|Put the name in quotes.
+Write it in bold.|Add an exclamation mark.|Replace the space by an underscore.|Say it twice.|Start with Answer:
+Make it a question.|Put it in parentheses.|Make a user name of it.|Everything in small letters.
+The last name, in brackets.|Surname first, in quotes.|the initials, in bold|First name and an exclamation mark"""
+PEOPLE = ["Ada Lovelace", "Grace Hopper", "Alan Turing", "Mary Shelley"]
 
 
 @needs_models
@@ -219,6 +218,7 @@ def test_vllm_answers_as_generate_does(tmp_path, capsys):
     if not python:
         pytest.skip("T2L_VLLM names no python with vLLM")
     base, encoder = os.environ["T2L_BASE"], os.environ["T2L_ENCODER"]
+    texts = TWENTY.replace("\n", "|").split("|")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -250,21 +250,23 @@ def test_vllm_answers_as_generate_does(tmp_path, capsys):
 
         def ask(i: int) -> str:
             """The answer of vLLM for a description, which is a model by then."""
-            said = writer.write("descriptions", f"{CHORES[i % 5]}{' ' * (i // 5)}.".replace("..", "."))
-            messages = json.loads(json.dumps(said["messages"]).replace("INPUT", NAMES[i % 4]))
+            said = writer.write("descriptions", texts[i])
+            messages = json.loads(json.dumps(said["messages"]).replace("INPUT", PEOPLE[i % 4]))
             request = dict(model=said["model"], messages=messages, temperature=0, max_tokens=32)
-            return send(url, "POST", "/v1/chat/completions", request)[1]["choices"][0]["message"]["content"]
+            status, answer = send(url, "POST", "/v1/chat/completions", request, JSON)
+            assert status == 200, answer
+            return answer["choices"][0]["message"]["content"].strip()
 
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(ask, range(20)))
+            answers = list(pool.map(ask, range(len(texts))))
     finally:
         vllm.terminate()
         vllm.wait(60)
-    for i in range(20):
-        net, reader = writer.nets["descriptions"], writer.readers["descriptions"]
-        text = f"{CHORES[i % 5]}{' ' * (i // 5)}.".replace("..", ".")
+    net, reader = writer.nets["descriptions"], writer.readers["descriptions"]
+    expected = []
+    for i, text in enumerate(texts):
         adapters, _ = generate.write_adapters(net, [text], writer.base, reader)
-        args = argparse.Namespace(max_new_tokens=32)
-        adapter, scaling = lora.select(adapters, 0), net.config.scaling
-        (ours,) = generate.ask(writer.base, writer.tokenizer, [NAMES[i % 4]], adapter, scaling, "", args)
-        assert answers[i].strip() == ours, text
+        adapter, args = lora.select(adapters, 0), argparse.Namespace(max_new_tokens=32)
+        asked = [PEOPLE[i % 4]]
+        expected += generate.ask(writer.base, writer.tokenizer, asked, adapter, net.config.scaling, "", args)
+    assert answers == expected and len(texts) == 20
