@@ -37,7 +37,7 @@ import lora
 import model
 from data import Example, Task
 from support import flags, hub, processes
-from support.files import UserError, command, read_object, write_file
+from support.files import UserError, check_name, command, read_object, write_file
 from tasks import benchmarks, load_tasks
 from tasks import folder as task_folder
 
@@ -180,7 +180,10 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=flags.at_least(1), default=256, help="inputs that are answered at once")
     add("--out", help="write settings and scores to this JSON file; extras.plot draws them")
     generate.add_model_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.out:
+        check_name(Path(args.out), ".json")
+    return args
 
 
 def choose_tasks(args, benchmark_names: list[str]) -> list[Task]:
@@ -209,7 +212,7 @@ def choose_tasks(args, benchmark_names: list[str]) -> list[Task]:
 def choose_methods(args, tasks: list[Task]) -> dict[str, Method]:
     """Those of --methods, or all that have what they need; and those of --compare."""
     chosen, left_out = {}, []
-    for name in args.methods.split(",") if args.methods else METHODS:
+    for name in METHODS if args.methods is None else args.methods.split(","):
         if name not in METHODS:
             raise UserError(f"unknown method {name}; there are {', '.join(METHODS)}")
         lacks = what_is_missing(METHODS[name], args, tasks)
@@ -235,7 +238,7 @@ def what_is_missing(method: Method, args, tasks: list[Task]) -> str:
     except UserError as e:
         return str(e)
     has_texts = all(method.descriptions(tasks, t) for t in range(len(tasks)))
-    return "" if has_texts else "has no descriptions for these tasks"
+    return "" if has_texts else "needs descriptions that these tasks do not have, or a second task"
 
 
 class Models:

@@ -52,6 +52,8 @@ def parse_args() -> argparse.Namespace:
             if not text.strip():
                 raise UserError(f"{flag} is empty" if len(texts) == 1 else f"{flag} number {i} is empty")
     for folder in (args.out, args.merge):
+        if folder == "":
+            raise UserError("the name of a folder is empty (--out or --merge)")
         if folder:
             files.check_folder(Path(folder))
     return args
@@ -217,8 +219,9 @@ def read_documents(paths: list[str]) -> list[str]:
         documents = [Path(path).read_text(encoding="utf-8-sig") for path in paths]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--doc cannot be read as text: {e}") from None
-    if not all(text.strip() for text in documents):
-        raise UserError("--doc is empty")
+    for path, text in zip(paths, documents):
+        if not text.strip():
+            raise UserError(f"--doc {path} is empty")
     return documents
 
 

@@ -483,7 +483,7 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
         lora.set_adapter(base, adapter, config.scaling)
         assert said() == answers[2 * i : 2 * i + 2]
     assert answers[:2] == ["chat chien", "ours loup"]
-    nearest = re.findall(r"nearest of 240 training descriptions \((0\.\d\d) of 1\): .", shown)
+    nearest = re.findall(r"nearest of 479 training descriptions \((0\.\d\d) of 1\): .", shown)
     assert len(nearest) == 2 and all(float(nearness) > 0.3 for nearness in nearest)
 
 

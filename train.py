@@ -408,7 +408,7 @@ def update(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, step: int
     grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
     if not math.isfinite(sum(values) + grad_norm):
         message = f"the loss is {sum(values)} in step {step + 1}, the gradient's length {grad_norm}"
-        raise UserError(f"{message}; try a lower --lr")
+        raise UserError(f"{message}; start again with a lower --lr")
     optimizer.step()
     terms = {f"loss_{name}": value for name, value in zip(losses, values)}
     return {"step": step + 1, "loss": sum(values), **terms, "lr": lr, "grad_norm": grad_norm}
@@ -550,7 +550,7 @@ def save(run: Run, folder: Path) -> None:
     if run.args.mode != "lora":
         hypernet.save_hypernet(run.net, folder)
         if run.net.reads == "descriptions":  # generate.py compares a new description with some of these
-            some = run.tasks[:: math.ceil(len(run.tasks) / 300)]
+            some = run.tasks[:: math.ceil(len(run.tasks) / 500)]
             write_file(folder / "descriptions.json", [task.descriptions[0] for task in some])
     elif run.args.multi_task:
         lora.save_adapter(folder, run.net(0), run.net.config)
@@ -565,7 +565,7 @@ def train(run: Run, folder: Path) -> bool:
     is_first = process.rank == 0
     net = run.net
     if process.count > 1:
-        net = DistributedDataParallel(run.net, broadcast_buffers=False)
+        net = DistributedDataParallel(run.net)
     optimizer = make_optimizer(run.net, args)
     books, task_ids = state.Books(folder, args.keep), data.identify(run.tasks + run.val_tasks)
     n_done = 0  # steps
@@ -584,33 +584,36 @@ def train(run: Run, folder: Path) -> bool:
             books.start_wandb(vars(args))
 
     interrupts = state.on_ctrl_c()
-    bar = tqdm(total=args.max_steps, initial=n_done, disable=not is_first, desc=args.mode)
     n_examples = (args.tasks_per_batch or len(run.tasks)) * args.examples_per_task  # of a step
-    measured = {}  # by the last validation
-    for step in range(n_done, args.max_steps):
-        row = update(run, net, optimizer, step)
-        is_due = (step + 1) % args.val_every == 0 or step + 1 == args.max_steps
-        if is_due and run.val_tasks and (is_first or args.shard):
-            measured = validate(run)
-            row |= measured
-        # all processes stop after the same step
-        interrupted = processes.total(process, torch.tensor(float(len(interrupts)), device=process.device))
-        if is_first:
-            if books.add(row):
-                save(run, folder)
-            if is_due or interrupted or step == n_done:  # the first state shows early that the disk has room
-                books.save_state(step + 1, run.net, optimizer, task_ids)
-            speed = f"{(bar.format_dict['rate'] or 0) * n_examples:.1f}"
-            bar.set_postfix({"loss": row["loss"]} | measured | {"examples/s": speed}, refresh=False)
-            bar.update()
-        if interrupted and step + 1 < args.max_steps:
-            bar.close()
+    measured, interrupted = {}, False  # by the last validation
+    with tqdm(total=args.max_steps, initial=n_done, disable=not is_first, desc=args.mode) as bar:
+        for step in range(n_done, args.max_steps):
+            row = update(run, net, optimizer, step)
+            is_due = (step + 1) % args.val_every == 0 or step + 1 == args.max_steps
+            if is_due and run.val_tasks and (is_first or args.shard):
+                measured = validate(run)
+                row |= measured
+            # all processes stop after the same step
+            said = torch.tensor(float(len(interrupts)), device=process.device)
+            interrupted = bool(processes.total(process, said))
             if is_first:
-                again = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
-                say = f"interrupted after {step + 1} steps; to continue: {processes.launcher()} {again}"
-                print(say, file=sys.stderr)
-            return False
-    bar.close()
+                if books.add(row):
+                    save(run, folder)
+                if is_due or interrupted or step == n_done:  # the first shows early that the disk has room
+                    books.save_state(step + 1, run.net, optimizer, task_ids)
+                speed = f"{(bar.format_dict['rate'] or 0) * n_examples:.1f}"
+                bar.set_postfix({"loss": row["loss"]} | measured | {"examples/s": speed}, refresh=False)
+                bar.update()
+            if interrupted and step + 1 < args.max_steps:
+                break
+        else:
+            interrupted = False
+    if interrupted:
+        if is_first:
+            again = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
+            say = f"interrupted after {step + 1} steps; to continue: {processes.launcher()} {again}"
+            print(say, file=sys.stderr)
+        return False
     if is_first:
         if not books.best:
             save(run, folder)
@@ -635,8 +638,7 @@ def main() -> None:
     process = processes.start(args.device)
     torch.manual_seed(args.seed)
     folder = Path(args.out_dir)
-    is_new = process.rank == 0 and not args.resume
-    with state.reserved(folder, args.as_text) if is_new else nullcontext():
+    with state.reserved(folder, args.as_text, args.resume) if process.rank == 0 else nullcontext():
         run = prepare_recon(args, process) if args.mode == "recon" else prepare(args, process)
         is_finished = train(run, folder)
     processes.leave()

@@ -66,9 +66,11 @@ def main() -> None:
     n_left_out = 0
     for path in tqdm(paths.values(), desc="documents", unit="file"):
         target = args.out_dir / path.name
-        if target.exists():  # an earlier call answered it
-            continue
         content = read_object(path)
+        if target.exists():  # an earlier call answered it
+            if read_object(target).get("document") != content["document"]:
+                raise UserError(f"{target} is a file of somebody else; choose another folder")
+            continue
         n_left_out += answer_file(base, tokenizer, content)
         if content["questions"]:
             write_file(target, content)

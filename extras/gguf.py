@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 import lora
 from support import flags, hub
-from support.files import UserError, command
+from support.files import UserError, check_name, command
 
 ARCHITECTURES = {  # model_type in transformers: (architecture in llama.cpp, whether it permutes q and k)
     "llama": ("llama", True),
@@ -35,7 +35,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--base_model", help="where the base model is, if not under the adapter's name for it"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_name(args.out, ".gguf")
+    return args
 
 
 def permute(B: Tensor, n_heads: int) -> Tensor:

@@ -19,7 +19,7 @@ import data
 import generate
 import model
 from support import flags, processes
-from support.files import UserError, command
+from support.files import UserError, check_name, command
 from tasks import load_tasks
 
 ENTRIES = 4096  # of each layer's change of the weights: a strided sample
@@ -33,7 +33,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--n_tasks", type=flags.at_least(3), default=512, help="at most so many of them")
     parser.add_argument("--out", default="map.png", help="the picture to write")
     generate.add_model_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_name(Path(args.out), ".png")
+    return args
 
 
 def projection(x: Tensor) -> Tensor:

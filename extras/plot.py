@@ -6,7 +6,7 @@ Bars of all methods; for documents lines over their length.
 from pathlib import Path
 
 from support import flags
-from support.files import UserError, command, read_object
+from support.files import UserError, check_name, command, read_object
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="file of eval.py --out")
     parser.add_argument("out", type=Path, help="the picture to write, a PNG file")
     args = parser.parse_args()
+    check_name(args.out, ".png")
     try:
         import matplotlib
     except ImportError:

@@ -96,6 +96,12 @@ def read_object(path: str | Path) -> dict:
     return content
 
 
+def check_name(path: Path, ending: str) -> None:
+    """Raise UserError for a file to be written that is not called as it should, so that none gets lost."""
+    if path.suffix != ending or path.is_dir():
+        raise UserError(f"{path}: the file to be written must end in {ending}")
+
+
 # -------------------- A folder that generate.py writes --------------------
 
 MARK = "written_by_generate.json"  # lists the files that generate.py has written into a folder

@@ -122,6 +122,8 @@ def first_line(error: Exception) -> str:
 def from_pretrained(loader, name: str, flag: str = "--base_model", **settings):
     """loader.from_pretrained on a preset's base model, a folder or a Hugging Face id."""
     folder = fetch(source_of(name), flag=flag)
+    if (folder / "adapter_config.json").exists() or (folder / "hypernet.safetensors").exists():
+        raise UserError(f"{flag} {name} is an adapter or a hypernetwork, not a model")
     try:
         return loader.from_pretrained(folder, local_files_only=True, **settings)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError) as e:

@@ -1,7 +1,9 @@
 """The books of a run: its folder, metrics.jsonl, the state that --resume continues from, the best weights."""
 
+import fcntl
 import json
 import math
+import os
 import signal
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,31 +15,34 @@ from support.files import UserError, read_file, read_object, write_file
 
 
 @contextmanager
-def reserved(folder: Path, settings: str):
-    """Take an empty folder for a run and write its settings there, train.args.
+def reserved(folder: Path, settings: str, resumes: bool):
+    """Take the folder of a run, write its settings there (train.args), and lock it until the run ends.
 
-    Raises UserError if another run has it. A run that fails before it saves anything gives the folder back.
+    Raises UserError if it is not empty, unless the run `resumes`, or if a run is going on there. A run that
+    fails before it saves anything gives the folder back.
     """
-    in_use = f"--out_dir {folder} is in use; choose another, or --resume an interrupted run"
-    if folder.exists() and [file.name for file in folder.iterdir()] == ["train.args"]:
-        in_use = f"--out_dir {folder} is in use by a run that starts, or that was killed then; choose another"
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(in_use)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # the lock of a killed process is gone
     try:
-        with (folder / "train.args").open("x", encoding="utf-8") as file:  # "x": two runs may start at once
-            file.write(settings)
-    except FileExistsError:
-        raise UserError(in_use) from None
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"--out_dir {folder} is in use: a run is going on there; choose another") from None
     try:
+        files = {file.name for file in folder.iterdir()}
+        if not resumes and not files <= {"train.args"}:  # which a run leaves that is killed while it starts
+            raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
+        if not resumes:
+            write_file(folder / "train.args", settings)
         yield
     finally:
-        if [file.name for file in folder.iterdir()] == ["train.args"]:
+        if {file.name for file in folder.iterdir()} == {"train.args"}:
             (folder / "train.args").unlink()
             with suppress(OSError):  # another run may have made a folder beside it
                 for path in made:
                     path.rmdir()
+        os.close(lock)
 
 
 KEEP = ("loss", "accuracy", "last")  # which weights are kept

@@ -118,7 +118,7 @@ def test_a_folder_named_like_a_method_is_a_row_of_its_own(tmp_path, monkeypatch,
 def test_what_is_left_out_is_said(tmp_path, capsys):
     words = ["--hypernet", TINY / "sft_small", "--n_tasks", "1", "--n_examples", "1"]
     assert command(evaluation, *words) == 0
-    left_out = "left out: mt_lora (needs --mt_lora DIR), oracle (needs --oracles DIR), t2l_shuffled (has no"
+    left_out = "left out: mt_lora (needs --mt_lora DIR), oracle (needs --oracles DIR), t2l_shuffled (needs"
     assert left_out in capsys.readouterr().out
 
 

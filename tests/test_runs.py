@@ -206,10 +206,18 @@ def test_a_run_whose_last_step_was_saved_is_finished(tmp_path, monkeypatch):
 def test_two_runs_into_one_folder_do_not_mix(tmp_path):
     """The second one is refused from the first moment, long before the first one has written anything."""
     folder = tmp_path / "run"
-    with state.reserved(folder, "--lr 1\n"):
-        refused("is in use by a run that starts", state.reserved(folder, "--lr 2\n").__enter__)
+    with state.reserved(folder, "--lr 1\n", False):
+        for resumes in (False, True):
+            refused("a run is going on there", state.reserved(folder, "--lr 2\n", resumes).__enter__)
         assert (folder / "train.args").read_text() == "--lr 1\n"
     assert not folder.exists()  # nothing was saved
+    folder.mkdir()
+    (folder / "train.args").touch()  # of a run that was killed while it started
+    with state.reserved(folder, "--lr 1\n", False):
+        (folder / "metrics.jsonl").touch()
+    refused("is in use; choose another", state.reserved(folder, "--lr 1\n", False).__enter__)
+    with state.reserved(folder, "--lr 2\n", True):
+        assert (folder / "train.args").read_text() == "--lr 1\n"  # until the state has been read
 
 
 def task_folder_of(folder: Path, names: str) -> Path:

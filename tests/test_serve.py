@@ -203,11 +203,12 @@ def test_a_token_is_asked_for(start, monkeypatch):
 
 # -------------------- The real one --------------------
 
-TWENTY = """just the family name please|Put the surname first, then a comma and the first name.|Say hello to them.
-Give the initials with full stops.|Write the name in brackets.|Only the first name.|Put the name in quotes.
-Write it in bold.|Add an exclamation mark.|Replace the space by an underscore.|Say it twice.|Start with Answer:
-Make it a question.|Put it in parentheses.|Make a user name of it.|Everything in small letters.
-The last name, in brackets.|Surname first, in quotes.|the initials, in bold|First name and an exclamation mark"""
+TWENTY = """just the family name please|Put the surname first, then a comma and the first name.
+Say hello to them.|Give the initials with full stops.|Write the name in brackets.|Only the first name.
+Put the name in quotes.|Write it in bold.|Add an exclamation mark.|Replace the space by an underscore.
+Say it twice.|Start with Answer:|Make it a question.|Put it in parentheses.|Make a user name of it.
+Everything in small letters.|The last name, in brackets.|Surname first, in quotes.|the initials, in bold
+First name and an exclamation mark"""
 PEOPLE = ["Ada Lovelace", "Grace Hopper", "Alan Turing", "Mary Shelley"]
 
 

@@ -1,0 +1,130 @@
+"""Two real models of other families: T2L_GEMMA names gemma-3-270m, T2L_QWEN Qwen2.5-Coder-0.5B-Instruct.
+
+Gemma 3 has sliding windows, norms on q and k, scaled embeddings and no chat template; Qwen 2.5 has biases on
+q, k and v. Weights, prompts and stop marks of random models say little about these.
+"""
+
+import os
+import resource
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import data
+import generate
+import hypernet
+import lora
+import model
+import train
+from extras import gguf as converter
+from support.files import read_file, write_file
+from tests.helpers import close, command, losses_of, run_of, with_peft
+
+BASES = {"gemma": os.environ.get("T2L_GEMMA"), "qwen": os.environ.get("T2L_QWEN")}
+PEOPLE = ["Ada Lovelace", "Grace Hopper", "Alan Turing", "Mary Shelley", "Carl Gauss", "Emmy Noether"]
+PEOPLE += ["Max Planck", "Lise Meitner"]
+TASKS = {
+    "surname": ("Give the surname.", lambda name: name.split()[1]),
+    "first": ("Give the first name.", lambda name: name.split()[0]),
+    "comma": ("Put the surname first, then a comma.", lambda name: ", ".join(name.split()[::-1])),
+}
+WORDS = "--size small --tasks_per_batch 3 --examples_per_task 8 --micro_batch 24 --lr 2e-3 --dropout 0"
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base_model(request) -> str:
+    if not BASES[request.param]:
+        pytest.skip(f"T2L_{request.param.upper()} names no folder")
+    return BASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A folder of three tasks with names, 8 examples each."""
+    folder = tmp_path_factory.mktemp("names")
+    for name, (description, answer) in TASKS.items():
+        people = [*PEOPLE, "Test Part", "Test Parts"]  # the last fifth is the test part
+        instances = [{"input": person, "output": [answer(person)]} for person in people]
+        write_file(folder / f"{name}.json", {"descriptions": [description], "Instances": instances})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(base_model, tasks, tmp_path_factory) -> Path:
+    """The folder of a hypernetwork after 25 steps with NEFTune, in bfloat16; prints seconds and memory."""
+    folder = tmp_path_factory.mktemp("trained") / "net"
+    words = ["--base_model", base_model, "--tasks", tasks, *WORDS.split(), "--dtype", "bfloat16"]
+    started = time.perf_counter()
+    assert command(train, *words, "--neftune_alpha", "5", "--max_steps", "25", "--out_dir", folder) == 0
+    seconds = time.perf_counter() - started
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{base_model}: 25 steps in {seconds:.0f} s with all start-up, at most {gigabytes:.1f} GiB")
+    return folder
+
+
+def test_the_loss_falls_and_the_description_is_followed(trained, base_model, tmp_path, capsys):
+    assert read_file(trained / "config.json")["encoder"] == "base"  # the default without a preset
+    losses = losses_of(trained, "loss_task")
+    assert losses[-1] < 0.3 * losses[0]
+    words = ["--base_model", base_model, "--hypernet", trained, "--desc", "Give the surname.", "--input"]
+    assert command(generate, *words, "Ada Lovelace", "--out", tmp_path / "a", "--dtype", "bfloat16") == 0
+    assert "with adapter  Lovelace\n" in capsys.readouterr().out  # and nothing after the end mark
+
+
+def test_checkpointing_changes_no_gradient(base_model, tasks):
+    found = []
+    for words in ([], ["--gradient_checkpointing"]):
+        words += ["--base_model", base_model, "--tasks", tasks, *WORDS.split(), "--examples_per_task", "2"]
+        torch.manual_seed(0)
+        run = run_of(*words, "--dtype", "float32")
+        train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args))
+        found.append([p.grad for p in run.net.parameters()])
+    close(*found, 1e-3, 1e-5)
+
+
+def test_peft_and_merged_weights_give_the_same_logits(trained, base_model, tmp_path):
+    net = hypernet.load_hypernet(trained)
+    base, tokenizer = model.load_base(base_model, dtype=torch.float32)
+    reader = net.load_reader(net.config, base, tokenizer, "cpu")
+    with torch.no_grad():
+        adapter = lora.select(net(net.condition(["Give the surname."], reader)), 0)
+    lora.save_adapter(tmp_path, adapter, net.config)
+    prompt = model.render(tokenizer, model.chat(tokenizer, "Ada Lovelace"))
+    ids = torch.tensor([model.tokenize(tokenizer, prompt)])
+    lora.inject(base, list(net.config.targets))
+    with torch.no_grad():
+        plain = base(ids).logits
+        lora.set_adapter(base, adapter, net.config.scaling)
+        ours = base(ids).logits
+        lora.set_adapter(base, None)
+        lora.merge(base, adapter, net.config.scaling)
+        close(base(ids).logits, ours, 1e-3, 1e-3)
+        whole = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+        close(with_peft(whole, tmp_path)(ids).logits, ours, 1e-3, 1e-3)
+    assert (ours - plain).abs().max() > 0.1
+
+
+def test_llama_cpp_has_names_for_its_layers(base_model, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    base, _ = model.load_base(base_model)
+    targets = lora.find_targets(base, ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])
+    config = lora.config_for(base, targets, base_model, r=2)
+    lora.save_adapter(tmp_path / "a", lora.LoRABank(config, 1)(0), config)
+    assert command(converter, tmp_path / "a", tmp_path / "a.gguf") == 0
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert len(names) == 2 * sum(len(target.layers) for target in targets.values())
+    assert "blk.0.attn_q.weight.lora_a" in names
+
+
+def test_a_step_of_doc_to_lora(base_model, tmp_path):
+    question = {"question": "Who?", "answer": "Ada"}
+    document = "Ada wrote the first program. " * 9
+    write_file(tmp_path / "a.json", {"document": document, "questions": [question]})
+    words = "--arch d2l --target_modules down_proj --latent_size 32 --n_blocks 1 --n_heads 4 --chunk_len 32"
+    words += " --tasks_per_batch 1 --max_steps 2 --distill 4 --l2 0"
+    run = run_of("--base_model", base_model, "--tasks", tmp_path, *words.split(), "--dtype", "float32")
+    losses = train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args))
+    assert losses["task"].isfinite() and all(p.grad.isfinite().all() for p in run.net.parameters())
