@@ -1,7 +1,7 @@
-"""An adapter for llama.cpp and Ollama: python -m extras.gguf out/adapter adapter.gguf   (needs gguf)
+"""An adapter for llama.cpp: python -m extras.gguf out/adapter adapter.gguf   (needs gguf)
 
-    llama-cli -m SmolLM2-135M-Instruct.Q4_1.gguf --lora adapter.gguf
-    ollama create chores -f Modelfile      # FROM ./SmolLM2-135M-Instruct.Q4_1.gguf   ADAPTER ./adapter.gguf
+    llama-server -m SmolLM2-135M-Instruct.Q4_1.gguf --lora adapter.gguf,other.gguf --lora-init-without-apply
+    curl localhost:8080/v1/chat/completions -d '{"lora": [{"id": 0, "scale": 1.0}], "messages": [...]}'
 
 The base model's own GGUF file is needed beside it, of any quantisation.
 """

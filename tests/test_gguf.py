@@ -1,9 +1,16 @@
-"""Adapters for llama.cpp (needs gguf; one test llama-cpp-python and T2L_GGUF)
+"""Adapters for llama.cpp (needs gguf).
 
-T2L_GGUF names the GGUF file of SmolLM2-135M-Instruct, T2L_BASE and T2L_ENCODER the folders of both models.
+T2L_LLAMA_SERVER names the program llama-server, T2L_GGUF the GGUF file of SmolLM2-135M-Instruct, T2L_BASE and
+T2L_ENCODER the folders of both models.
 """
 
+import contextlib
+import json
 import os
+import socket
+import subprocess
+import time
+import urllib.request
 
 import pytest
 import torch
@@ -69,19 +76,40 @@ def test_other_architectures_are_refused_in_words(base, tmp_path, capsys):
     assert "no GGUF adapters for gpt_neox, but for llama" in error and not (tmp_path / "a.gguf").exists()
 
 
-def test_llama_cpp_answers_as_generate_does(tmp_path):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    if not {"T2L_GGUF", "T2L_BASE", "T2L_ENCODER"} <= set(os.environ):
-        pytest.skip("T2L_GGUF, T2L_BASE and T2L_ENCODER name no files")
+def test_llama_server_answers_as_generate_does(tmp_path):
+    """Two adapters in one server, chosen by each request; without them the answers are others."""
+    needed = ["T2L_LLAMA_SERVER", "T2L_GGUF", "T2L_BASE", "T2L_ENCODER"]
+    if not set(needed) <= set(os.environ):
+        pytest.skip(f"{', '.join(needed)} name no files")
     words = ["--base_model", os.environ["T2L_BASE"], "--encoder", os.environ["T2L_ENCODER"]]
-    words += ["--desc", "Turn this record into JSON, please.", "--out", tmp_path / "adapter"]
-    assert command(generate, *words) == 0
-    options = ["--base_model", os.environ["T2L_BASE"]]
-    assert command(converter, tmp_path / "adapter", tmp_path / "a.gguf", *options) == 0
-    settings = dict(model_path=os.environ["T2L_GGUF"], n_ctx=256, verbose=False)
-    model = llama_cpp.Llama(lora_path=str(tmp_path / "a.gguf"), **settings)
+    for i, text in enumerate(("Turn this record into JSON, please.", "just the family name please")):
+        assert command(generate, *words, "--desc", text, "--out", tmp_path / "adapter") == 0
+        assert command(converter, tmp_path / "adapter", tmp_path / f"{i}.gguf", *words[:2]) == 0
+    adapters = f"{tmp_path / '0.gguf'},{tmp_path / '1.gguf'}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    start = [os.environ["T2L_LLAMA_SERVER"], "-m", os.environ["T2L_GGUF"], "--port", url.split(":")[-1]]
+    start += ["--lora", adapters, "--lora-init-without-apply", "-c", "512"]
+    server = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ask(text: str, *scales: float) -> str:
+        messages = [{"role": "system", "content": ""}, {"role": "user", "content": text}]
+        chosen = [{"id": i, "scale": scale} for i, scale in enumerate(scales)]
+        content = json.dumps(dict(messages=messages, lora=chosen, temperature=0, max_tokens=48)).encode()
+        request = urllib.request.Request(f"{url}/v1/chat/completions", content)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.loads(response.read())["choices"][0]["message"]["content"].strip()
+
     record = "name: Ada Lovelace; city: London; age: 36; job: writer"
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": record}]
-    answer = model.create_chat_completion(messages, temperature=0, max_tokens=64)["choices"][0]["message"]
-    expected = '{"name": "Ada Lovelace", "city": "London", "age": "36", "job": "writer"}'
-    assert answer["content"].strip() == expected
+    try:
+        for _ in range(60):
+            with contextlib.suppress(OSError):
+                plain = ask(record, 0.0, 0.0)
+                break
+            time.sleep(1)
+        as_json = '{"name": "Ada Lovelace", "city": "London", "age": "36", "job": "writer"}'
+        assert ask(record, 1.0, 0.0) == as_json != plain
+        assert ask("Ada Lovelace", 0.0, 1.0) == "Lovelace" != ask("Ada Lovelace", 0.0, 0.0)
+    finally:
+        server.kill()

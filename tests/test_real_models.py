@@ -27,11 +27,11 @@ BASES = {"gemma": os.environ.get("T2L_GEMMA"), "qwen": os.environ.get("T2L_QWEN"
 PEOPLE = ["Ada Lovelace", "Grace Hopper", "Alan Turing", "Mary Shelley", "Carl Gauss", "Emmy Noether"]
 PEOPLE += ["Max Planck", "Lise Meitner"]
 TASKS = {
-    "surname": ("Give the surname.", lambda name: name.split()[1]),
-    "first": ("Give the first name.", lambda name: name.split()[0]),
-    "comma": ("Put the surname first, then a comma.", lambda name: ", ".join(name.split()[::-1])),
+    "surname": ("Give the surname", lambda name: name.split()[1]),
+    "first": ("Give the first name", lambda name: name.split()[0]),
+    "comma": ("Put the surname first, then a comma", lambda name: ", ".join(name.split()[::-1])),
 }
-WORDS = "--size small --tasks_per_batch 3 --examples_per_task 8 --micro_batch 24 --lr 2e-3 --dropout 0"
+WORDS = "--tasks_per_batch 3 --examples_per_task 8 --micro_batch 24 --lr 1e-3 --head_lr 1 --dropout 0"
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -69,7 +69,7 @@ def test_the_loss_falls_and_the_description_is_followed(trained, base_model, tmp
     assert read_file(trained / "config.json")["encoder"] == "base"  # the default without a preset
     losses = losses_of(trained, "loss_task")
     assert losses[-1] < 0.3 * losses[0]
-    words = ["--base_model", base_model, "--hypernet", trained, "--desc", "Give the surname.", "--input"]
+    words = ["--base_model", base_model, "--hypernet", trained, "--desc", "Give the surname", "--input"]
     assert command(generate, *words, "Ada Lovelace", "--out", tmp_path / "a", "--dtype", "bfloat16") == 0
     assert "with adapter  Lovelace\n" in capsys.readouterr().out  # and nothing after the end mark
 
@@ -90,7 +90,7 @@ def test_peft_and_merged_weights_give_the_same_logits(trained, base_model, tmp_p
     base, tokenizer = model.load_base(base_model, dtype=torch.float32)
     reader = net.load_reader(net.config, base, tokenizer, "cpu")
     with torch.no_grad():
-        adapter = lora.select(net(net.condition(["Give the surname."], reader)), 0)
+        adapter = lora.select(net(net.condition(["Give the surname"], reader)), 0)
     lora.save_adapter(tmp_path, adapter, net.config)
     prompt = model.render(tokenizer, model.chat(tokenizer, "Ada Lovelace"))
     ids = torch.tensor([model.tokenize(tokenizer, prompt)])
