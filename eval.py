@@ -325,7 +325,7 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
     Questions whose prompt does not fit into the base model's window are left out.
     """
     tokenizer = models.tokenizer
-    window = models.base.config.get_text_config().max_position_embeddings
+    window = model.window_of(models.base)
     asked, n_too_long = [], 0
     for question in make_questions(tasks, method, models.has_instruction(name, args), args):
         chat = model.chat(tokenizer, question.example.input, question.instruction, question.shots)

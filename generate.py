@@ -152,8 +152,8 @@ def compare(base, tokenizer, inputs: list[str], adapter: Adapter, net, text: str
     is_document, scaling = net.reads == "documents", net.config.scaling
     instruction = text + model.SUFFIX if args.instruction and not is_document else ""
     rows = {"base model": (None, instruction)}
-    window = base.config.get_text_config().max_position_embeddings
-    if is_document and len(model.tokenize(tokenizer, text)) + (args.max_new_tokens or 64) < window:
+    n_tokens = len(model.tokenize(tokenizer, text)) + (args.max_new_tokens or 64)
+    if is_document and n_tokens < model.window_of(base):
         rows["in context"] = (None, text)
     rows["with adapter"] = (adapter, instruction)
     answers, times = {}, {}

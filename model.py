@@ -207,6 +207,12 @@ def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]]):
     return logits[example_index, position - first].float(), example_index, ids[example_index, position + 1]
 
 
+def window_of(base: nn.Module) -> int:
+    """How many tokens the base model can read."""
+    n = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    return n or 10**9  # some models have no limit
+
+
 def decoder_layers(base: nn.Module) -> nn.ModuleList:
     """The decoder's layers. Raises UserError for models that call them otherwise."""
     layers = getattr(base.get_decoder(), "layers", None)

@@ -305,10 +305,10 @@ def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]
 
 
 def micro_batches(batch: data.Batch, parts: list[data.Batch], args) -> Iterator[tuple[float, list]]:
-    """(weight, examples) of each micro-batch: --micro_batch examples of like length; the weights add up to
-    `batch.example_fraction`.
+    """(weight, examples) of each micro-batch: --micro_batch examples of similar length.
 
-    With --shard all processes need equally many. Those that have no examples left repeat one, with weight 0.
+    The weights add up to `batch.example_fraction`. With --shard all processes need equally many. Those that
+    have no examples left repeat one, with weight 0.
     """
     n = math.ceil(len(batch.examples) / args.micro_batch)
     if args.shard:
@@ -347,8 +347,8 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str,
             penalty.backward()
             losses[name] = penalty.detach()
 
-    # 3. The examples go through the base model a few of like length at a time. Each backward pass frees the
-    #    activations, so the memory of a step is that of one micro-batch.
+    # 3. The examples go through the base model, a few of similar length at a time. Each backward pass frees
+    #    the activations, so the memory of a step is that of one micro-batch.
     losses["task"] = torch.zeros((), device=run.base.device)
     for weight, examples in micro_batches(batch, parts, args):
         with autocast(run):

@@ -21,7 +21,6 @@ PROMPT_TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save
 
 def answer_file(base, tokenizer, content: dict) -> int:
     """Answer the open questions of one file, in place. Returns how many did not fit into the window."""
-    window = base.config.get_text_config().max_position_embeddings
     open_entries, prompts, longest = [], [], 0
     for entry in content["questions"]:
         if "answer" in entry:
@@ -29,7 +28,7 @@ def answer_file(base, tokenizer, content: dict) -> int:
         chat = model.chat(tokenizer, entry["question"].strip(), content["document"])
         prompt = model.render(tokenizer, chat)
         n_tokens = len(model.tokenize(tokenizer, prompt))
-        if n_tokens + ANSWER_TOKENS <= window:
+        if n_tokens + ANSWER_TOKENS <= model.window_of(base):
             open_entries.append(entry)
             prompts.append(prompt)
             longest = max(longest, n_tokens)

@@ -1,6 +1,5 @@
 """The books of a run: its folder, metrics.jsonl, the state that --resume continues from, the best weights."""
 
-import fcntl
 import json
 import math
 import os
@@ -15,6 +14,25 @@ from support.files import UserError, read_file, read_object, write_file
 
 
 @contextmanager
+def locked(folder: Path):
+    """Lock a folder; the lock of a killed process is gone. Raises UserError if another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out_dir {folder} is in use: a run is going on there") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def reserved(folder: Path, settings: str, resumes: bool):
     """Take the folder of a run, write its settings there (train.args), and lock it until the run ends.
 
@@ -23,26 +41,21 @@ def reserved(folder: Path, settings: str, resumes: bool):
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # the lock of a killed process is gone
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(f"--out_dir {folder} is in use: a run is going on there; choose another") from None
-    try:
-        files = {file.name for file in folder.iterdir()}
-        if not resumes and not files <= {"train.args"}:  # which a run leaves that is killed while it starts
-            raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
-        if not resumes:
-            write_file(folder / "train.args", settings)
-        yield
-    finally:
-        if {file.name for file in folder.iterdir()} == {"train.args"}:
-            (folder / "train.args").unlink()
-            with suppress(OSError):  # another run may have made a folder beside it
-                for path in made:
-                    path.rmdir()
-        os.close(lock)
+    with locked(folder):
+        try:
+            files = {file.name for file in folder.iterdir()}
+            if not resumes and not files <= {"train.args"}:  # left by a run that was killed while it started
+                advice = "choose another, or --resume an interrupted run"
+                raise UserError(f"--out_dir {folder} is in use; {advice}")
+            if not resumes:
+                write_file(folder / "train.args", settings)
+            yield
+        finally:
+            if {file.name for file in folder.iterdir()} == {"train.args"}:
+                (folder / "train.args").unlink()
+                with suppress(OSError):  # another run may have made a folder beside it
+                    for path in made:
+                        path.rmdir()
 
 
 KEEP = ("loss", "accuracy", "last")  # which weights are kept

@@ -13,7 +13,7 @@ from data import Example
 from extras import plot
 from support.files import read_file, write_file
 from tasks import load_tasks
-from tests.helpers import TINY, command, evaluate, fit, refused
+from tests.helpers import TINY, command, config_for, evaluate, fit, random_adapter, refused
 
 
 def test_all_documents_are_scored_also_those_of_equal_names(tmp_path, monkeypatch):
@@ -149,6 +149,24 @@ def test_an_answer_may_be_as_long_as_the_right_one():
     assert evaluation.answer_tokens(tokenizer, question, args) == 101
     args.max_new_tokens = 7
     assert evaluation.answer_tokens(tokenizer, question, args) == 7
+
+
+def test_a_lora_for_a_base_model_without_a_shipped_network(places, tmp_path, capsys):
+    base, _ = model.load_base(str(places["base"]))
+    config = config_for(base, base_model=str(places["base"]))
+    lora.save_adapter(tmp_path / "mt", random_adapter(config), config)
+    words = [
+        "--base_model",
+        places["base"],
+        "--mt_lora",
+        tmp_path / "mt",
+        "--n_tasks",
+        "2",
+        "--n_examples",
+        "2",
+    ]
+    results = evaluate(tmp_path / "e.json", *words)
+    assert list(results) == ["base", "icl", "prompt", "mt_lora"]
 
 
 def test_only_benchmarks_have_published_rows(tmp_path, capsys):

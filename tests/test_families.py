@@ -119,35 +119,45 @@ class Words:
         return "\n".join(message["content"] for message in messages)
 
 
+@pytest.fixture(scope="module")
+def args():
+    """The settings of a run with small micro-batches."""
+    args = run_of("--max_steps", "2").args
+    args.micro_batch, args.l2, args.gradient_checkpointing = 2, 0.1, True
+    return args
+
+
+@pytest.mark.parametrize("reads", ["descriptions", "documents"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_networks_write_for_layers_that_differ(family):
-    """One step of SFT of each network: every parameter gets a gradient, the adapters fit the base model."""
+def test_networks_write_for_layers_that_differ(family, reads, args):
+    """One step of SFT: every parameter gets a gradient, the adapters fit the base model."""
     *attention, down = targets_of(family)
-    for reads, names in (("descriptions", attention), ("documents", [down])):
-        run = run_of("--max_steps", "2")
-        run.args.micro_batch, run.args.l2, run.args.gradient_checkpointing = 2, 0.1, True
-        run.base, run.tokenizer = random_base(family), Words()
-        config = config_for(run.base, names, r=2)
-        lora.inject(run.base, names)
-        model.recompute_layers(run.base)
-        if reads == "descriptions":
-            sizes = dict(input_size=8192, latent_size=16, head_in_size=8, size="medium")
-            run.net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config) | sizes))
-        else:
-            sizes = dict(input_size=32, latent_size=16, n_blocks=1, n_heads=4, chunk_len=9)
-            run.net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(config) | sizes))
-            run.reader = hypernet.DocumentReader(run.base, run.tokenizer)
-            for p in run.net.bias.values():
-                nn.init.normal_(p, std=0.1)
-        examples = [Example(f"in {i}", [f"out {i}"]) for i in range(2)]
-        run.tasks = [Task(str(i), [f"do this {i}"], examples, [], is_document=True) for i in range(2)]
-        run.process = Process(torch.device("cpu"))
-        drawn = [data.DrawnTask(i, task.descriptions[0], examples) for i, task in enumerate(run.tasks)]
-        losses = train.sft_step(run, run.net, drawn)
-        assert sum(losses.values()).isfinite()
-        for name, p in run.net.named_parameters():
-            assert p.grad.isfinite().all(), name
-            assert name.endswith("bias") or p.grad.abs().max() > 0, name
+    names = attention if reads == "descriptions" else [down]
+    base, tokenizer = random_base(family), Words()
+    config = config_for(base, names, r=2)
+    lora.inject(base, names)
+    model.recompute_layers(base)
+    if reads == "descriptions":
+        sizes = dict(input_size=8192, latent_size=16, head_in_size=8, size="medium")
+        net, reader = (
+            hypernet.TextToLoRA(hypernet.TextConfig(**vars(config) | sizes)),
+            model.load_encoder("hash"),
+        )
+    else:
+        sizes = dict(input_size=32, latent_size=16, n_blocks=1, n_heads=4, chunk_len=9)
+        net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(config) | sizes))
+        reader = hypernet.DocumentReader(base, tokenizer)
+        for p in net.bias.values():
+            nn.init.normal_(p, std=0.1)
+    examples = [Example(f"in {i}", [f"out {i}"]) for i in range(2)]
+    tasks = [Task(str(i), [f"do this {i}"], examples, []) for i in range(2)]
+    run = train.Run(args, Process(torch.device("cpu")), tasks, [], base, tokenizer, net, reader)
+    drawn = [data.DrawnTask(i, task.descriptions[0], examples) for i, task in enumerate(tasks)]
+    losses = train.sft_step(run, net, drawn)
+    assert sum(losses.values()).isfinite()
+    for name, p in net.named_parameters():
+        assert p.grad.isfinite().all(), name
+        assert name.endswith("bias") or p.grad.abs().max() > 0, name
 
 
 def test_documents_are_read_after_a_quarter_of_layers_that_differ():

@@ -52,25 +52,30 @@ def test_a_step_through_the_flow_teaches_the_hypernetwork():
     assert all(p.grad is None for p in base.parameters())
 
 
+@torch.no_grad()
 def test_an_adapter_or_an_example_says_what_is_drawn():
+    """8 edits, 4 pictures each, all in one batch; then each with the adapter or example of another edit."""
     base, net = pictures.load_base(pictures.HERE), hypernet.load_hypernet(pictures.HERE)
-    errors = {"adapter": 0.0, "another's adapter": 0.0, "example": 0.0, "another's example": 0.0}
-    for edit, other in zip(edits.TEST[:8], edits.TEST[8:16]):
-        rng = random.Random(0)
+    rng, asked, others = random.Random(0), edits.TEST[:8], edits.TEST[8:16]
+    sources, rights = [], []
+    for edit in asked:
         scenes = [edits.draw_scene(edit, rng) for _ in range(4)]
-        source = pictures.to_patches(torch.tensor([edits.render(scene).tolist() for scene in scenes]))
-        right = torch.tensor([edits.apply(edit, scene).tolist() for scene in scenes])
-        with torch.no_grad():
-            adapters = net(pictures.hash_encoder([edits.describe(e, rng) for e in (edit, other)]))
-        for i, whose in enumerate(("", "another's ")):
-            lora.set_adapter(base, lora.select(adapters, i), net.config.scaling)
-            drawn = pictures.sample(base, source)
-            errors[f"{whose}adapter"] += (drawn - right).abs().mean() / 8
-            lora.set_adapter(base, None)
-            example = torch.cat(pictures.draw_pairs([(edit, other)[i]] * 4, rng), -1)
-            errors[f"{whose}example"] += (pictures.sample(base, source, example) - right).abs().mean() / 8
-    assert errors["adapter"] < 0.1 and errors["adapter"] < 0.5 * errors["another's adapter"]
-    assert errors["example"] < 0.5 * errors["another's example"]
+        sources += [edits.render(scene).tolist() for scene in scenes]
+        rights += [edits.apply(edit, scene).tolist() for scene in scenes]
+    source, right = pictures.to_patches(torch.tensor(sources)), torch.tensor(rights)
+
+    def error(adapters=None, example=None) -> float:
+        lora.set_adapter(base, adapters, net.config.scaling)
+        return (pictures.sample(base, source, example) - right).abs().mean()
+
+    errors = {}
+    for whose, chosen in (("own", asked), ("another's", others)):
+        adapters = net(pictures.hash_encoder([edits.describe(edit, rng) for edit in chosen]))
+        shown = [edit for edit in chosen for _ in range(4)]
+        example = torch.cat(pictures.draw_pairs(shown, rng), -1)
+        errors[whose] = error(adapters), error(example=example)
+    assert errors["own"][0] < 0.1 and errors["own"][0] < 0.5 * errors["another's"][0]
+    assert errors["own"][1] < 0.5 * errors["another's"][1]
 
 
 def test_a_seed_gives_the_same_picture():
@@ -118,6 +123,7 @@ def test_training_on_pictures_is_resumed(tmp_path, monkeypatch, capsys):
     (["--desc", " "], "what should be drawn?"),
     (["--train", "hypernet", "--weights", "{tmp}/x"], "is missing"),
     (["--train", "base"], "is there already"),
+    (["--train", "base", "--steps", "0"], "--steps: must be at least 1"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(tmp_path, capsys, words, message):
     assert command(pictures, *[word.format(tmp=tmp_path) for word in words]) == 2

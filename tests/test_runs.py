@@ -17,12 +17,14 @@ from torch import nn
 
 import data
 import hypernet
+import model
 import train
 from data import Example
 from support import optimizer, state
 from support.files import read_file, write_file
 from tasks import chores
 from tests.helpers import (
+    D2L,
     HERE,
     LORA,
     SHORT,
@@ -310,6 +312,12 @@ def test_a_start_with_another_text_encoder_is_refused(tmp_path):
     )
     write_file(tmp_path / "first" / "config.json", config | {"alpha": 16})  # 16 is 16.0
     run_of(*SHORT, "--init_from", tmp_path / "first")
+
+
+@pytest.mark.parametrize("words", [LORA, D2L])
+def test_a_run_without_descriptions_loads_no_text_encoder(monkeypatch, words):
+    monkeypatch.setattr(model, "load_encoder", lambda *_: 1 / 0)
+    run_of(*words, "--n_tasks", "2")
 
 
 def test_a_task_of_endless_examples_is_checked_quickly(monkeypatch):
