@@ -133,20 +133,37 @@ def test_rank_concatenation_adds_the_updates():
 def naive_adapter(net: hypernet.TextToLoRA, emb: torch.Tensor, layer: int, m: int):
     """A and B of one layer and module from the published description, one row, matrix and rank at a time."""
     p, c = net.state_dict(), net.config
-    lin = lambda x, key: x @ p[f"{key}.weight"].T + p[f"{key}.bias"]
-    norm = lambda x: (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
-    ln = lambda x, key: norm(x) * p[f"{key}.weight"] + p[f"{key}.bias"]
-    silu = lambda x: x * torch.sigmoid(x)
-    two = lambda x, a, b: silu(lin(silu(lin(x, a)), b))
+
+    def lin(x, key):
+        return x @ p[f"{key}.weight"].T + p[f"{key}.bias"]
+
+    def norm(x):
+        return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+
+    def ln(x, key):
+        return norm(x) * p[f"{key}.weight"] + p[f"{key}.bias"]
+
+    def silu(x):
+        return x * torch.sigmoid(x)
+
+    def two(x, a, b):
+        return silu(lin(silu(lin(x, a)), b))
+
     task = ln(lin(emb / emb.norm() * math.sqrt(len(emb)), "task_encoder.0"), "task_encoder.1")
     depth = ln(p["layer_emb.0.weight"][layer], "layer_emb.1")
     kind = ln(p["module_emb.0.weight"][m], "module_emb.1")
     x = two(torch.cat([task, depth, kind]), "mixer.1", "mixer.4")
     x = x + two(ln(x, "mlp1.0"), "mlp1.1", "mlp1.4")
-    mlp2 = lambda x: x + two(ln(x, "mlp2.0"), "mlp2.1", "mlp2.4")
+
+    def mlp2(x):
+        return x + two(ln(x, "mlp2.0"), "mlp2.1", "mlp2.4")
+
     name, r = net.names[m], c.r
     n_in, n_out = c.targets[name].n_in, c.targets[name].n_out
-    head = lambda x: lin(two(ln(x, "mlp3.0"), "mlp3.1", "mlp3.4"), f"heads.{name}")
+
+    def head(x):
+        return lin(two(ln(x, "mlp3.0"), "mlp3.1", "mlp3.4"), f"heads.{name}")
+
     if c.size == "large":
         o = head(mlp2(x))
         A, B = o[: r * n_in].view(r, n_in), o[r * n_in :].view(r, n_out).T
@@ -225,7 +242,9 @@ def test_the_papers_sizes(size):
     i = ["large", "medium", "small"].index(size)
     mistral = [[55_424_000, 55_317_504], [34_412_288, 34_346_752], [4_996_096, 4_987_904]][i]
     gemma = [[137_706_752, 137_645_312], [87_353_600, 87_316_736], [21_266_176, 21_261_568]][i]
-    trained = lambda net: sum(p.numel() for p in net.parameters())
+
+    def trained(net):
+        return sum(p.numel() for p in net.parameters())
 
     def counts(L: int, d: int, q: int, v: int, latent: int, head_in: int) -> list[int]:
         targets = {name: lora.Target("", list(range(L)), d, n) for name, n in (("q_proj", q), ("v_proj", v))}
@@ -319,7 +338,10 @@ def test_answer_loss_equals_the_naive_one():
 
 def test_neftune_noise_has_the_published_size():
     base, seen = tiny_llama(), []
-    note = lambda module, args, kwargs: seen.append(args[0])
+
+    def note(module, args, kwargs):
+        return seen.append(args[0])
+
     base.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
     ids = torch.randint(160, (2, 25))
     with model.neftune(base, 5.0):
@@ -330,7 +352,10 @@ def test_neftune_noise_has_the_published_size():
 
 def test_neftune_noise_is_as_large_as_the_embeddings_of_gemma():
     base, seen = small_decoder(GemmaConfig), []
-    note = lambda module, args, kwargs: seen.append(args[0])
+
+    def note(module, args, kwargs):
+        return seen.append(args[0])
+
     base.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
     ids = torch.randint(1, 50, (2, 25))
     with model.neftune(base, 5.0):

@@ -34,8 +34,13 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
     texts = ["cat -> red", "dog -> blue horse chair\nbird hat lemon apple sun", "hat -> sun moon tree"]
-    read = lambda documents: net.condition(documents, hypernet.DocumentReader(base, tokenizer))
-    delta = lambda documents: (lambda A, B: B @ A)(*net(read(documents))["down_proj"])
+
+    def read(documents):
+        return net.condition(documents, hypernet.DocumentReader(base, tokenizer))
+
+    def delta(documents):
+        return (lambda A, B: B @ A)(*net(read(documents))["down_proj"])
+
     A, B = net(read(texts))["down_proj"]
     for i, text in enumerate(texts):
         rank = 8 * (1 + math.ceil(len(model.tokenize(tokenizer, text)) / 6))
@@ -54,7 +59,10 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     assert all(not (B @ A).any() for A, B in net(read(texts)).values())
     assert net.bias["down_proj_A"].std() > 0.4 / 384**0.5  # B alone is zero, so that it learns
     net.config.random_chunks, net.config.chunk_len = True, 64
-    count = lambda: set(read(["cat dog sun " * 20] * 40).counts)
+
+    def count():
+        return set(read(["cat dog sun " * 20] * 40).counts)
+
     assert count() == {1} and len(net.train() and count()) > 1  # drawn in training only
 
 
@@ -95,8 +103,13 @@ def test_early_exit_is_after_a_quarter_of_the_layers():
 
 def test_documents_get_longer_as_the_training_goes():
     run = run_of(*D2L, "--max_steps", "100")
-    lines = lambda i: run.tasks[i].descriptions[0].count("\n") + 1
-    longest = lambda step: max(lines(item.index) for item in data.draw(run.tasks, step, run.args))
+
+    def lines(i):
+        return run.tasks[i].descriptions[0].count("\n") + 1
+
+    def longest(step):
+        return max(lines(item.index) for item in data.draw(run.tasks, step, run.args))
+
     assert longest(0) <= 4 and longest(99) == 32
 
 

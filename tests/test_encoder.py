@@ -90,13 +90,21 @@ def test_gte_loads_without_its_own_code(tmp_path):
 
     def published(ids: list[int]) -> torch.Tensor:
         """The state at [CLS], from the published description of the network."""
-        ln = lambda x, key: F.layer_norm(x, (d,), w[f"{key}.weight"], w[f"{key}.bias"], 1e-12)
-        lin = lambda x, key: F.linear(x, w[f"{key}.weight"], w.get(f"{key}.bias"))
+
+        def ln(x, key):
+            return F.layer_norm(x, (d,), w[f"{key}.weight"], w[f"{key}.bias"], 1e-12)
+
+        def lin(x, key):
+            return F.linear(x, w[f"{key}.weight"], w.get(f"{key}.bias"))
+
         x = w[f"{emb}.word_embeddings.weight"][ids] + w[f"{emb}.token_type_embeddings.weight"][0]
         x = ln(x, f"{emb}.LayerNorm")
         inverse = 1 / (160000 * 2.0) ** (torch.arange(0, 16, 2) / 16) / 2.0 ** (2 / 16)
         angle = (torch.arange(len(ids))[:, None] * inverse).repeat(1, 2)[:, None]  # [T, 1, 16]
-        rotate = lambda x: x * angle.cos() + torch.cat([-x[..., 8:], x[..., :8]], -1) * angle.sin()
+
+        def rotate(x):
+            return x * angle.cos() + torch.cat([-x[..., 8:], x[..., :8]], -1) * angle.sin()
+
         for i in range(2):
             block = f"encoder.layer.{i}"
             q, k, v = (part.view(-1, 2, 16) for part in lin(x, f"{block}.attention.qkv_proj").chunk(3, -1))

@@ -26,7 +26,10 @@ def test_all_documents_are_scored_also_those_of_equal_names(tmp_path, monkeypatc
 def test_which_descriptions_a_method_is_given():
     args = types.SimpleNamespace(n_examples=None)
     tasks = load_tasks("tiny")["test"][:3]
-    used = lambda name: evaluation.make_questions(tasks, evaluation.METHODS[name], False, args)
+
+    def used(name):
+        return evaluation.make_questions(tasks, evaluation.METHODS[name], False, args)
+
     for question in used("t2l_reworded"):
         assert question.description in question.task.reworded
     for question in used("t2l_shuffled"):
@@ -51,7 +54,10 @@ def test_scores_and_their_interval(monkeypatch):
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.012)  # the normal approximation
     assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.012)
     base, tokenizer = model.load_base("tiny")
-    goes_on = lambda base, tokenizer, prompts, n: [" ".join("red cat sun moon".split()[:n])]
+
+    def goes_on(base, tokenizer, prompts, n):
+        return [" ".join("red cat sun moon".split()[:n])]
+
     monkeypatch.setattr(model, "answer", goes_on)
     models = types.SimpleNamespace(tokenizer=tokenizer, base=base)
     models.has_instruction, models.set_adapters = lambda *_: False, lambda *_: None

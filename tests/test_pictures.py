@@ -15,7 +15,10 @@ from tests.helpers import close, command, interrupted_in_call
 def test_edits_of_pictures_do_what_they_say():
     things = [edits.Object("square", "red", 1, 1), edits.Object("circle", "blue", 13, 1)]
     scene = edits.Scene((0.0, 0.0, 0.0), things)
-    seen = lambda *parts: edits.apply(edits.Edit(*parts), scene)
+
+    def seen(*parts):
+        return edits.apply(edits.Edit(*parts), scene)
+
     red, blue = edits.COLOURS["red"], edits.COLOURS["blue"]
     assert tuple(seen("square", "remove", "")[5, 5]) == (0, 0, 0)
     assert seen("circle", "remove", "")[5, 5] == pytest.approx(red)

@@ -43,7 +43,10 @@ def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
     plain = model.load_base("tiny")[1]
     plain.chat_template, plain.bos_token = None, "<unk>"
     plain.save_pretrained(tmp_path)
-    prompt = lambda tokenizer: model.render(tokenizer, model.chat(tokenizer, "cat"))
+
+    def prompt(tokenizer):
+        return model.render(tokenizer, model.chat(tokenizer, "cat"))
+
     assert prompt(model.load_base(str(tmp_path))[1]) == "cat ->"  # its first token is not used
     first, text = {"SpecialToken": {"id": "<unk>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     own = {"<unk>": {"id": "<unk>", "ids": [plain.unk_token_id], "tokens": ["<unk>"]}}

@@ -299,7 +299,10 @@ def test_golden_reconstruction_losses(tmp_path, file):
         for k in "AB":
             net.offset[f"{name}_{k}"].sub_(0 if "recon_dw" in file else tensors[f"sd/AB_offset.{k}.{name}"])
     adapter = net(tensors["recon/in/task_embs"].flatten(0, 1))
-    pick = lambda k, name: tensors[f"recon/in/target/{k}/{name}"].repeat_interleave(2, 0)
+
+    def pick(k, name):
+        return tensors[f"recon/in/target/{k}/{name}"].repeat_interleave(2, 0)
+
     target = {name: (pick("A", name), pick("B", name)) for name in NAMES}
     kind = "delta_w" if "recon_dw" in file else "z_score"  # the deviation of recon_f is 1
     close(train.recon_loss(kind, adapter, target, net.deviation), tensors["recon/loss"][0], 1e-5, 5e-6)
@@ -323,7 +326,10 @@ def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
 @torch.no_grad()
 def test_golden_documents(file, monkeypatch):
     net, tensors = golden_doc_net(file)
-    pair = lambda key: (tensors[f"{key}/A/down_proj"], tensors[f"{key}/B/down_proj"].mT)
+
+    def pair(key):
+        return (tensors[f"{key}/A/down_proj"], tensors[f"{key}/B/down_proj"].mT)
+
     chunks = net.write_chunks(tensors["in/features"], tensors["in/attn_mask"])
     close(chunks["down_proj"], pair("out"))
     documents = net.join(chunks, [1, 2, 3])["down_proj"]

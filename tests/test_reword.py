@@ -44,7 +44,10 @@ def test_a_copy_learns_words_for_what_the_network_writes(tmp_path, monkeypatch, 
 
     before, after = 0.0, 0.0  # distances from what is to be written
     for chain in CHAINS:
-        template = lambda part: chores.from_template(part, random.Random(f"{part} 0"))
+
+        def template(part):
+            return chores.from_template(part, random.Random(f"{part} 0"))
+
         target = change(start, template(chain))
         if slots == "2" and len(chain) == 3:  # the sum of what is written for both chores
             parts = [change(start, template(part)) for part in (chain[:2], (chain[0], chain[2]))]

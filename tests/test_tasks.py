@@ -57,8 +57,13 @@ def test_tiny_answers_are_right_and_tell_tasks_apart():
         ("clothes", "italian", "numbered"): "1. camicia",
         ("animals", "initial", "counted"): "c d (2)",
     }
-    keep = lambda words, chosen: [w for w in words if chosen == "all" or w in tiny.CATEGORIES[chosen]]
-    write = lambda kept, change, layout: " ".join(tiny.LAYOUTS[layout]([tiny.FORMS[w][change] for w in kept]))
+
+    def keep(words, chosen):
+        return [w for w in words if chosen == "all" or w in tiny.CATEGORIES[chosen]]
+
+    def write(kept, change, layout):
+        return " ".join(tiny.LAYOUTS[layout]([tiny.FORMS[w][change] for w in kept]))
+
     for (chosen, change, layout), right in rules.items():
         assert write(keep(words, chosen), change, layout) == right
     for parts in rng.sample(tiny.splits()["train"], 60):  # another part gives another answer
@@ -269,9 +274,15 @@ def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server)
     monkeypatch.setattr(benchmarks, "ROWS_SERVICE", server.url + "/rows")
     monkeypatch.setitem(benchmarks.BENCHMARKS, "piqa", benchmarks.BENCHMARKS["piqa"]._replace(n_records=150))
     waits, entry = [], {"row": ROWS["piqa"][0]}
-    page = lambda n, total=150: {"num_rows_total": total, "rows": [entry] * n}
+
+    def page(n, total=150):
+        return {"num_rows_total": total, "rows": [entry] * n}
+
     monkeypatch.setattr(files.time, "sleep", waits.append)
-    send = lambda content, status=200: server.replies.append((json.dumps(content).encode(), status))
+
+    def send(content, status=200):
+        return server.replies.append((json.dumps(content).encode(), status))
+
     cut, wrong, short = (json.dumps(page(100)).encode()[:-9], 200), page(100, 151), page(99)
     server.replies = [cut]
     send(wrong), send(short)
