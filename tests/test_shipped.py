@@ -61,7 +61,7 @@ def test_the_readmes_lines_for_peft(tmp_path, capsys):
     capsys.readouterr()
     with warnings.catch_warnings():  # of a deprecated name in peft
         warnings.simplefilter("ignore")
-        exec(program.replace("out/adapter", str(tmp_path / "adapter")), {})
+        exec(program.replace("out/smollm2", str(tmp_path / "adapter")), {})
     assert capsys.readouterr().out == "Lovelace\n"
 
 
