@@ -176,6 +176,7 @@ def make_handler(writer: Writer, token: str | None) -> type:
             return writer.write(*read_request(self.rfile.read(int(length))))
 
         def do_POST(self) -> None:
+            """Send as JSON what act() returns, or what was wrong with the request."""
             try:
                 status, content = 200, self.act()
             except Refused as e:

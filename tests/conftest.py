@@ -15,7 +15,7 @@ import lora
 import model
 from support.files import write_file
 from tasks import load_tasks, tiny
-from tests.helpers import TINY, config_for, needs_gpu, random_adapter, small_config, tiny_llama
+from tests.helpers import COMMIT, TINY, config_for, needs_gpu, random_adapter, small_config, tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +47,15 @@ def server():
     """Serves server.files {path: (content, announced length)}; notes the paths asked for in server.asked."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        """Answers as the hub does: HEAD tells commit, checksum and length, GET sends the content too."""
+
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_):
             pass
 
         def do_HEAD(self):
+            """Send the headers. Returns the content, None with 404."""
             self.server.asked.append(self.path)
             content, length = self.server.files.get(self.path.split("?")[0], (None, 0))
             status = 404 if content is None else 200
@@ -61,7 +64,7 @@ def server():
                 length = len(content)
             self.send_response(status)
             self.send_header("Retry-After", "7")
-            headers = {"Content-Length": str(length), "X-Repo-Commit": "a" * 40, "Connection": "close"}
+            headers = {"Content-Length": str(length), "X-Repo-Commit": COMMIT, "Connection": "close"}
             for name, value in (headers | {"ETag": f'"{zlib.crc32(content or b""):040d}"'}).items():
                 self.send_header(name, value)
             self.end_headers()

@@ -35,6 +35,7 @@ from support.files import UserError, read_file
 from tasks import chores, facts, tiny
 
 HERE, TINY = Path(__file__).parents[1], hub.CHECKPOINTS / "tiny"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of every file that the fixture `server` has
 NAMES, SCALING = ["q_proj", "v_proj"], 16 / 8**0.5
 DECODERS = [GemmaConfig, Gemma2Config, Gemma3TextConfig, Gemma3Config, Qwen2Config, Qwen3Config]
 DECODERS += [LlamaConfig, MistralConfig, CohereConfig, Phi3Config]
@@ -93,6 +94,7 @@ def config_for(base: nn.Module, names=NAMES, base_model: str = "x", **settings) 
 
 
 def random_adapter(config: lora.LoRAConfig, *batch: int, r: int = 8) -> lora.Adapter:
+    """An adapter of small random weights, A [*batch, L, r, in] and B [*batch, L, out, r] of each module."""
     adapter = {}
     for name, target in config.targets.items():
         A = torch.randn(*batch, len(target.layers), r, target.n_in) * 0.1

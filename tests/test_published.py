@@ -22,7 +22,19 @@ import model
 import train
 from extras import published
 from support.files import UserError, read_file, write_file
-from tests.helpers import HERE, NAMES, SCALING, TINY, close, command, golden, one_layer, refused, small_config
+from tests.helpers import (
+    COMMIT,
+    HERE,
+    NAMES,
+    SCALING,
+    TINY,
+    close,
+    command,
+    golden,
+    one_layer,
+    refused,
+    small_config,
+)
 
 SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
 RECON_FILES = [f"llama_{size}_recon_{loss}" for size in ("L", "M", "S", "Srot") for loss in ("z", "dw")]
@@ -211,13 +223,14 @@ def test_a_published_hypernetwork_from_the_hub(tmp_path, server):
     sent = published_folder(tmp_path / "sent", weights, emb_model="hash", order=net.names)
     own = [file for file in sent.iterdir() if file.name in published.FILES]
     files = {f"trained/tiny/{f.name}": f.read_bytes() for f in own} | {"trained/other/big.bin": b"x"}
-    tree = [dict(type="file", path=name, size=len(content), oid="b" * 40) for name, content in files.items()]
-    repo = {"id": "u/r", "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
-    replies = {"/api/models/u/r/revision/main": repo, f"/api/models/u/r/tree/{'a' * 40}": tree}
+    tree = [dict(type="file", path=name, size=len(content), oid=COMMIT) for name, content in files.items()]
+    siblings = [{"rfilename": name} for name in files]
+    repo = {"id": "u/r", "sha": COMMIT, "siblings": siblings}
+    replies = {"/api/models/u/r/revision/main": repo, f"/api/models/u/r/tree/{COMMIT}": tree}
     encoded = {path: json.dumps(reply).encode() for path, reply in replies.items()}
     server.files = {path: (content, len(content)) for path, content in encoded.items()}
     for name, content in files.items():
-        server.files[f"/u/r/resolve/{'a' * 40}/{name}"] = (content, len(content))
+        server.files[f"/u/r/resolve/{COMMIT}/{name}"] = (content, len(content))
     env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_HUB_DISABLE_XET": "1"}
     env |= dict(HF_HOME=str(tmp_path / "home"), no_proxy="127.0.0.1", PYTHONPATH=str(HERE))
     program = "import sys\nfrom extras import published\nfrom tests import helpers\n"
