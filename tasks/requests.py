@@ -1,0 +1,622 @@
+"""A grammar of requests: small programs on short texts, with words and signs that the request names.
+
+A task is a sort of text and a program of one to three steps on its parts:
+
+    date: put the year in square brackets, then a slash before the day
+    order: the item, then the count, separated by " | "
+
+The parts of a text have names, so each step can be done to any of them; the words and signs of a step are free.
+Python runs the program, so every answer is right by construction. The splits:
+
+    train     programs, some with descriptions that were written one by one, from inputs and outputs alone
+    val       further programs
+    values    programs that differ from training ones in their words and signs only
+    words     the same, with words that no training task has
+    test      programs of two or three steps; no training task does these steps to these parts
+    sorts     programs on two sorts of text that no training task has
+    open      requests by people who had seen the texts alone: no programs, some beyond the grammar
+
+requests.json holds the sorts, the signs, and templates of descriptions; requests_written.json the written
+descriptions with their programs, requests_open.json the open requests with right answers. The values of texts
+are those of chores.json and a few more.
+"""
+
+import json
+import random
+import re
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from data import Example, Splits, Task
+from support.files import read_file
+from tasks.chores import DATA as CHORES
+from tasks.chores import LETTERS, UNITS, LazyList, capitalise
+
+HERE = Path(__file__).parent
+TABLE = read_file(HERE / "requests.json")
+N_TRAIN, N_HELD_OUT = 3000, 60  # programs that are drawn for training, and for each other split
+N_EXAMPLES = 10  # test examples of a task
+
+
+def as_program(value):
+    """A program from JSON: lists become tuples."""
+    return tuple(map(as_program, value)) if isinstance(value, list) else value
+
+
+WRITTEN = {}  # {program: [description, ...]}
+for program, texts in read_file(HERE / "requests_written.json"):
+    WRITTEN[as_program(program)] = texts
+
+# -------------------- A text in pieces --------------------
+
+
+class Piece(NamedTuple):
+    """A part of a text with its name, such as "year", or what stands between parts."""
+
+    text: str
+    part: str = ""  # "" between parts
+
+
+Text = list[Piece]
+
+
+def plain(text: Text) -> str:
+    return "".join(piece.text for piece in text)
+
+
+def parts_of(text: Text) -> list[str]:
+    """The names of its parts, in order."""
+    return [piece.part for piece in text if piece.part]
+
+
+def fill(form: str, text: Text) -> Text:
+    """A text of a form such as "{last}, {first}", with the parts of another text."""
+    pieces, by_part = [], {piece.part: piece for piece in text}
+    for i, token in enumerate(re.split(r"\{(\w+)\}", form)):
+        if i % 2:
+            pieces.append(by_part[token])
+        elif token:
+            pieces.append(Piece(token))
+    return pieces
+
+
+def change(text: Text, part: str, function: Callable[[str], str]) -> Text:
+    """The text with a part changed; "all" is the whole text."""
+    return [p._replace(text=function(p.text)) if part in ("all", p.part) else p for p in text]
+
+
+def surround(text: Text, part: str, left: str, right: str) -> Text:
+    """The text with something before and behind a part, or before and behind all of it."""
+    if part == "all":
+        return [Piece(left), *text, Piece(right)]
+    pieces = []
+    for piece in text:
+        pieces += [Piece(left), piece, Piece(right)] if piece.part == part else [piece]
+    return pieces
+
+
+# -------------------- The steps: a text and values -> a text --------------------
+
+
+def keep(text: Text, part: str) -> Text:
+    return [piece for piece in text if piece.part == part]
+
+
+def drop(text: Text, part: str) -> Text:
+    """Without a part, and without what stands before it; for the first part: behind it."""
+    i = [piece.part for piece in text].index(part)
+    beside = i + 1 if part == parts_of(text)[0] else i - 1
+    gone = {i, beside} if 0 <= beside < len(text) and not text[beside].part else {i}
+    return [piece for k, piece in enumerate(text) if k not in gone]
+
+
+def put(text: Text, part: str, words: str) -> Text:
+    """Other words in place of a part."""
+    return change(text, part, lambda value: words)
+
+
+def sign(text: Text, old: str, new: str) -> Text:
+    """Another sign in place of one."""
+    return change(text, "all", lambda value: value.replace(old, new))
+
+
+def join(text: Text, mark: str) -> Text:
+    """The parts alone, with a sign between them."""
+    return build(text, mark.join(f"{{{part}}}" for part in parts_of(text)))
+
+
+def build(text: Text, form: str) -> Text:
+    return fill(form, text)
+
+
+def as_json(text: Text, parts: tuple[str, ...]) -> Text:
+    by_part = {piece.part: piece.text for piece in text}
+    return [Piece(json.dumps({part: by_part[part] for part in parts}, ensure_ascii=False))]
+
+
+def wrap(text: Text, part: str, pair: tuple[str, str]) -> Text:
+    return surround(text, part, *pair)
+
+
+def before(text: Text, part: str, words: str) -> Text:
+    return surround(text, part, words, "")
+
+
+def behind(text: Text, part: str, words: str) -> Text:
+    return surround(text, part, "", words)
+
+
+def case(text: Text, part: str, how: str) -> Text:
+    return change(text, part, {"upper": str.upper, "lower": str.lower, "capital": capitalise}[how])
+
+
+def mask(text: Text, part: str, mark: str, n_kept: int) -> Text:
+    """A sign in place of each letter and digit but the last n characters."""
+
+    def hide(value: str) -> str:
+        end = len(value) - n_kept
+        return re.sub(r"\w", lambda found: mark if found.start() < end else found[0], value)
+
+    return change(text, part, hide)
+
+
+def blot(text: Text, part: str, mark: str) -> Text:
+    """A mark such as *** in place of a part, however long that is."""
+    return change(text, part, lambda value: mark)
+
+
+def swap(text: Text, one: str, other: str) -> Text:
+    by_part = {piece.part: piece for piece in text}
+    turned = {one: by_part[other], other: by_part[one]}
+    return [turned.get(piece.part, piece) for piece in text]
+
+
+def reverse(text: Text) -> Text:
+    """The parts from the last to the first; what stands between them stays."""
+    last_first = iter([piece for piece in text if piece.part][::-1])
+    return [next(last_first) if piece.part else piece for piece in text]
+
+
+def cut(text: Text, part: str, n: int) -> Text:
+    """The first n characters of a part; of a negative n, the last ones."""
+    return change(text, part, lambda value: value[:n] if n > 0 else value[n:])
+
+
+def spread(text: Text, part: str, mark: str) -> Text:
+    """A sign between the characters of a part."""
+    return change(text, part, mark.join)
+
+
+def add(text: Text, part: str, n: int) -> Text:
+    """A number plus n, with as many digits as before."""
+    return change(text, part, lambda value: str(int(value) + n).zfill(len(value)))
+
+
+COUNTED = {"letters": r"[^\W\d_]", "digits": r"\d", "characters": r".", "words": r"\w+"}
+
+
+def count(text: Text, part: str, what: str) -> Text:
+    counted = plain(text if part == "all" else keep(text, part))
+    return [Piece(str(len(re.findall(COUNTED[what], counted))), "number")]
+
+
+CHOOSING = (keep, drop, join, swap, reverse, build, as_json)  # come first: they take no account of additions
+CHANGING = (put, sign, wrap, before, behind, case, mask, blot, cut, spread, add, count)
+STEPS = {step.__name__: step for step in CHOOSING + CHANGING}
+OFTEN = dict(keep=12, drop=8, put=5, sign=8, join=3, wrap=7, before=8, behind=8, case=7, mask=4, blot=4)
+OFTEN |= dict(swap=4, reverse=2, build=14, as_json=3, cut=3, spread=1, add=3, count=4)
+
+# -------------------- Drawing texts --------------------
+
+
+@cache
+def pool(name: str, test: bool) -> list[str]:
+    """The values of a pool for training, or the fifth for testing."""
+    if name == "word":  # the written programs have none of the test words
+        return TABLE["pools"]["word"]["test" if test else "train"]
+    if name in TABLE["pools"]:
+        values = list(TABLE["pools"][name])
+    else:
+        values = CHORES["pools"][name].split(":" if name in ("place", "time") else None)
+    random.Random(name).shuffle(values)
+    n_train = len(values) * 4 // 5
+    return values[n_train:] if test else values[:n_train]
+
+
+class Draw(random.Random):
+    """Randomness that picks training values, or test values."""
+
+    def __init__(self, seed: str, test: bool = False):
+        super().__init__(f"{seed} {test}")
+        self.test = test
+
+    def pick(self, name: str) -> str:
+        return self.choice(pool(name, self.test))
+
+    def number(self, least: int, most: int, width: int = 1) -> str:
+        return str(self.randint(least, most)).zfill(width)
+
+    def digits(self, *lengths: int) -> str:
+        n = self.choice(lengths)
+        return self.number(10 ** (n - 1), 10**n - 1)
+
+
+FIELDS: dict[str, Callable[[Draw], str]] = {  # values that are not those of a pool
+    "name": lambda d: f"{d.pick('first')} {d.pick('last')}",
+    "who": lambda d: d.pick("first"),
+    "user": lambda d: f"{d.pick('first')}.{d.pick('last')}".lower(),
+    "provider": lambda d: d.pick("host"),
+    "protocol": lambda d: "https",
+    "site": lambda d: f"{d.pick('noun')}{d.pick('site')}.{d.pick('ending')}",
+    "section": lambda d: d.pick("folder"),
+    "page": lambda d: d.pick("noun"),
+    "file": lambda d: d.choice([d.pick("noun"), f"{d.pick('noun')}_{d.pick('noun')}"]),
+    "type": lambda d: d.pick("extension"),
+    "verb": lambda d: d.pick("verb").split(":")[1],
+    "thing": lambda d: f"the {d.pick('adjective')} {d.pick('noun')}",
+    "letters": lambda d: d.choice(LETTERS) + d.choice(LETTERS),
+    "letter": lambda d: d.choice(LETTERS),
+    "unit": lambda d: d.choice(list(UNITS)),
+    "year": lambda d: d.number(1950, 2039),
+    "month": lambda d: d.number(1, 12, 2),
+    "day": lambda d: d.number(1, 28, 2),
+    "date_day": lambda d: d.number(1, 28),
+    "hour": lambda d: d.number(0, 23, 2),
+    "minute": lambda d: d.number(1, 59, 2),
+    "day_hour": lambda d: d.number(6, 22),
+    "age": lambda d: d.number(18, 89),
+    "few": lambda d: d.number(2, 30),
+    "goal": lambda d: d.number(0, 8),
+    "cents": lambda d: d.number(1, 99, 2),
+    "short": lambda d: d.digits(1, 2, 3),
+    "country": lambda d: d.digits(2),
+    "area": lambda d: d.digits(2, 3),
+    "digits": lambda d: d.digits(4),
+    "zip": lambda d: d.digits(5),
+    "number": lambda d: d.digits(5, 6, 7),
+}
+
+
+def make_text(sort: str, d: Draw) -> Text:
+    """A text of a sort. Its form names the parts, "{year}", and of some the field: "{size:short}"."""
+    form = TABLE["sorts"][sort]["form"]
+    if sort == "record":
+        form = "; ".join(f"{key}: {{{key}}}" for key in d.sample(["name", "city", "age", "job"], 4))
+    if sort == "words":
+        parts = ["first", *["second", "third", "fourth"][: d.randint(1, 3)], "last"]
+        nouns = d.sample(pool("noun", d.test), len(parts))
+        return fill(", ".join(f"{{{part}}}" for part in parts), list(map(Piece, nouns, parts)))
+    pieces = []
+    for part, field in re.findall(r"\{(\w+):?(\w*)\}", form):
+        make = FIELDS.get(field or part) or (lambda d, name=field or part: d.pick(name))
+        pieces.append(Piece(make(d), part))
+    return fill(re.sub(r":\w+\}", "}", form), pieces)
+
+
+# -------------------- Drawing programs --------------------
+
+Program = tuple  # (sort, (step, values), ...), as ("date", ("keep", ("year",)), ("wrap", ("all", ("(", ")"))))
+NUMBERS = set("year month day hour age number digits dollars euros count width height home_goals".split())
+NUMBERS |= set("away_goals major minor patch value house start end size".split())
+MARKS = list(TABLE["signs"])
+MASKS, BLOTS = "*#xX•_-?", ["***", "...", "XXX", "---", "[hidden]", "???", "###", "n/a", "-"]
+
+
+def run(program: Program, text: Text) -> Text:
+    """What a program makes of a text."""
+    for step, values in program[1:]:
+        text = STEPS[step](text, *values)
+    return text
+
+
+def result(program: Program, text: Text) -> str | None:
+    """The same as a string; None if the text lacks a part, as a short list of words may, or a number."""
+    try:
+        return plain(run(program, text))
+    except (KeyError, ValueError):
+        return None
+
+
+def draw_words(d: Draw) -> str:
+    """Free words: a label, a word, two words."""
+    words = d.choice([d.pick("word"), d.pick("word"), d.pick("label"), f"{d.pick('word')} {d.pick('word')}"])
+    if words.islower():
+        words = d.choice([str.lower, capitalise, capitalise, str.upper])(words)
+    return words + d.choice(["", "", ":", ":", "!", " =", " -"])
+
+
+def draw_form(parts: list[str], d: Draw) -> str:
+    """A line with these parts and free words or signs around them, such as "Dear {first} ({city})!"."""
+    marks, form = [mark for mark in MARKS if mark], ""
+    between = d.choice(marks)  # mostly the same
+    for i, part in enumerate(parts):
+        if i:
+            form += d.choice([between, between, d.choice(marks), ", ", " ", f" {draw_words(d)} "])
+        left, right, _ = d.choice(TABLE["pairs"])
+        form += f"{left}{{{part}}}{right}" if d.random() < 0.15 else f"{{{part}}}"
+    start = d.choice(["", "", f"{draw_words(d)} ", d.choice(marks).lstrip()])
+    end = d.choice(["", "", "", f" {draw_words(d)}", ".", "!", "?", ",", ";"])
+    return start + form + end
+
+
+def draw_values(step: str, text: Text, d: Draw) -> tuple | None:
+    """Values for a step on such a text; None if it has none."""
+    parts = parts_of(text)
+    several = len(parts) > 1
+    part = d.choice(parts)
+    part_or_all = d.choice([part, part, "all"]) if several else "all"
+    marks = [mark for mark in MARKS if mark]
+    if step in ("keep", "drop") and several:
+        return (part,)
+    if step == "put" and several:
+        return part, d.choice([draw_words(d).rstrip(":!=- "), d.digits(2)])
+    if step == "sign":
+        between = "".join(piece.text for piece in text if not piece.part)
+        old = [mark for mark in marks if len(mark) == 1 and mark in between]
+        return (d.choice(old), d.choice(MARKS)) if old else None
+    if step == "join" and several:
+        return (d.choice(marks),)
+    if step == "build" and several:
+        return (draw_form(d.sample(parts, min(len(parts), d.choice([1, 2, 2, 2, 3, 4]))), d),)
+    if step == "as_json" and several:
+        return (tuple(d.sample(parts, min(len(parts), d.choice([2, 3])))),)
+    if step == "wrap":
+        return part_or_all, tuple(d.choice(TABLE["pairs"])[:2])
+    if step in ("before", "behind"):  # a sign, or words and a space
+        words = draw_words(d)
+        spaced = f"{words} " if step == "before" else f" {words}"
+        return part_or_all, d.choice([spaced, spaced, d.choice([m for m in marks if m == m.strip()])])
+    if step == "case":
+        return part_or_all, d.choice(["upper", "lower", "capital"])
+    if step == "mask":
+        return part, d.choice(MASKS), d.choice([0, 0, 1, 2, 3, 4])
+    if step == "blot":
+        return part, d.choice(BLOTS)
+    if step == "swap" and several:
+        return tuple(d.sample(parts, 2))
+    if step == "reverse" and several:
+        return ()
+    if step == "cut":
+        return part, d.choice([1, 2, 3, -1, -2, -3])
+    if step == "spread":
+        return part, d.choice("-./_* ")
+    numbers = [part for part in parts if part in NUMBERS]
+    if step == "add" and numbers:
+        return d.choice(numbers), d.choice([1, 1, -1, 2, -2, 5, 10])
+    if step == "count":
+        return part_or_all, d.choice(list(COUNTED))
+    return None
+
+
+def draw_program(sort: str, n_steps: int, d: Draw) -> Program:
+    """A program of n steps, each of which matters for most texts."""
+    samples = [make_text(sort, Draw(f"{sort} {i}")) for i in range(4)]
+    while True:
+        program, text = (sort,), samples[0]
+        for _ in range(n_steps):
+            (step,) = d.choices(list(OFTEN), list(OFTEN.values()))
+            values = draw_values(step, text, d) if parts_of(text) else None
+            if values is not None:
+                program = (*program, (step, values))
+                text = run(program, samples[0]) if result(program, samples[0]) else []
+        if len(program) == n_steps + 1 and is_sensible(program, samples):
+            return program
+
+
+def is_sensible(program: Program, samples: list[Text]) -> bool:
+    """Whether it chooses before it changes, and gives something else without any of its steps."""
+    steps = [STEPS[step] for step, _ in program[1:]]
+    if any(a in CHANGING and b in CHOOSING for a, b in zip(steps, steps[1:])) or count in steps[:-1]:
+        return False
+    results = [result(program, text) for text in samples]
+    if not all(results) or len(set(results)) < 3:
+        return False
+    for i in range(1, len(program)):
+        shorter = program[:i] + program[i + 1 :]
+        if sum(result(shorter, text) == right for text, right in zip(samples, results)) > 1:
+            return False
+    return True
+
+
+def parts_meant(step: str, values: tuple) -> tuple[str, ...]:
+    """The parts that a step names."""
+    if step == "build":
+        return tuple(re.findall(r"\{(\w+)\}", values[0]))
+    if step == "as_json":
+        return values[0]
+    if step == "swap":
+        return values
+    return () if step in ("sign", "join", "reverse") else values[:1]
+
+
+def shape(program: Program) -> tuple:
+    """A program without its words and signs: the steps, and the parts they are done to."""
+    sort, *steps = program
+    return (sort, *((step, parts_meant(step, values)) for step, values in steps))
+
+
+# -------------------- Descriptions from templates --------------------
+
+
+def expand(pattern: str, rng: random.Random) -> str:
+    """One of the texts that a pattern with choices [a|b] stands for."""
+    while match := re.search(r"\[([^\[\]]*\|[^\[\]]*)\]", pattern):
+        pattern = pattern[: match.start()] + rng.choice(match[1].split("|")) + pattern[match.end() :]
+    return " ".join(pattern.split())
+
+
+def say_words(words: str, rng: random.Random) -> str:
+    """Free words as people write them: mostly in quotes."""
+    if words in TABLE["signs"]:
+        return say_sign(words, rng)
+    words = words.strip()
+    if re.fullmatch(r"[\w.]+", words) and rng.random() < 0.5:
+        return words
+    return rng.choice([f'"{words}"', f'"{words}"', f"'{words}'"])
+
+
+def say_sign(mark: str, rng: random.Random, article: bool = True) -> str:
+    """A sign as people call it: "a dash", without article "dash"; or the sign itself in quotes."""
+    if mark not in TABLE["signs"] or (mark and rng.random() < 0.3):
+        return f'"{mark}"'
+    name = rng.choice(TABLE["signs"][mark])
+    return name if article else re.sub("^an? ", "", name)
+
+
+def say_form(form: str, names: list[str], rng: random.Random) -> str:
+    """A form in words, "the surname, then a dash, then the age", or as a pattern, "<surname>-<age>"."""
+    said, names, is_pattern = [], iter(names), rng.random() < 0.3
+    for i, token in enumerate(re.split(r"\{\w+\}", form)):
+        if i:
+            name = next(names)
+            said.append(f"<{name.removeprefix('the ')}>" if is_pattern else name)
+        if token:
+            said.append(token if is_pattern else say_words(token, rng))
+    return f'"{"".join(said)}"' if is_pattern else ", then ".join(said)
+
+
+def say_step(sort: str, step: str, values: tuple, x: str, rng: random.Random, is_order: bool) -> str:
+    """A request to do one step to x; is_order: as an order, so that it fits into any frame."""
+
+    def name(part: str) -> str:
+        return x if part == "all" else rng.choice(TABLE["sorts"][sort]["parts"][part])
+
+    key, slots, names = step, {"x": x}, [name(part) for part in parts_meant(step, values)]
+    first, *others = values or ("",)
+    if step == "swap":
+        slots |= {"one": names[0], "other": names[1]}
+    elif step == "build":
+        slots["form"] = say_form(first, names, rng)
+    elif step == "as_json":
+        slots["parts"] = f"{', '.join(names[:-1])} and {names[-1]}"
+    elif names:
+        slots["part"] = names[0]
+    if step in ("put", "before", "behind"):
+        slots["words"] = say_words(others[0], rng)
+    elif step == "sign":
+        key = "sign" if others[0] else "unsign"
+        slots |= {"old": say_sign(first, rng, article=False), "new": say_sign(others[0], rng)}
+    elif step == "join":
+        slots["sign"] = say_sign(first, rng)
+    elif step == "wrap":
+        left, right = others[0]
+        (names,) = [names for *pair, names in TABLE["pairs"] if pair == [left, right]]
+        slots["pair"] = rng.choice([*names, f"{left} and {right}"])
+    elif step == "case":
+        slots["how"] = rng.choice(TABLE["cases"][others[0]])
+    elif step == "mask":
+        n = others[1]
+        kept = [f", but not the last {n}", f" and leave the last {n}", f" except for the last {n}"]
+        slots |= {"mark": rng.choice([f'"{others[0]}"', others[0]]), "kept": rng.choice(kept) if n else ""}
+    elif step in ("blot", "spread"):
+        slots["mark"] = say_sign(others[0], rng)
+    elif step in ("cut", "add"):
+        key, slots["n"] = f"{step}_{'more' if others[0] > 0 else 'less'}", abs(others[0])
+    elif step == "count":
+        slots["what"] = others[0]
+    patterns = TABLE["say"][key]["order"] + ([] if is_order else TABLE["say"][key].get("other", []))
+    return expand(rng.choice(patterns), rng).format(**slots)  # choices first: the words may hold brackets
+
+
+def from_template(program: Program, rng: random.Random) -> str:
+    """One description of a program."""
+    sort, *steps = program
+    noun, is_order, said = rng.choice(TABLE["sorts"][sort]["nouns"]), rng.random() < 0.6, []
+    for i, (step, values) in enumerate(steps):
+        x = noun if i == 0 or rng.random() < 0.2 else rng.choice(["it", "that", "the result"])
+        said.append(say_step(sort, step, values, x, rng, is_order))
+    if is_order:
+        x, y = said[0], ", then ".join(said[1:])
+        frame = rng.choice(CHORES["frames"]["two" if y else "one"])
+        return frame.format(x=x, X=capitalise(x), y=y, input=noun)
+    between = rng.choice([". ", "; ", ", then ", " - "])
+    text = between.join(map(capitalise, said) if between == ". " else said)
+    return rng.choice([text, capitalise(text), capitalise(text) + ("" if text.endswith("?") else ".")])
+
+
+# -------------------- The tasks --------------------
+
+
+def name_of(program: Program) -> str:
+    """The name of a task, such as "date-keep-wrap-5f3c8a01"."""
+    sort, *steps = program
+    return "-".join([sort, *(step for step, _ in steps), f"{zlib.crc32(repr(program).encode()):08x}"])
+
+
+def example(program: Program, i: int, test: bool = False) -> Example:
+    """Example i of a task. A list of words may be too short for it: then a longer one is drawn."""
+    d = Draw(f"{name_of(program)} {i}", test)
+    while (answer := result(program, text := make_text(program[0], d))) is None:
+        pass
+    return Example(plain(text), [answer])
+
+
+def make_task(program: Program) -> Task:
+    """The task as data. Descriptions are from templates; if there are written ones, two thirds are these."""
+    written = WRITTEN.get(program, [])
+
+    def description(i: int) -> str:
+        rng = random.Random(f"{name_of(program)} description {i}")
+        return rng.choice(written) if written and rng.random() < 2 / 3 else from_template(program, rng)
+
+    return Task(
+        name_of(program),
+        descriptions=LazyList(description),
+        train=LazyList(lambda i: example(program, i)),
+        test=[example(program, i, test=True) for i in range(N_EXAMPLES)],
+    )
+
+
+def draw_programs(seed: str, n: int, sorts: list[str], steps: list[int], fits, test=False) -> list[Program]:
+    """n different programs for which fits(program) is true; with `test` they have test words."""
+    d, programs = Draw(seed, test), {}
+    while len(programs) < n:
+        program = draw_program(d.choice(sorts), d.choice(steps), d)
+        if fits(program):
+            programs[program] = None
+    return list(programs)
+
+
+def free_words(program: Program) -> list[str]:
+    """The words that it adds to a text."""
+    values = [values[1] for step, values in program[1:] if step in ("put", "before", "behind")]
+    return [words for words in values if words not in MARKS and not words.isdigit()]
+
+
+def programs() -> dict[str, list[Program]]:
+    """The programs of all splits."""
+    withheld = TABLE["withheld"]
+    sorts = [sort for sort in TABLE["sorts"] if sort not in withheld]
+    train = list(WRITTEN)
+    train += draw_programs("train", N_TRAIN, sorts, [1, 1, 2, 2, 3], lambda program: program not in WRITTEN)
+    trained, shapes = set(train), {shape(program) for program in train}
+
+    def is_new(program: Program) -> bool:
+        return program not in trained
+
+    def is_known(program: Program) -> bool:
+        """Whether it is new in its words and signs only."""
+        return is_new(program) and shape(program) in shapes
+
+    n = N_HELD_OUT
+    return {
+        "train": train,
+        "val": draw_programs("val", n, sorts, [1, 1, 2, 2, 3], is_new),
+        "values": draw_programs("values", n, sorts, [1], is_known),
+        "words": draw_programs("words", n, sorts, [1], lambda p: is_known(p) and free_words(p), test=True),
+        "test": draw_programs("test", n, sorts, [2, 2, 3], lambda p: shape(p) not in shapes),
+        "sorts": draw_programs("sorts", n, withheld, [1, 1, 2], is_new),
+    }
+
+
+def load() -> Splits:
+    """All tasks by split."""
+    splits = {split: [make_task(program) for program in drawn] for split, drawn in programs().items()}
+    splits["open"] = []
+    for i, (sort, request, pairs) in enumerate(read_file(HERE / "requests_open.json")):
+        examples = [Example(text, [answer]) for text, answer in pairs]
+        splits["open"].append(Task(f"open-{sort}-{i}", [request], examples, examples))
+    return splits
