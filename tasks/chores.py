@@ -41,8 +41,12 @@ COPIES = 4  # a single chore is drawn as often as four chains, since chains are 
 @cache
 def pool(name: str, test: bool) -> list[str]:
     """The values of a pool for training, or those for testing."""
-    values = DATA["pools"][name].split(":" if name in ("place", "time") else None)
-    random.Random(name).shuffle(values)
+    return part_of(DATA["pools"][name].split(":" if name in ("place", "time") else None), name, test)
+
+
+def part_of(values: list[str], seed: str, test: bool) -> list[str]:
+    """Four fifths of the values, for training; or the others."""
+    random.Random(seed).shuffle(values)
     n_train = len(values) * 4 // 5
     return values[n_train:] if test else values[:n_train]
 

@@ -5,8 +5,8 @@ A task is a sort of text and a program of one to three steps on its parts:
     date: put the year in square brackets, then a slash before the day
     order: the item, then the count, separated by " | "
 
-The parts of a text have names, so each step can be done to any of them; the words and signs of a step are free.
-Python runs the program, so every answer is right by construction. The splits:
+The parts of a text have names, so each step can be done to any of them; its words and signs are free. Python
+runs the program, so every answer is right by construction. The splits:
 
     train     programs, some with descriptions that were written one by one, from inputs and outputs alone
     val       further programs
@@ -16,9 +16,9 @@ Python runs the program, so every answer is right by construction. The splits:
     sorts     programs on two sorts of text that no training task has
     open      requests by people who had seen the texts alone: no programs, some beyond the grammar
 
-requests.json holds the sorts, the signs, and templates of descriptions; requests_written.json the written
-descriptions with their programs, requests_open.json the open requests with right answers. The values of texts
-are those of chores.json and a few more.
+requests.json holds the sorts, the signs, and templates of descriptions, which wording.py fills in;
+requests_written.json the written descriptions with their programs; requests_open.json the open requests with
+right answers. The values of texts are those of chores.json and a few more.
 """
 
 import json
@@ -32,11 +32,11 @@ from typing import NamedTuple
 
 from data import Example, Splits, Task
 from support.files import read_file
-from tasks.chores import DATA as CHORES
+from tasks import chores
 from tasks.chores import LETTERS, UNITS, LazyList, capitalise
+from tasks.wording import TABLE, from_template, parts_meant
 
 HERE = Path(__file__).parent
-TABLE = read_file(HERE / "requests.json")
 N_TRAIN, N_HELD_OUT = 3000, 60  # programs that are drawn for training, and for each other split
 N_EXAMPLES = 10  # test examples of a task
 
@@ -214,24 +214,16 @@ OFTEN |= dict(swap=4, reverse=2, build=14, as_json=3, cut=3, spread=1, add=3, co
 
 @cache
 def pool(name: str, test: bool) -> list[str]:
-    """The values of a pool for training, or the fifth for testing."""
+    """The values of a pool for training, or those for testing."""
     if name == "word":  # the written programs have none of the test words
         return TABLE["pools"]["word"]["test" if test else "train"]
     if name in TABLE["pools"]:
-        values = list(TABLE["pools"][name])
-    else:
-        values = CHORES["pools"][name].split(":" if name in ("place", "time") else None)
-    random.Random(name).shuffle(values)
-    n_train = len(values) * 4 // 5
-    return values[n_train:] if test else values[:n_train]
+        return chores.part_of(list(TABLE["pools"][name]), name, test)
+    return chores.pool(name, test)
 
 
-class Draw(random.Random):
+class Draw(chores.Draw):
     """Randomness that picks training values, or test values."""
-
-    def __init__(self, seed: str, test: bool = False):
-        super().__init__(f"{seed} {test}")
-        self.test = test
 
     def pick(self, name: str) -> str:
         return self.choice(pool(name, self.test))
@@ -240,8 +232,7 @@ class Draw(random.Random):
         return str(self.randint(least, most)).zfill(width)
 
     def digits(self, *lengths: int) -> str:
-        n = self.choice(lengths)
-        return self.number(10 ** (n - 1), 10**n - 1)
+        return super().digits(self.choice(lengths))
 
 
 FIELDS: dict[str, Callable[[Draw], str]] = {  # values that are not those of a pool
@@ -298,11 +289,12 @@ def make_text(sort: str, d: Draw) -> Text:
 
 # -------------------- Drawing programs --------------------
 
-Program = tuple  # (sort, (step, values), ...), as ("date", ("keep", ("year",)), ("wrap", ("all", ("(", ")"))))
+Program = tuple  # (sort, (step, values), ...): ("date", ("keep", ("year",)), ("before", ("all", "in ")))
 NUMBERS = set("year month day hour age number digits dollars euros count width height home_goals".split())
 NUMBERS |= set("away_goals major minor patch value house start end size".split())
 MARKS = list(TABLE["signs"])
-MASKS, BLOTS = "*#xX•_-?", ["***", "...", "XXX", "---", "[hidden]", "???", "###", "n/a", "-"]
+MASKS = "*#xX•_-?"  # for each letter of a part
+BLOTS = "*** ... XXX --- [hidden] ??? ### n/a -".split()  # for a whole part
 
 
 def run(program: Program, text: Text) -> Text:
@@ -421,120 +413,10 @@ def is_sensible(program: Program, samples: list[Text]) -> bool:
     return True
 
 
-def parts_meant(step: str, values: tuple) -> tuple[str, ...]:
-    """The parts that a step names."""
-    if step == "build":
-        return tuple(re.findall(r"\{(\w+)\}", values[0]))
-    if step == "as_json":
-        return values[0]
-    if step == "swap":
-        return values
-    return () if step in ("sign", "join", "reverse") else values[:1]
-
-
 def shape(program: Program) -> tuple:
     """A program without its words and signs: the steps, and the parts they are done to."""
     sort, *steps = program
     return (sort, *((step, parts_meant(step, values)) for step, values in steps))
-
-
-# -------------------- Descriptions from templates --------------------
-
-
-def expand(pattern: str, rng: random.Random) -> str:
-    """One of the texts that a pattern with choices [a|b] stands for."""
-    while match := re.search(r"\[([^\[\]]*\|[^\[\]]*)\]", pattern):
-        pattern = pattern[: match.start()] + rng.choice(match[1].split("|")) + pattern[match.end() :]
-    return " ".join(pattern.split())
-
-
-def say_words(words: str, rng: random.Random) -> str:
-    """Free words as people write them: mostly in quotes."""
-    if words in TABLE["signs"]:
-        return say_sign(words, rng)
-    words = words.strip()
-    if re.fullmatch(r"[\w.]+", words) and rng.random() < 0.5:
-        return words
-    return rng.choice([f'"{words}"', f'"{words}"', f"'{words}'"])
-
-
-def say_sign(mark: str, rng: random.Random, article: bool = True) -> str:
-    """A sign as people call it: "a dash", without article "dash"; or the sign itself in quotes."""
-    if mark not in TABLE["signs"] or (mark and rng.random() < 0.3):
-        return f'"{mark}"'
-    name = rng.choice(TABLE["signs"][mark])
-    return name if article else re.sub("^an? ", "", name)
-
-
-def say_form(form: str, names: list[str], rng: random.Random) -> str:
-    """A form in words, "the surname, then a dash, then the age", or as a pattern, "<surname>-<age>"."""
-    said, names, is_pattern = [], iter(names), rng.random() < 0.3
-    for i, token in enumerate(re.split(r"\{\w+\}", form)):
-        if i:
-            name = next(names)
-            said.append(f"<{name.removeprefix('the ')}>" if is_pattern else name)
-        if token:
-            said.append(token if is_pattern else say_words(token, rng))
-    return f'"{"".join(said)}"' if is_pattern else ", then ".join(said)
-
-
-def say_step(sort: str, step: str, values: tuple, x: str, rng: random.Random, is_order: bool) -> str:
-    """A request to do one step to x; is_order: as an order, so that it fits into any frame."""
-
-    def name(part: str) -> str:
-        return x if part == "all" else rng.choice(TABLE["sorts"][sort]["parts"][part])
-
-    key, slots, names = step, {"x": x}, [name(part) for part in parts_meant(step, values)]
-    first, *others = values or ("",)
-    if step == "swap":
-        slots |= {"one": names[0], "other": names[1]}
-    elif step == "build":
-        slots["form"] = say_form(first, names, rng)
-    elif step == "as_json":
-        slots["parts"] = f"{', '.join(names[:-1])} and {names[-1]}"
-    elif names:
-        slots["part"] = names[0]
-    if step in ("put", "before", "behind"):
-        slots["words"] = say_words(others[0], rng)
-    elif step == "sign":
-        key = "sign" if others[0] else "unsign"
-        slots |= {"old": say_sign(first, rng, article=False), "new": say_sign(others[0], rng)}
-    elif step == "join":
-        slots["sign"] = say_sign(first, rng)
-    elif step == "wrap":
-        left, right = others[0]
-        (names,) = [names for *pair, names in TABLE["pairs"] if pair == [left, right]]
-        slots["pair"] = rng.choice([*names, f"{left} and {right}"])
-    elif step == "case":
-        slots["how"] = rng.choice(TABLE["cases"][others[0]])
-    elif step == "mask":
-        n = others[1]
-        kept = [f", but not the last {n}", f" and leave the last {n}", f" except for the last {n}"]
-        slots |= {"mark": rng.choice([f'"{others[0]}"', others[0]]), "kept": rng.choice(kept) if n else ""}
-    elif step in ("blot", "spread"):
-        slots["mark"] = say_sign(others[0], rng)
-    elif step in ("cut", "add"):
-        key, slots["n"] = f"{step}_{'more' if others[0] > 0 else 'less'}", abs(others[0])
-    elif step == "count":
-        slots["what"] = others[0]
-    patterns = TABLE["say"][key]["order"] + ([] if is_order else TABLE["say"][key].get("other", []))
-    return expand(rng.choice(patterns), rng).format(**slots)  # choices first: the words may hold brackets
-
-
-def from_template(program: Program, rng: random.Random) -> str:
-    """One description of a program."""
-    sort, *steps = program
-    noun, is_order, said = rng.choice(TABLE["sorts"][sort]["nouns"]), rng.random() < 0.6, []
-    for i, (step, values) in enumerate(steps):
-        x = noun if i == 0 or rng.random() < 0.2 else rng.choice(["it", "that", "the result"])
-        said.append(say_step(sort, step, values, x, rng, is_order))
-    if is_order:
-        x, y = said[0], ", then ".join(said[1:])
-        frame = rng.choice(CHORES["frames"]["two" if y else "one"])
-        return frame.format(x=x, X=capitalise(x), y=y, input=noun)
-    between = rng.choice([". ", "; ", ", then ", " - "])
-    text = between.join(map(capitalise, said) if between == ". " else said)
-    return rng.choice([text, capitalise(text), capitalise(text) + ("" if text.endswith("?") else ".")])
 
 
 # -------------------- The tasks --------------------
@@ -614,7 +496,7 @@ def programs() -> dict[str, list[Program]]:
 
 def load() -> Splits:
     """All tasks by split."""
-    splits = {split: [make_task(program) for program in drawn] for split, drawn in programs().items()}
+    splits = {split: list(map(make_task, drawn)) for split, drawn in programs().items()}
     splits["open"] = []
     for i, (sort, request, pairs) in enumerate(read_file(HERE / "requests_open.json")):
         examples = [Example(text, [answer]) for text, answer in pairs]

@@ -3,7 +3,7 @@
 import random
 import re
 
-from tasks import requests
+from tasks import requests, wording
 from tasks.requests import Draw, Piece, make_text, plain, result
 
 NAME = [Piece("Ada", "first"), Piece(" "), Piece("Lovelace", "last")]
@@ -83,7 +83,7 @@ def test_descriptions_name_the_free_words():
     n = 0
     for i in range(200):
         program = requests.draw_program("order", 2, Draw(str(i)))
-        text = requests.from_template(program, random.Random(i))
+        text = wording.from_template(program, random.Random(i))
         for words in requests.free_words(program):
             n += 1
             assert words.strip() in text or words.strip().lower() in text.lower()
