@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import hypernet
 import lora
 from pictures import pictures
 from pictures.edits import EDITS, TEST, Edit, apply, describe, draw_scene, render
 from support import processes
 from support.files import command, read_file
-from support.hashing import hash_encoder
 
 
 @torch.no_grad()
@@ -47,18 +45,18 @@ def main() -> None:
     """Print the table: the hypernetwork on unseen edits, controls, and ordinary LoRAs if they are there."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else pictures.HERE
     device = processes.start_single("auto")
-    base, net = pictures.load_base(folder, device), hypernet.load_hypernet(folder).to(device)
+    base, net = pictures.load_base(folder, device), pictures.load_hypernet(folder, device)
     rng = random.Random(0)
 
     def write(edits: list[Edit], withheld: bool = False) -> lora.Adapter:
-        return net(hash_encoder([describe(edit, rng, withheld) for edit in edits]).to(device))
+        return pictures.write(net, [describe(edit, rng, withheld) for edit in edits])
 
     meaningless = ["".join(rng.sample("abcdefghijklmnopqrstuvwxyz", 12)) for _ in TEST]
     rows = {
         "unseen edits": write(TEST),
         "unseen edits in withheld wordings": write(TEST, withheld=True),
         "another edit's description": write(TEST[1:] + TEST[:1]),
-        "meaningless text": net(hash_encoder(meaningless).to(device)),
+        "meaningless text": pictures.write(net, meaningless),
         "base model": None,
     }
     for mode, index in (("one", torch.zeros(len(TEST)).long()), ("oracles", torch.arange(len(TEST)))):

@@ -30,7 +30,6 @@ import lora
 from pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
 from support import flags, processes
 from support.files import UserError, command, read_file, write_file
-from support.hashing import hash_encoder
 from support.state import load_state, on_ctrl_c, save_state
 
 HERE = Path(__file__).parent
@@ -187,19 +186,41 @@ def load_base(folder: Path, device="cpu") -> Transformer:
     return lora.inject(net.to(device).requires_grad_(False).eval(), TARGETS)
 
 
-def make_trained(mode: str, base: Transformer) -> nn.Module:
-    """What is trained: the base model, a hypernetwork, or ordinary LoRAs."""
+def make_trained(mode: str, base: Transformer, encoder: str = "hash") -> nn.Module:
+    """What is trained: the base model, a hypernetwork with this text encoder, or ordinary LoRAs."""
     if mode == "base":
         return base
     config = lora.config_for(base, lora.find_targets(base, TARGETS), "pictures", r=4, alpha=8.0)
     if mode == "hypernet":
-        width = hash_encoder(["cat"]).shape[1]
-        sizes = dict(input_size=width, latent_size=96, head_in_size=64)
-        dropout = dict(trunk_dropout=0.0, input_dropout=0.2)
-        net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), **sizes, **dropout))
-        net.start_as_lora()
-        return net
+        return make_hypernet(config, encoder, base.position.device)
     return lora.LoRABank(config, len(TEST) if mode == "oracles" else 1)
+
+
+def make_hypernet(config: lora.LoRAConfig, encoder: str, device) -> nn.Module:
+    """A hypernetwork at its start. A text encoder that is a network gets a LoRA, which is trained as well."""
+    net_class, settings = hypernet.TextToLoRA, dict(latent_size=96, head_in_size=64)
+    settings |= dict(trunk_dropout=0.0, input_dropout=0.2)
+    if encoder != "hash":
+        net_class = hypernet.SlotTextToLoRA
+        settings |= dict(slots=1, encoder_rank=8)
+    wanted = net_class.config_class(encoder=encoder, **settings)
+    reader = net_class.load_reader(wanted, None, None, device)
+    net = net_class(net_class.config_class(**vars(config), **settings, **reader.recorded))
+    net.start_as_lora()
+    net.reader = reader
+    return net
+
+
+def load_hypernet(folder: Path, device="cpu") -> nn.Module:
+    """The trained hypernetwork, with its text encoder."""
+    net = hypernet.load_hypernet(folder).to(device)
+    net.reader = net.load_reader(net.config, None, None, device)
+    return net
+
+
+def write(net: nn.Module, descriptions: list[str]) -> lora.Adapter:
+    """The adapters for n descriptions."""
+    return net(net.condition(descriptions, net.reader))
 
 
 def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Random) -> Tensor:
@@ -214,7 +235,7 @@ def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Rand
         example = torch.cat(draw_pairs(edits, rng), -1).to(device)
         return flow_loss(base, source, target, t.square(), example)
     if mode == "hypernet":
-        adapters = trained(hash_encoder([describe(edit, rng) for edit in edits]).to(device))
+        adapters = write(trained, [describe(edit, rng) for edit in edits])
     elif mode == "oracles":
         adapters = trained(torch.arange(len(TEST)).repeat(2))
     else:
@@ -223,14 +244,14 @@ def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Rand
     return flow_loss(base, source, target, t.square())  # early times: later ones show the edit themselves
 
 
-def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
+def train(mode: str, folder: Path, steps: int, encoder: str, device: torch.device) -> None:
     """Train one of STEPS, resume it if it was interrupted, and write it into the folder."""
     file, state = folder / f"{mode}.safetensors", folder / f"{mode}-state.safetensors"
     if file.exists():
         raise UserError(f"{file} is there already; choose another folder with --weights")
     torch.manual_seed(0)
     base = Transformer().to(device) if mode == "base" else load_base(folder, device)
-    trained = make_trained(mode, base).to(device)
+    trained = make_trained(mode, base, encoder).to(device)
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -299,8 +320,8 @@ def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, ou
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    base, net = load_base(folder, device), hypernet.load_hypernet(folder).to(device)
-    adapters = net(hash_encoder(descriptions).to(device))
+    base, net = load_base(folder, device), load_hypernet(folder, device)
+    adapters = write(net, descriptions)
     columns = min(2, len(descriptions))
     rows = math.ceil(len(descriptions) / columns)
     size = (5.2 * columns, 2.5 * rows)  # inches
@@ -332,12 +353,13 @@ def main() -> None:
     parser.add_argument("--input", help=f"a PNG of {SIZE} x {SIZE} pixels in place of random sources")
     parser.add_argument("--train", choices=list(STEPS), help="base, hypernet; oracles, one: ordinary LoRAs")
     parser.add_argument("--steps", type=flags.at_least(1), help="training steps")
+    parser.add_argument("--encoder", default="hash", help="with --train hypernet: hash, a hub id or a folder")
     parser.add_argument("--weights", type=Path, default=HERE, help="folder of the weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
     args = parser.parse_args()
     device = processes.start_single(args.device)
     if args.train:
-        train(args.train, args.weights, args.steps or STEPS[args.train], device)
+        train(args.train, args.weights, args.steps or STEPS[args.train], args.encoder, device)
     elif args.desc and all(text.strip() for text in args.desc):
         draw_strip(args.weights, args.desc, args.input, args.out, device)
     else:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import hypernet
 import lora
 from pictures import edits, pictures
 from tests.helpers import close, command, interrupted_in_call
@@ -58,7 +57,7 @@ def test_a_step_through_the_flow_teaches_the_hypernetwork():
 @torch.no_grad()
 def test_an_adapter_or_an_example_says_what_is_drawn():
     """8 edits, 4 pictures each, all in one batch; then each with the adapter or example of another edit."""
-    base, net = pictures.load_base(pictures.HERE), hypernet.load_hypernet(pictures.HERE)
+    base, net = pictures.load_base(pictures.HERE), pictures.load_hypernet(pictures.HERE)
     rng, asked, others = random.Random(0), edits.TEST[:8], edits.TEST[8:16]
     sources, rights = [], []
     for edit in asked:
@@ -73,7 +72,7 @@ def test_an_adapter_or_an_example_says_what_is_drawn():
 
     errors = {}
     for whose, chosen in (("own", asked), ("another's", others)):
-        adapters = net(pictures.hash_encoder([edits.describe(edit, rng) for edit in chosen]))
+        adapters = pictures.write(net, [edits.describe(edit, rng) for edit in chosen])
         shown = [edit for edit in chosen for _ in range(4)]
         example = torch.cat(pictures.draw_pairs(shown, rng), -1)
         errors[whose] = error(adapters), error(example=example)
