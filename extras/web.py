@@ -1,6 +1,6 @@
 """A page to try it: describe a task, or paste a document, and see what the adapter does.
 
-    python -m extras.web --base_model smollm2-135m      # needs gradio: pip install gradio
+    python -m extras.web --base_model smollm2-135m      # needs gradio 6: pip install gradio
 
 The page is for this machine only, unless GRADIO_SERVER_NAME names an address.
 """
@@ -51,7 +51,7 @@ def main() -> None:
     try:
         import gradio
     except ImportError:
-        raise UserError("the page needs gradio: pip install gradio") from None
+        raise UserError("the page needs gradio 6: pip install gradio") from None
     device = processes.start_single(args.device)
     nets = load_nets(args, device)
     base, tokenizer = generate.load_base_for([net.config for net in nets], args, device)
@@ -89,15 +89,16 @@ def main() -> None:
         title, second = ("Document", "Questions") if net.reads == "documents" else ("Description", "Inputs")
         boxes = [gradio.Textbox(label=title), gradio.Textbox(label=f"{second}, one per line", lines=3)]
         headers = ["input", "base model", "with adapter"]
-        table = gradio.Dataframe(headers=headers, datatype="str", label="Answers", wrap=True)
+        table = gradio.Dataframe(headers=headers, label="Answers", wrap=True, column_widths=["33%"] * 3)
         results = [table, gradio.Markdown(), gradio.File(label="The adapter, as PEFT loads it")]
         function = partial(answer, net, generate.load_reader_for(net, base, tokenizer, args))
         examples = hub.examples(net.config.base_model).get(net.reads)
         settings = dict(examples=examples, flagging_mode="never", api_name=title.lower())
         tabs[title] = gradio.Interface(function, boxes, results, submit_btn="Write an adapter", **settings)
+    theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")  # loads no fonts from elsewhere
     page = gradio.TabbedInterface(list(tabs.values()), list(tabs), "Text-to-LoRA")
     try:
-        page.launch(server_port=args.port)
+        page.launch(server_port=args.port, theme=theme)
     except OSError as e:  # the port is in use
         raise UserError(f"--port {args.port}: {e}") from None
 

@@ -271,11 +271,11 @@ def train(mode: str, folder: Path, steps: int, encoder: str, device: torch.devic
         optimizer.step()
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+        if step < 20 or step % 100 == 99:
+            with open(folder / f"{mode}.jsonl", "a" if step else "w") as log:
+                log.write(json.dumps({"step": step + 1, "of": steps, "lr": lr, "loss": loss.item()}) + "\n")
         if step % 100 == 99 or interrupts:
             save_state(state, step + 1, trained, optimizer)
-            with open(folder / f"{mode}.jsonl", "a") as log:
-                record = {"step": step + 1, "of": steps, "lr": lr, "loss": mean}
-                log.write(json.dumps(record) + "\n")
         if interrupts:
             raise KeyboardInterrupt
     if mode == "hypernet":

@@ -1,4 +1,7 @@
-"""A visitor of the page (needs gradio, selenium and Chromium)."""
+"""A visitor of the page (needs gradio, selenium and Chromium).
+
+The README's picture of it: T2L_PAGE=assets/web.png python -m pytest tests/test_web.py
+"""
 
 import argparse
 import contextlib
@@ -24,7 +27,8 @@ def browser():
         pytest.skip("there is no Chromium")
     options = webdriver.ChromeOptions()
     options.binary_location = paths[0]
-    for flag in "headless=new no-sandbox disable-gpu disable-background-networking disable-sync".split():
+    flags = "headless=new no-sandbox disable-gpu disable-background-networking disable-sync"
+    for flag in f"{flags} window-size=1500,680".split():
         options.add_argument(f"--{flag}")
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
     yield browser
@@ -65,8 +69,11 @@ def test_the_page_in_a_browser(browser, tmp_path):
 
     try:
         wait_for(lambda: browser.get(f"http://127.0.0.1:{port}") is None)
-        ask(DESC, "cat red dog shirt", "chat chien")
+        inputs = "skirt cat bird shirt\nflower bear mouse stone\nbird knee horse nose"
+        ask("Write the animals in Spanish, back to front.", inputs, "pájaro gato")
         assert "Written in" in browser.page_source and "adapter.zip" in browser.page_source
+        if "T2L_PAGE" in os.environ:
+            browser.save_screenshot(os.environ["T2L_PAGE"])
         ask(DESC, "a unicorn", "no token for")  # an error is shown in the page
         wait_for(lambda: [b for b in shown("button") if b.text == "Document"])[0].click()
         ask("cat -> gato <eos>", "cat", "gato")
