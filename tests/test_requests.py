@@ -3,8 +3,9 @@
 import random
 import re
 
-from tasks import requests, wording
-from tasks.requests import Draw, Piece, make_text, plain, result
+from tasks import requests, texts, wording
+from tasks.requests import result
+from tasks.texts import Draw, Piece, make_text, plain
 
 NAME = [Piece("Ada", "first"), Piece(" "), Piece("Lovelace", "last")]
 TIME = [Piece("09", "hour"), Piece(":"), Piece("59", "minute")]
@@ -48,7 +49,7 @@ def test_the_steps_do_what_they_say():
 def test_the_forms_name_the_parts():
     for sort, entry in requests.TABLE["sorts"].items():
         text = make_text(sort, Draw("x"))
-        assert set(requests.parts_of(text)) <= set(entry["parts"]) and "{" not in plain(text)
+        assert set(texts.parts_of(text)) <= set(entry["parts"]) and "{" not in plain(text)
         assert make_text(sort, Draw("x")) == text != make_text(sort, Draw("x", test=True))
 
 
@@ -74,7 +75,7 @@ def test_what_is_withheld_is_nowhere_in_training():
     def words_of(split: list[requests.Program]) -> set[str]:
         return set(re.findall(r"[a-z]+", " ".join(sum(map(requests.free_words, split), [])).lower()))
 
-    test_words = set(requests.pool("word", test=True))
+    test_words = set(texts.pool("word", test=True))
     assert not words_of(train) & test_words and len(words_of(train)) > 500
     assert len(words_of(programs["words"]) & test_words) > 40
 
