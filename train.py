@@ -559,16 +559,10 @@ def save(run: Run, folder: Path) -> None:
             lora.save_adapter(folder / task.name, run.net(i), run.net.config)
 
 
-def train(run: Run, folder: Path) -> bool:
-    """Train until --max_steps or Ctrl-C; returns whether the run is finished."""
-    args, process = run.args, run.process
+def begin(run: Run, folder: Path, books: state.Books, optimizer, task_ids) -> int:
+    """Read the state of an interrupted run, if it is resumed, and say what is trained; the steps that are done."""
+    args, process, n_done = run.args, run.process, 0
     is_first = process.rank == 0
-    net = run.net
-    if process.count > 1:
-        net = DistributedDataParallel(run.net)
-    optimizer = make_optimizer(run.net, args)
-    books, task_ids = state.Books(folder, args.keep), data.identify(run.tasks + run.val_tasks)
-    n_done = 0  # steps
     if args.resume:
         n_done = books.resume(run.net, optimizer, task_ids)
         if n_done > args.max_steps:
@@ -582,7 +576,19 @@ def train(run: Run, folder: Path) -> bool:
         print(f"{args.mode}: {n_parameters:,} parameters, on {where}, into {folder}/", flush=True)
         if args.wandb:
             books.start_wandb(vars(args))
+    return n_done
 
+
+def train(run: Run, folder: Path) -> bool:
+    """Train until --max_steps or Ctrl-C; returns whether the run is finished."""
+    args, process = run.args, run.process
+    is_first = process.rank == 0
+    net = run.net
+    if process.count > 1:
+        net = DistributedDataParallel(run.net)
+    optimizer = make_optimizer(run.net, args)
+    books, task_ids = state.Books(folder, args.keep), data.identify(run.tasks + run.val_tasks)
+    n_done = begin(run, folder, books, optimizer, task_ids)
     interrupts = state.on_ctrl_c()
     n_examples = (args.tasks_per_batch or len(run.tasks)) * args.examples_per_task  # of a step
     measured, interrupted = {}, False  # by the last validation
