@@ -55,6 +55,7 @@ from tests.helpers import (
     one_layer,
     random_adapter,
     refused,
+    repeated,
     run_of,
     small_config,
     small_decoder,
@@ -303,7 +304,7 @@ def test_what_a_step_draws():
 
 def test_too_long_examples_and_tasks_are_left_out(capsys):
     run = run_of(*SHORT)
-    short, long = Example("cat", ["red"]), Example("cat dog cow sun " * 9, ["red"])
+    short, long = Example("cat", ["red"]), Example(repeated("cat dog cow sun ", 9), ["red"])
     mixed, too_long = data.Task("mixed", ["x"], [long, short], []), data.Task("long", ["x"], [long], [])
     run.args.max_tokens = 12
     capsys.readouterr()
@@ -565,8 +566,9 @@ def test_one_step_has_the_shapes_of_the_readme(monkeypatch):
     assert seen == shapes_in_readme()
 
 
-def test_the_readmes_contrastive_loss_is_one_term_more(monkeypatch):
-    block = (HERE / "README.md").read_text().split("# in sft_step, after `extra = {}`\n")[1].split("  ```")[0]
+def test_the_contrastive_loss_of_extras_is_one_term_more(monkeypatch):
+    page = (HERE / "extras" / "README.md").read_text()
+    block = page.split("# in sft_step, after `extra = {}`\n")[1].split("```")[0]
     place = "    extra = {}  # {name: loss}\n"
     source = inspect.getsource(train.sft_step)
     assert place in source

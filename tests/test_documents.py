@@ -16,7 +16,19 @@ from data import Example
 from extras import answers
 from support.files import read_file, write_file
 from tasks import load_tasks
-from tests.helpers import D2L, TINY, batch_of, close, command, evaluate, fit, run_of, tiny_llama, with_peft
+from tests.helpers import (
+    D2L,
+    TINY,
+    batch_of,
+    close,
+    command,
+    evaluate,
+    fit,
+    repeated,
+    run_of,
+    tiny_llama,
+    with_peft,
+)
 
 
 def test_the_perceivers_size():
@@ -61,7 +73,7 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     net.config.random_chunks, net.config.chunk_len = True, 64
 
     def count():
-        return set(read(["cat dog sun " * 20] * 40).counts)
+        return set(read([repeated("cat dog sun ", 20)] * 40).counts)
 
     assert count() == {1} and len(net.train() and count()) > 1  # drawn in training only
 
@@ -188,7 +200,7 @@ def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
     run.args.distill, run.args.max_tokens = 5, 12
     data.cached_ids.cache_clear()
     batch = [data.DrawnTask(0, "cat -> red <eos>", [Example("cat", ["red"])])]
-    batch.append(data.DrawnTask(1, "cat dog cow pig\n" * 9, [Example("cat", ["red"])]))
+    batch.append(data.DrawnTask(1, repeated("cat dog cow pig\n", 9), [Example("cat", ["red"])]))
     kept = batch_of(run, batch)
     assert kept.tasks == batch[:1] and [row.task for row in kept.examples] == [0]
     assert len(kept.examples[0].teacher_prompt) > len(kept.examples[0].prompt)
@@ -200,7 +212,7 @@ def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path,
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     known = {"question": "dog", "answer": "blue"}
-    for name, document in (("a", "cat -> red <eos>"), ("b", "cat -> sun <eos>"), ("long", "cat " * 600)):
+    for name, document in (("a", "cat -> red <eos>"), ("b", "cat -> sun <eos>"), ("long", repeated("cat ", 600))):
         write_file(folder / f"{name}.json", {"document": document, "questions": [{"question": "cat"}, known]})
     write_file(folder / "splits.json", {"train": ["a", "long"], "val": ["b"]})
     assert command(train, *D2L, "--tasks", folder, "--out_dir", tmp_path / "net") == 2

@@ -33,7 +33,7 @@ import train
 from support.files import write_file
 from support.hub import load_text_model
 from tasks import tiny
-from tests.helpers import SHORT, close, command, fit, refused, run_of
+from tests.helpers import SHORT, close, command, fit, refused, repeated, run_of
 
 
 def bert_folder(folder: Path) -> nn.Module:
@@ -160,7 +160,7 @@ def test_a_text_encoder_with_fewer_positions_than_it_says(tmp_path):
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     config = RobertaConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=1, **sizes)
     RobertaModel(config).save_pretrained(tmp_path)
-    longest = model.load_encoder(str(tmp_path))(["one two three four " * 9])  # more than it has positions for
+    longest = model.load_encoder(str(tmp_path))([repeated("one two three four ", 9)])  # more than it has positions for
     assert longest.shape == (1, 16) and longest.isfinite().all()
 
 
@@ -303,7 +303,7 @@ def test_a_network_without_a_limit_of_length(tmp_path):
     torch.manual_seed(0)
     config = XLNetConfig(vocab_size=10, d_model=16, n_layer=1, n_head=2, d_inner=32)  # its length is -1
     encode = model.load_encoder(with_tokenizer_of_bert(XLNetModel(config), tmp_path))
-    assert encode(["one two three " * 30]).isfinite().all()
+    assert encode([repeated("one two three ", 30)]).isfinite().all()
 
 
 def test_a_tokenizer_without_a_pad_token(tmp_path):
@@ -333,7 +333,7 @@ def test_a_description_that_is_cut_is_mentioned_once(tmp_path, capsys):
     encode(["one two"])
     assert not capsys.readouterr().err
     for _ in range(2):
-        encode(["one two three four " * 200])
+        encode([repeated("one two three four ", 200)])
     assert capsys.readouterr().err.count("reads 512 tokens of a description, not more: one two") == 1
 
 

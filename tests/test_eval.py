@@ -13,7 +13,7 @@ from data import Example
 from extras import plot
 from support.files import read_file, write_file
 from tasks import load_tasks
-from tests.helpers import TINY, command, config_for, evaluate, fit, random_adapter, refused
+from tests.helpers import TINY, command, config_for, evaluate, fit, random_adapter, refused, repeated
 
 
 def test_all_documents_are_scored_also_those_of_equal_names(tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_scores_are_drawn(tmp_path, names):
 def test_an_answer_may_be_as_long_as_the_right_one():
     """More than the 64 tokens that generate.py writes."""
     _, tokenizer = model.load_base("tiny")
-    task = data.Task("x", ["d"], [], [Example("cat", ["cat " * 99])])
+    task = data.Task("x", ["d"], [], [Example("cat", [repeated("cat ", 99)])])
     question = evaluation.Question(task, task.test[0], "", "", [])
     args = types.SimpleNamespace(contains=False, max_new_tokens=None)
     assert evaluation.answer_tokens(tokenizer, question, args) == 101

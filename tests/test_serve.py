@@ -18,7 +18,7 @@ import torch
 import generate
 import lora
 from extras import serve
-from tests.helpers import DESC, close, command, needs_models, refused
+from tests.helpers import DESC, close, command, needs_models, refused, repeated
 
 
 class StandIn(http.server.ThreadingHTTPServer):
@@ -146,7 +146,7 @@ def test_what_an_earlier_server_left_is_removed(start, vllm, tmp_path):
 
 
 def test_a_document_needs_ranks(start, vllm):
-    document = {"document": "cat -> gato <eos>\nsun bird wolf plum\n" * 3}
+    document = {"document": repeated("cat -> gato <eos>\nsun bird wolf plum\n", 3)}
     status, said = start()("POST", ADAPTERS, document)
     assert status == 413 and said["error"].endswith("start vLLM and this server with rank 64")
     assert list(vllm.models) == ["base"]

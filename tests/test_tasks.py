@@ -19,7 +19,7 @@ from extras import pretrain
 from support import files
 from support.files import UserError, read_file
 from tasks import benchmarks, chores, folder, load_tasks, lots_of_loras, tiny
-from tests.helpers import command, refused
+from tests.helpers import command, refused, repeated
 
 
 def test_held_out_tasks_are_nowhere_in_training():
@@ -182,7 +182,7 @@ MISTAKES = {  # files, and what the one line of error says; {f} is the folder
         '"name" must be a text that can name a folder',
     ),
     "name of a file of a run": ({"a.json": SWAP | {"name": "metrics.jsonl"}}, "can name a folder"),
-    "a name that is too long": ({"a.json": SWAP | {"name": "Ü" * 140}}, "can name a folder"),
+    "a name that is too long": ({"a.json": SWAP | {"name": repeated("Ü", 140)}}, "can name a folder"),
     "half a surrogate pair": ({"a.json": '{"descriptions": ["\\ud800"], "Instances": []}'}, "cannot be read"),
     "other keys": ({"a.json": {"task": "x", "items": []}}, "it has task, items"),
     "number for a name": ({"a.json": SWAP | {"name": 3}}, '"name" must be a text'),
