@@ -560,7 +560,7 @@ def save(run: Run, folder: Path) -> None:
 
 
 def begin(run: Run, folder: Path, books: state.Books, optimizer, task_ids) -> int:
-    """Read the state of an interrupted run, if it is resumed, and say what is trained; the steps that are done."""
+    """Read the state of a run that is resumed, and say what is trained. Returns how many steps are done."""
     args, process, n_done = run.args, run.process, 0
     is_first = process.rank == 0
     if args.resume:

@@ -212,7 +212,8 @@ def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path,
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     known = {"question": "dog", "answer": "blue"}
-    for name, document in (("a", "cat -> red <eos>"), ("b", "cat -> sun <eos>"), ("long", repeated("cat ", 600))):
+    documents = {"a": "cat -> red <eos>", "b": "cat -> sun <eos>", "long": repeated("cat ", 600)}
+    for name, document in documents.items():
         write_file(folder / f"{name}.json", {"document": document, "questions": [{"question": "cat"}, known]})
     write_file(folder / "splits.json", {"train": ["a", "long"], "val": ["b"]})
     assert command(train, *D2L, "--tasks", folder, "--out_dir", tmp_path / "net") == 2

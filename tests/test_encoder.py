@@ -30,6 +30,7 @@ import hypernet
 import lora
 import model
 import train
+from pictures import pictures
 from support.files import write_file
 from support.hub import load_text_model
 from tasks import tiny
@@ -160,7 +161,8 @@ def test_a_text_encoder_with_fewer_positions_than_it_says(tmp_path):
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     config = RobertaConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=1, **sizes)
     RobertaModel(config).save_pretrained(tmp_path)
-    longest = model.load_encoder(str(tmp_path))([repeated("one two three four ", 9)])  # more than it has positions for
+    text = repeated("one two three four ", 9)  # more than it has positions for
+    longest = model.load_encoder(str(tmp_path))([text])
     assert longest.shape == (1, 16) and longest.isfinite().all()
 
 
@@ -344,3 +346,16 @@ def test_a_frozen_encoder_reads_each_text_once_and_alone(tmp_path):
     first = encode(["one", "two three", "one"])
     assert torch.equal(first[0], first[2]) and len(read) == 2
     assert torch.equal(encode(["two three"])[0], first[1]) and len(read) == 2
+
+
+def test_a_text_encoder_with_a_lora_reads_for_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "BATCH", 4)
+    (tmp_path / "bert").mkdir()
+    bert_folder(tmp_path / "bert")
+    shutil.copy(pictures.HERE / "base.safetensors", tmp_path)
+    words = ["--train", "hypernet", "--steps", "2", "--encoder", tmp_path / "bert", "--weights", tmp_path]
+    assert command(pictures, *words) == 0
+    net = pictures.load_hypernet(tmp_path)
+    A, B = pictures.write(net, ["one two", "three"])["to_q"]
+    assert net.reader.has_lora and any(B.abs().sum() > 0 for B in net.encoder_lora.B.values())
+    assert not torch.equal(A[0], A[1]) and B.abs().sum() > 0
