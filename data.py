@@ -100,8 +100,8 @@ def draw(tasks: list[Task], step: int, args) -> list[DrawnTask]:
     """The tasks of a step: --tasks_per_batch of them (0: all), and a description and examples of each."""
     rng = random.Random(f"{args.seed} {step}")
     candidates = range(len(tasks))
-    if args.short_first:  # tasks are sorted by length: the shortest third at first, all from half-way on
-        fraction = min(1, 1 / 3 + 4 / 3 * step / args.max_steps)
+    if args.short_first:  # tasks are sorted by length: the shortest sixth at first, all from half-way on
+        fraction = min(1, 1 / 6 + 5 / 3 * step / args.max_steps)
         candidates = candidates[: math.ceil(len(tasks) * fraction)]
     indices = sample(rng, candidates, args.tasks_per_batch or len(candidates))
     drawn = []

@@ -1,4 +1,4 @@
-"""Documents of the tiny world: lines of words, some of which are facts to look up."""
+"""Documents of the tiny world: facts to look up, any word -> any other."""
 
 import random
 
@@ -6,23 +6,22 @@ from data import Example, Splits, Task
 from tasks.documents import document_splits
 from tasks.tiny import FORMS, MAPS
 
+WORDS = list(dict.fromkeys(forms[change] for change in MAPS[:6] for forms in FORMS.values()))  # 336
+
 
 def document(rng: random.Random, n_lines: int) -> Task:
-    """Lines of four words. One to eight of them are facts instead.
+    """Facts, one per line: of "cat lamp <eos>" the question is "cat", the answer "lamp".
 
-    The fact "cat -> gato <eos>" says which of seven forms of a word to answer when asked "cat". It looks like
-    the base model's training text.
+    No word occurs twice. Chance is below 1%. The mark "<eos>" ends a line, as it ends an answer: the tokenizer
+    drops line breaks.
     """
-    words = list(FORMS)
-    n_facts = rng.randint(1, min(8, n_lines))
-    facts = [(word, FORMS[word][rng.choice(MAPS[1:])]) for word in rng.sample(words, n_facts)]
-    lines = [f"{key} -> {value} <eos>" for key, value in facts]
-    lines += [" ".join(rng.sample(words, 4)) for _ in range(n_lines - n_facts)]
-    rng.shuffle(lines)
+    words = rng.sample(WORDS, 2 * n_lines)
+    facts = list(zip(words[::2], words[1::2]))
+    lines = [f"{key} {value} <eos>" for key, value in facts]
     examples = [Example(key, [value]) for key, value in facts]
     return Task(f"{n_lines} lines", ["\n".join(lines)], examples, examples, is_document=True)
 
 
 def load() -> Splits:
     """All documents by split."""
-    return document_splits(document, "facts", [4, 16, 64, 128, 256])
+    return document_splits(document, "facts", [1, 4, 16, 32, 64, 128])

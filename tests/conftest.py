@@ -27,6 +27,15 @@ def seed(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+@pytest.fixture
+def one_thread():
+    """One thread, as in the shipped runs: with several, sums are added up in another order each time."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 @pytest.fixture(scope="session")
 def reader(tmp_path_factory) -> Path:
     """A random Doc-to-LoRA hypernetwork for the tiny base, in its folder."""
@@ -92,7 +101,7 @@ def places(tmp_path_factory, reader) -> dict[str, Path]:
     net = hypernet.TextToLoRA(small_config("small", base_model="base", input_size=8192))
     hypernet.save_hypernet(net, tmp / "other")
     task = {"Definition": ["Swap."], "Instances": [{"input": "Paris Rome", "output": ["Rome Paris"]}]}
-    question = {"document": "cat -> gato <eos>", "questions": [{"question": "cat"}]}
+    question = {"document": "cat lamp <eos>", "questions": [{"question": "cat"}]}
     texts = {
         "note.txt": "cat -> red",
         "foreign/precious.txt": "mine",

@@ -150,11 +150,11 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
         words = ["--doc", tmp_path / f"{name}.txt", "--hypernet", net, "--input", "horse"]
         assert command(generate, *words, "--out", tmp_path / name) == 0
         shown = capsys.readouterr().out
-        assert f"with adapter  {fact}\n" in shown and "14 tokens" in shown and "rank 32 on down_proj" in shown
+        assert f"with adapter  {fact}\n" in shown and "14 tokens" in shown and "rank 8 on down_proj" in shown
         assert "in context" in shown and re.search(r"with adapter \d+ ms", shown)
     both = ["--doc", tmp_path / "cat.txt", "--doc", tmp_path / "dog.txt"]  # one adapter
     assert command(generate, *both, "--hypernet", net, "--out", tmp_path / "both") == 0
-    assert lora.load_adapter(tmp_path / "both")[0]["down_proj"][0].shape[-2] == 8 * 7  # six chunks, a bias
+    assert lora.load_adapter(tmp_path / "both")[0]["down_proj"][0].shape[-2] == 2 * 7  # six chunks, a bias
     words = ["--tasks", docs, "--split", "train", "--hypernet", net, "--methods", "base,t2l,t2l_shuffled"]
     results = evaluate(tmp_path / "e.json", *words)
     assert [results[k]["mean"] for k in ("base", "t2l", "t2l_shuffled")] == [0, 1, 0]

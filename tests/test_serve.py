@@ -146,12 +146,12 @@ def test_what_an_earlier_server_left_is_removed(start, vllm, tmp_path):
 
 
 def test_a_document_needs_ranks(start, vllm):
-    document = {"document": repeated("cat -> gato <eos>\nsun bird wolf plum\n", 3)}
+    document = {"document": repeated("cat lamp <eos>\nsun bird wolf plum\n", 3)}
     status, said = start()("POST", ADAPTERS, document)
-    assert status == 413 and said["error"].endswith("start vLLM and this server with rank 64")
+    assert status == 413 and said["error"].endswith("start vLLM and this server with rank 16")
     assert list(vllm.models) == ["base"]
-    status, said = start(max_lora_rank=64)("POST", ADAPTERS, document)
-    assert status == 200 and said["rank"] == 56 and said["model"] in vllm.models
+    status, said = start(max_lora_rank=16)("POST", ADAPTERS, document)
+    assert status == 200 and said["rank"] == 16 and said["model"] in vllm.models
 
 
 WRONG = {

@@ -35,11 +35,11 @@ def test_held_out_tasks_are_nowhere_in_training():
 def test_the_tiny_base_model_is_trained_on_what_the_chat_template_writes():
     held_out = set(tiny.splits()["val"] + tiny.splits()["test"])
     assert not held_out & set(pretrain.TASKS)
-    texts = [text for step in range(0, 8000, 1000) for text in pretrain.draw(step, 8000)]
+    texts = [text for step in range(2000, 20_000, 2000) for text in pretrain.draw(step, 20_000)]
     assert {len(example.input.split()) for text in texts for example in text} == {1, 2, 3, 4}
     _, tokenizer = model.load_base("tiny")
-    for step in (8, 4001):  # of a task, and of facts that are looked up
-        for text in pretrain.draw(step, 8000)[:3]:
+    for step in (8, 10_000, 10_001):  # lines to go on with, a task, and facts that are looked up
+        for text in pretrain.draw(step, 20_000)[:3]:
             ids, labels = pretrain.tokenize(text)
             shots = [(example.input, example.answers[0]) for example in text[:-1]]
             chat = model.chat(tokenizer, text[-1].input, "", shots)

@@ -76,6 +76,6 @@ def test_the_page_in_a_browser(browser, tmp_path):
             browser.save_screenshot(os.environ["T2L_PAGE"])
         ask(DESC, "a unicorn", "no token for")  # an error is shown in the page
         wait_for(lambda: [b for b in shown("button") if b.text == "Document"])[0].click()
-        ask("cat -> gato <eos>", "cat", "gato")
+        ask("cat lamp <eos>", "cat", "lamp")
     finally:
         server.kill()
