@@ -3,6 +3,7 @@
 Each is a preset, a Hugging Face id or a folder. The preset `tiny` needs neither download nor GPU.
 """
 
+import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -217,7 +218,7 @@ def decoder_layers(base: nn.Module) -> nn.ModuleList:
     """The decoder's layers. Raises UserError for models that call them otherwise."""
     layers = getattr(base.get_decoder(), "layers", None)
     if layers is None:
-        raise UserError("Doc-to-LoRA, --gradient_checkpointing and --shard need a decoder with `layers`")
+        raise UserError("Doc-to-LoRA, --gradient_checkpointing, --shard, --compile need a decoder with `layers`")
     return layers
 
 
@@ -251,6 +252,17 @@ def recompute_layers(base: nn.Module) -> None:
     """Keep only the input of each decoder layer, and compute the layer again in the backward pass."""
     for layer in decoder_layers(base):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def compile_layers(base: nn.Module) -> None:
+    """Compile each decoder layer (torch.compile), for any batch and length: one graph serves all layers.
+
+    Raises UserError if there is no C++ compiler.
+    """
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise UserError("--compile needs a C++ compiler such as g++; leave it out")
+    for layer in decoder_layers(base):
+        layer.compile(dynamic=True)
 
 
 # -------------------- The text encoder: n descriptions -> [n, E] --------------------

@@ -104,6 +104,7 @@ class Settings:
     dtype: str = setting("auto", AUTO_DTYPE, choices=("auto", "float32", "bfloat16"))
     gradient_checkpointing: bool = setting(False, "save memory: compute activations twice", runs="lora sft")
     shard: bool = setting(False, "shard the base model over the processes", runs="lora sft")
+    compile: bool = setting(False, "compile the base model: a minute at first, then faster", runs="lora sft")
     val_every: int = setting(250, "steps between two validations, or saves of the state", least=1)
     keep: str = setting("loss", "keep the best weights, by validation", choices=state.KEEP, runs="lora sft")
     out_dir: str = setting("out/run", "a new folder")
@@ -112,7 +113,7 @@ class Settings:
 
 MAY_CHANGE = [  # with --resume: length, learning rate, how the step is computed, where the run is
     *("max_steps", "lr", "head_lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard"),
-    *("device", "val_every", "out_dir", "wandb"),
+    *("compile", "device", "val_every", "out_dir", "wandb"),
 ]
 
 
@@ -461,6 +462,8 @@ def prepare(args, process: Process) -> Run:
         model.recompute_layers(base)
     if process.device.type == "cpu":
         base.set_attn_implementation("eager")  # its backward pass is faster there
+    if args.compile:
+        model.compile_layers(base)
 
     scale = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
     config = lora.config_for(base, lora.find_targets(base, names), hub.full_name(args.base_model), **scale)
