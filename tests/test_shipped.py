@@ -73,11 +73,12 @@ def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
 
 
 @needs_models
-def test_the_readmes_lines_for_peft(tmp_path, capsys):
+def test_the_program_for_peft(tmp_path, capsys):
     pytest.importorskip("peft", reason="peft is not installed")
     words = [*REAL, "--out", tmp_path / "adapter"]
     assert command(generate, *words, "--desc", "just the family name please") == 0
-    program = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    page = (HERE / "extras" / "README.md").read_text()
+    program = page.split("## Using an adapter")[1].split("```python\n")[1].split("```")[0]
     program = program.replace("HuggingFaceTB/SmolLM2-135M-Instruct", REAL[1])
     capsys.readouterr()
     with warnings.catch_warnings():  # of a deprecated name in peft
