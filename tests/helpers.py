@@ -47,6 +47,7 @@ SHORT += ["--dropout", "0"]
 D2L, LORA = ["@config/d2l.args"], ["@config/lora.args"]
 REAL = ["--base_model", os.environ.get("T2L_BASE"), "--encoder", os.environ.get("T2L_ENCODER")]
 needs_models = pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE names no real model")
+needs_time = pytest.mark.skipif("T2L_SLOW" not in os.environ, reason="it takes long; T2L_SLOW=1 runs it")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 for source in (tiny, facts, chores):
@@ -184,8 +185,10 @@ def interrupted_in_call(n: int, function):
     return call, calls
 
 
-def losses_of(folder: Path, key: str = "loss") -> list[float]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def losses_of(path: Path, key: str = "loss") -> list[float]:
+    """The losses in a folder's metrics.jsonl, or in such a file."""
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [row[key] for row in rows if key in row]
 
 
