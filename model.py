@@ -218,7 +218,8 @@ def decoder_layers(base: nn.Module) -> nn.ModuleList:
     """The decoder's layers. Raises UserError for models that call them otherwise."""
     layers = getattr(base.get_decoder(), "layers", None)
     if layers is None:
-        raise UserError("Doc-to-LoRA, --gradient_checkpointing, --shard, --compile need a decoder with `layers`")
+        features = "Doc-to-LoRA, --gradient_checkpointing, --shard and --compile"
+        raise UserError(f"{features} need a decoder with `layers`")
     return layers
 
 

@@ -408,7 +408,7 @@ def test_text_encoders_compute_in_float32_in_validation_as_in_training():
 
 @pytest.mark.parametrize("words", [SHORT, [*D2L, "--tasks_per_batch", "3"], [*LORA, "--n_tasks", "3"]])
 def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words, monkeypatch):
-    """The detached adapters change neither loss nor gradients, nor do --gradient_checkpointing and --compile."""
+    """Neither detached adapters nor --gradient_checkpointing nor --compile change the loss or gradients."""
     traced_only = partialmethod(nn.Module.compile, backend="eager")  # needs no compiler
     monkeypatch.setattr(nn.Module, "compile", traced_only)
     run = run_of(*words, "--dropout", "0")

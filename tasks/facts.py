@@ -12,8 +12,8 @@ WORDS = list(dict.fromkeys(forms[change] for change in MAPS[:6] for forms in FOR
 def document(rng: random.Random, n_lines: int) -> Task:
     """Facts, one per line: of "cat lamp <eos>" the question is "cat", the answer "lamp".
 
-    No word occurs twice. Chance is below 1%. The mark "<eos>" ends a line, as it ends an answer: the tokenizer
-    drops line breaks.
+    No word occurs twice. Chance is below 1%. The mark "<eos>" ends a line, as it ends an answer: the
+    tokenizer drops line breaks.
     """
     words = rng.sample(WORDS, 2 * n_lines)
     facts = list(zip(words[::2], words[1::2]))

@@ -185,10 +185,8 @@ def interrupted_in_call(n: int, function):
     return call, calls
 
 
-def losses_of(path: Path, key: str = "loss") -> list[float]:
-    """The losses in a folder's metrics.jsonl, or in such a file."""
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+def losses_of(folder: Path, key: str = "loss") -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row[key] for row in rows if key in row]
 
 
