@@ -181,7 +181,7 @@ NUMBERS = set("year month day hour age number digits dollars euros count width h
 NUMBERS |= set("away_goals major minor patch value house start end size".split())
 MARKS = list(TABLE["signs"])
 MASKS = "*#xX•_-?"  # for each letter of a part
-BLOTS = ["***", "...", "XXX", "---", "[hidden]", "???", "###", "n/a", "-"]  # for a whole part
+BLOTS = "*** ... XXX --- [hidden] ??? ### n/a -".split()  # for a whole part
 
 
 def run(program: Program, text: Text) -> Text:
