@@ -7,7 +7,7 @@
 
 The methods:
 
-    base            the base model, the input alone in its prompt
+    base            the base model as it is
     icl             three examples in the prompt
     prompt          the description (or the document) in the prompt
     mt_lora         one LoRA trained on all tasks                                  (--mt_lora DIR)
@@ -17,6 +17,8 @@ The methods:
     t2l_shuffled    from another task's description
     t2l_random      from meaningless text
     recon           a hypernetwork trained by reconstruction                       (--recon DIR)
+
+After a training with --instruction, a description of the task itself stands in the prompt as well.
 """
 
 import argparse
@@ -302,13 +304,13 @@ def make_questions(tasks: list[Task], method: Method, with_instruction: bool, ar
     questions = []
     for t, task in enumerate(tasks):
         descriptions = method.descriptions(tasks, t)
+        in_prompt = task.reworded if method.descriptions is reworded else task.descriptions
         for i, example in enumerate(task.test[: args.n_examples or task.n_scored]):
-            own_description = task.descriptions[i % len(task.descriptions)]
             instruction = ""
             if method.with_description:
-                instruction = own_description
+                instruction = in_prompt[i % len(in_prompt)]
             elif with_instruction and task.has_instruction:
-                instruction = (task.definition or own_description) + model.SUFFIX
+                instruction = (task.definition or in_prompt[i % len(in_prompt)]) + model.SUFFIX
             others = [shot for shot in task.train[: method.n_shots + 1] if shot.input != example.input]
             shots = [(shot.input, shot.answers[0]) for shot in others[: method.n_shots]]
             used = [descriptions[i % len(descriptions)]]

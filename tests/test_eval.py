@@ -27,8 +27,8 @@ def test_which_descriptions_a_method_is_given():
     args = types.SimpleNamespace(n_examples=None)
     tasks = load_tasks("tiny")["test"][:3]
 
-    def used(name):
-        return evaluation.make_questions(tasks, evaluation.METHODS[name], False, args)
+    def used(name, with_instruction=False):
+        return evaluation.make_questions(tasks, evaluation.METHODS[name], with_instruction, args)
 
     for question in used("t2l_reworded"):
         assert question.description in question.task.reworded
@@ -37,10 +37,11 @@ def test_which_descriptions_a_method_is_given():
     known = {text for task in tasks for text in [*task.descriptions, *task.reworded]}
     assert not known & {question.description for question in used("t2l_random")}
     assert len(used("t2l")) == 75
-    for question in evaluation.make_questions(
-        tasks, evaluation.METHODS["t2l_shuffled"], True, args
-    ):  # the task's own instruction
+    for question in used("t2l_shuffled", True):  # the task's own instruction
         assert question.instruction.removesuffix(model.SUFFIX) in question.task.descriptions
+    for name in ("t2l", "t2l_reworded"):  # the prompt says what the network reads
+        for question in used(name, True):
+            assert question.instruction == question.description + model.SUFFIX
     benchmark = data.Task(
         "piqa", list("abc"), [], [Example(str(i), ["1"]) for i in range(30)], n_scored=None, n_descriptions=3
     )
