@@ -1,5 +1,6 @@
 """What several test files use."""
 
+import copy
 import functools
 import json
 import os
@@ -29,6 +30,7 @@ import data
 import eval as evaluation
 import hypernet
 import lora
+import model
 import train
 from support import files, hub, processes
 from support.files import UserError, read_file
@@ -52,6 +54,16 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 
 for source in (tiny, facts, chores):
     source.load = functools.cache(source.load)  # making the tasks takes a second
+read_base, read_tiny = model.load_base, functools.cache(functools.partial(model.load_base, "tiny"))
+
+
+def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
+    """As model.load_base, but the tiny base model is read once, and copied for each use."""
+    on_cpu = torch.device(device).type == "cpu"
+    return copy.deepcopy(read_tiny(dtype=dtype)) if name == "tiny" and on_cpu else read_base(name, device, dtype)
+
+
+model.load_base = load_base
 
 
 def golden(file: str, folder: str = "t2l") -> Path:
@@ -185,8 +197,8 @@ def interrupted_in_call(n: int, function):
     return call, calls
 
 
-def losses_of(folder: Path, key: str = "loss") -> list[float]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def losses_of(folder: Path, key: str = "loss", file: str = "metrics.jsonl") -> list[float]:
+    rows = [json.loads(line) for line in (folder / file).read_text().splitlines()]
     return [row[key] for row in rows if key in row]
 
 

@@ -114,7 +114,7 @@ def test_early_exit_is_after_a_quarter_of_the_layers():
 
 
 def test_documents_get_longer_as_the_training_goes():
-    run = run_of(*D2L, "--max_steps", "100")
+    run = run_of(*D2L, "--n_tasks", "300", "--max_steps", "100")
 
     def lines(i):
         return run.tasks[i].descriptions[0].count("\n") + 1
@@ -143,8 +143,8 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
         asked = {"question": "horse", "answer": fact}
         write_file(docs / f"{name}.json", {"document": text, "questions": [asked]})
         (tmp_path / f"{name}.txt").write_text(text)
-    words = [*D2L, *"--latent_size 32 --chunk_len 5 --lr 3e-3 --tasks_per_batch 3 --max_steps".split()]
-    fit(net, *words, "150", "--tasks", docs)
+    words = [*D2L, *"--latent_size 32 --chunk_len 5 --lr 3e-3 --tasks_per_batch 3 --examples_per_task 1".split()]
+    fit(net, *words, "--max_steps", "150", "--tasks", docs)
     capsys.readouterr()
     for name, fact in facts.items():
         words = ["--doc", tmp_path / f"{name}.txt", "--hypernet", net, "--input", "horse"]

@@ -24,6 +24,7 @@ import model
 import train
 from support import processes
 from support.files import read_file, write_file
+from tasks import load_tasks
 from tests.helpers import (
     D2L,
     HERE,
@@ -76,6 +77,8 @@ def on_two_processes(folder: Path, commands: dict[str, list], **variables: str) 
 def work() -> None:
     """One of the two processes."""
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    for tasks in ("tiny", "facts"):  # both at once; the commands let the first one go ahead
+        load_tasks(tasks)
     commands, ports = read_file(folder / "commands.json"), read_file(folder / "ports.json")
     for (name, (module, *words)), port in zip(commands.items(), ports):
         os.environ["MASTER_PORT"] = str(port)
@@ -106,11 +109,11 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-DOCS = [*D2L, "--tasks_per_batch", "4", "--latent_size", "32", "--l1", "0.1", "--l2", "0.1"]
+DOCS = [*D2L, "--n_tasks", "200", "--tasks_per_batch", "4", "--latent_size", "32", "--l1", "0.1", "--l2", "0.1"]
 LONG = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpointing"]  # leaves some out
 ODD = [*SHORT, "--tasks_per_batch", "3"]
 ALONE = [*SHORT, "--tasks_per_batch", "1"]  # there is nothing for the second process
-RUNS = {"sft": SHORT, "sharded": [*SHORT, "--shard"], "documents": [*DOCS, "--shard"], "long": LONG}
+RUNS = {"sharded": [*SHORT, "--shard"], "documents": [*DOCS, "--shard"], "long": LONG}
 HEARD = ["--arch", "slots", *SHORT, "--encoder", "BERT", "--encoder_rank", "2"]  # BERT stands for a folder
 RUNS |= {"long_sharded": [*LONG, "--shard"], "odd": ODD, "alone": ALONE, "encoder": HEARD}
 

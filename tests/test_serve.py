@@ -28,7 +28,7 @@ class StandIn(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Routes)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.models, self.refuses = {"base": ""}, ""
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
 
 class Routes(http.server.BaseHTTPRequestHandler):
@@ -80,7 +80,7 @@ def start(vllm, tmp_path):
         handler.log_message = lambda *_: None
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         running.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         return lambda *words, **more: send(f"http://127.0.0.1:{server.server_address[1]}", *words, **more)
 
     yield run
