@@ -304,13 +304,13 @@ def make_questions(tasks: list[Task], method: Method, with_instruction: bool, ar
     questions = []
     for t, task in enumerate(tasks):
         descriptions = method.descriptions(tasks, t)
-        in_prompt = task.reworded if method.descriptions is reworded else task.descriptions
+        own_texts = task.reworded if method.descriptions is reworded else task.descriptions
         for i, example in enumerate(task.test[: args.n_examples or task.n_scored]):
-            instruction = ""
+            own_description, instruction = own_texts[i % len(own_texts)], ""
             if method.with_description:
-                instruction = in_prompt[i % len(in_prompt)]
+                instruction = own_description
             elif with_instruction and task.has_instruction:
-                instruction = (task.definition or in_prompt[i % len(in_prompt)]) + model.SUFFIX
+                instruction = (task.definition or own_description) + model.SUFFIX
             others = [shot for shot in task.train[: method.n_shots + 1] if shot.input != example.input]
             shots = [(shot.input, shot.answers[0]) for shot in others[: method.n_shots]]
             used = [descriptions[i % len(descriptions)]]

@@ -59,8 +59,9 @@ read_base, read_tiny = model.load_base, functools.cache(functools.partial(model.
 
 def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     """As model.load_base, but the tiny base model is read once, and copied for each use."""
-    on_cpu = torch.device(device).type == "cpu"
-    return copy.deepcopy(read_tiny(dtype=dtype)) if name == "tiny" and on_cpu else read_base(name, device, dtype)
+    if name == "tiny" and torch.device(device).type == "cpu":
+        return copy.deepcopy(read_tiny(dtype=dtype))
+    return read_base(name, device, dtype)
 
 
 model.load_base = load_base

@@ -143,8 +143,8 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
         asked = {"question": "horse", "answer": fact}
         write_file(docs / f"{name}.json", {"document": text, "questions": [asked]})
         (tmp_path / f"{name}.txt").write_text(text)
-    words = [*D2L, *"--latent_size 32 --chunk_len 5 --lr 3e-3 --tasks_per_batch 3 --examples_per_task 1".split()]
-    fit(net, *words, "--max_steps", "150", "--tasks", docs)
+    words = "--latent_size 32 --chunk_len 5 --lr 3e-3 --tasks_per_batch 3 --examples_per_task 1"
+    fit(net, *D2L, *words.split(), "--max_steps", "150", "--tasks", docs)
     capsys.readouterr()
     for name, fact in facts.items():
         words = ["--doc", tmp_path / f"{name}.txt", "--hypernet", net, "--input", "horse"]

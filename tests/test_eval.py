@@ -115,7 +115,7 @@ def test_eval_writes_the_promised_json_and_table(tmp_path, capsys):
 
 def test_a_folder_named_like_a_method_or_a_flag_is_a_row_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = ["base", "hypernet"]
+    names = ["base", "t2l", "recon", "hypernet", "oracles"]
     for name in names:
         (tmp_path / name).symlink_to(TINY / "sft_small")
     words = ["--methods", "base", "--compare", *names, "--n_tasks", "2", "--n_examples", "2"]

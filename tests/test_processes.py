@@ -109,11 +109,11 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-DOCS = [*D2L, "--n_tasks", "200", "--tasks_per_batch", "4", "--latent_size", "32", "--l1", "0.1", "--l2", "0.1"]
+DOCS = [*D2L, *"--n_tasks 200 --tasks_per_batch 4 --latent_size 32 --l1 0.1 --l2 0.1".split()]
 LONG = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpointing"]  # leaves some out
 ODD = [*SHORT, "--tasks_per_batch", "3"]
 ALONE = [*SHORT, "--tasks_per_batch", "1"]  # there is nothing for the second process
-RUNS = {"sharded": [*SHORT, "--shard"], "documents": [*DOCS, "--shard"], "long": LONG}
+RUNS = {"sft": SHORT, "sharded": [*SHORT, "--shard"], "documents": [*DOCS, "--shard"], "long": LONG}
 HEARD = ["--arch", "slots", *SHORT, "--encoder", "BERT", "--encoder_rank", "2"]  # BERT stands for a folder
 RUNS |= {"long_sharded": [*LONG, "--shard"], "odd": ODD, "alone": ALONE, "encoder": HEARD}
 
