@@ -166,7 +166,7 @@ def sample(
 # -------------------- Training --------------------
 
 TARGETS = ["to_q", "to_v", "to_out", "ff_up", "ff_down"]  # all in the stream of the picture that is drawn
-STEPS = {"base": 14000, "hypernet": 34000, "oracles": 600, "one": 300}
+STEPS = {"base": 14000, "hypernet": 40000, "oracles": 600, "one": 300}
 LR = {"base": 2e-3, "hypernet": 1.5e-3, "oracles": 5e-3, "one": 5e-3}
 BATCH = 32  # pairs of pictures in a step
 

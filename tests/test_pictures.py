@@ -1,6 +1,7 @@
 """The edits of pictures, the step, the strip."""
 
 import random
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 import lora
 from pictures import edits, pictures
-from tests.helpers import close, command, interrupted_in_call
+from tests.helpers import close, command, interrupted_in_call, losses_of
 
 
 def test_edits_of_pictures_do_what_they_say():
@@ -118,6 +119,17 @@ def test_training_on_pictures_is_resumed(tmp_path, monkeypatch, capsys):
     assert command(pictures, *words) == 0 and len(calls) == 4
     weights = [load_file(tmp_path / name / "base.safetensors") for name in "ab"]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("mode", ["base", "hypernet"])
+def test_the_command_repeats_its_first_steps(mode, tmp_path, monkeypatch, one_thread):
+    step_loss, _ = interrupted_in_call(20, pictures.step_loss)
+    monkeypatch.setattr(pictures, "step_loss", step_loss)
+    if mode == "hypernet":
+        shutil.copy(pictures.HERE / "base.safetensors", tmp_path)
+    assert command(pictures, "--train", mode, "--weights", tmp_path, "--device", "cpu") == 130
+    again, shipped = [losses_of(folder, file=f"{mode}.jsonl") for folder in (tmp_path, pictures.HERE)]
+    close(again[:20], shipped[:20], 1e-3)
 
 
 @pytest.mark.parametrize("words, message", [
