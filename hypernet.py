@@ -19,13 +19,14 @@ file. `--arch` then takes its name, and every `setting` of its config is a flag 
     net.recompute        set by --gradient_checkpointing: if it costs much memory, compute activations again
 
 All its parameters are trained and must receive gradients (DDP requires it); constants are buffers. The
-optimizer goes by their names: those that begin with "head" have a learning rate of their own, those that
-contain a word of NO_DECAY (in support/optimizer.py) and vectors have no weight decay. Reconstruction also
-needs `normalize` and `deviation`, see TextToLoRA.
+optimizer goes by their names: those that begin with "head" have a learning rate of their own, and those that
+begin with "offset", by the config's `offset_lr`; those that contain a word of NO_DECAY (in
+support/optimizer.py) and vectors have no weight decay. Reconstruction also needs `normalize` and `deviation`,
+see TextToLoRA.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ class TextConfig(HypernetConfig):
     head_in_size: int = setting(256, "width of the input of the heads", least=1)
     trunk_dropout: float = setting(0.1, "dropout in the trunk", most=1)
     input_dropout: float = setting(0.3, "dropout of the text encoder's output (not published)", most=1)
+    offset_lr: float = setting(0.0, "factor on lr for the offset that tasks share (0: fixed)", runs="sft")
     rotary: bool = setting(False, "small: rank positions are rotations instead of a learned table")
     full_stop: bool = setting(False, "append a full stop to descriptions that end in a letter")
 
@@ -135,7 +137,7 @@ class TextToLoRA(nn.Module):
         d = half + 2 * quarter
 
         # rows: the embeddings of task, layer and module
-        self.task_encoder = self.make_task_encoder(half)
+        self.task_encoder = nn.Sequential(nn.Linear(c.input_size, half), nn.LayerNorm(half))
         self.layer_emb = nn.Sequential(nn.Embedding(c.n_layers, quarter), nn.LayerNorm(quarter))
         self.module_emb = nn.Sequential(nn.Embedding(len(self.names), quarter), nn.LayerNorm(quarter))
 
@@ -158,18 +160,16 @@ class TextToLoRA(nn.Module):
             self.heads[lora.key(name)] = nn.Linear(c.head_in_size, widths[c.size], bias=not c.z_score)
 
         # A and B are offset + deviation * (output of the head). For SFT the offset is LoRA's initialisation
-        # and the deviation 1; for z-scores they are mean and deviation over the oracles
+        # and the deviation 1; for z-scores they are mean and deviation over the oracles. With
+        # --offset_lr the offset is trained as well: a LoRA that all descriptions share (not published)
         offset, deviation = {}, {}
         for name, target in c.targets.items():
             L = len(target.layers)
             for matrix, shape in (("A", (L, c.r, target.n_in)), ("B", (L, target.n_out, c.r))):
                 offset[f"{lora.key(name)}_{matrix}"] = torch.zeros(shape)
                 deviation[f"{lora.key(name)}_{matrix}"] = torch.ones(shape if c.z_score else ())
-        self.offset, self.deviation = Buffers(offset), Buffers(deviation)
-
-    def make_task_encoder(self, half: int) -> nn.Module:
-        """The projection of the text encoder's output [n, E] to the task embedding [n, d/2]."""
-        return nn.Sequential(nn.Linear(self.config.input_size, half), nn.LayerNorm(half))
+        self.offset = nn.ParameterDict(offset) if c.offset_lr else Buffers(offset)
+        self.deviation = Buffers(deviation)
 
     def condition(self, texts: list[str], encoder: model.TextEncoder) -> Tensor:
         """The text encoder's output for n descriptions [n, E]."""
@@ -177,29 +177,21 @@ class TextToLoRA(nn.Module):
 
     def forward(self, text_emb: Tensor) -> Adapter:
         """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
-        return self.write(self.embed_task(text_emb))
-
-    def write(self, task_emb: Tensor) -> Adapter:
-        """Task embeddings [n, d/2] -> A [n, L, r, in], B [n, L, out, r]."""
-        x = self.trunk(self.rows(task_emb))  # [n, L, M, ..., head_in]
+        x = self.trunk(self.rows(self.embed_task(text_emb)))  # [n, L, M, ..., head_in]
         adapter = {}
         for m, name in enumerate(self.names):
             layers = self.config.positions(name)  # those that have the target: all of them in most models
             adapter[name] = self.write_module(name, x[:, layers, m])
         return adapter
 
-    def scale_input(self, text_emb: Tensor) -> Tensor:
-        """The text encoder's output [n, E] at norm sqrt(E), as published, with dropout."""
+    def embed_task(self, text_emb: Tensor) -> Tensor:
+        """The task embeddings, from the text encoder's output at norm sqrt(E). [n, E] -> [n, d/2]"""
         E, found = self.config.input_size, text_emb.shape[-1]
         if found != E:
             message = f"this hypernetwork reads {E} numbers per description, from {self.config.encoder}"
             raise UserError(f"{message}; the text encoder gives {found}")
         text_emb = F.normalize(text_emb, dim=-1) * E**0.5
-        return F.dropout(text_emb, self.config.input_dropout, self.training)
-
-    def embed_task(self, text_emb: Tensor) -> Tensor:
-        """The task embeddings. [n, E] -> [n, d/2]"""
-        return self.task_encoder(self.scale_input(text_emb))
+        return self.task_encoder(F.dropout(text_emb, self.config.input_dropout, self.training))
 
     def rows(self, task_emb: Tensor) -> Tensor:
         """The embeddings of task, layer and module, side by side. [n, d/2] -> [n, L, M, d]"""
@@ -266,66 +258,6 @@ class TextToLoRA(nn.Module):
                 correction = 1 if len(matrices) > 1 else 0
                 self.offset[key].copy_(matrices.cpu().double().mean(0))  # exact if all are equal
                 self.deviation[key].copy_(matrices.std(0, correction=correction) + 1e-10)
-
-
-# -------------------- Text-to-LoRA with slots (not in the paper) --------------------
-
-
-@dataclass
-class SlotConfig(TextConfig):
-    """Further settings of SlotTextToLoRA."""
-
-    slots: int = setting(2, "adapters per description, joined along the rank", least=1)
-    encoder_rank: int = setting(0, "rank of a LoRA on the text encoder, trained as well (0: none)")
-    encoder_lora: dict = field(default_factory=dict)  # its LoRAConfig; its weights are net.encoder_lora
-
-
-class SlotTextToLoRA(TextToLoRA):
-    """Writes S adapters per description, from a task embedding each, joined along the rank.
-
-    They help with tasks of several parts ("the surname, then in capitals"). A LoRA on the text encoder, which
-    is otherwise frozen, may be trained as well.
-    """
-
-    modes = ("sft",)  # an oracle has the rank of one slot
-    config_class = SlotConfig
-
-    @classmethod
-    def load_reader(cls, settings, base, tokenizer, device) -> model.TextEncoder:
-        encoder = super().load_reader(settings, base, tokenizer, device)
-        if settings.encoder_rank:
-            encoder.add_lora(settings.encoder_rank, getattr(settings, "encoder_lora", {}))
-        return encoder
-
-    def __init__(self, config: SlotConfig):
-        super().__init__(config)
-        self.gate = nn.Linear(config.latent_size // 2, 1)  # a factor for the B of a slot
-        if config.encoder_rank:
-            self.encoder_lora = lora.LoRABank(LoRAConfig(**config.encoder_lora), 1)
-
-    def make_task_encoder(self, half: int) -> nn.Module:
-        linear = nn.Linear(self.config.input_size, self.config.slots * half)
-        return nn.Sequential(linear, nn.LayerNorm(half))
-
-    def condition(self, texts: list[str], encoder: model.TextEncoder) -> Tensor:
-        """The output of the text encoder with this network's LoRA [n, E]."""
-        if self.config.encoder_rank:
-            lora.set_adapter(encoder.network, self.encoder_lora(0), self.encoder_lora.config.scaling)
-        return encoder(texts)
-
-    def embed_task(self, text_emb: Tensor) -> Tensor:
-        """The task embedding of each slot. [n, E] -> [n, S, d/2]"""
-        linear, norm = self.task_encoder
-        x = linear(self.scale_input(text_emb))  # [n, S * d/2]
-        return norm(x.unflatten(-1, (self.config.slots, -1)))
-
-    def forward(self, text_emb: Tensor) -> Adapter:
-        """[n, E] -> A [n, L, S r, in], B [n, L, out, S r]."""
-        slots = []
-        for task_emb in self.embed_task(text_emb).unbind(1):  # [n, d/2]
-            gate = self.gate(task_emb).sigmoid()[..., None, None]  # [n, 1, 1, 1]
-            slots.append({name: (A, gate * B) for name, (A, B) in self.write(task_emb).items()})
-        return lora.concat_rank(slots)
 
 
 # -------------------- Doc-to-LoRA (arXiv 2602.15902): split, read, write, join --------------------
@@ -641,9 +573,10 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no hypernetwork: config.json is missing")
     settings = read_object(folder / "config.json")
-    net_class = ARCHS.get(settings.pop("arch", None))
-    if net_class is None:
-        raise UserError(f"{folder} holds no hypernetwork of this project: config.json names no --arch")
+    arch = settings.pop("arch", None)
+    if arch not in ARCHS:
+        raise UserError(f"{folder} holds no hypernetwork of this project: the arch in config.json is {arch}")
+    net_class = ARCHS[arch]
     weights = read_file(folder / "hypernet.safetensors")
     try:
         with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
@@ -655,8 +588,8 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     return net.eval()
 
 
-NOT_COMPARED = ("base_model", "base_shape", "encoder", "encoder_lora", "instruction")
-NOT_COMPARED += ("trunk_dropout", "input_dropout", "random_chunks")
+NOT_COMPARED = ("base_model", "base_shape", "encoder", "instruction")
+NOT_COMPARED += ("trunk_dropout", "input_dropout", "offset_lr", "random_chunks")
 
 
 def copy_weights(folder: str, net: nn.Module) -> None:
@@ -676,4 +609,4 @@ def copy_weights(folder: str, net: nn.Module) -> None:
     net.load_state_dict(start.state_dict())
 
 
-ARCHS = {"t2l": TextToLoRA, "slots": SlotTextToLoRA, "d2l": DocToLoRA}
+ARCHS = {"t2l": TextToLoRA, "d2l": DocToLoRA}

@@ -171,18 +171,6 @@ def one_target(name: str, shapes: dict[str, tuple[int, int]]) -> Target:
     return Target(path, layers, n_in, n_out)
 
 
-def all_targets(network: nn.Module) -> dict[str, Target]:
-    """A target for each place of linear layers in numbered layers; its name is its path in the layer."""
-    places = {}
-    for path, layer in linear_layers(network).items():
-        places.setdefault(split_path(path)[0], {})[path] = layer.weight.shape
-    targets = {}
-    for place, shapes in places.items():
-        name = place.split("{}.")[-1].replace(".", "_")
-        targets[name] = one_target(name, shapes)
-    return targets
-
-
 def config_for(base: nn.Module, targets: dict[str, Target], base_model: str, **settings) -> LoRAConfig:
     """The LoRAConfig of adapters for these targets of `base`; `settings` are its further fields."""
     shape = base_shape(base.config)

@@ -6,7 +6,6 @@ Each is a preset, a Hugging Face id or a folder. The preset `tiny` needs neither
 import shutil
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cache, lru_cache, partial
 
 import torch
@@ -277,7 +276,7 @@ def load_encoder(name: str, device="cpu", base_and_tokenizer=(), full_stop=False
         width = base_and_tokenizer[0].config.get_text_config().hidden_size
         return TextEncoder(name, partial(base_encoder, *base_and_tokenizer), width, device, full_stop)
     embed = TransformerEncoder(name, device)
-    return TextEncoder(name, embed, embed.model.config.hidden_size, device, full_stop, embed.model)
+    return TextEncoder(name, embed, embed.model.config.hidden_size, device, full_stop)
 
 
 class TextEncoder:
@@ -286,31 +285,16 @@ class TextEncoder:
     With `full_stop`, descriptions that end in a letter get a full stop, as published.
     """
 
-    def __init__(self, name: str, embed, width: int, device, full_stop: bool, network=None):
+    def __init__(self, name: str, embed, width: int, device, full_stop: bool):
         self.name, self.embed, self.device, self.full_stop = name, embed, device, full_stop
         self.recorded = {"encoder": name, "input_size": width}  # in the config of a hypernetwork
-        self.network: nn.Module | None = network  # of one with layers
-        self.has_lora = False
-        self.is_kept = name != "hash"  # hashing is fast, and its long vectors would fill the memory
         self.embed_once = lru_cache(2**16)(lambda text: embed([text])[0])
-
-    def add_lora(self, rank: int, earlier_config: dict) -> None:
-        """Give all linear layers of the network a LoRA, of scaling 2; or the one of an earlier training."""
-        if self.network is None:
-            raise UserError(f"--encoder_rank needs a text encoder with layers, not {self.name}")
-        config = lora.LoRAConfig(**earlier_config)
-        if not earlier_config:
-            targets, scale = lora.all_targets(self.network), dict(r=rank, alpha=2.0 * rank, rslora=False)
-            config = lora.config_for(self.network, targets, self.name, **scale)
-        lora.inject_targets(self.network, config.targets)
-        self.recorded["encoder_lora"] = asdict(config)
-        self.has_lora = True
 
     def __call__(self, texts: list[str]) -> Tensor:
         texts = [text.strip() for text in texts]
         if self.full_stop:
             texts = [f"{text}." if text[-1].isalpha() else text for text in texts]
-        if self.has_lora or not self.is_kept:
+        if self.name == "hash":  # fast, and its long vectors would fill the memory
             return self.embed(texts).to(self.device)
         # frozen: each text is read once, and alone, so that its embedding does not depend on the batch
         return torch.stack([self.embed_once(text) for text in texts])

@@ -193,27 +193,6 @@ def test_hypernet_equals_one_row_at_a_time(size):
 
 
 @pytest.mark.parametrize("size", hypernet.SIZES)
-def test_slots_are_adapters_joined_along_the_rank(size):
-    """Each is what a network with that part of the task encoder writes, times its gate."""
-    net = hypernet.SlotTextToLoRA(small_config(size, hypernet.SlotConfig, slots=2)).eval()
-    emb = torch.randn(2, 7)
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.5)
-    updates = {name: 0.0 for name in NAMES}
-    for part in (slice(0, 12), slice(12, 24)):
-        single = hypernet.TextToLoRA(small_config(size)).eval()
-        weights = {key: tensor for key, tensor in net.state_dict().items() if not key.startswith("gate")}
-        weights |= {key: weights[key][part] for key in ("task_encoder.0.weight", "task_encoder.0.bias")}
-        single.load_state_dict(weights)
-        gate = torch.sigmoid(single.embed_task(emb) @ net.gate.weight[0] + net.gate.bias)  # [n]
-        for name, (A, B) in single(emb).items():
-            updates[name] += gate[:, None, None, None] * B @ A
-    for name, (A, B) in net(emb).items():
-        assert A.shape[2] == B.shape[3] == 8
-        close(B @ A, updates[name], 1e-4)
-
-
-@pytest.mark.parametrize("size", hypernet.SIZES)
 def test_sft_starts_as_a_fresh_lora_and_learns(size):
     net = hypernet.TextToLoRA(small_config(size))
     net.start_as_lora()
@@ -223,6 +202,16 @@ def test_sft_starts_as_a_fresh_lora_and_learns(size):
         assert not torch.equal(A[0, 0], A[0, 1]) and not torch.equal(A[0, 0, 0], A[0, 0, 1])
     sum((A.sum() + B.sum()) for A, B in adapter.values()).backward()
     assert all(head.weight.grad.abs().sum() > 0 for head in net.heads.values())
+
+
+def test_an_offset_is_trained_with_what_is_written():
+    """All descriptions share it and contribute to its gradient."""
+    net = hypernet.TextToLoRA(small_config("large", offset_lr=1.0)).eval()
+    net.start_as_lora()
+    A, B = net(torch.randn(2, 7))["v_proj"]
+    assert torch.equal(A[0], net.offset["v_proj_A"]) and torch.equal(A[1], A[0])
+    (A.sum() + 3 * B.sum()).backward()
+    assert (net.offset["v_proj_A"].grad == 2).all() and (net.offset["v_proj_B"].grad == 6).all()
 
 
 @pytest.mark.parametrize("size", hypernet.SIZES)
@@ -551,7 +540,7 @@ def test_one_step_has_the_shapes_of_the_readme(monkeypatch):
     note(run.net, "rows", "rows: task, layer, module side by side")
     note(run.net, "trunk", "input of the heads")
     written = ("A of `q_proj`", "B of `v_proj`, whose output is smaller")
-    note(run.net, "write", *written, result=lambda out: (out["q_proj"][0], out["v_proj"][1]))
+    note(run.net, "forward", *written, result=lambda out: (out["q_proj"][0], out["v_proj"][1]))
     in_step = "gradient of A, collected over all micro-batches"
     note(lora, "select", "A for each example of a micro-batch", result=lambda out: [out["q_proj"][0]])
 

@@ -74,7 +74,7 @@ class Settings:
     instruction: bool = setting(False, "definition before the input", runs="lora recon descriptions")
     # adapters
     target_modules: str = setting("q_proj,v_proj", "linear layers, by ends of their paths", runs="lora sft")
-    rank: int = setting(8, "rank of an adapter; of each chunk; of each slot", least=1, runs="lora sft")
+    rank: int = setting(8, "rank of an adapter; of each chunk", least=1, runs="lora sft")
     alpha: float = setting(16.0, "scaling is alpha / sqrt(rank)", least=1e-3, runs="lora sft")
     dropout: float = setting(0.1, "dropout on the input of the adapters", most=1, runs="lora sft")
     # steps
@@ -132,7 +132,10 @@ def parse_args() -> argparse.Namespace:
     net_class = hypernet.ARCHS.get(arch, hypernet.TextToLoRA)
     kinds = {mode, net_class.reads} if mode == "sft" else {mode}
     settings, unused = flags.used_by(kinds, flags.settings_of(Settings))
-    net_settings = [] if mode == "lora" else flags.settings_of(net_class.config_class)
+    net_settings = []
+    if mode != "lora":
+        net_settings, others = flags.used_by(kinds, flags.settings_of(net_class.config_class))
+        unused += others
 
     # one parse
     parser = flags.Parser(__doc__, add_help=False)

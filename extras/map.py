@@ -47,16 +47,16 @@ def projection(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def vectors_of(net, text_emb: Tensor) -> tuple[Tensor, Tensor]:
-    """Task embeddings [n, S d/2], and a sample of the entries of scaling * B A in all layers [n, entries]."""
+    """Task embeddings [n, d/2], and a sample of the entries of scaling * B A in all layers [n, entries]."""
     changes = []
     for emb in text_emb:
         entries = []
-        for A, B in net(emb[None]).values():  # [1, L, S r, in], [1, L, out, S r]
+        for A, B in net(emb[None]).values():  # [1, L, r, in], [1, L, out, r]
             delta_w = (B[0] @ A[0]).flatten(1)  # [L, out * in]
             stride = max(1, delta_w.shape[1] // ENTRIES)
             entries.append(delta_w[:, ::stride].flatten())
         changes.append(torch.cat(entries) * net.config.scaling)
-    return net.embed_task(text_emb).flatten(1), torch.stack(changes)
+    return net.embed_task(text_emb), torch.stack(changes)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from transformers import PretrainedConfig
 
 import hypernet
 import lora
+import model
 from pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
 from support import flags, processes
 from support.files import UserError, command, read_file, write_file
@@ -197,15 +198,10 @@ def make_trained(mode: str, base: Transformer, encoder: str = "hash") -> nn.Modu
 
 
 def make_hypernet(config: lora.LoRAConfig, encoder: str, device) -> nn.Module:
-    """A hypernetwork at its start. A text encoder that is a network gets a LoRA, which is trained as well."""
-    net_class, settings = hypernet.TextToLoRA, dict(latent_size=96, head_in_size=64)
-    settings |= dict(trunk_dropout=0.0, input_dropout=0.2)
-    if encoder != "hash":
-        net_class = hypernet.SlotTextToLoRA
-        settings |= dict(slots=1, encoder_rank=8)
-    wanted = net_class.config_class(encoder=encoder, **settings)
-    reader = net_class.load_reader(wanted, None, None, device)
-    net = net_class(net_class.config_class(**vars(config), **settings, **reader.recorded))
+    """A hypernetwork at its start, with its text encoder."""
+    settings = dict(latent_size=96, head_in_size=64, trunk_dropout=0.0, input_dropout=0.2)
+    reader = model.load_encoder(encoder, device)
+    net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), **settings, **reader.recorded))
     net.start_as_lora()
     net.reader = reader
     return net

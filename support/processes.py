@@ -96,12 +96,6 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def bfloat16_if_fast(device: torch.device) -> torch.autocast:
-    """bfloat16 computation with float32 weights; float32 on CPUs without AVX-512, where it is much faster."""
-    is_fast = device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_fast)
-
-
 def leave() -> None:
     """Leave the processes of torchrun, if there are any."""
     if dist.is_initialized():

@@ -13,9 +13,9 @@ chores.json holds the values of inputs, what the chores do, and templates of des
 up; a fifth of the names, places and words is for test examples only.
 
 chores_descriptions.json holds descriptions that were written one by one, from inputs and outputs alone,
-without sight of the templates. Each writer had a voice of its own (the list is in the card of
-checkpoints/smollm2-135m): 17 for training, and 8 for chains alone; for validation, seen from the result; and
-for testing (`reworded`) three of each chore: terse, a full sentence, put differently.
+without sight of the templates. Each writer had a voice of its own: 17 for training, and 8 for chains
+alone; for validation, seen from the result; and for testing (`reworded`) three of each chore: terse, a full
+sentence, put differently.
 """
 
 import json
@@ -427,14 +427,6 @@ def description(chain: Chain, i: int) -> str:
     return rng.choice(JOINED).format(x=x.rstrip("."), y=y)
 
 
-def weight(chain: Chain) -> int:
-    """How often training draws a task, compared with a chain of two chores.
-
-    Single chores for any text have a task for each sort of input already.
-    """
-    return COPIES if len(chain) == 2 and not chain[1].startswith("any") else 1
-
-
 def make_task(chain: Chain, voice: str = "") -> Task:
     """The task as data. Training examples and descriptions are drawn afresh in each step.
 
@@ -464,7 +456,8 @@ def load() -> Splits:
     val, test, train = double[:N_VAL], double[N_VAL : N_VAL + N_TEST], double[N_VAL + N_TEST :]
     single_tasks, copies = [make_task(chain) for chain in single], []
     for chain, task in zip(single, single_tasks):
-        copies += [task] * (weight(chain) - 1)
+        if not chain[1].startswith("any"):  # those have a task for each sort of input already
+            copies += [task] * (COPIES - 1)
     splits = {
         "train": single_tasks + [make_task(chain) for chain in train] + copies,
         "val": [make_task(chain) for chain in val],

@@ -8,13 +8,16 @@ A task is a sort of text and a program of one to three steps on its parts:
 The parts of a text have names, so each step can be done to any of them; its words and signs are free. Python
 runs the program, so every answer is right by construction. The splits:
 
-    train     programs, some with descriptions that were written one by one, from inputs and outputs alone
+    train     programs, some with descriptions that were written one by one, from inputs and outputs alone; and
+              the training tasks of chores.py
     val       further programs
     values    programs that differ from training ones in their words and signs only
-    words     the same, with words that no training task has
-    test      programs of two or three steps; no training task does these steps to these parts
-    sorts     programs on two sorts of text that no training task has
+    words     the same, with words that no training program has
+    test      programs of two or three steps; no training program does these steps to these parts
+    sorts     programs on two sorts of text that no training program has
     open      requests by people who had seen the texts alone: no programs, some beyond the grammar
+    single, chains, unseen
+              the splits "single", "test" and "unseen" of chores.py; a program may do the same as a task of these
 
 requests.json holds the sorts, the signs, and templates of descriptions, which wording.py fills in;
 requests_written.json the written descriptions with their programs; requests_open.json the open requests with
@@ -30,6 +33,7 @@ from pathlib import Path
 
 from data import Example, Splits, Task
 from support.files import read_file
+from tasks import chores
 from tasks.chores import LazyList, capitalise
 from tasks.texts import Draw, Piece, Text, fill, make_text, parts_of, plain
 from tasks.wording import TABLE, from_template, parts_meant
@@ -388,4 +392,8 @@ def load() -> Splits:
     for i, (sort, request, pairs) in enumerate(read_file(HERE / "requests_open.json")):
         examples = [Example(text, [answer]) for text, answer in pairs]
         splits["open"].append(Task(f"open-{sort}-{i}", [request], examples, examples))
+    of_chores = chores.load()
+    splits["train"] += of_chores["train"]
+    for split, its_name in (("single", "single"), ("chains", "test"), ("unseen", "unseen")):
+        splits[split] = of_chores[its_name]
     return splits

@@ -140,13 +140,13 @@ def one_layer(linear: nn.Linear, name: str = "q_proj") -> nn.ModuleDict:
     return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({name: linear})])})
 
 
-def small_config(size: str, arch=hypernet.TextConfig, **changes) -> hypernet.TextConfig:
+def small_config(size: str, **changes) -> hypernet.TextConfig:
     """Three layers with a q_proj of 10 to 10 and a v_proj of 10 to 6."""
     targets = {}
     for name, n_out in (("q_proj", 10), ("v_proj", 6)):
         targets[name] = lora.Target(f"model.layers.{{}}.self_attn.{name}", [0, 1, 2], 10, n_out)
     sizes = dict(targets=targets, n_layers=3, r=4, input_size=7, latent_size=24, head_in_size=20, size=size)
-    return arch(**sizes | changes)
+    return hypernet.TextConfig(**sizes | changes)
 
 
 def command(module, *words) -> int:

@@ -1,8 +1,7 @@
-"""Text encoders, and a LoRA on one, trained along with the hypernetwork."""
+"""Text encoders."""
 
 import collections
 import shutil
-import sys
 import zlib
 from pathlib import Path
 
@@ -23,18 +22,10 @@ from transformers import (
     XLNetModel,
 )
 
-import data
-import eval as evaluation
-import generate
-import hypernet
-import lora
 import model
-import train
 from pictures import pictures
 from support.files import write_file
-from support.hub import load_text_model
-from tasks import tiny
-from tests.helpers import SHORT, close, command, fit, refused, repeated, run_of
+from tests.helpers import close, command, refused, repeated
 
 
 def bert_folder(folder: Path) -> nn.Module:
@@ -166,122 +157,6 @@ def test_a_text_encoder_with_fewer_positions_than_it_says(tmp_path):
     assert longest.shape == (1, 16) and longest.isfinite().all()
 
 
-# -------------------- A LoRA on the encoder --------------------
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> str:
-    """The folder of a random BERT."""
-    folder = tmp_path_factory.mktemp("bert")
-    bert_folder(folder)
-    return str(folder)
-
-
-def settings(encoder: str, *words) -> list:
-    return ["--arch", "slots", "--slots", "1", *SHORT, "--encoder", encoder, "--encoder_rank", "2", *words]
-
-
-@pytest.fixture(scope="module")
-def runs(encoder, tmp_path_factory) -> list:
-    """Folders of three hypernetworks: two with LoRAs on the same encoder, one without."""
-    folder = tmp_path_factory.mktemp("runs")
-    fit(folder / "a", *settings(encoder), "--max_steps", "4")
-    fit(folder / "b", *settings(encoder), "--max_steps", "4", "--seed", "1")
-    fit(folder / "frozen", *SHORT, "--encoder", encoder, "--max_steps", "4")
-    return [folder / name for name in ("a", "b", "frozen")]
-
-
-def test_training_reaches_the_encoder(runs):
-    """All of its linear layers, and nothing where it stays frozen."""
-    adapter = hypernet.load_hypernet(runs[0]).encoder_lora(0)
-    names = {"attention_self_query", "attention_self_key", "attention_self_value"}
-    assert set(adapter) == names | {"attention_output_dense", "intermediate_dense", "output_dense"}
-    for A, B in adapter.values():
-        assert len(A) == len(B) == 2  # layers
-        assert B.abs().sum() > 0
-    assert not any("encoder_lora" in name for name, _ in hypernet.load_hypernet(runs[2]).named_parameters())
-
-
-def test_generate_applies_it_without_a_flag(runs, encoder, tmp_path):
-    """Its adapter is what the network makes of a BERT whose weights are W + 2 BA."""
-    text = "Translate the cat. one two"
-    assert command(generate, "--desc", text, "--hypernet", runs[0], "--out", tmp_path / "adapter") == 0
-    written, _ = lora.load_adapter(tmp_path / "adapter")
-
-    net = hypernet.load_hypernet(runs[0])
-    merged, weights = load_text_model(encoder), net.encoder_lora(0)
-    for i, layer in enumerate(merged.encoder.layer):
-        own = layer.attention.self
-        linears = [own.query, own.key, own.value]
-        linears += [layer.attention.output.dense, layer.intermediate.dense, layer.output.dense]
-        for name, linear in zip(weights, linears):
-            A, B = weights[name]
-            linear.weight.data += 2 * B[i].data @ A[i].data
-    before = model.load_encoder(encoder)([text])
-    merged.save_pretrained(tmp_path / "merged")
-    for file in ("vocab.txt", "tokenizer_config.json"):
-        shutil.copy(f"{encoder}/{file}", tmp_path / "merged")
-    heard = model.load_encoder(str(tmp_path / "merged"))([text])
-    assert (heard - before).abs().max() > 1e-3
-    for name, (A, B) in net(heard).items():
-        close(written[name][0], A[0], 1e-4, 1e-5)
-        close(written[name][1], B[0], 1e-4, 1e-5)
-
-
-def test_two_networks_do_not_mix(runs, tmp_path, monkeypatch):
-    """In one run of eval.py each hears with its own LoRA, in whatever order they are asked."""
-    folders = []
-    for folder in runs:  # with large weights, since four steps have hardly changed them
-        net = hypernet.load_hypernet(folder)
-        for name, p in net.named_parameters():
-            if name.startswith(("encoder_lora", "heads")):
-                p.data.normal_(std=0.3)
-        folders.append(tmp_path / folder.name)
-        hypernet.save_hypernet(net, folders[-1])
-    words = ["--methods", "base", "--compare", *map(str, folders), "--split", "val"]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *words])
-    args, tasks = evaluation.parse_args(), tiny.load()["val"][:2]
-    methods = evaluation.choose_methods(args, tasks)
-    models = evaluation.Models(args, methods, tasks, torch.device("cpu"))
-    questions = [evaluation.Question(task, task.test[0], task.descriptions[0], "", []) for task in tasks]
-    texts = [question.description for question in questions]
-    for folder in (*folders, *reversed(folders)):
-        models.set_adapters(str(folder), questions)
-        net = hypernet.load_hypernet(folder)
-        alone, _ = generate.write_adapters(
-            net, texts, models.base, net.load_reader(net.config, None, None, "cpu")
-        )
-        first = next(layer for layer in lora.injected_layers(models.base) if layer.name == "q_proj")
-        close(first.B, alone["q_proj"][1][:, 0], 1e-4, 1e-5)
-
-
-def test_its_gradient_is_that_of_the_loss(encoder):
-    run = run_of(*settings(encoder), "--trunk_dropout", "0", "--input_dropout", "0", "--dropout", "0")
-    for head in run.net.heads.values():
-        torch.nn.init.normal_(head.weight, std=0.02)
-    weights = [p for name, p in run.net.named_parameters() if name.startswith("encoder_lora")]
-    for p in weights:
-        p.data.normal_(std=0.2)
-    drawn = data.draw(run.tasks, 0, run.args)
-    run.net.zero_grad()
-    train.sft_step(run, run.net, drawn)
-    gradients = [p.grad.clone() for p in weights]
-    length = torch.cat([g.flatten() for g in gradients]).norm()
-    losses = []
-    for distance in (0.02, -0.02):  # along the gradient
-        for p, g in zip(weights, gradients):
-            p.data += distance * g / length
-        losses.append(sum(train.sft_step(run, run.net, drawn).values()))
-        for p, g in zip(weights, gradients):
-            p.data -= distance * g / length
-    assert length > 1e-5
-    close((losses[0] - losses[1]) / 0.04, length, 0.03, 1e-6)
-
-
-def test_a_lora_needs_an_encoder_with_a_network():
-    refused("text encoder with layers, not hash", run_of, "--arch", "slots", *SHORT, "--encoder_rank", "2")
-
-
 # -------------------- Encoders of other families --------------------
 
 
@@ -319,7 +194,7 @@ def test_a_tokenizer_without_a_pad_token(tmp_path):
 def test_weights_in_float16_are_computed_in_float32(tmp_path):
     bert_folder(tmp_path).half().save_pretrained(tmp_path)
     encode = model.load_encoder(str(tmp_path))
-    assert encode.network.dtype == encode(["one"]).dtype == torch.float32
+    assert encode.embed.model.dtype == encode(["one"]).dtype == torch.float32
 
 
 def test_missing_weights_of_a_text_encoder_are_named(tmp_path):
@@ -342,13 +217,13 @@ def test_a_description_that_is_cut_is_mentioned_once(tmp_path, capsys):
 def test_a_frozen_encoder_reads_each_text_once_and_alone(tmp_path):
     bert_folder(tmp_path)
     encode, read = model.load_encoder(str(tmp_path)), []
-    encode.network.register_forward_hook(lambda *_: read.append(1))
+    encode.embed.model.register_forward_hook(lambda *_: read.append(1))
     first = encode(["one", "two three", "one"])
     assert torch.equal(first[0], first[2]) and len(read) == 2
     assert torch.equal(encode(["two three"])[0], first[1]) and len(read) == 2
 
 
-def test_a_text_encoder_with_a_lora_reads_for_pictures(tmp_path, monkeypatch):
+def test_a_text_encoder_of_the_hub_reads_for_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "BATCH", 4)
     (tmp_path / "bert").mkdir()
     bert_folder(tmp_path / "bert")
@@ -357,5 +232,4 @@ def test_a_text_encoder_with_a_lora_reads_for_pictures(tmp_path, monkeypatch):
     assert command(pictures, *words) == 0
     net = pictures.load_hypernet(tmp_path)
     A, B = pictures.write(net, ["one two", "three"])["to_q"]
-    assert net.reader.has_lora and any(B.abs().sum() > 0 for B in net.encoder_lora.B.values())
     assert not torch.equal(A[0], A[1]) and B.abs().sum() > 0

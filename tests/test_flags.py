@@ -55,21 +55,20 @@ def test_only_leading_words_name_files_of_flags(tmp_path, monkeypatch):
 
 RECON = ["--mode", "recon", "--oracles", "/nowhere"]
 UNUSED = [
-    ["--mode", "lora", "--slots", "4"],
-    ["--mode", "lora", "--encoder_rank", "8"],
+    ["--mode", "lora", "--offset_lr", "1"],
     ["--mode", "lora", "--oracles", "/nowhere"],
     ["--mode", "lora", "--encoder", "base"],
     ["--mode", "lora", "--init_from", "out/x"],
     ["--oracles", "/nowhere"],
     ["--multi_task"],
     ["--distill", "4"],
-    ["--slots", "2"],
     ["--n_latents", "3"],
     [*RECON, "--l1", "1"],
     [*RECON, "--dropout", "0.1"],
     [*RECON, "--label_smoothing", "0.1"],
     [*RECON, "--rank", "4"],
     [*RECON, "--shard"],
+    [*RECON, "--offset_lr", "1"],
     [*D2L, "--instruction"],
     [*D2L, "--label_smoothing", "0.1"],
     [*D2L, "--encoder", "hash"],

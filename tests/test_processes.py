@@ -42,7 +42,6 @@ from tests.helpers import (
     run_of,
     small_decoder,
 )
-from tests.test_encoder import bert_folder
 
 
 def free_port() -> int:
@@ -114,18 +113,15 @@ LONG = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpoi
 ODD = [*SHORT, "--tasks_per_batch", "3"]
 ALONE = [*SHORT, "--tasks_per_batch", "1"]  # there is nothing for the second process
 RUNS = {"sft": SHORT, "sharded": [*SHORT, "--shard"], "documents": [*DOCS, "--shard"], "long": LONG}
-HEARD = ["--arch", "slots", *SHORT, "--encoder", "BERT", "--encoder_rank", "2"]  # BERT stands for a folder
-RUNS |= {"long_sharded": [*LONG, "--shard"], "odd": ODD, "alone": ALONE, "encoder": HEARD}
+RUNS |= {"long_sharded": [*LONG, "--shard"], "odd": ODD, "alone": ALONE}
+RUNS |= {"offset": [*SHORT, "--offset_lr", "2"]}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """(folder, what each command has printed) of everything that is tested on two processes."""
     folder, commands = tmp_path_factory.mktemp("pair"), {}
-    (folder / "bert").mkdir()
-    bert_folder(folder / "bert")
     for name, words in RUNS.items():
-        words = [word.replace("BERT", str(folder / "bert")) for word in words]
         commands[name] = ["train", *words, "--max_steps", "5", "--out_dir", folder / name]
     commands["layers"] = ["tests.test_processes"]
     return folder, on_two_processes(folder, commands, CUDA_VISIBLE_DEVICES="")
@@ -137,7 +133,7 @@ def test_two_processes_are_one(pair, tmp_path, name):
     folder, _ = pair
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes have: no other rounding
-    words = [word.replace("BERT", str(folder / "bert")) for word in RUNS[name] if word != "--shard"]
+    words = [word for word in RUNS[name] if word != "--shard"]
     one, two = fit(tmp_path / "one", *words, "--max_steps", "5"), losses_of(folder / name)
     torch.set_num_threads(n_threads)
     assert len(one) == 5 and one[0] != one[-1]

@@ -3,7 +3,7 @@
 import random
 import re
 
-from tasks import requests, texts, wording
+from tasks import chores, requests, texts, wording
 from tasks.requests import result
 from tasks.texts import Draw, Piece, make_text, plain
 
@@ -109,6 +109,13 @@ def test_written_descriptions_belong_to_programs():
     task = requests.make_task(program)
     n_written = sum(task.descriptions[i] in requests.WRITTEN[program] for i in range(300))
     assert 150 < n_written < 250
+
+
+def test_chores_are_trained_with_the_programs():
+    splits, of_chores = requests.load(), chores.load()
+    names = {task.name for task in splits["train"]}
+    assert names > {task.name for task in of_chores["train"]} and len(splits["train"]) > 8000
+    assert not names & {task.name for task in splits["chains"] + splits["unseen"]}
 
 
 def test_open_requests_are_for_texts_of_all_sorts():

@@ -57,6 +57,11 @@ def test_learning_rates():
     assert set(kinds) == {(0.5, 0.01), (0.5, 0.0), (1.0, 0.01), (1.0, 0.0)}
     assert len(groups) == 4  # one for each kind
 
+    net = hypernet.TextToLoRA(small_config("large", offset_lr=3.0))
+    groups = optimizer.make_optimizer(net, args).param_groups
+    (offset,) = [group["params"] for group in groups if group["lr_factor"] == 3.0]
+    assert sum(p.numel() for p in offset) == 3 * 4 * (10 + 10 + 10 + 6)  # one adapter
+
 
 def test_gradients_are_clipped_and_heads_have_their_learning_rate(tmp_path, monkeypatch):
     norms, real = [], torch.optim.AdamW.step
