@@ -68,7 +68,7 @@ def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
     asked = {
         "just the family name please": ("Ada Lovelace", "Lovelace"),
         "what comes after the at sign?": ("ada.lovelace@engine.org", "engine.org"),
-        "I need this date the way Germans write it, with dots.": ("1815-12-10", "10.12.1815"),
+        "throw away the dashes": ("WR-9625-W", "WR9625W"),
     }
     for description, (text, _) in asked.items():
         assert command(generate, *words, "--desc", description, "--input", text) == 0
