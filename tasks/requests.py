@@ -8,8 +8,8 @@ A task is a sort of text and a program of one to three steps on its parts:
 The parts of a text have names, so each step can be done to any of them; its words and signs are free. Python
 runs the program, so every answer is right by construction. The splits:
 
-    train     programs, some with descriptions that were written one by one, from inputs and outputs alone; and
-              the training tasks of chores.py
+    train     programs, some with descriptions that were written one by one, from inputs and outputs alone;
+              and the training tasks of chores.py
     val       further programs
     values    programs that differ from training ones in their words and signs only
     words     the same, with words that no training program has
@@ -17,7 +17,7 @@ runs the program, so every answer is right by construction. The splits:
     sorts     programs on two sorts of text that no training program has
     open      requests by people who had seen the texts alone: no programs, some beyond the grammar
     single, chains, unseen
-              the splits "single", "test" and "unseen" of chores.py; a program may do the same as a task of these
+              the splits "single", "test" and "unseen" of chores.py; a program may do the same as one of these
 
 requests.json holds the sorts, the signs, and templates of descriptions, which wording.py fills in;
 requests_written.json the written descriptions with their programs; requests_open.json the open requests with
