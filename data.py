@@ -44,7 +44,7 @@ class Task:
     definition: str = ""  # the instruction of Natural Instructions, if there is one
     is_document: bool = False
     # how eval.py asks and scores
-    is_right: Callable[[Example, str], bool] = exact_match
+    metric: Callable[[Example, str], bool] = exact_match
     start: Callable[[Example], str] = no_start  # how the answer starts, if that is given
     n_scored: int | None = 25  # test examples; None is all
     n_descriptions: int = 1  # how many descriptions each of them is asked with

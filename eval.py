@@ -352,8 +352,8 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
         answers = model.answer(models.base, tokenizer, [row.prompt for row in batch], n_tokens)
         for row, answer in zip(batch, answers):
             question = row.question
-            is_right = question.task.is_right(question.example, answer)
-            if args.contains and question.task.is_right is data.exact_match:
+            is_right = question.task.metric(question.example, answer)
+            if args.contains and question.task.metric is data.exact_match:
                 is_right = any(right in answer for right in question.example.answers)
             hits.setdefault(question.task.name, []).append(is_right)
         bar.update(len(batch))

@@ -21,7 +21,7 @@ file. `--arch` then takes its name, and every `setting` of its config is a flag 
 All its parameters are trained and must receive gradients (DDP requires it); constants are buffers. The
 optimizer goes by their names: those that begin with "head" have a learning rate of their own, and those that
 begin with "offset", by the config's `offset_lr`; those that contain a word of NO_DECAY (in
-support/optimizer.py) and vectors have no weight decay. Reconstruction also needs `normalize` and `deviation`,
+support/optimizer.py) and vectors have no weight decay. Reconstruction also needs `normalize` and `std`,
 see TextToLoRA.
 """
 
@@ -159,17 +159,17 @@ class TextToLoRA(nn.Module):
             widths = {"large": c.r * (target.n_in + target.n_out), "medium": c.r * larger, "small": larger}
             self.heads[lora.key(name)] = nn.Linear(c.head_in_size, widths[c.size], bias=not c.z_score)
 
-        # A and B are offset + deviation * (output of the head). For SFT the offset is LoRA's initialisation
-        # and the deviation 1; for z-scores they are mean and deviation over the oracles. With
+        # A and B are offset + std * (output of the head). For SFT the offset is LoRA's initialisation
+        # and the std 1; for z-scores they are mean and standard deviation over the oracles. With
         # --offset_lr the offset is trained as well: a LoRA that all descriptions share (not published)
-        offset, deviation = {}, {}
+        offset, std = {}, {}
         for name, target in c.targets.items():
             L = len(target.layers)
             for matrix, shape in (("A", (L, c.r, target.n_in)), ("B", (L, target.n_out, c.r))):
                 offset[f"{lora.key(name)}_{matrix}"] = torch.zeros(shape)
-                deviation[f"{lora.key(name)}_{matrix}"] = torch.ones(shape if c.z_score else ())
+                std[f"{lora.key(name)}_{matrix}"] = torch.ones(shape if c.z_score else ())
         self.offset = nn.ParameterDict(offset) if c.offset_lr else Buffers(offset)
-        self.deviation = Buffers(deviation)
+        self.std = Buffers(std)
 
     def condition(self, texts: list[str], encoder: model.TextEncoder) -> Tensor:
         """The text encoder's output for n descriptions [n, E]."""
@@ -234,8 +234,8 @@ class TextToLoRA(nn.Module):
             A, B = out[:, :, 0], out[:, :, 1]
         A = A.reshape(n, L, c.r, -1)[..., :n_in]  # [n, L, r, in], cut to its width if the head is wider
         B = B.reshape(n, L, c.r, -1)[..., :n_out].mT  # [n, L, out, r]
-        A = self.offset[f"{key}_A"] + self.deviation[f"{key}_A"] * A
-        B = self.offset[f"{key}_B"] + self.deviation[f"{key}_B"] * B
+        A = self.offset[f"{key}_A"] + self.std[f"{key}_A"] * A
+        B = self.offset[f"{key}_B"] + self.std[f"{key}_B"] * B
         return A, B
 
     @torch.no_grad()
@@ -252,12 +252,12 @@ class TextToLoRA(nn.Module):
 
     @torch.no_grad()
     def normalize(self, oracles: Adapter) -> None:
-        """For z-scores: offset and deviation are the mean and deviation over a batch of adapters."""
+        """For z-scores: offset and std are the mean and standard deviation over a batch of adapters."""
         for name, (A, B) in oracles.items():
             for key, matrices in ((f"{lora.key(name)}_A", A), (f"{lora.key(name)}_B", B)):  # [n, L, ...]
                 correction = 1 if len(matrices) > 1 else 0
                 self.offset[key].copy_(matrices.cpu().double().mean(0))  # exact if all are equal
-                self.deviation[key].copy_(matrices.std(0, correction=correction) + 1e-10)
+                self.std[key].copy_(matrices.std(0, correction=correction) + 1e-10)
 
 
 # -------------------- Doc-to-LoRA (arXiv 2602.15902): split, read, write, join --------------------
@@ -581,7 +581,8 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     try:
         with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
             net = net_class(net_class.config_class(**settings))
-        weights = {key: tensor.float().contiguous() for key, tensor in weights.items()}
+        # earlier files say deviation in place of std
+        weights = {key.replace("deviation", "std"): tensor.float().contiguous() for key, tensor in weights.items()}
         net.load_state_dict(weights, assign=True)
     except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as e:
         raise UserError(f"{folder}: the weights do not match their settings: {e}") from None

@@ -176,8 +176,8 @@ def naive_adapter(net: hypernet.TextToLoRA, emb: torch.Tensor, layer: int, m: in
             rows = [row(y, i)[:n] for i in range(r)] if c.size == "small" else head(y).view(r, -1)[:, :n]
             made.append(torch.stack(list(rows)))
         A, B = made[0], made[1].T
-    offset, deviation = (lambda k: p[f"offset.{name}_{k}"][layer]), (lambda k: p[f"deviation.{name}_{k}"])
-    return offset("A") + deviation("A") * A, offset("B") + deviation("B") * B
+    offset, std = (lambda k: p[f"offset.{name}_{k}"][layer]), (lambda k: p[f"std.{name}_{k}"])
+    return offset("A") + std("A") * A, offset("B") + std("B") * B
 
 
 @pytest.mark.parametrize("size", hypernet.SIZES)
@@ -383,7 +383,7 @@ def test_z_scores_have_the_deviation_of_a_sample():
     for name, (A, B) in oracles.items():
         for key, values in ((f"{name}_A", A), (f"{name}_B", B)):
             close(net.offset[key], values.mean(0))
-            close(net.deviation[key].numpy(), values.numpy().std(0, ddof=1), 1e-4)
+            close(net.std[key].numpy(), values.numpy().std(0, ddof=1), 1e-4)
 
 
 def test_text_encoders_compute_in_float32_in_validation_as_in_training():
@@ -434,7 +434,7 @@ def test_validation_measures_what_greedy_answers_give():
         lora.set_adapter(run.base.eval(), adapter, run.net.config.scaling)
         chats = [model.chat(run.tokenizer, example.input) for example in task.test[:8]]
         answers = model.answer(run.base, run.tokenizer, [model.render(run.tokenizer, chat) for chat in chats])
-        hits += [task.is_right(example, answer) for example, answer in zip(task.test, answers)]
+        hits += [task.metric(example, answer) for example, answer in zip(task.test, answers)]
     assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
 
 
@@ -457,7 +457,7 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     losses = fit(tmp_path / "delta_w", *words, "--recon_loss", "delta_w", "--max_steps", "30")
     assert losses[-1] < losses[0]
     losses = fit(tmp_path / "single", *words, "--n_tasks", "1", "--max_steps", "2")
-    assert all(map(math.isfinite, losses))  # one oracle has no deviation
+    assert all(map(math.isfinite, losses))  # one oracle has no std
     words = ["--methods", "mt_lora,oracle", "--mt_lora", tmp_path / "mt", "--oracles", oracles]
     words += ["--split", "train", "--n_tasks", "4", "--n_examples", "2"]
     results = evaluate(tmp_path / "e.json", *words)

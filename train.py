@@ -193,9 +193,9 @@ def example_mean(losses: Tensor, example_index: Tensor) -> Tensor:
     return (losses / n_tokens[example_index]).sum() / len(n_tokens)
 
 
-def answer_loss(logits: Tensor, example_index: Tensor, right_token: Tensor, smoothing: float = 0.0) -> Tensor:
+def answer_loss(logits: Tensor, example_index: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of the answers, from `model.answer_logits`."""
-    losses = F.cross_entropy(logits, right_token, reduction="none", label_smoothing=smoothing)  # [tokens]
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)  # [tokens]
     return example_mean(losses, example_index)
 
 
@@ -221,10 +221,10 @@ def weight_size(adapter: Adapter, measure) -> Tensor:
     return total
 
 
-def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, deviation: dict[str, Tensor]) -> Tensor:
+def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, std: dict[str, Tensor]) -> Tensor:
     """L1 between written adapters and oracles, averaged over the modules.
 
-    "delta_w" compares 10,000 BA, as published; "z_score" compares A and B divided by the deviation of the
+    "delta_w" compares 10,000 BA, as published; "z_score" compares A and B divided by the std of the
     oracles.
     """
     losses = []
@@ -233,8 +233,8 @@ def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, deviation: dict[
         if compare == "delta_w":
             losses.append(10_000 * (B @ A - oracle_B @ oracle_A).abs().mean())  # [n, L, out, in]
         else:
-            loss_A = ((A - oracle_A) / deviation[f"{lora.key(name)}_A"]).abs().mean()
-            loss_B = ((B - oracle_B) / deviation[f"{lora.key(name)}_B"]).abs().mean()
+            loss_A = ((A - oracle_A) / std[f"{lora.key(name)}_A"]).abs().mean()
+            loss_B = ((B - oracle_B) / std[f"{lora.key(name)}_B"]).abs().mean()
             losses.append((loss_A + loss_B) / 2)
     return sum(losses) / len(losses)
 
@@ -302,10 +302,10 @@ def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]
     set_adapters(run, adapters, examples)
     with model.neftune(run.base, args.neftune_alpha):
         pairs = [(e.prompt, e.answer) for e in examples]
-        logits, example_index, right_token = model.answer_logits(run.base, pairs)
+        logits, example_index, labels = model.answer_logits(run.base, pairs)
     if args.distill:
         return distill_loss(logits, example_index, teacher, args.distill)
-    return answer_loss(logits, example_index, right_token, args.label_smoothing)
+    return answer_loss(logits, example_index, labels, args.label_smoothing)
 
 
 def micro_batches(batch: data.Batch, parts: list[data.Batch], args) -> Iterator[tuple[float, list]]:
@@ -387,7 +387,7 @@ def recon_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[st
     with autocast(run):
         written = net(condition)
     oracles = lora.select(run.oracles, [item.index for item in mine])
-    loss = recon_loss(run.args.recon_loss, written, oracles, run.net.deviation) * weight
+    loss = recon_loss(run.args.recon_loss, written, oracles, run.net.std) * weight
     loss.backward()
     return {"recon": loss.detach()}
 
@@ -435,9 +435,9 @@ def validate(run: Run) -> dict[str, float]:
         for _, examples in micro_batches(batch, [batch], run.args):
             set_adapters(run, written, examples)
             pairs = [(e.prompt, e.answer) for e in examples]
-            logits, example_index, right_token = model.answer_logits(run.base, pairs)
-            loss += answer_loss(logits, example_index, right_token).item() * len(examples)
-            wrong_examples = example_index[logits.argmax(-1) != right_token].unique()
+            logits, example_index, labels = model.answer_logits(run.base, pairs)
+            loss += answer_loss(logits, example_index, labels).item() * len(examples)
+            wrong_examples = example_index[logits.argmax(-1) != labels].unique()
             n_right += len(examples) - len(wrong_examples)
     run.net.train()
     lora.set_dropout(run.base, True)
@@ -565,23 +565,23 @@ def save(run: Run, folder: Path) -> None:
             lora.save_adapter(folder / task.name, run.net(i), run.net.config)
 
 
-def begin(run: Run, folder: Path, books: state.Books, optimizer, task_ids) -> int:
+def begin(run: Run, folder: Path, checkpoint: state.Checkpoint, optimizer, task_ids) -> int:
     """Read the state of a run that is resumed, and say what is trained. Returns how many steps are done."""
     args, process, n_done = run.args, run.process, 0
     is_first = process.rank == 0
     if args.resume:
-        n_done = books.resume(run.net, optimizer, task_ids)
+        n_done = checkpoint.resume(run.net, optimizer, task_ids)
         if n_done > args.max_steps:
             raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {n_done} steps")
         if is_first:
-            books.rewind(n_done)
+            checkpoint.rewind(n_done)
             write_file(folder / "train.args", args.as_text)
     if is_first:
         n_parameters = sum(p.numel() for p in run.net.parameters())
         where = f"{process.count} x {processes.name_of(process.device)}, in {args.dtype}"
         print(f"{args.mode}: {n_parameters:,} parameters, on {where}, into {folder}/", flush=True)
         if args.wandb:
-            books.start_wandb(vars(args))
+            checkpoint.start_wandb(vars(args))
     return n_done
 
 
@@ -593,8 +593,8 @@ def train(run: Run, folder: Path) -> bool:
     if process.count > 1:
         net = DistributedDataParallel(run.net)
     optimizer = make_optimizer(run.net, args)
-    books, task_ids = state.Books(folder, args.keep), data.identify(run.tasks + run.val_tasks)
-    n_done = begin(run, folder, books, optimizer, task_ids)
+    checkpoint, task_ids = state.Checkpoint(folder, args.keep), data.identify(run.tasks + run.val_tasks)
+    n_done = begin(run, folder, checkpoint, optimizer, task_ids)
     interrupts = state.on_ctrl_c()
     n_examples = (args.tasks_per_batch or len(run.tasks)) * args.examples_per_task  # of a step
     measured, interrupted = {}, False  # by the last validation
@@ -609,10 +609,10 @@ def train(run: Run, folder: Path) -> bool:
             said = torch.tensor(float(len(interrupts)), device=process.device)
             interrupted = bool(processes.total(process, said))
             if is_first:
-                if books.add(row):
+                if checkpoint.add(row):
                     save(run, folder)
                 if is_due or interrupted or step == n_done:  # the first shows early that the disk has room
-                    books.save_state(step + 1, run.net, optimizer, task_ids)
+                    checkpoint.save_state(step + 1, run.net, optimizer, task_ids)
                 speed = f"{(bar.format_dict['rate'] or 0) * n_examples:.1f}"
                 bar.set_postfix({"loss": row["loss"]} | measured | {"examples/s": speed}, refresh=False)
                 bar.update()
@@ -627,10 +627,10 @@ def train(run: Run, folder: Path) -> bool:
             print(say, file=sys.stderr)
         return False
     if is_first:
-        if not books.best:
+        if not checkpoint.best:
             save(run, folder)
-        books.close()
-        print(f"kept {books.what_was_kept(args.max_steps)}\nto go on: python {next_command(args)}")
+        checkpoint.close()
+        print(f"kept {checkpoint.what_was_kept(args.max_steps)}\nto go on: python {next_command(args)}")
     return True
 
 

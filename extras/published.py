@@ -183,17 +183,17 @@ def our_weights(weights: dict[str, Tensor], fields: dict[str, Any], args: dict) 
     of_delta_w = args["training_task"] == "recon" and not args["factorized"]
     for name in fields["targets"]:
         for matrix in "AB":
-            offset, deviation = weights[f"AB_offset.{matrix}.{name}"], torch.tensor(1.0)
+            offset, std = weights[f"AB_offset.{matrix}.{name}"], torch.tensor(1.0)
             if of_delta_w:  # the target was B A times delta_w_scaling: A and B are divided by its root each
                 offset = torch.zeros_like(offset)
-                deviation = torch.tensor(args["delta_w_scaling"] ** -0.5)
+                std = torch.tensor(args["delta_w_scaling"] ** -0.5)
             elif fields["z_score"]:
                 offset = offset + weights[f"mean_recon_target.{matrix}.{name}"]
-                deviation = weights[f"std_recon_target.{matrix}.{name}"] + 1e-10
+                std = weights[f"std_recon_target.{matrix}.{name}"] + 1e-10
             if fields["z_score"]:
-                deviation = deviation.expand(offset.shape)
+                std = std.expand(offset.shape)
             ours[f"offset.{name}_{matrix}"] = offset
-            ours[f"deviation.{name}_{matrix}"] = deviation
+            ours[f"std.{name}_{matrix}"] = std
     return ours
 
 

@@ -1,4 +1,4 @@
-"""The books of a run: its folder, metrics.jsonl, the state that --resume continues from, the best weights."""
+"""The folder of a run: metrics.jsonl, the state that --resume continues from, the best weights."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def reserved(folder: Path, settings: str, resumes: bool):
 KEEP = ("loss", "accuracy", "last")  # which weights are kept
 
 
-class Books:
+class Checkpoint:
     """metrics.jsonl with a row per step, and which weights are to be kept.
 
     `keep` is "loss" (lowest validation loss), "accuracy" (highest validation accuracy) or "last".

@@ -196,7 +196,7 @@ class Benchmark(NamedTuple):
     split: str
     n_records: int
     to_example: Callable[[dict], tuple[Example, str]]
-    is_right: Callable[[Example, str], bool] = first_character
+    metric: Callable[[Example, str], bool] = first_character
     answer_tokens: int = 8
     start: Callable[[Example], str] = no_start
 
@@ -253,7 +253,7 @@ def benchmark_task(name: str) -> Task:
         descriptions,
         train=shots[-4:],
         test=test,
-        is_right=benchmark.is_right,
+        metric=benchmark.metric,
         start=benchmark.start,
         n_scored=None,
         n_descriptions=3,  # as published
@@ -275,7 +275,7 @@ def names_in(tasks: str, run_code: bool) -> list[str]:
         raise UserError(f"--tasks {tasks}: there is no benchmark {', '.join(unknown)}")
     if run_code:
         return names
-    without_code = [name for name in names if BENCHMARKS[name].is_right is not passes_tests]
+    without_code = [name for name in names if BENCHMARKS[name].metric is not passes_tests]
     if not without_code:
         raise UserError(f"{tasks} is scored by running code that the model writes: pass --run_code")
     if len(without_code) < len(names):

@@ -97,7 +97,7 @@ def test_adapters_on_layers_that_differ(tmp_path, family):
     net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config) | dict(input_size=4, z_score=True)))
     net.normalize(batch)
     written = net(torch.randn(2, 4))
-    assert train.recon_loss("delta_w", written, batch, net.deviation).isfinite()
+    assert train.recon_loss("delta_w", written, batch, net.std).isfinite()
     lora.set_adapter(base, None)
     lora.merge(base, first, SCALING)
     close(base(ids[:1]).logits[0], together[0], 1e-4, 1e-4)

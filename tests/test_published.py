@@ -62,7 +62,7 @@ def in_published_layout(net: hypernet.TextToLoRA, kind: str) -> dict[str, torch.
             mean = net.offset[f"{name}_{k}"].data
             offset = torch.full_like(mean, 0.25) if kind == "z_score" else mean
             weights |= {f"AB_offset.{k}.{name}": offset, f"mean_recon_target.{k}.{name}": mean - offset}
-            weights[f"std_recon_target.{k}.{name}"] = net.deviation[f"{name}_{k}"].data.expand_as(mean)
+            weights[f"std_recon_target.{k}.{name}"] = net.std[f"{name}_{k}"].data.expand_as(mean)
             if net.config.size != "large":
                 weights[f"out_emb.{name}.{k}"] = net.AB_emb[m, i].data
     return weights
@@ -75,7 +75,7 @@ def test_published_layout_round_trip(tmp_path, size, kind):
     net = hypernet.TextToLoRA(small_config("small" if size == "rotary" else size, **changes)).eval()
     for p in net.parameters():
         nn.init.normal_(p, std=0.5)
-    for tensor in net.deviation.buffers():
+    for tensor in net.std.buffers():
         tensor.fill_({"delta_w": 0.01, "z_score": 0.7}.get(kind, 1.0))
     for tensor in net.offset.buffers():
         tensor.zero_() if kind == "delta_w" else tensor.normal_(std=0.5)
@@ -325,8 +325,8 @@ def test_golden_reconstruction_losses(tmp_path, file):
         return tensors[f"recon/in/target/{k}/{name}"].repeat_interleave(2, 0)
 
     target = {name: (pick("A", name), pick("B", name)) for name in NAMES}
-    kind = "delta_w" if "recon_dw" in file else "z_score"  # the deviation of recon_f is 1
-    close(train.recon_loss(kind, adapter, target, net.deviation), tensors["recon/loss"][0], 1e-5, 5e-6)
+    kind = "delta_w" if "recon_dw" in file else "z_score"  # the std of recon_f is 1
+    close(train.recon_loss(kind, adapter, target, net.std), tensors["recon/loss"][0], 1e-5, 5e-6)
 
 
 def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:

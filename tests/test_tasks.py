@@ -251,10 +251,10 @@ ROWS = {  # a row of each kind of benchmark, an answer that is right and one tha
 def test_a_benchmarks_row_as_prompt_and_score(name):
     row, right, wrong = ROWS[name]
     example, shown = benchmarks.BENCHMARKS[name].to_example(row)
-    is_right = benchmarks.BENCHMARKS[name].is_right
+    metric = benchmarks.BENCHMARKS[name].metric
     texts = {value for value in row.values() if isinstance(value, str) and value in example.input}
-    assert texts and is_right(example, right) and not is_right(example, wrong)
-    assert is_right is benchmarks.passes_tests or is_right(example, shown)
+    assert texts and metric(example, right) and not metric(example, wrong)
+    assert metric is benchmarks.passes_tests or metric(example, shown)
 
 
 def test_a_range_has_no_negative_number():
@@ -337,9 +337,9 @@ def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
     base, tokenizer = model.load_base("tiny")
     (said,) = [text.strip() for text in model.answer(base, tokenizer, ["cat ->"])]
     made = dict(descriptions=["d"] * 3, train=[], n_scored=None, n_descriptions=3, has_instruction=False)
-    piqa = data.Task("piqa", test=[Example("cat", [said])], is_right=benchmarks.first_character, **made)
+    piqa = data.Task("piqa", test=[Example("cat", [said])], metric=benchmarks.first_character, **made)
     fails = [Example("cat", ["assert False"])]
-    mbpp = data.Task("mbpp", test=fails, is_right=benchmarks.passes_tests, **made)
+    mbpp = data.Task("mbpp", test=fails, metric=benchmarks.passes_tests, **made)
     both = {name: benchmarks.BENCHMARKS[name] for name in ("mbpp", "piqa")}
     monkeypatch.setattr(benchmarks, "BENCHMARKS", both)
     monkeypatch.setattr(benchmarks, "benchmark_task", {"piqa": piqa, "mbpp": mbpp}.get)
