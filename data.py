@@ -25,7 +25,7 @@ class Example(NamedTuple):
 
 def exact_match(example: Example, answer: str) -> bool:
     """Whether an answer is one of the right ones."""
-    return answer.strip() in example.answers
+    return answer.strip() in [right.strip() for right in example.answers]
 
 
 def no_start(example: Example) -> str:
@@ -43,6 +43,7 @@ class Task:
     reworded: list[str] = field(default_factory=list)  # in wordings that no training description uses
     definition: str = ""  # the instruction of Natural Instructions, if there is one
     is_document: bool = False
+    weight: int = 1  # how often it is among the tasks from which a step draws
     # how eval.py asks and scores
     metric: Callable[[Example, str], bool] = exact_match
     start: Callable[[Example], str] = no_start  # how the answer starts, if that is given
@@ -53,11 +54,6 @@ class Task:
 
 
 Splits = dict[str, list[Task]]  # {"train": [...], "val": [...], "test": [...]}
-
-
-def distinct(tasks: list[Task]) -> list[Task]:
-    """Each task once: a source may repeat some, so that they are drawn more often."""
-    return list({id(task): task for task in tasks}.values())
 
 
 def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
@@ -79,10 +75,16 @@ def beginning(values: Sequence) -> list:
 def identify(tasks: list[Task]) -> dict:
     """The names of tasks and a checksum of their texts."""
     checksum = 0
-    for task in distinct(tasks):
+    for task in tasks:
         texts = (task.name, task.definition, beginning(task.descriptions), beginning(task.train), task.test)
         checksum = zlib.crc32(repr(texts).encode(), checksum)
     return {"names": [task.name for task in tasks], "checksum": checksum}
+
+
+def check_instruction(tasks: list[Task], args) -> None:
+    """Raise UserError if the instruction of tasks is a document."""
+    if args.instruction and tasks[0].is_document:
+        raise UserError("--instruction would put the document itself into the prompt")
 
 
 # -------------------- The batch of a training step --------------------
@@ -99,10 +101,10 @@ class DrawnTask(NamedTuple):
 def draw(tasks: list[Task], step: int, args) -> list[DrawnTask]:
     """The tasks of a step: --tasks_per_batch of them (0: all), and a description and examples of each."""
     rng = random.Random(f"{args.seed} {step}")
-    candidates = range(len(tasks))
+    candidates = [i for i, task in enumerate(tasks) for _ in range(task.weight)]
     if args.short_first:  # tasks are sorted by length: the shortest sixth at first, all from half-way on
         fraction = min(1, 1 / 6 + 5 / 3 * step / args.max_steps)
-        candidates = candidates[: math.ceil(len(tasks) * fraction)]
+        candidates = candidates[: math.ceil(len(candidates) * fraction)]
     indices = sample(rng, candidates, args.tasks_per_batch or len(candidates))
     drawn = []
     for i in indices:
@@ -130,12 +132,18 @@ class TokenizedExample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one process computes in a step."""
+    """What one process computes in a step.
+
+    All processes draw the same tasks, and each takes every n-th of those that have examples left. A mean over
+    all processes is the sum of fraction * (mean over mine): each computes such a part of the loss, and the
+    gradients of the parts are added up.
+    """
 
     tasks: list[DrawnTask]
     examples: list[TokenizedExample]  # of these tasks, the shortest first
     task_fraction: float  # these tasks, divided by those of all processes
     example_fraction: float
+    most_examples: int  # of one process
 
 
 def tokenize(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args) -> list[TokenizedExample]:
@@ -147,7 +155,7 @@ def tokenize(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args) -> list
     for k, item in enumerate(drawn):
         instruction = ""
         if args.instruction:
-            instruction = (tasks[item.index].definition or item.description) + model.SUFFIX
+            instruction = model.instruct(tasks[item.index].definition or item.description)
         for example in item.examples:
             question, right = example.input, example.answers[0]
             prompt, answer = cached_ids(tokenizer, question, right, instruction)
@@ -159,23 +167,22 @@ def tokenize(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args) -> list
     return [example for example in examples if example.n_tokens <= args.max_tokens] or examples[:1]
 
 
-def make_parts(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, n_processes=1) -> list[Batch]:
-    """The batches of all processes in a step. Each takes every n-th of the tasks that have examples left."""
+def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=0, count=1) -> Batch:
+    """The batch of one process of `count` in a step."""
     kept = tokenize(tokenizer, tasks, drawn, args)
     kept_tasks = sorted({example.task for example in kept})
-    parts = []
-    for process in range(n_processes):
-        mine = kept_tasks[process::n_processes]
-        is_idle = not mine  # more processes than tasks: this one repeats the first task, with weight 0
-        mine = mine or kept_tasks[:1]
-        examples = []
-        for example in kept:
-            if example.task in mine:
-                examples.append(example._replace(task=mine.index(example.task)))
-        task_fraction = 0.0 if is_idle else len(mine) / len(kept_tasks)
-        example_fraction = 0.0 if is_idle else len(examples) / len(kept)
-        parts.append(Batch([drawn[k] for k in mine], examples, task_fraction, example_fraction))
-    return parts
+    n_examples = [0] * count  # of each process
+    for example in kept:
+        n_examples[kept_tasks.index(example.task) % count] += 1
+    mine = kept_tasks[rank::count] or kept_tasks[:1]  # more processes than tasks: the first one, with weight 0
+    is_idle = rank >= len(kept_tasks)
+    examples = []
+    for example in kept:
+        if example.task in mine:
+            examples.append(example._replace(task=mine.index(example.task)))
+    task_fraction = 0.0 if is_idle else len(mine) / len(kept_tasks)
+    example_fraction = 0.0 if is_idle else len(examples) / len(kept)
+    return Batch([drawn[k] for k in mine], examples, task_fraction, example_fraction, max(n_examples))
 
 
 def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tuple[list[int], list[int]]:
@@ -192,14 +199,14 @@ def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tupl
     return prompt_ids, model.tokenize(tokenizer, target)
 
 
-cached_ids = lru_cache(2**16)(example_ids)  # rendering a chat template takes a millisecond
+cached_ids = lru_cache(2**14)(example_ids)  # rendering a chat template takes a millisecond
 
 
 # -------------------- Checks before training --------------------
 
+
 def check(tokenizer, tasks: list[Task], val_tasks: list[Task], args, is_first: bool) -> None:
     """Raise UserError for tasks that cannot be trained on; say once what will be left out."""
-    tasks = distinct(tasks)
     for task in tasks + val_tasks:
         if not all(example.answers for example in [*beginning(task.train), *task.test]):
             command = f"python -m extras.answers {args.tasks} NEW_FOLDER --base_model {args.base_model}"
@@ -214,14 +221,14 @@ def check(tokenizer, tasks: list[Task], val_tasks: list[Task], args, is_first: b
 
 def count_too_long(tokenizer, tasks: list[Task], args) -> int:
     """How many tasks have no example of at most --max_tokens among their first ones."""
-    n = 0
+    n, template = 0, len(model.tokenize(tokenizer, model.render(tokenizer, model.chat(tokenizer, ""))))
     for i, task in enumerate(tasks):
         description = task.descriptions[0] if args.instruction or args.distill else ""
         drawn = DrawnTask(i, description, task.train[:8])
         lengths = []  # in bytes; a token has at least one
         for example in drawn.examples:
             lengths.append(len((task.definition + description + example.input + example.answers[0]).encode()))
-        if min(lengths) + 64 > args.max_tokens:  # 64 for the chat template
+        if min(lengths) + template + len(model.instruct("")) > args.max_tokens:
             n += tokenize(tokenizer, tasks, [drawn], args)[0].n_tokens > args.max_tokens
     return n
 

@@ -15,22 +15,24 @@ The methods:
     t2l             the hypernetwork's adapter, from the task's own descriptions (or the document)
     t2l_reworded    from wordings that training never used    (tiny; chores; requests: single, chains)
     t2l_shuffled    from another task's description
+    t2l_mean        the mean of what the hypernetwork writes for the training tasks
     t2l_random      from meaningless text
     recon           a hypernetwork trained by reconstruction                       (--recon DIR)
 
-After a training with --instruction, a description of the task itself stands in the prompt as well.
+If the adapter was trained with --instruction, a description of the task stands in the prompt as well.
 """
 
 import argparse
 import random
+import re
 import statistics
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 import data
@@ -56,11 +58,20 @@ class Question(NamedTuple):
     shots: list[tuple[str, str]]
 
 
+# A source of adapters is a class that is made from (folder, tasks, args, device), with
+#     config                      the LoRAConfig of its adapters
+#     connect(base, tokenizer)    told the base model, which has LoRA layers for them by then
+#     adapters(questions)         the adapters with which these questions are answered, as one batch
+
+
 class OneAdapter:
     """An adapter that answers all questions."""
 
     def __init__(self, folder: str, tasks: list[Task], args, device):
         self.adapter, self.config = lora.load_adapters([Path(folder)], device)
+
+    def connect(self, base, tokenizer) -> None:
+        """Nothing to do."""
 
     def adapters(self, questions: list[Question]) -> lora.Adapter:
         return self.adapter
@@ -78,6 +89,9 @@ class Oracles:
             raise UserError(found + advice)
         self.bank, self.config = lora.load_adapters([Path(folder, name) for name in self.names], device)
 
+    def connect(self, base, tokenizer) -> None:
+        """Nothing to do."""
+
     def adapters(self, questions: list[Question]) -> lora.Adapter:
         return lora.select(self.bank, [self.names.index(question.task.name) for question in questions])
 
@@ -86,17 +100,38 @@ class Written:
     """A hypernetwork that writes an adapter for each description."""
 
     def __init__(self, folder: str, tasks: list[Task], args, device):
-        self.net, _ = generate.load_net(folder, what_is_read(tasks), args, device)
+        self.net = generate.load_net(folder, what_is_read(tasks), args, device, "a hypernetwork")
         self.config = self.net.config
 
-    def connect(self, base, tokenizer, args) -> None:
-        """Load what reads texts for the network, which may be the base model."""
-        self.base, self.reader = base, generate.load_reader_for(self.net, base, tokenizer, args)
+    def connect(self, base, tokenizer) -> None:
+        self.base = base
+        self.net.connect(base, tokenizer)
 
     def adapters(self, questions: list[Question]) -> lora.Adapter:
         texts = list(dict.fromkeys(question.description for question in questions))  # each is read once
-        written, _ = generate.write_adapters(self.net, texts, self.base, self.reader)
+        written, _ = generate.write_adapters(self.net, texts, self.base)
         return lora.select(written, [texts.index(question.description) for question in questions])
+
+
+class MeanWritten(Written):
+    """The mean of what a hypernetwork writes for the training descriptions: one adapter for all questions."""
+
+    def __init__(self, folder: str, tasks: list[Task], args, device):
+        super().__init__(folder, tasks, args, device)
+        self.training_tasks = load_tasks(args.tasks)["train"]
+
+    def connect(self, base, tokenizer) -> None:
+        super().connect(base, tokenizer)
+        total = {}
+        for task in tqdm(self.training_tasks, desc="the mean adapter", leave=False):
+            written, _ = generate.write_adapters(self.net, task.descriptions[:8], base)
+            for name, pair in written.items():
+                means = [matrix.mean(0, keepdim=True) / len(self.training_tasks) for matrix in pair]
+                total[name] = [a + b for a, b in zip(total.get(name, [0, 0]), means)]
+        self.mean = total
+
+    def adapters(self, questions: list[Question]) -> lora.Adapter:
+        return self.mean
 
 
 def what_is_read(tasks: list[Task]) -> str:
@@ -106,13 +141,18 @@ def what_is_read(tasks: list[Task]) -> str:
 # -------------------- The methods --------------------
 
 
-def own(tasks: list[Task], t: int) -> list[str]:
+def own(tasks: list[Task], t: int) -> Sequence[str]:
     """The descriptions of task t."""
     return tasks[t].descriptions
 
 
-def reworded(tasks: list[Task], t: int) -> list[str]:
+def reworded(tasks: list[Task], t: int) -> Sequence[str]:
     return tasks[t].reworded
+
+
+def no_documents(tasks: list[Task], t: int) -> Sequence[str]:
+    """Adapters of documents differ in rank and have no mean."""
+    return [] if tasks[t].is_document else tasks[t].descriptions
 
 
 def of_next_task(tasks: list[Task], t: int) -> list[str]:
@@ -132,10 +172,11 @@ def noise(tasks: list[Task], t: int) -> list[str]:
 class Method(NamedTuple):
     """Whose adapter answers, from which descriptions it is written, and what stands in the prompt."""
 
-    source: type | None = None  # one of the three above; None is no adapter
+    source: type | None = None  # one of the classes above; None is no adapter
     flag: str = ""  # which names the source's folder
-    descriptions: Callable[[list[Task], int], list[str]] = own  # [] if a task has none
-    with_description: bool = False  # in the prompt
+    descriptions: Callable[[list[Task], int], Sequence[str]] = own  # [] if a task has none
+    instruction_from: Callable[[list[Task], int], Sequence[str]] = own  # where an instruction is needed
+    with_description: bool = False  # it stands in the prompt, whatever training did
     n_shots: int = 0  # examples in the prompt
     folder: str = ""  # in place of the flag, for --compare
 
@@ -156,8 +197,9 @@ METHODS = {
     "mt_lora": Method(OneAdapter, "mt_lora"),
     "oracle": Method(Oracles, "oracles"),
     "t2l": Method(Written, "hypernet"),
-    "t2l_reworded": Method(Written, "hypernet", reworded),
+    "t2l_reworded": Method(Written, "hypernet", reworded, instruction_from=reworded),
     "t2l_shuffled": Method(Written, "hypernet", of_next_task),
+    "t2l_mean": Method(MeanWritten, "hypernet", no_documents),
     "t2l_random": Method(Written, "hypernet", noise),
     "recon": Method(Written, "recon"),
 }
@@ -192,7 +234,7 @@ def choose_tasks(args, benchmark_names: list[str]) -> list[Task]:
     """The tasks of --tasks and --split, with the descriptions of --descriptions."""
     splits = benchmarks.load(benchmark_names) if benchmark_names else load_tasks(args.tasks)
     print(task_folder.summary(args.tasks, splits))
-    tasks = data.distinct(data.pick(splits, args.split, args.n_tasks))
+    tasks = data.pick(splits, args.split, args.n_tasks)
     if args.descriptions:
         descriptions = read_object(args.descriptions)
         tasks = [task for task in tasks if task.name in descriptions]
@@ -201,8 +243,7 @@ def choose_tasks(args, benchmark_names: list[str]) -> list[Task]:
         for i, task in enumerate(tasks):
             texts = task_folder.as_texts(descriptions[task.name], f"{args.descriptions}: {task.name}")
             tasks[i] = replace(task, descriptions=texts, reworded=[])
-    if args.instruction and tasks[0].is_document:
-        raise UserError("--instruction would put the document itself into every prompt")
+    data.check_instruction(tasks, args)
     for task in tasks:
         if not task.test:
             raise UserError(f"the task {task.name} has no test part: that is the last fifth of its instances")
@@ -250,39 +291,29 @@ class Models:
         self.sources, loaded = {}, {}  # {name of a method: source}, {(class, folder): source}
         for name, method in methods.items():
             if method.source:
-                folder = method.folder_in(args, tasks)
-                if (method.source, folder) not in loaded:
-                    loaded[method.source, folder] = method.source(folder, tasks, args, device)
-                self.sources[name] = loaded[method.source, folder]
-
-        # the hypernetworks go first: the first one names the base model
-        sources = sorted(loaded.values(), key=lambda source: not isinstance(source, Written))
-        self.configs = [source.config for source in sources]
-        self.base_model = args.base_model or (self.configs[0].base_model if self.configs else "tiny")
-        self.base, self.tokenizer = generate.load_base_for(self.configs, args, device)
-        for source in sources:
-            if isinstance(source, Written):
-                source.connect(self.base, self.tokenizer, args)
+                key = (method.source, method.folder_in(args, tasks))
+                if key not in loaded:
+                    loaded[key] = method.source(key[1], tasks, args, device)
+                self.sources[name] = loaded[key]
+        # hypernetworks come last in METHODS; they record the base model by its name
+        configs = [source.config for source in loaded.values()]
+        self.base_model = args.base_model or (configs[-1].base_model if configs else "tiny")
+        self.base, self.tokenizer = generate.load_base_for(configs, args, device)
+        for source in loaded.values():
+            source.connect(self.base, self.tokenizer)
 
     def has_instruction(self, name: str, args) -> bool:
-        """Whether the instruction stands in a method's prompts: as a flag says, or as in training.
-
-        A method without an adapter goes by the first one.
-        """
+        """Whether the instruction stands in a method's prompts: as a flag says, or as its adapter was trained."""
         if args.instruction is not None:
             return args.instruction
-        if name in self.sources:
-            return self.sources[name].config.instruction
-        return bool(self.configs) and self.configs[0].instruction
+        return name in self.sources and self.sources[name].config.instruction
 
-    @torch.no_grad()
-    def set_adapters(self, name: str, questions: list[Question]) -> None:
-        """Set the adapters with which a method answers these questions."""
-        if name in self.sources:
-            source = self.sources[name]
-            lora.set_adapter(self.base, source.adapters(questions), source.config.scaling)
-        else:
-            lora.set_adapter(self.base, None)
+    def use_adapters(self, name: str, questions: list[Question]):
+        """A block in which these questions have the adapters of a method."""
+        if name not in self.sources:
+            return nullcontext()
+        source = self.sources[name]
+        return lora.use(self.base, source.adapters(questions), source.config.scaling)
 
 
 # -------------------- Scores --------------------
@@ -304,13 +335,13 @@ def make_questions(tasks: list[Task], method: Method, with_instruction: bool, ar
     questions = []
     for t, task in enumerate(tasks):
         descriptions = method.descriptions(tasks, t)
-        own_texts = task.reworded if method.descriptions is reworded else task.descriptions
+        instruction_texts = method.instruction_from(tasks, t)
         for i, example in enumerate(task.test[: args.n_examples or task.n_scored]):
-            own_description, instruction = own_texts[i % len(own_texts)], ""
+            text, instruction = instruction_texts[i % len(instruction_texts)], ""
             if method.with_description:
-                instruction = own_description
+                instruction = text
             elif with_instruction and task.has_instruction:
-                instruction = (task.definition or own_description) + model.SUFFIX
+                instruction = model.instruct(task.definition or text)
             others = [shot for shot in task.train[: method.n_shots + 1] if shot.input != example.input]
             shots = [(shot.input, shot.answers[0]) for shot in others[: method.n_shots]]
             used = [descriptions[i % len(descriptions)]]
@@ -347,14 +378,14 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
     bar = tqdm(total=len(asked), desc=name, unit="answer", leave=False)
     for i in range(0, len(asked), args.batch_size):
         batch = asked[i : i + args.batch_size]
-        models.set_adapters(name, [row.question for row in batch])
         n_tokens = max(row.n_tokens for row in batch)
-        answers = model.answer(models.base, tokenizer, [row.prompt for row in batch], n_tokens)
+        with models.use_adapters(name, [row.question for row in batch]):
+            answers = model.answer(models.base, tokenizer, [row.prompt for row in batch], n_tokens)
         for row, answer in zip(batch, answers):
             question = row.question
             is_right = question.task.metric(question.example, answer)
             if args.contains and question.task.metric is data.exact_match:
-                is_right = any(right in answer for right in question.example.answers)
+                is_right = any(right.strip() in answer for right in question.example.answers)
             hits.setdefault(question.task.name, []).append(is_right)
         bar.update(len(batch))
     bar.close()
@@ -383,8 +414,8 @@ def interval(scores: list[float], n: int = 2000) -> str:
 
 def column_order(name: str) -> tuple:
     """By name, but "4 lines" before "16 lines", and the average last."""
-    n = int(name.split()[0]) if name[0].isdigit() and " " in name else 0
-    return name == "average", n, name
+    number = re.match(r"(\d+) ", name)
+    return name == "average", int(number[1]) if number else 0, name
 
 
 def make_table(results: dict[str, Scores], split: str) -> str:
@@ -415,22 +446,27 @@ def main() -> None:
     tasks = choose_tasks(args, benchmark_names)
     methods = choose_methods(args, tasks)
     models = Models(args, methods, tasks, device)
-    results = {}
+    results, settings = {}, vars(args) | {"base_model": models.base_model}
+    write_results(args.out, settings, results)
     for name, method in methods.items():
         scores = score(models, tasks, name, method, args)
         if scores:
             results[name] = scores
             print(f"{name:24} {statistics.fmean(scores.values()):.3f}", flush=True)
-    if args.out:
-        content = {}
-        for name, scores in results.items():
-            content[name] = {"mean": statistics.fmean(scores.values()), "per_task": scores}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        settings = vars(args) | {"base_model": models.base_model}
-        write_file(Path(args.out), {"settings": settings, "results": content})
+            write_results(args.out, settings, results)
     if benchmark_names:
         results = benchmarks.beside_published(results, hub.preset_of(models.base_model))
     print("\n" + make_table(results, args.split))
+
+
+def write_results(out: str | None, settings: dict, results: dict[str, Scores]) -> None:
+    """Write --out: before the first method, to find out early whether it can be written, and after each."""
+    content = {}
+    for name, scores in results.items():
+        content[name] = {"mean": statistics.fmean(scores.values()), "per_task": scores}
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        write_file(Path(out), {"settings": settings, "results": content})
 
 
 if __name__ == "__main__":

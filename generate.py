@@ -3,19 +3,18 @@
     python generate.py --desc "Keep only the animals, in French." --input "cat red dog shirt"
     python generate.py --desc "..." --desc "..." --input "..." --input "..."
     python generate.py --doc notes.txt --input "What is ...?"
+    python generate.py --adapter out/mine/swap --input "..."             # one that is there already
 
 The adapter is a folder that PEFT loads. The base model's answers stand beside those with the adapter.
 """
 
 import argparse
+import shutil
 import sys
-import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig
 
@@ -23,8 +22,8 @@ import hypernet
 import lora
 import model
 from lora import Adapter
-from support import files, flags, hub, processes
-from support.files import UserError, command, read_file, read_object, write_file
+from support import flags, hub, processes
+from support.files import UserError, command, read_object, write_file
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,30 +31,26 @@ def parse_args() -> argparse.Namespace:
     parser = flags.Parser(__doc__)
     parser.add_argument("--desc", action="append", help="what to do, in words; several make several adapters")
     parser.add_argument("--doc", action="append", help="text file to read; several make one adapter")
+    parser.add_argument("--adapter", help="use the adapter in this folder; nothing is written")
     parser.add_argument("--input", action="append", help="a text to answer; may be given several times")
     parser.add_argument("--out", default="out/adapter", help="adapter folder; for several: 0, 1, ... in it")
-    parser.add_argument("--merge", help="folder for the base model with the adapter merged into its weights")
+    parser.add_argument("--merge", help="new folder for the base model with the adapter merged into its weights")
     add_model_flags(parser)
     args = parser.parse_args()
-    if not args.desc and not args.doc:
-        raise UserError('say what to do (--desc "Translate the animals.") or what to know (--doc FILE)')
-    if args.desc and args.doc:
-        raise UserError("--desc and --doc: not both, since different networks read them")
+    if len([source for source in (args.desc, args.doc, args.adapter) if source]) != 1:
+        raise UserError('one of these: --desc "Translate the animals.", --doc FILE or --adapter DIR')
     if args.merge and len(args.desc or []) > 1:
         raise UserError("--merge takes a single --desc")
-    if args.merge and Path(args.merge).resolve() == Path(args.out).resolve():
-        raise UserError("--out and --merge need two folders")
     if args.doc and args.instruction:
         raise UserError("--instruction goes with --desc")
     for flag, texts in (("--desc", args.desc), ("--input", args.input)):
         for i, text in enumerate(texts or [], 1):
             if not text.strip():
                 raise UserError(f"{flag} is empty" if len(texts) == 1 else f"{flag} number {i} is empty")
-    for folder in (args.out, args.merge):
-        if folder == "":
-            raise UserError("the name of a folder is empty (--out or --merge)")
-        if folder:
-            files.check_folder(Path(folder))
+    if not args.adapter:
+        check_out(args.out)
+    if args.merge is not None and (not args.merge or Path(args.merge).exists() or args.merge == args.out):
+        raise UserError(f"--merge {args.merge!r} is no new folder; choose another")
     return args
 
 
@@ -68,21 +63,23 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     switch = argparse.BooleanOptionalAction
     add("--instruction", action=switch, help="put the description before inputs; default: as in training")
     add("--max_new_tokens", type=flags.at_least(1), help="longest answer; default: 64, in eval.py as needed")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, otherwise float32")
 
 
 # -------------------- Loading what was trained --------------------
 
 
-def load_net(name: str | None, reads: str, args, device: torch.device) -> tuple[nn.Module, Path]:
-    """The hypernetwork of a folder, here or on the hub, and this folder; by default the shipped one."""
+def load_net(name: str | None, reads: str, args, device: torch.device, flag="--hypernet") -> nn.Module:
+    """The hypernetwork of a folder, here or on the hub; by default the shipped one. `connect` it next."""
     folder = name or str(shipped_hypernet(args.base_model or "tiny", reads))
-    folder = hub.fetch(folder, hypernet.FILES, flag="--hypernet")
+    folder = hub.fetch(folder, hypernet.FILES, flag)
     net = hypernet.load_hypernet(folder).to(device)
     if net.reads != reads:
         raise UserError(f"the hypernetwork in {folder} reads {net.reads}, not {reads}")
-    return net, folder
+    if args.encoder and reads == "descriptions":
+        net.config.encoder = args.encoder
+    return net
 
 
 def shipped_hypernet(base_model: str, reads: str) -> Path:
@@ -101,7 +98,7 @@ def shipped_hypernet(base_model: str, reads: str) -> Path:
 
 def load_base_for(configs: list[lora.LoRAConfig], args, device: torch.device):
     """The base model of these configs, or --base_model, with LoRA layers for their targets; its tokenizer."""
-    base_model = args.base_model or (configs[0].base_model if configs else "tiny")
+    base_model = args.base_model or (configs[-1].base_model if configs else "tiny")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     base, tokenizer = model.load_base(base_model, device, dtype)
     names = []
@@ -112,57 +109,53 @@ def load_base_for(configs: list[lora.LoRAConfig], args, device: torch.device):
     return base, tokenizer
 
 
-def load_reader_for(net: nn.Module, base: nn.Module, tokenizer, args):
-    """What reads texts for a hypernetwork; --encoder names the text encoder if it has moved."""
-    settings = net.config
-    if args.encoder and net.reads == "descriptions":
-        settings = replace(settings, encoder=args.encoder)
-    return net.load_reader(settings, base, tokenizer, base.device)
-
-
 # -------------------- What an adapter does --------------------
 
 
 @torch.no_grad()
-def write_adapters(net, texts: list, base, reader) -> tuple[Adapter, float]:
+def write_adapters(net: nn.Module, texts: list, base: nn.Module) -> tuple[Adapter, float]:
     """(one adapter per text, or for Doc-to-LoRA per list of texts; the milliseconds it took)."""
     started = time.perf_counter()
     on_gpu = base.device.type != "cpu"
     with torch.autocast(base.device.type, base.dtype, enabled=on_gpu and base.dtype == torch.bfloat16):
-        adapters = net(net.condition(texts, reader))  # A [n, L, r, in]
+        adapters = net(texts)  # A [n, L, r, in]
     if on_gpu:
         torch.accelerator.synchronize(base.device)
     milliseconds = (time.perf_counter() - started) * 1000
-    lora.check_fits(lora.injected_layers(base), adapters)  # before any file is written
+    lora.check_fits(base, adapters)  # before any file is written
     return adapters, milliseconds
 
 
-def ask(base, tokenizer, inputs: list[str], adapter: Adapter | None, scaling: float, instruction: str, args):
-    """The answers to some inputs, with an adapter or without."""
-    lora.set_adapter(base, adapter, scaling)
+def ask(base, tokenizer, inputs: list[str], adapter: Adapter, scaling: float, instruction: str, args):
+    """The answers to some inputs with an adapter; {} is none. Raises UserError if one is too long."""
     prompts = [model.render(tokenizer, model.chat(tokenizer, text, instruction)) for text in inputs]
-    return [text.strip() for text in model.answer(base, tokenizer, prompts, args.max_new_tokens or 64)]
+    longest = max(len(model.tokenize(tokenizer, prompt)) for prompt in prompts)
+    n_new, window = args.max_new_tokens or 64, model.window_of(base)
+    if longest + n_new > window:
+        message = f"a prompt of {longest} tokens and an answer of {n_new}"
+        raise UserError(f"{message} do not fit into the base model's window of {window}")
+    with lora.use(base, adapter, scaling):
+        return [text.strip() for text in model.answer(base, tokenizer, prompts, n_new)]
 
 
-def compare(base, tokenizer, inputs: list[str], adapter: Adapter, net, text: str, args) -> None:
+def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: str, args) -> None:
     """Print the answers of the base model and those with an adapter that was written from `text`.
 
     For a document also those of the base model with the document in its prompt, if it fits, and the times.
     """
-    is_document, scaling = net.reads == "documents", net.config.scaling
-    instruction = text + model.SUFFIX if args.instruction and not is_document else ""
-    rows = {"base model": (None, instruction)}
-    n_tokens = len(model.tokenize(tokenizer, text)) + (args.max_new_tokens or 64)
-    if is_document and n_tokens < model.window_of(base):
-        rows["in context"] = (None, text)
+    instruction = model.instruct(text) if args.instruction and text else ""
+    rows = {"base model": ({}, instruction)}
+    n_tokens = len(model.tokenize(tokenizer, text)) + (args.max_new_tokens or 64) + 64  # for the question
+    if args.doc and n_tokens < model.window_of(base):
+        rows["in context"] = ({}, text)
     rows["with adapter"] = (adapter, instruction)
     answers, times = {}, {}
     for label, (its_adapter, its_instruction) in rows.items():
         started = time.perf_counter()
-        answers[label] = ask(base, tokenizer, inputs, its_adapter, scaling, its_instruction, args)
+        answers[label] = ask(base, tokenizer, inputs, its_adapter, config.scaling, its_instruction, args)
         times[label] = f"{label} {(time.perf_counter() - started) * 1000:.0f} ms"
     show(inputs, answers)
-    if is_document:
+    if args.doc:
         print(f"\n  time of all answers: {', '.join(times.values())}")
 
 
@@ -175,20 +168,6 @@ def show(inputs: list[str], answers: dict[str, list[str]]) -> None:
             print(f"  {label:12}  {lines}")
 
 
-@torch.no_grad()
-def nearest_descriptions(net, reader, folder: Path, texts: list[str]) -> list[str]:
-    """For each text the nearest training description: what is unlike all gets a confident answer, too."""
-    if not (folder / "descriptions.json").exists():
-        return [""] * len(texts)
-    known, lines = read_file(folder / "descriptions.json"), []
-    condition = net.condition([*texts, *known], reader).float()
-    vectors = F.normalize(condition.flatten(1), dim=-1)  # [texts + known, E]
-    nearness, indices = (vectors[: len(texts)] @ vectors[len(texts) :].T).max(-1)  # [texts]
-    for value, index in zip(nearness.tolist(), indices.tolist()):
-        lines.append(f"nearest of {len(known)} training descriptions ({value:.2f} of 1): {known[index]}")
-    return lines
-
-
 def say_length(inputs: list[str], base_model: str) -> None:
     """The tiny world's inputs have four words."""
     n_words = hub.examples(base_model).get("words_per_input")
@@ -197,20 +176,49 @@ def say_length(inputs: list[str], base_model: str) -> None:
         print(message, file=sys.stderr)
 
 
-def save_merged(folder: Path, base, tokenizer, description: str) -> None:
-    """Write the merged model into a temporary folder, then move it into place, file by file."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
-        base.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
-        write_file(Path(tmp) / "description.txt", description + "\n")
-        new = [file.relative_to(tmp) for file in Path(tmp).rglob("*") if file.is_file()]
-        files.claim(folder, [str(file) for file in new])
-        mode = (folder / files.MARK).stat().st_mode  # save_pretrained makes files for their owner only
-        for file in new:
-            (Path(tmp) / file).chmod(mode)
-            (folder / file).parent.mkdir(exist_ok=True)
-            (Path(tmp) / file).replace(folder / file)
+# -------------------- Files --------------------
+
+OUR_FILES = {*lora.ADAPTER_FILES, "description.txt"}  # of each adapter folder
+
+
+def check_out(out: str) -> None:
+    """Raise UserError if --out is anything but a new folder, or one that holds nothing but our adapters."""
+    folder, found = Path(out), set()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {out} is a file; choose a folder")
+    if folder.exists():
+        found = {path.name for path in folder.rglob("*") if path.is_file()}
+    if not out.strip() or not found <= OUR_FILES or (found and "description.txt" not in found):
+        raise UserError(f"--out {out!r} is no new folder, and generate.py did not write it; choose another")
+
+
+def save_adapters(out: Path, texts: list[str], adapters: Adapter, config) -> list[Path]:
+    """Write all adapters into a new folder, which then takes the place of --out. Returns their folders."""
+    unfinished = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    names = [str(i) for i in range(len(texts))] if len(texts) > 1 else ["."]
+    for i, (name, text) in enumerate(zip(names, texts)):
+        lora.save_adapter(unfinished / name, lora.select(adapters, i), config)
+        write_file(unfinished / name / "description.txt", text + "\n")
+    if out.exists():
+        shutil.rmtree(out)
+    unfinished.rename(out)
+    return [out / name for name in names]
+
+
+def save_merged(folder: Path, base, tokenizer, config, text: str) -> None:
+    """Write the merged model; generation_config.json is the base model's own."""
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    base.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    own = hub.fetch(hub.source_of(base.name_or_path)) / "generation_config.json"
+    if own.exists():
+        shutil.copy(own, unfinished)
+    write_file(unfinished / "prompt.json", {"instruction": config.instruction})
+    write_file(unfinished / "description.txt", text + "\n")
+    for file in unfinished.iterdir():  # save_pretrained makes files for their owner only
+        file.chmod((unfinished / "description.txt").stat().st_mode)
+    unfinished.rename(folder)
 
 
 def read_documents(paths: list[str]) -> list[str]:
@@ -228,44 +236,43 @@ def read_documents(paths: list[str]) -> list[str]:
 def main() -> None:
     args = parse_args()
     device = processes.start_single(args.device)
-    documents = read_documents(args.doc or [])
-    net, net_folder = load_net(args.hypernet, "documents" if args.doc else "descriptions", args, device)
-    base, tokenizer = load_base_for([net.config], args, device)
-    inputs = args.input or []
-    model.check_known(tokenizer, inputs + documents)
-    if args.instruction is None:
-        args.instruction = net.config.instruction
-    reader = load_reader_for(net, base, tokenizer, args)
-    texts = ["\n\n".join(documents)] if args.doc else args.desc
-    adapters, milliseconds = write_adapters(net, [documents] if args.doc else texts, base, reader)
+    inputs, documents = args.input or [], read_documents(args.doc or [])
+    if args.adapter:
+        adapter, config = lora.load_adapter(args.adapter)
+        base, tokenizer = load_base_for([config], args, device)
+        adapters = {name: (A[None], B[None]) for name, (A, B) in adapter.items()}
+        description, folders = Path(args.adapter, "description.txt"), [args.adapter]
+        texts = [description.read_text(encoding="utf-8").strip() if description.exists() else ""]
+        model.check_known(tokenizer, inputs)
+    else:
+        net = load_net(args.hypernet, "documents" if args.doc else "descriptions", args, device)
+        config = net.config
+        base, tokenizer = load_base_for([config], args, device)
+        model.check_known(tokenizer, inputs + documents)
+        net.connect(base, tokenizer)
+        texts = ["\n\n".join(documents)] if args.doc else args.desc
+        adapters, milliseconds = write_adapters(net, [documents] if args.doc else texts, base)
+        folders = save_adapters(Path(args.out), texts, adapters, config)
+        print(f"{len(texts)} adapter{'s' if len(texts) > 1 else ''} written in {milliseconds:.1f} ms")
 
-    print(f"{len(texts)} adapter{'s' if len(texts) > 1 else ''} written in {milliseconds:.1f} ms")
-    folders = [str(i) for i in range(len(texts))] if len(texts) > 1 else ["."]
-    names = [*lora.ADAPTER_FILES, "description.txt"]
-    files.claim(Path(args.out), [str(Path(folder, name)) for folder in folders for name in names])
-    nearest = nearest_descriptions(net, reader, net_folder, texts) if args.desc else [""]
+    if args.instruction is None:
+        args.instruction = config.instruction
     for i, (text, folder) in enumerate(zip(texts, folders)):
-        folder, adapter = Path(args.out, folder), lora.select(adapters, i)
-        lora.save_adapter(folder, adapter, net.config)
-        write_file(folder / "description.txt", text + "\n")
         n_tokens = len(model.tokenize(tokenizer, text))
-        print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{text}")
-        rank = next(iter(adapter.values()))[0].shape[-2]
-        where = f"{', '.join(adapter)} in {len(net.config.adapted_layers())} layers"
+        print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{text}".rstrip())
+        rank = next(iter(adapters.values()))[0].shape[-2]
+        where = f"{', '.join(adapters)} in {len(config.adapted_layers())} layers"
         print(f"  adapter: {folder}/ (rank {rank} on {where})")
-        if nearest[i]:
-            print(f"  {nearest[i]}")
         if inputs:
-            compare(base, tokenizer, inputs, adapter, net, text, args)
+            compare(base, tokenizer, inputs, lora.select(adapters, i), config, text, args)
     if not inputs:
         print('\n  to see what it does, add --input "..."')
     elif args.desc:
-        say_length(inputs, net.config.base_model)
+        say_length(inputs, config.base_model)
 
     if args.merge:
-        lora.set_adapter(base, None)
-        lora.merge(base, lora.select(adapters, 0), net.config.scaling)
-        save_merged(Path(args.merge), base, tokenizer, texts[0])
+        lora.merge(base, lora.select(adapters, 0), config.scaling)
+        save_merged(Path(args.merge), base, tokenizer, config, texts[0])
         print(f"\nmerged model: {args.merge}/")
 
 

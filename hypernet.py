@@ -1,31 +1,39 @@
 """The networks that write adapters: Text-to-LoRA from a description, Doc-to-LoRA from a document.
 
+    net = load_hypernet("checkpoints/tiny/sft_large")
+    net.connect(base, tokenizer)
+    adapters = net(["Keep only the animals."])
+
 To add a hypernetwork, write an nn.Module with the following members and add it to ARCHS, at the end of this
-file. `--arch` then takes its name, and every `setting` of its config is a flag of train.py.
+file. `--arch` then takes its name.
 
     net_class.reads      "descriptions" or "documents": the tasks that it is trained on
     net_class.modes      how train.py may train it: "sft", "recon"
     net_class.config_class
-                         a dataclass: HypernetConfig and its own settings
-    net_class.load_reader(settings, base, tokenizer, device)
-                         what reads texts for it: a text encoder, the base model, or anything else with
-                         `recorded`, which are fields of the config. `settings` are the flags of train.py, or
-                         the config of a network that was trained
+                         a dataclass: HypernetConfig and its own settings. A field that is made by `setting`
+                         is a flag of train.py; its name must not be that of another flag
+    config.measure(base) sets the fields that depend on the frozen models
     net_class(config)    the network, with random weights; net.config is its config
-    net.condition(texts, reader)
-                         its input for n texts; of descriptions [n, ...]
-    net(condition)       -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r
-    net.start_as_lora()  makes it write LoRA's initialisation, with B = 0, for every text: the start of SFT
+    net.connect(base, tokenizer)
+                         gives it what it reads with: a text encoder, or the base model. It is frozen and no
+                         part of the weights
+    net(texts)           -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, for n texts. Ours
+                         are write(encode(texts)): what frozen models compute, without gradients and autocast,
+                         then the network proper
+    net.ranks            the rank of the adapters written last: an integer, or a tensor [n] if they differ and
+                         are padded with zeros
+    net.lr_factors       {first part of a parameter's name: factor on its learning rate}; others have 1
     net.recompute        set by --gradient_checkpointing: if it costs much memory, compute activations again
+    net.start_as_lora()  for SFT: makes it write LoRA's initialisation, with B = 0, for every text
+    net.start_at(mean, std)
+                         for reconstruction: told the oracles' mean and standard deviation, as Adapters
 
-All its parameters are trained and must receive gradients (DDP requires it); constants are buffers. The
-optimizer goes by their names: those that begin with "head" have a learning rate of their own, and those that
-begin with "offset", by the config's `offset_lr`; those that contain a word of NO_DECAY (in
-support/optimizer.py) and vectors have no weight decay. Reconstruction also needs `normalize` and `std`,
-see TextToLoRA.
+All its parameters are trained and must receive gradients (DDP requires it); constants are buffers. Vectors,
+and parameters whose names contain a word of NO_DECAY in support/optimizer.py, have no weight decay.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,16 +45,19 @@ from torch.utils.checkpoint import checkpoint
 import lora
 import model
 from lora import Adapter, LoRAConfig
-from support import hub
+from support import hub, processes
 from support.files import UserError, read_file, read_object, write_file
 from support.flags import setting
 
 
 @dataclass
 class HypernetConfig(LoRAConfig):
-    """What any hypernetwork records: the adapters it writes, and the width of what it reads."""
+    """What any hypernetwork records."""
 
-    input_size: int = 1024  # E of the text encoder, or f of the base model's states
+    z_score: bool = False  # by reconstruction of z-scores over the oracles
+
+    def measure(self, base: nn.Module) -> None:
+        """Set the fields that depend on the frozen models."""
 
 
 # -------------------- Text-to-LoRA (arXiv 2506.06105, section 3) --------------------
@@ -58,16 +69,20 @@ SIZES = ("large", "medium", "small")  # 55M, 34M and 5M parameters for Mistral-7
 class TextConfig(HypernetConfig):
     """Text-to-LoRA's settings, with values for the tiny world. With z_score its heads have no bias."""
 
-    encoder: str = "hash"  # the text encoder, see model.load_encoder
-    z_score: bool = False  # trained by reconstruction of z-scores over the oracles
+    encoder: str = "hash"  # see model.load_encoder
+    input_size: int = 1024  # E, the width of the text encoder's output
+    full_stop: bool = True  # descriptions that end in a letter get one, as published
+    rotary: bool = False  # small: rank positions are rotations instead of a learned table
+    dropout: float = 0.1  # in the trunk; that of --dropout, as published
     size: str = setting("large", "what one pass through a head writes", choices=SIZES)
     latent_size: int = setting(128, "width of the trunk; half of it is the task embedding", least=4)
     head_in_size: int = setting(256, "width of the input of the heads", least=1)
-    trunk_dropout: float = setting(0.1, "dropout in the trunk", most=1)
     input_dropout: float = setting(0.3, "dropout of the text encoder's output (not published)", most=1)
-    offset_lr: float = setting(0.0, "factor on lr for the offset that tasks share (0: fixed)", runs="sft")
-    rotary: bool = setting(False, "small: rank positions are rotations instead of a learned table")
-    full_stop: bool = setting(False, "append a full stop to descriptions that end in a letter")
+    head_lr: float = setting(1 / 16, "factor on lr for the heads")
+    offset_lr: float = setting(0.0, "factor on lr for the offset that tasks share (0: fixed)", runs="text")
+
+    def measure(self, base: nn.Module) -> None:
+        self.input_size = model.encoder_width(self.encoder, base)
 
 
 class Residual(nn.Sequential):
@@ -123,18 +138,15 @@ class TextToLoRA(nn.Module):
     modes = ("sft", "recon")
     config_class = TextConfig
 
-    @classmethod
-    def load_reader(cls, settings, base, tokenizer, device) -> model.TextEncoder:
-        return model.load_encoder(settings.encoder, device, (base, tokenizer), settings.full_stop)
-
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.config = c = config
-        if c.latent_size % 4:
-            raise UserError(f"--latent_size must be a multiple of 4, not {c.latent_size}")
+        self.config, self.ranks = config, config.r
+        self.lr_factors = {"heads": config.head_lr, "offset": config.offset_lr}
+        c, d, dropout = config, config.latent_size, config.dropout
+        if d % 4:
+            raise UserError(f"--latent_size must be a multiple of 4, not {d}")
         self.names, self.layers = list(c.targets), c.adapted_layers()
-        half, quarter, dropout = c.latent_size // 2, c.latent_size // 4, c.trunk_dropout
-        d = half + 2 * quarter
+        half, quarter = d // 2, d // 4
 
         # rows: the embeddings of task, layer and module
         self.task_encoder = nn.Sequential(nn.Linear(c.input_size, half), nn.LayerNorm(half))
@@ -159,8 +171,8 @@ class TextToLoRA(nn.Module):
             widths = {"large": c.r * (target.n_in + target.n_out), "medium": c.r * larger, "small": larger}
             self.heads[lora.key(name)] = nn.Linear(c.head_in_size, widths[c.size], bias=not c.z_score)
 
-        # A and B are offset + std * (output of the head). For SFT the offset is LoRA's initialisation
-        # and the std 1; for z-scores they are mean and standard deviation over the oracles. With
+        # A and B are offset + std * (output of the head). For SFT the offset is LoRA's initialisation and std
+        # is 1; for z-scores they are the mean and the standard deviation over the oracles. With
         # --offset_lr the offset is trained as well: a LoRA that all descriptions share (not published)
         offset, std = {}, {}
         for name, target in c.targets.items():
@@ -171,11 +183,20 @@ class TextToLoRA(nn.Module):
         self.offset = nn.ParameterDict(offset) if c.offset_lr else Buffers(offset)
         self.std = Buffers(std)
 
-    def condition(self, texts: list[str], encoder: model.TextEncoder) -> Tensor:
-        """The text encoder's output for n descriptions [n, E]."""
-        return encoder(texts)
+    def connect(self, base: nn.Module | None, tokenizer) -> None:
+        """Load the text encoder; it may be the base model."""
+        c, device = self.config, next(self.parameters()).device
+        self.encoder = model.load_encoder(c.encoder, device, base, tokenizer, c.full_stop)
 
-    def forward(self, text_emb: Tensor) -> Adapter:
+    def forward(self, texts: list[str]) -> Adapter:
+        """n descriptions -> A [n, L, r, in], B [n, L, out, r]."""
+        return self.write(self.encode(texts))
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """The text encoder's output for n descriptions [n, E]."""
+        return self.encoder(texts)
+
+    def write(self, text_emb: Tensor) -> Adapter:
         """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
         x = self.trunk(self.rows(self.embed_task(text_emb)))  # [n, L, M, ..., head_in]
         adapter = {}
@@ -251,13 +272,13 @@ class TextToLoRA(nn.Module):
             lora.init_A_(self.offset[f"{lora.key(name)}_A"])
 
     @torch.no_grad()
-    def normalize(self, oracles: Adapter) -> None:
-        """For z-scores: offset and std are the mean and standard deviation over a batch of adapters."""
-        for name, (A, B) in oracles.items():
-            for key, matrices in ((f"{lora.key(name)}_A", A), (f"{lora.key(name)}_B", B)):  # [n, L, ...]
-                correction = 1 if len(matrices) > 1 else 0
-                self.offset[key].copy_(matrices.cpu().double().mean(0))  # exact if all are equal
-                self.std[key].copy_(matrices.std(0, correction=correction) + 1e-10)
+    def start_at(self, mean: Adapter, std: Adapter) -> None:
+        """For z-scores over oracles: their mean [L, ...] and standard deviation [L, ...]."""
+        if self.config.z_score:  # for delta_w it starts from random weights, as published
+            for name in self.names:
+                for i, matrix in enumerate("AB"):
+                    self.offset[f"{lora.key(name)}_{matrix}"].copy_(mean[name][i])
+                    self.std[f"{lora.key(name)}_{matrix}"].copy_(std[name][i])
 
 
 # -------------------- Doc-to-LoRA (arXiv 2602.15902): split, read, write, join --------------------
@@ -267,39 +288,23 @@ class TextToLoRA(nn.Module):
 class DocConfig(HypernetConfig):
     """Doc-to-LoRA's settings, with published values."""
 
+    input_size: int = 1024  # f, the width of the base model's states
     early_exit: bool = setting(False, "read the states after a quarter of the layers, not of each layer")
     latent_size: int = setting(512, "width of the Perceiver", least=1)
-    n_latents: int = setting(8, "latent vectors of the Perceiver", least=1)
+    n_latents: int = 8  # latent vectors of the Perceiver
     n_blocks: int = setting(9, "cross-attention blocks of the Perceiver", least=1)
     n_heads: int = setting(16, "attention heads of size 128; a quarter as many for keys and values", least=4)
     chunk_len: int = setting(512, "most tokens of a chunk, without the template at its inner ends", least=1)
     random_chunks: bool = setting(False, "in training also split documents at random (published: stage 2)")
     chat: bool = setting(True, "read a chunk as a user turn of the base model's chat template")
+    head_lr: float = setting(1 / 16, "factor on lr for the head")
 
-
-class DocumentReader:
-    """What reads documents: the base model itself, without an adapter."""
-
-    def __init__(self, base: nn.Module, tokenizer):
-        self.base, self.tokenizer = base, tokenizer
-        self.recorded = {"input_size": base.config.get_text_config().hidden_size}
+    def measure(self, base: nn.Module) -> None:
+        self.input_size = base.config.get_text_config().hidden_size
 
 
 Chunk = list[int]  # token ids
 TOKENS_READ_AT_ONCE = 4096  # by the base model, to save memory
-
-
-@dataclass
-class ChunkedDocuments:
-    """What Doc-to-LoRA is given: n documents as chunks of tokens, which the base model has still to read.
-
-    It reads a group of chunks at a time: the states of all chunks at once would take too much memory.
-    """
-
-    groups: list[list[Chunk]]  # chunks that are read together
-    counts: list[int]  # chunks of each document
-    reader: DocumentReader
-    n_reads: int = 0  # with --shard: how often all processes read, if others have more groups
 
 
 def split_document(ids: Chunk, config: DocConfig, training: bool) -> list[Chunk]:
@@ -317,9 +322,11 @@ def split_document(ids: Chunk, config: DocConfig, training: bool) -> list[Chunk]
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 
-def split_documents(config: DocConfig, documents: list, reader: DocumentReader, training: bool):
-    """Documents, each a text or a list of texts -> ChunkedDocuments. Each chunk is a turn of the chat."""
-    tokenizer = reader.tokenizer
+def split_documents(config: DocConfig, documents: list, tokenizer, training: bool):
+    """n documents, each a text or a list of texts -> (chunks, how many of them each document has).
+
+    Each chunk is a turn of the chat.
+    """
     before, after = model.around_document(tokenizer) if config.chat else ("", "")
     before_ids, after_ids = model.tokenize(tokenizer, before), model.tokenize(tokenizer, after)
     chunks, counts = [], []
@@ -335,24 +342,21 @@ def split_documents(config: DocConfig, documents: list, reader: DocumentReader, 
                 chunks.append(start + piece + end)
             count += len(pieces)
         counts.append(count)
-    longest = max(len(chunk) for chunk in chunks)
-    group_size = max(1, TOKENS_READ_AT_ONCE // longest)
-    groups = [chunks[i : i + group_size] for i in range(0, len(chunks), group_size)]
-    return ChunkedDocuments(groups, counts, reader)
+    return chunks, counts
 
 
-def read_chunks(config: DocConfig, reader: DocumentReader, chunks: list[Chunk]):
-    """The base model's states of n chunks: features [n, L, T, f], with early_exit [n, T, f]; mask [n, T].
+def read_chunks(base: nn.Module, chunks: list[Chunk], early_exit: bool) -> tuple[Tensor, Tensor | None]:
+    """The base model's states of n chunks: features [n, N, T, f] of all N layers, and a mask [n, T].
 
-    The mask is 1 for a token and 0 for padding, or None if nothing is padded.
+    With early_exit the features are [n, T, f]. The mask is 1 for a token and 0 for padding, or None if
+    nothing is padded.
     """
-    base = reader.base
-    ids = model.pad(chunks, reader.tokenizer.pad_token_id).to(base.device)  # [n, T]
+    ids = model.pad(chunks, 0).to(base.device)  # [n, T]
     mask = None
     if len({len(chunk) for chunk in chunks}) > 1:
         mask = model.pad([[1] * len(chunk) for chunk in chunks], 0).to(base.device)
-    lora.set_adapter(base, None)
-    return model.hidden_states(base, ids, mask, config.early_exit).float(), mask
+    with torch.autocast(base.device.type, enabled=False):
+        return model.hidden_states(base, ids, mask, early_exit).float(), mask
 
 
 class SwiGLU(nn.Module):
@@ -437,17 +441,14 @@ class DocToLoRA(nn.Module):
     modes = ("sft",)
     config_class = DocConfig
 
-    @classmethod
-    def load_reader(cls, settings, base, tokenizer, device) -> DocumentReader:
-        return DocumentReader(base, tokenizer)
-
     def __init__(self, config: DocConfig):
         super().__init__()
         self.config = c = config
+        self.ranks, self.lr_factors = c.r, {"head": c.head_lr}
+        self.recompute = False  # True: compute the Perceiver again in the backward pass, to save memory
         if c.n_heads % 4:
             raise UserError(f"--n_heads must be a multiple of 4, not {c.n_heads}")
         self.names = sorted(c.targets)  # the order of the queries, as published
-        self.recompute = False  # True: compute the Perceiver again in the backward pass, to save memory
         self.layers = c.adapted_layers()
         L, M, d = len(self.layers), len(self.names), c.latent_size
         self.perceiver = Perceiver(c, M * c.r * (L if c.early_exit else 1))
@@ -479,38 +480,58 @@ class DocToLoRA(nn.Module):
             self.bias[f"{lora.key(name)}_B"].zero_()
             self.scaler[f"{lora.key(name)}_B"].zero_()
 
-    def condition(self, documents: list, reader: DocumentReader) -> ChunkedDocuments:
-        """The chunks of n documents, each a text or a list of texts."""
-        return split_documents(self.config, documents, reader, self.training)
+    def connect(self, base: nn.Module, tokenizer) -> None:
+        """What reads documents is the base model itself. (In a tuple, it is no part of the network.)"""
+        self.frozen = base, tokenizer
 
-    def forward(self, documents: ChunkedDocuments) -> Adapter:
-        """n documents -> A [n, L, R, in], B [n, L, out, R].
+    def forward(self, documents: list) -> Adapter:
+        """n documents, each a text or a list of texts -> A [n, L, R, in], B [n, L, out, R].
 
         R is r for each chunk of the longest document, and r for the bias.
         """
+        return self.write(*self.encode(documents))
+
+    def encode(self, documents: list) -> tuple[Iterator[tuple[Tensor, Tensor | None]], list[int]]:
+        """(features and mask of a group of chunks after another, how many chunks each document has).
+
+        A group is read when `write` asks for it: the states of all chunks at once would fill the memory.
+        """
+        base, tokenizer = self.frozen
+        chunks, counts = split_documents(self.config, documents, tokenizer, self.training)
+        size = max(1, TOKENS_READ_AT_ONCE // max(len(chunk) for chunk in chunks))
+        groups = [chunks[i : i + size] for i in range(0, len(chunks), size)]
+        return self.read(base, groups), counts
+
+    def read(self, base: nn.Module, groups: list[list[Chunk]]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What `read_chunks` makes of each group. All processes run a sharded base model equally often."""
+        for i in range(processes.most(len(groups), base)):
+            states = read_chunks(base, groups[min(i, len(groups) - 1)], self.config.early_exit)
+            if i < len(groups):
+                yield states
+
+    def write(self, groups: Iterable[tuple[Tensor, Tensor | None]], counts: list[int]) -> Adapter:
+        """What `encode` returns -> the adapters of n documents."""
         written = []
-        for group in documents.groups:
-            features, mask = read_chunks(self.config, documents.reader, group)
+        for features, mask in groups:
             if self.recompute:
                 written.append(checkpoint(self.write_chunks, features, mask, use_reentrant=False))
             else:
                 written.append(self.write_chunks(features, mask))
-        for _ in range(len(documents.groups), documents.n_reads):  # only so that others get its shards
-            read_chunks(self.config, documents.reader, documents.groups[0])
         chunks = {}
         for name in self.names:
             A = torch.cat([adapter[name][0] for adapter in written])  # [chunks, L, r, in]
             B = torch.cat([adapter[name][1] for adapter in written])
             chunks[name] = (A, B)
-        return self.join(chunks, documents.counts)
+        return self.join(chunks, counts)
 
     def write_chunks(self, features: Tensor, mask: Tensor | None) -> Adapter:
-        """Chunks -> their adapters. features [n, L, T, f], with early_exit [n, T, f]; mask [n, T]."""
+        """Chunks -> their adapters. features [n, N, T, f], with early_exit [n, T, f]; mask [n, T]."""
+        # N layers are read, L of them have a target
         # in the einsums: n chunk, l layer, m module, r rank; d, e and w are widths
         c, L, M, n = self.config, len(self.layers), len(self.names), len(features)
         if not c.early_exit:  # the adapter of a layer is written from the states of that layer
-            if L < c.n_layers:  # some layers have no target
-                features = features[:, self.layers]
+            if L < c.n_layers:
+                features = features[:, self.layers]  # [n, L, T, f]
             features = features.flatten(0, 1)  # [n * L, T, f]
             mask = mask if mask is None else mask.repeat_interleave(L, 0)  # [n * L, T]
         x = self.perceiver(features, mask)  # [n * L, M * r, d], with early_exit [n, L * M * r, d]
@@ -533,26 +554,29 @@ class DocToLoRA(nn.Module):
         The rank dimension holds the chunks, then the bias, then zero padding up to the longest document.
         A [documents, L, R, in] and B [documents, L, out, R] with R = (most chunks + 1) * r.
         """
-        R = (max(counts) + 1) * self.config.r
-        joined = {}
+        pieces = [{} for _ in range(sum(counts))]  # one adapter per chunk
         for name, (A, B) in chunks.items():
-            bias_A, bias_B = self.bias[f"{lora.key(name)}_A"], self.bias[f"{lora.key(name)}_B"]
-            documents_A, documents_B = [], []
-            for doc_A, doc_B in zip(A.split(counts), B.split(counts)):
-                doc_A = doc_A.transpose(0, 1).flatten(1, 2)  # [L, count * r, in]
-                doc_B = doc_B.permute(1, 2, 0, 3).flatten(2)  # [L, out, count * r]
-                doc_A = torch.cat([doc_A, bias_A], -2)
-                doc_B = torch.cat([doc_B, bias_B], -1)
-                padding = R - doc_A.shape[-2]
-                documents_A.append(F.pad(doc_A, (0, 0, 0, padding)))
-                documents_B.append(F.pad(doc_B, (0, padding)))
-            joined[name] = (torch.stack(documents_A), torch.stack(documents_B))
+            for piece, chunk_A, chunk_B in zip(pieces, A.unbind(), B.unbind()):
+                piece[name] = (chunk_A, chunk_B)
+        bias = {}
+        for name in self.names:
+            bias[name] = (self.bias[f"{lora.key(name)}_A"], self.bias[f"{lora.key(name)}_B"])
+        self.ranks = (1 + torch.tensor(counts, device=self.head.device)) * self.config.r  # [documents]
+        R, documents, first = int(self.ranks.max()), [], 0
+        for count in counts:
+            documents.append(lora.concat_rank([*pieces[first : first + count], bias]))
+            first += count
+        joined = {}
+        for name in self.names:
+            padded_A = [F.pad(A, (0, 0, 0, R - A.shape[-2])) for A, _ in (d[name] for d in documents)]
+            padded_B = [F.pad(B, (0, R - B.shape[-1])) for _, B in (d[name] for d in documents)]
+            joined[name] = (torch.stack(padded_A), torch.stack(padded_B))
         return joined
 
 
 # -------------------- Files --------------------
 
-FILES = ["hypernet.safetensors", "config.json", "descriptions.json"]
+FILES = ["hypernet.safetensors", "config.json"]
 
 
 def save_hypernet(net: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -589,8 +613,8 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     return net.eval()
 
 
-NOT_COMPARED = ("base_model", "base_shape", "encoder", "instruction")
-NOT_COMPARED += ("trunk_dropout", "input_dropout", "offset_lr", "random_chunks")
+NOT_COMPARED = ("base_model", "base_shape", "encoder", "instruction", "full_stop")
+NOT_COMPARED += ("dropout", "input_dropout", "head_lr", "offset_lr", "random_chunks")
 
 
 def copy_weights(folder: str, net: nn.Module) -> None:

@@ -12,6 +12,7 @@ of adapters. With an adapter a linear layer computes (LoRA, arXiv 2106.09685, eq
 """
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,11 +36,11 @@ def init_A_(A: Tensor) -> Tensor:
 class LoRALinear(nn.Linear):
     """A frozen linear layer with an optional adapter. Its weight is the base model's tensor, not a copy."""
 
-    def __init__(self, linear: nn.Linear, name: str, index: int, dropout: float):
+    def __init__(self, linear: nn.Linear, name: str, dropout: float):
         has_bias = linear.bias is not None
         super().__init__(linear.in_features, linear.out_features, bias=has_bias, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.name, self.index = name, index  # its target, and its place among the layers that have it
+        self.name = name  # its target
         self.dropout = nn.Dropout(dropout)
         self.A: Tensor | None = None  # [n, r, in] for n adapters
         self.B: Tensor | None = None  # [n, out, r]
@@ -51,6 +52,8 @@ class LoRALinear(nn.Linear):
             return y
         n = len(self.A)
         assert len(x) % n == 0, f"a batch of {len(x)} cannot be split among {n} adapters"
+        if n > 1 and x.dim() == 2:
+            raise UserError(f"{self.name} gets tokens without their example (an expert?): adapt other layers")
         x = self.dropout(x.to(self.A.dtype))
         x = x.reshape(n, -1, self.in_features)  # [n, batch/n * T, in]: neighbours share an adapter
         update = self.scaling * (x @ self.A.mT) @ self.B.mT  # [n, batch/n * T, out]
@@ -195,55 +198,59 @@ def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> 
 
 
 def inject_targets(base: nn.Module, targets: dict[str, Target], dropout: float = 0.0) -> nn.Module:
-    """As `inject`, for targets that are known."""
+    """As `inject`, for targets that are known. `base.lora_layers` lists the new layers of each."""
+    base.lora_layers = {}
     for name, target in targets.items():
-        for index, path in enumerate(target.paths()):
+        base.lora_layers[name] = []
+        for path in target.paths():
             parent, child = path.rsplit(".", 1)
             linear = base.get_submodule(path)
             if isinstance(linear, LoRALinear):
                 raise UserError(f"{path} would belong to two targets: {linear.name} and {name}")
-            setattr(base.get_submodule(parent), child, LoRALinear(linear, name, index, dropout))
+            layer = LoRALinear(linear, name, dropout)
+            setattr(base.get_submodule(parent), child, layer)
+            base.lora_layers[name].append(layer)
     return base
 
 
 def injected_layers(base: nn.Module) -> list[LoRALinear]:
-    return [module for module in base.modules() if isinstance(module, LoRALinear)]
+    """All of them; none before `inject`."""
+    return [layer for layers in getattr(base, "lora_layers", {}).values() for layer in layers]
 
 
-def check_fits(layers: list[LoRALinear], adapter: Adapter) -> None:
+def check_fits(base: nn.Module, adapter: Adapter) -> None:
     """Raise UserError if an adapter does not fit the injected layers of a model."""
-    shapes = {}  # {target: (layers, in, out)}
-    for layer in layers:
-        n_layers, _, _ = shapes.get(layer.name, (0, 0, 0))
-        shapes[layer.name] = (n_layers + 1, layer.in_features, layer.out_features)
     for name, (A, B) in adapter.items():
         shape = (A.shape[-3], A.shape[-1], B.shape[-2])
-        if shapes.get(name) != shape:
+        layers = base.lora_layers.get(name)
+        found = layers and (len(layers), layers[0].in_features, layers[0].out_features)
+        if found != shape:
             message = "the adapter is for another model (layers, in, out):"
-            raise UserError(f"{message} {name} {shape}, in this one {shapes.get(name)}")
+            raise UserError(f"{message} {name} {shape}, in this one {found}")
 
 
-def set_adapter(base: nn.Module, adapter: Adapter | None, scaling: float | None = None) -> None:
-    """Use this adapter in `base`, at this scaling, from now on; None removes it.
+@contextmanager
+def use(base: nn.Module, adapter: Adapter, scaling: float):
+    """Run `base` with an adapter, in a block that holds the forward pass and the backward pass.
 
     It is computed in the dtype of the base model. A single adapter acts on the whole batch. Of n adapters and
-    a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on.
+    a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on. An adapter {} changes nothing.
     """
-    assert adapter is None or scaling is not None, "an adapter needs its scaling (config.scaling)"
-    layers = injected_layers(base)
-    check_fits(layers, adapter or {})
-    pairs = {}  # {target: [(A, B) of its first layer, of its second, ...]}
-    for name, (A, B) in (adapter or {}).items():
+    check_fits(base, adapter)
+    for name, (A, B) in adapter.items():
+        layers = base.lora_layers[name]
         weight = layers[0].weight
         A, B = A.to(weight.device, weight.dtype), B.to(weight.device, weight.dtype)
-        pairs[name] = list(zip(A.unbind(-3), B.unbind(-3)))  # indexing would have a slower backward pass
-    for layer in layers:
-        layer.A = layer.B = None
-        if layer.name in pairs:
-            A, B = pairs[layer.name][layer.index]
-            layer.A = A.view(-1, *A.shape[-2:])  # [n, r, in]
-            layer.B = B.view(-1, *B.shape[-2:])  # [n, out, r]
+        # unbind: indexing would have a slower backward pass
+        for layer, layer_A, layer_B in zip(layers, A.unbind(-3), B.unbind(-3)):
+            layer.A = layer_A.view(-1, *A.shape[-2:])  # [n, r, in]
+            layer.B = layer_B.view(-1, *B.shape[-2:])  # [n, out, r]
             layer.scaling = scaling
+    try:
+        yield
+    finally:
+        for layer in injected_layers(base):
+            layer.A = layer.B = None
 
 
 def set_dropout(base: nn.Module, active: bool) -> None:
@@ -255,12 +262,10 @@ def set_dropout(base: nn.Module, active: bool) -> None:
 @torch.no_grad()
 def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
     """Add one adapter to the weights, for good: W + scaling * B A."""
-    layers = injected_layers(base)
-    check_fits(layers, adapter)
-    for layer in layers:
-        if layer.name in adapter:
-            A, B = adapter[layer.name]
-            update = scaling * B[layer.index].float() @ A[layer.index].float()  # [out, in]
+    check_fits(base, adapter)
+    for name, (A, B) in adapter.items():
+        for layer, layer_A, layer_B in zip(base.lora_layers[name], A, B):
+            update = scaling * layer_B.float() @ layer_A.float()  # [out, in]
             layer.weight.data = (layer.weight.float() + update).to(layer.weight.dtype)
 
 
@@ -285,6 +290,16 @@ def select(adapter: Adapter, index) -> Adapter:
     return {name: (A[index], B[index]) for name, (A, B) in adapter.items()}
 
 
+def statistics(batch: Adapter) -> tuple[Adapter, Adapter]:
+    """Mean and standard deviation of n adapters, entry by entry. [n, L, ...] -> [L, ...]"""
+    mean, std = {}, {}
+    for name, pair in batch.items():
+        correction = 1 if len(pair[0]) > 1 else 0
+        mean[name] = tuple(matrix.cpu().double().mean(0) for matrix in pair)  # double: exact if all are equal
+        std[name] = tuple(matrix.std(0, correction=correction) + 1e-10 for matrix in pair)
+    return mean, std
+
+
 def key(name: str) -> str:
     """The name of a target as torch takes it for a parameter: without dots."""
     return name.replace(".", "_")
@@ -293,12 +308,12 @@ def key(name: str) -> str:
 class LoRABank(nn.Module):
     """Ordinary LoRAs, trained as a batch, all from the same random A.
 
-    Called with task indices [n] it gives n adapters, with an integer one.
+    Called with the numbers of n of them it gives these, with an integer one.
     """
 
     def __init__(self, config: LoRAConfig, n: int):
         super().__init__()
-        self.config = config
+        self.config, self.ranks, self.lr_factors = config, config.r, {}  # see hypernet.py
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name, target in config.targets.items():
             L = len(target.layers)
@@ -306,7 +321,7 @@ class LoRABank(nn.Module):
             self.A[key(name)] = nn.Parameter(A.repeat(n, 1, 1, 1))  # [n, L, r, in]
             self.B[key(name)] = nn.Parameter(torch.zeros(n, L, target.n_out, config.r))
 
-    def forward(self, index) -> Adapter:
+    def forward(self, index: int | list[int]) -> Adapter:
         return {name: (self.A[key(name)][index], self.B[key(name)][index]) for name in self.config.targets}
 
 

@@ -3,11 +3,13 @@
 Each is a preset, a Hugging Face id or a folder. The preset `tiny` needs neither download nor GPU.
 """
 
-import shutil
+import re
 import sys
+import zlib
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import lora
 from support import processes
 from support.files import UserError, read_object
-from support.hashing import HASH_WIDTH, hash_encoder
-from support.hub import fetch, from_pretrained, load_text_model, load_weights, longest_text
+from support.hub import fetch, from_pretrained, load_text_model, load_weights, longest_text, text_width
 from support.processes import Process
 
 # -------------------- The base model --------------------
@@ -35,12 +36,20 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
         prepends_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         if prepends_bos:
             tokenizer.chat_template = "{{ bos_token }}" + PLAIN_TEMPLATE
-    eos = base.generation_config.eos_token_id
-    eos = tokenizer.eos_token_id if eos is None else eos
-    base.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    ends = end_tokens(base, tokenizer)
+    base.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
         base.set_attn_implementation("eager")  # with sdpa, transformers before 5.19 drops Gemma 2's softcap
     return base.to(device).requires_grad_(False).eval(), tokenizer
+
+
+def end_tokens(base: nn.Module, tokenizer) -> list[int]:
+    """The tokens that end an answer: the model's own, and the one that the chat template writes there."""
+    own = base.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id] if own is None else own if isinstance(own, list) else [own]
+    after = render(tokenizer, chat(tokenizer, "x"), "y").partition("y")[2]
+    first = tokenize(tokenizer, after)[:1]
+    return ends + [token for token in first if token in tokenizer.all_special_ids and token not in ends]
 
 
 def default_dtype(device) -> torch.dtype:
@@ -53,11 +62,14 @@ def default_dtype(device) -> torch.dtype:
 
 def load_sharded(name: str, process: Process, dtype: torch.dtype, target_modules: list[str], dropout: float):
     """(base model with LoRA layers, tokenizer), with the decoder's layers spread over the processes."""
+    mesh = processes.make_mesh(process)
     with processes.in_turn(process):  # so that host memory holds the whole model only once
         base, tokenizer = load_base(name, "cpu", dtype)
         lora.inject(base, target_modules, dropout)
-        processes.shard_layers(base.get_decoder(), decoder_layers(base), process)
+        processes.shard_layers(base.get_decoder(), decoder_layers(base), mesh)
         base.to(process.device)
+    with torch.no_grad():  # the first pass through all layers makes the decoder their root
+        base(torch.zeros(1, 1, dtype=torch.long, device=process.device))
     return base, tokenizer
 
 
@@ -66,7 +78,11 @@ PLAIN_TEMPLATE = (  # for a base model without a chat template: "input -> answer
     "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}\n{% else %}{{ m.content }} ->{% endif %}"
     "{% endfor %}"
 )
-SUFFIX = " Please complete the task without any explanation."  # appended to the instruction, as published
+
+
+def instruct(description: str) -> str:
+    """A description as the instruction of a prompt, with the published words after it."""
+    return description + " Please complete the task without any explanation."
 
 
 def chat(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str]] = ()) -> list[dict]:
@@ -89,7 +105,8 @@ def chat(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str
 def takes_system_message(tokenizer) -> bool:
     """Some chat templates (Gemma's) refuse a system message."""
     try:
-        return bool(render(tokenizer, [{"role": "system", "content": ""}, {"role": "user", "content": "x"}]))
+        messages = [{"role": "system", "content": ""}, {"role": "user", "content": "x"}]
+        return bool(fill_template(tokenizer, messages))
     except Exception:  # templates raise arbitrary exceptions
         return False
 
@@ -101,18 +118,32 @@ FIXED_DAY = "{%- macro strftime_now(format) %}" + DAY + "{%- endmacro +%}"
 
 def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
     """The prompt as text; with `answer` the text that the model has to write after it, up to the end mark."""
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = FIXED_DAY + template
-    settings = dict(chat_template=template, date_string=DAY, enable_thinking=False, tokenize=False)
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **settings)
+    prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
+    prompt += answer_start(tokenizer)
     if answer is None:
         return prompt
-    messages = [*messages, {"role": "assistant", "content": answer}]
-    whole = tokenizer.apply_chat_template(messages, **settings)
+    whole = fill_template(tokenizer, [*messages, {"role": "assistant", "content": answer}])
     if not whole.startswith(prompt):
         raise UserError("the chat template of this base model does not put answers where it asks for them")
     return whole.removeprefix(prompt).rstrip("\n")
+
+
+def fill_template(tokenizer, messages: list[dict], **settings) -> str:
+    """The text that the chat template makes of messages."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = FIXED_DAY + template
+    settings |= dict(chat_template=template, date_string=DAY, enable_thinking=False, tokenize=False)
+    return tokenizer.apply_chat_template(messages, **settings)
+
+
+@cache
+def answer_start(tokenizer) -> str:
+    """The marks that some templates write before an answer and do not ask for, as gpt-oss its channel."""
+    messages = [{"role": "user", "content": "x"}]
+    prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
+    whole = fill_template(tokenizer, [*messages, {"role": "assistant", "content": "<<>>"}])
+    return whole.removeprefix(prompt).partition("<<>>")[0].rstrip() if whole.startswith(prompt) else ""
 
 
 def around_document(tokenizer) -> tuple[str, str]:
@@ -157,12 +188,12 @@ def check_known(tokenizer, texts: list[str]) -> None:
 
 @torch.no_grad()
 def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
-    """Greedy answers to rendered prompts, in one batch, with the adapters that are set, as they are written.
+    """Greedy answers to rendered prompts, in one batch, with the adapters in use, as they are written.
 
     Some tokenizers drop the first space of a text, so prompt and answer are decoded together.
     """
     sequences = [tokenize(tokenizer, p) for p in prompts]
-    ids = pad(sequences, tokenizer.pad_token_id, left=True).to(base.device)  # [n, T]
+    ids = pad(sequences, tokenizer.pad_token_id or 0, left=True).to(base.device)  # [n, T]
     mask = pad([[1] * len(sequence) for sequence in sequences], 0, left=True).to(base.device)
     out = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
     before = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -188,10 +219,10 @@ def neftune(base: nn.Module, alpha: float):
 
 
 def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]]):
-    """Run the base model, with the adapters that are set, on n examples (ids of prompt and answer).
+    """Run the base model, with the adapters in use, on n examples (ids of prompt and answer).
 
-    Returns, for all answer tokens: logits [tokens, vocabulary], the index of their example [tokens], the
-    right tokens [tokens].
+    Returns, for all answer tokens: logits [tokens, vocabulary], the index of their example [tokens], and the
+    labels, which are the right tokens [tokens].
     """
     sequences, is_answer = [], []
     for prompt, right in examples:
@@ -217,7 +248,7 @@ def decoder_layers(base: nn.Module) -> nn.ModuleList:
     """The decoder's layers. Raises UserError for models that call them otherwise."""
     layers = getattr(base.get_decoder(), "layers", None)
     if layers is None:
-        features = "Doc-to-LoRA, --gradient_checkpointing, --shard and --compile"
+        features = "Doc-to-LoRA, --gradient_checkpointing and --shard"
         raise UserError(f"{features} need a decoder with `layers`")
     return layers
 
@@ -254,50 +285,77 @@ def recompute_layers(base: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def compile_layers(base: nn.Module) -> None:
-    """Compile each decoder layer (torch.compile), for any batch and length: one graph serves all layers.
-
-    Raises UserError if there is no C++ compiler.
-    """
-    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        raise UserError("--compile needs a C++ compiler such as g++; leave it out")
-    for layer in decoder_layers(base):
-        layer.compile(dynamic=True)
-
-
 # -------------------- The text encoder: n descriptions -> [n, E] --------------------
 
 
-def load_encoder(name: str, device="cpu", base_and_tokenizer=(), full_stop=False) -> "TextEncoder":
-    """The text encoder of this name: "hash", "base" (with `base_and_tokenizer`), a hub id or a folder."""
+def encoder_width(name: str, base: nn.Module) -> int:
+    """E of a text encoder; only its config is read."""
     if name == "hash":
-        return TextEncoder(name, hash_encoder, HASH_WIDTH, device, full_stop)
-    if name == "base":
-        width = base_and_tokenizer[0].config.get_text_config().hidden_size
-        return TextEncoder(name, partial(base_encoder, *base_and_tokenizer), width, device, full_stop)
-    embed = TransformerEncoder(name, device)
-    return TextEncoder(name, embed, embed.model.config.hidden_size, device, full_stop)
+        return HASH_WIDTH
+    return base.config.get_text_config().hidden_size if name == "base" else text_width(name)
+
+
+def load_encoder(name: str, device="cpu", base=None, tokenizer=None, full_stop=False) -> "TextEncoder":
+    """The text encoder of this name: "hash", "base" (the base model), a hub id or a folder."""
+    if name == "hash":
+        embed, width = hash_encoder, HASH_WIDTH
+    elif name == "base":
+        embed, width = partial(base_encoder, base, tokenizer), encoder_width(name, base)
+    else:
+        embed = TransformerEncoder(name, device)
+        width = embed.model.config.hidden_size
+    return TextEncoder(name, embed, width, device, full_stop)
+
+
+CACHED_NUMBERS = 2**24  # 64 MB of embeddings
 
 
 class TextEncoder:
-    """A callable: list of n descriptions -> [n, E].
+    """A callable: list of n descriptions -> [n, E], in float32.
 
     With `full_stop`, descriptions that end in a letter get a full stop, as published.
     """
 
     def __init__(self, name: str, embed, width: int, device, full_stop: bool):
-        self.name, self.embed, self.device, self.full_stop = name, embed, device, full_stop
-        self.recorded = {"encoder": name, "input_size": width}  # in the config of a hypernetwork
-        self.embed_once = lru_cache(2**16)(lambda text: embed([text])[0])
+        self.name, self.embed, self.device, self.full_stop = name, embed, torch.device(device), full_stop
+        self.embed_once = lru_cache(CACHED_NUMBERS // width)(lambda text: embed([text])[0])
 
+    @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
         texts = [text.strip() for text in texts]
-        if self.full_stop:
-            texts = [f"{text}." if text[-1].isalpha() else text for text in texts]
         if self.name == "hash":  # fast, and its long vectors would fill the memory
             return self.embed(texts).to(self.device)
+        if self.full_stop:
+            texts = [f"{text}." if text[-1].isalpha() else text for text in texts]
         # frozen: each text is read once, and alone, so that its embedding does not depend on the batch
-        return torch.stack([self.embed_once(text) for text in texts])
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.stack([self.embed_once(text) for text in texts])
+
+
+FUNCTION_WORDS = """a an the of to in on at by for from with or but is are was were be been it its this that
+    these those them they their there you your i me my we our as then than so what which who whatever any some
+    please into out up down . , ; : - ?""".split()  # they say little about the task
+HASH_WIDTH = 8192
+
+
+def hash_encoder(texts: list[str]) -> Tensor:
+    """Feature hashing, no network: signed sums of words, pairs of near words and 3- to 5-letter pieces."""
+    out = np.zeros((len(texts), HASH_WIDTH), np.float32)  # [n, E]
+    for vector, text in zip(out, texts):
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+        weights = [0.3 if word in FUNCTION_WORDS else 1.0 for word in words]
+        features = [(word, 2 * weight) for word, weight in zip(words, weights)]
+        for gap in (1, 2):
+            for i in range(len(words) - gap):
+                features.append((f"{words[i]} {gap} {words[i + gap]}", max(weights[i], weights[i + gap])))
+        for n in (3, 4, 5):
+            for word, weight in zip(words, weights):
+                marked = f"#{word}#"
+                features += [(marked[i : i + n], weight) for i in range(len(marked) + 1 - n)]
+        for feature, weight in features:
+            code = zlib.crc32(feature.encode())
+            vector[code % HASH_WIDTH] += weight if code >> 31 else -weight
+    return F.normalize(torch.from_numpy(out), dim=-1)
 
 
 class TransformerEncoder:
@@ -339,13 +397,11 @@ class TransformerEncoder:
         return batch
 
 
-@torch.no_grad()
 def base_encoder(base: nn.Module, tokenizer, texts: list[str]) -> Tensor:
     """The base model as text encoder: its last state at the last token (paper, section 3). [n, E]"""
     check_known(tokenizer, texts)
-    lora.set_adapter(base, None)
     sequences = [tokenizer(text)["input_ids"] for text in texts]
-    ids = pad(sequences, tokenizer.pad_token_id).to(base.device)  # [n, T]
+    ids = pad(sequences, 0).to(base.device)  # [n, T]
     h = base.base_model(input_ids=ids).last_hidden_state.float()  # [n, T, E]
     last = torch.tensor([len(sequence) - 1 for sequence in sequences])
     return F.normalize(h[torch.arange(len(texts)), last], dim=-1)

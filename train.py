@@ -21,15 +21,13 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -48,6 +46,7 @@ from tasks import folder as task_folder
 # -------------------- Settings --------------------
 
 SOURCE_NAMES = ", ".join(source for source in SOURCES if source != "benchmarks")
+NETWORKS, THROUGH_BASE = "recon text document", "lora text document"  # kinds of runs, see below
 AUTO_DTYPE = "auto: bfloat16 on a GPU that has it, except for recon"
 
 
@@ -55,133 +54,128 @@ AUTO_DTYPE = "auto: bfloat16 on a GPU that has it, except for recon"
 class Settings:
     """The settings of a run: default (for the tiny world), meaning, and values that are allowed.
 
-    `runs` are the kinds of runs that use a setting, by default all: lora, recon, sft; an SFT run is also one
-    of descriptions or of documents, by what its network reads. Other runs do not accept the flag.
+    There are four kinds of runs: ordinary LoRAs (lora), reconstruction (recon), and SFT of a network that reads
+    descriptions (text) or documents (document). `runs` are the kinds that use a setting, by default all;
+    others do not accept the flag.
     """
 
     # what is trained
     mode: str = setting("sft", "what is trained, see above", choices=("lora", "recon", "sft"))
-    arch: str = setting("t2l", "the hypernetwork, see hypernet.py", choices=hypernet.ARCHS, runs="recon sft")
+    arch: str = setting("t2l", "the network, see hypernet.py", choices=hypernet.ARCHS, runs=NETWORKS)
     base_model: str = setting("tiny", f"{', '.join(hub.PRESETS)}, a hub id or a folder")
-    encoder: str = setting("preset", "preset's, hash, base, a hub id or a folder", runs="recon descriptions")
-    init_from: str = setting("", "start from the weights of this hypernetwork", runs="recon sft")
+    encoder: str = setting("preset", "preset's, hash, base, a hub id or a folder", runs="recon text")
+    init_from: str = setting("", "start from the weights of this hypernetwork", runs=NETWORKS)
     multi_task: bool = setting(False, "one adapter for all tasks", runs="lora")
     oracles: str = setting("", "the folder that --mode lora wrote", runs="recon")
     # tasks
     tasks: str = setting("tiny", f"{SOURCE_NAMES}, or a folder of task files")
     split: str = setting("train", "tasks to train on", choices=("train", "val", "test"))
     n_tasks: int = setting(0, "use only so many of these tasks (0: all)")
-    instruction: bool = setting(False, "definition before the input", runs="lora recon descriptions")
+    instruction: bool = setting(False, "definition before the input", runs="lora text")
     # adapters
-    target_modules: str = setting("q_proj,v_proj", "linear layers, by ends of their paths", runs="lora sft")
-    rank: int = setting(8, "rank of an adapter; of each chunk", least=1, runs="lora sft")
-    alpha: float = setting(16.0, "scaling is alpha / sqrt(rank)", least=1e-3, runs="lora sft")
-    dropout: float = setting(0.1, "dropout on the input of the adapters", most=1, runs="lora sft")
+    target_modules: str = setting("q_proj,v_proj", "linear layers, by ends of their paths", runs=THROUGH_BASE)
+    rank: int = setting(8, "rank of an adapter; of each chunk", least=1, most=4096, runs=THROUGH_BASE)
+    alpha: float = setting(16.0, "scaling is alpha / sqrt(rank)", least=1e-3, runs=THROUGH_BASE)
+    dropout: float = setting(0.1, "dropout on the input of adapters, and in Text-to-LoRA's trunk", most=1)
     # steps
     max_steps: int = setting(1000, "training steps", least=1)
     tasks_per_batch: int = setting(128, "tasks of a step, over all processes (0: all)")
-    examples_per_task: int = setting(1, "examples of each of these tasks", least=1, runs="lora sft")
-    micro_batch: int = setting(64, "examples at once, on each process", least=1, runs="lora sft")
-    max_tokens: int = setting(512, "longer examples are left out", least=1, runs="lora sft")
-    short_first: bool = setting(False, "short documents first, all from half-way on", runs="documents")
-    # optimizer: AdamW (betas 0.9, 0.999; eps 1e-8)
+    examples_per_task: int = setting(1, "examples of each of these tasks", least=1, runs=THROUGH_BASE)
+    micro_batch: int = setting(64, "examples at once, on each process", least=1, runs=THROUGH_BASE)
+    max_tokens: int = setting(512, "longer examples are left out", least=1, runs=THROUGH_BASE)
+    short_first: bool = setting(False, "short documents first, all from half-way on", runs="document")
+    # optimizer: AdamW (betas 0.9, 0.999; eps 1e-8); gradients are clipped to length 1
     lr: float = setting(3e-3, "highest learning rate")
-    head_lr: float = setting(1 / 16, "factor on lr for the network's heads", runs="recon sft")
     warmup: float = setting(0.1, "fraction of the steps in which the learning rate rises", most=1)
     schedule: str = setting("linear", "decay; late: in the last third", choices=("linear", "late", "cosine"))
     weight_decay: float = setting(1e-2, "weight decay, not on scales, biases, norms and latents")
-    max_grad_norm: float = setting(1.0, "longer gradients are clipped to this length (0: never)")
     # loss
-    label_smoothing: float = setting(0.0, "label smoothing", most=1, runs="lora descriptions")
-    neftune_alpha: float = setting(0.0, "noise on the input embeddings (NEFTune)", runs="lora sft")
-    l1: float = setting(0.0, "weight of the mean absolute value of the A and B", runs="lora sft")
-    l2: float = setting(1e-3, "weight of the mean square of the A and B", runs="lora sft")
-    distill: int = setting(0, "learn k tokens of the base model with the document", runs="documents")
+    label_smoothing: float = setting(0.0, "label smoothing", most=1, runs="lora text")
+    neftune_alpha: float = setting(0.0, "noise on the input embeddings (NEFTune)", runs=THROUGH_BASE)
+    l1: float = setting(0.0, "weight of the mean absolute value of the A and B", runs=THROUGH_BASE)
+    l2: float = setting(1e-3, "weight of the mean square of the A and B", runs=THROUGH_BASE)
+    distill: int = setting(0, "learn k tokens of the base model with the document", runs="document")
     recon_loss: str = setting("z_score", "of A and B, or B A", choices=("z_score", "delta_w"), runs="recon")
     # the run
     seed: int = setting(0, "seed of all randomness")
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU if there is one, otherwise the CPU")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one, otherwise the CPU")
     dtype: str = setting("auto", AUTO_DTYPE, choices=("auto", "float32", "bfloat16"))
-    gradient_checkpointing: bool = setting(False, "save memory: compute activations twice", runs="lora sft")
-    shard: bool = setting(False, "shard the base model over the processes", runs="lora sft")
-    compile: bool = setting(False, "compile the base model: a minute at first, then faster", runs="lora sft")
+    gradient_checkpointing: bool = setting(False, "save memory: activations twice", runs=THROUGH_BASE)
+    shard: bool = setting(False, "shard the base model over the processes", runs=THROUGH_BASE)
     val_every: int = setting(250, "steps between two validations, or saves of the state", least=1)
-    keep: str = setting("loss", "keep the best weights, by validation", choices=state.KEEP, runs="lora sft")
     out_dir: str = setting("out/run", "a new folder")
-    wandb: bool = setting(False, "log to Weights & Biases as well")
 
 
 MAY_CHANGE = [  # with --resume: length, learning rate, how the step is computed, where the run is
     *("max_steps", "lr", "head_lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard"),
-    *("compile", "device", "val_every", "out_dir", "wandb"),
+    *("device", "val_every", "out_dir"),
 ]
 
 
 def parse_args() -> argparse.Namespace:
     """The settings of the run, checked as far as possible without loading a model."""
-    # one look at the words, for what decides which flags there are
-    words, earlier = flags.expand(sys.argv[1:]), []
-    if "--resume" in words:
-        folder = flags.last_value(words, "--out_dir", Settings.out_dir)
-        if not Path(folder, "state.safetensors").exists():
-            raise UserError(f"--resume: {folder} holds no interrupted run")
-        earlier = [*flags.expand([f"@{folder}/train.args"]), "--out_dir", folder]
-    # (a resumed run goes by its own mode; another one is refused below, by say_changes)
-    mode = flags.last_value(earlier or words, "--mode", Settings.mode)
-    arch = flags.last_value(earlier or words, "--arch", Settings.arch)
-    net_class = hypernet.ARCHS.get(arch, hypernet.TextToLoRA)
-    kinds = {mode, net_class.reads} if mode == "sft" else {mode}
-    settings, unused = flags.used_by(kinds, flags.settings_of(Settings))
-    net_settings = []
-    if mode != "lora":
-        net_settings, others = flags.used_by(kinds, flags.settings_of(net_class.config_class))
-        unused += others
+    # 1. what decides which flags there are. A resumed run goes by its train.args, then by the command line
+    words, recorded = flags.expand(sys.argv[1:]), []
+    all_settings = {item.name: item for item in flags.settings_of(Settings)}
+    first = flags.Parser(__doc__, add_help=False)
+    first.add_settings([all_settings[name] for name in ("mode", "arch", "out_dir")])
+    first.add_argument("--resume", action="store_true")
+    args, _ = first.parse_known_args(words)
+    if args.resume:
+        recorded = state.recorded_words(args.out_dir)
+        args, _ = first.parse_known_args(recorded + words)
+    net_class = hypernet.ARCHS[args.arch]
+    sft_kind = "text" if net_class.reads == "descriptions" else "document"
+    kind = sft_kind if args.mode == "sft" else args.mode
+    settings, unused = flags.used_by(kind, all_settings.values())
+    if kind != "lora":
+        of_network = [item for item in flags.settings_of(net_class.config_class) if item.name not in all_settings]
+        settings += flags.used_by(kind, of_network)[0]
 
-    # one parse
+    # 2. all flags
     parser = flags.Parser(__doc__, add_help=False)
-    parser.add_settings(settings + net_settings)
+    parser.add_settings(settings)
     parser.set_defaults(**{item.name: item.default for item in unused})  # for code that reads them
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
-    args = parser.parse(earlier + words, f"--mode {mode}" + (f" --arch {arch}" if net_settings else ""))
+    what = f"--mode {args.mode}" + ("" if kind == "lora" else f" --arch {args.arch}")
+    args = parser.parse(recorded + words, what)
 
-    # defaults that depend on other settings
+    # 3. defaults that depend on other settings
     if args.encoder == "preset":
         args.encoder = hub.preset_encoder(args.base_model)
     if args.dtype == "auto":
         dtype = model.default_dtype(processes.choose_device(args.device))
-        is_float32 = dtype == torch.float32 or mode == "recon"  # recon: as published
+        is_float32 = dtype == torch.float32 or kind == "recon"  # recon: as published
         args.dtype = "float32" if is_float32 else "bfloat16"
     if args.help:
         print(__doc__)
         print("--resume continues the interrupted run in --out_dir.")
-        flags.print_settings("The settings of this run:", settings, args)
-        if net_settings:
-            flags.print_settings(f"Those of its network (--arch {arch}):", net_settings, args)
+        flags.print_settings(f"The settings of {what}:", settings, args)
         sys.exit(0)
     if args.resume:
-        flags.say_changes(settings + net_settings, parser.parse_args(earlier), args, MAY_CHANGE)
-    check_settings(args, net_class)
-    args.as_text = flags.as_text(settings + net_settings, args)
+        flags.say_changes(settings, parser.parse(recorded, what), args, MAY_CHANGE)
+    check_settings(args, net_class, kind)
+    args.as_text = flags.as_text(settings, args)
     return args
 
 
-def check_settings(args: argparse.Namespace, net_class) -> None:
+def check_settings(args: argparse.Namespace, net_class, kind: str) -> None:
     """Raise UserError for settings that do not go together."""
     if args.mode != "lora" and args.mode not in net_class.modes:
         raise UserError(f"--arch {args.arch} is trained with --mode {' or '.join(net_class.modes)}")
-    if args.mode == "recon" and not args.oracles:
+    if kind == "recon" and not args.oracles:
         raise UserError("--mode recon needs --oracles DIR, a folder that --mode lora wrote")
     if args.shard and "RANK" not in os.environ:
         raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
-    if args.shard and getattr(args, "random_chunks", False):
-        raise UserError("--random_chunks cannot be combined with --shard: processes would draw differently")
+    if args.shard and kind == "text" and args.encoder == "base":
+        raise UserError("--shard needs a text encoder beside the sharded base model: --encoder ID or DIR")
     if args.gradient_checkpointing and args.dropout and processes.choose_device(args.device).type == "mps":
         raise UserError("--gradient_checkpointing on mps needs --dropout 0: another mask would be drawn")
     if args.tasks == "benchmarks":
         raise UserError("--tasks benchmarks are for eval.py: there is nothing to train on")
-    if args.wandb and not find_spec("wandb"):
-        raise UserError("--wandb needs wandb: pip install wandb")
+    if not args.out_dir.strip():
+        raise UserError("--out_dir is empty")
 
 
 # -------------------- The losses --------------------
@@ -206,22 +200,21 @@ def distill_loss(logits: Tensor, example_index: Tensor, teacher: Tensor, k: int)
     return example_mean((log_p.exp() * (log_p - log_q)).sum(-1), example_index)
 
 
-def weight_size(adapter: Adapter, measure) -> Tensor:
+def weight_size(adapter: Adapter, ranks: int | Tensor, measure) -> Tensor:
     """Mean of measure(A) plus mean of measure(B), torch.abs or torch.square, summed over the modules.
 
-    Each adapter of the batch counts equally. Ranks that are zero in A do not count: they are padding
-    (`DocToLoRA.join`).
+    Each adapter of the batch counts equally. `ranks` [n] are those without padding (`DocToLoRA.join`).
     """
     total = 0.0
     for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
-        n_ranks = (A != 0).any(-1).sum((1, 2))  # [n], over all layers; B has as many
-        mean_A = measure(A).sum((1, 2, 3)) / (n_ranks * A.shape[-1])  # [n]
-        mean_B = measure(B).sum((1, 2, 3)) / (n_ranks * B.shape[-2])
+        L = A.shape[1]
+        mean_A = measure(A).sum((1, 2, 3)) / (L * ranks * A.shape[-1])  # [n]
+        mean_B = measure(B).sum((1, 2, 3)) / (L * ranks * B.shape[-2])
         total = total + mean_A.mean() + mean_B.mean()
     return total
 
 
-def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, std: dict[str, Tensor]) -> Tensor:
+def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, std: Adapter) -> Tensor:
     """L1 between written adapters and oracles, averaged over the modules.
 
     "delta_w" compares 10,000 BA, as published; "z_score" compares A and B divided by the std of the
@@ -233,8 +226,9 @@ def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, std: dict[str, T
         if compare == "delta_w":
             losses.append(10_000 * (B @ A - oracle_B @ oracle_A).abs().mean())  # [n, L, out, in]
         else:
-            loss_A = ((A - oracle_A) / std[f"{lora.key(name)}_A"]).abs().mean()
-            loss_B = ((B - oracle_B) / std[f"{lora.key(name)}_B"]).abs().mean()
+            std_A, std_B = std[name]
+            loss_A = ((A - oracle_A) / std_A).abs().mean()
+            loss_B = ((B - oracle_B) / std_B).abs().mean()
             losses.append((loss_A + loss_B) / 2)
     return sum(losses) / len(losses)
 
@@ -253,24 +247,15 @@ class Run:
     base: nn.Module  # the frozen model; for recon without weights, unless it is the text encoder
     tokenizer: Any
     net: nn.Module  # what is trained: it writes adapters
-    reader: Any = None  # what reads texts for it
     oracles: Adapter | None = None  # recon: the adapters to imitate, one per task
+    std: Adapter | None = None  # recon: their standard deviation
 
 
-def make_condition(run: Run, drawn: list[data.DrawnTask], parts: list[data.Batch] = ()):
-    """The input of `run.net` for some tasks: indices of LoRAs, text embeddings, or documents.
-
-    Text encoders run here, outside autocast: they compute in float32, as published.
-    """
+def inputs_of(run: Run, drawn: list[data.DrawnTask]) -> list:
+    """What `run.net` writes the adapters of some tasks from: their texts, or the numbers of ordinary LoRAs."""
     if run.args.mode == "lora":
-        indices = [0 if run.args.multi_task else item.index for item in drawn]
-        return torch.tensor(indices, device=run.base.device)
-    condition = run.net.condition([item.description for item in drawn], run.reader)
-    if run.args.shard and isinstance(condition, hypernet.ChunkedDocuments):
-        for part in parts:  # all processes have to run the base model equally often
-            theirs = run.net.condition([item.description for item in part.tasks], run.reader)
-            condition.n_reads = max(condition.n_reads, len(theirs.groups))
-    return condition
+        return [0 if run.args.multi_task else item.index for item in drawn]
+    return [item.description for item in drawn]
 
 
 def autocast(run: Run):
@@ -279,46 +264,38 @@ def autocast(run: Run):
     return torch.autocast(device, torch.bfloat16, enabled=run.args.dtype == "bfloat16")
 
 
-def set_adapters(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]) -> None:
-    """Give each example of the base model's next batch the adapter of its task."""
+def use_adapters(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]):
+    """A block in which each of these examples has the adapter of its task."""
     selected = lora.select(adapters, [example.task for example in examples])  # A [examples, L, r, in]
-    lora.set_adapter(run.base, selected, run.net.config.scaling)
+    return lora.use(run.base, selected, run.net.config.scaling)
 
 
 @torch.no_grad()
 def teacher_logits(run: Run, examples: list[data.TokenizedExample]) -> Tensor:
     """The logits of the base model itself, with the document in its prompt. [tokens, vocabulary]"""
-    lora.set_adapter(run.base, None)
-    return model.answer_logits(run.base, [(e.teacher_prompt, e.answer) for e in examples])[0]
+    with autocast(run):
+        return model.answer_logits(run.base, [(e.teacher_prompt, e.answer) for e in examples])[0]
 
 
-def task_loss(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]) -> Tensor:
-    """The loss of examples that go through the base model together, each with the adapter of its task.
-
-    The adapters stay set: with gradient checkpointing, the backward pass uses them once more.
-    """
-    args = run.args
-    teacher = teacher_logits(run, examples) if args.distill else None  # of the same answer tokens
-    set_adapters(run, adapters, examples)
-    with model.neftune(run.base, args.neftune_alpha):
-        pairs = [(e.prompt, e.answer) for e in examples]
+def task_loss(run: Run, examples: list[data.TokenizedExample], teacher: Tensor | None) -> Tensor:
+    """The loss of examples that go through the base model together, with the adapters in use."""
+    args, pairs = run.args, [(e.prompt, e.answer) for e in examples]
+    with autocast(run), model.neftune(run.base, args.neftune_alpha):
         logits, example_index, labels = model.answer_logits(run.base, pairs)
-    if args.distill:
+    if teacher is not None:
         return distill_loss(logits, example_index, teacher, args.distill)
     return answer_loss(logits, example_index, labels, args.label_smoothing)
 
 
-def micro_batches(batch: data.Batch, parts: list[data.Batch], args) -> Iterator[tuple[float, list]]:
+def micro_batches(batch: data.Batch, args) -> Iterator[tuple[float, list]]:
     """(weight, examples) of each micro-batch: --micro_batch examples of similar length.
 
     The weights add up to `batch.example_fraction`. With --shard all processes need equally many. Those that
     have no examples left repeat one, with weight 0.
     """
-    n = math.ceil(len(batch.examples) / args.micro_batch)
-    if args.shard:
-        n = max(math.ceil(len(part.examples) / args.micro_batch) for part in parts)
-    for i in range(n):
-        examples = batch.examples[i * args.micro_batch : (i + 1) * args.micro_batch]
+    n_examples = batch.most_examples if args.shard else len(batch.examples)
+    for i in range(0, n_examples, args.micro_batch):
+        examples = batch.examples[i : i + args.micro_batch]
         weight = batch.example_fraction * len(examples) / len(batch.examples)
         yield weight, examples or batch.examples[:1]
 
@@ -328,17 +305,15 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str,
 
     The adapters are the interface between the two networks: the step goes forward through the hypernetwork,
     forward and backward through the base model, then backward through the hypernetwork. It leaves gradients
-    in `net` and returns the terms of the loss. `net` is run.net, wrapped by DDP if there are several
-    processes; then each returns its part of every term, and the parts add up.
+    in `net` and returns the terms of the loss. `net` is run.net, or with several processes its parallel
+    version; then each process returns its part of every term, and the parts add up (`data.Batch`).
     """
-    args = run.args
-    parts = data.make_parts(run.tokenizer, run.tasks, drawn, args, run.process.count)
-    batch = parts[run.process.rank]
+    args, process = run.args, run.process
+    batch = data.make_batch(run.tokenizer, run.tasks, drawn, args, process.rank, process.count)
 
     # 1. One forward pass of the hypernetwork writes all adapters of the step.
-    condition = make_condition(run, batch.tasks, parts)
     with autocast(run):
-        written = net(condition)  # A [tasks, L, r, in], B [tasks, L, out, r]
+        written = net(inputs_of(run, batch.tasks))  # A [tasks, L, r, in], B [tasks, L, out, r]
 
     # 2. Detached, they are leaves: they collect the gradients of everything that is computed with them.
     leaves = {}
@@ -347,33 +322,27 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str,
     losses = {}
     for name, weight, measure in (("l1", args.l1, torch.abs), ("l2", args.l2, torch.square)):
         if weight:
-            penalty = weight * batch.task_fraction * weight_size(leaves, measure)
+            penalty = weight * batch.task_fraction * weight_size(leaves, run.net.ranks, measure)
             penalty.backward()
             losses[name] = penalty.detach()
 
     # 3. The examples go through the base model, a few of similar length at a time. Each backward pass frees
     #    the activations, so the memory of a step is that of one micro-batch.
     losses["task"] = torch.zeros((), device=run.base.device)
-    for weight, examples in micro_batches(batch, parts, args):
-        with autocast(run):
-            loss = task_loss(run, leaves, examples) * weight
-        loss.backward()
+    for weight, examples in micro_batches(batch, args):
+        teacher = teacher_logits(run, examples) if args.distill else None  # of the same answer tokens
+        with use_adapters(run, leaves, examples):
+            loss = task_loss(run, examples, teacher) * weight
+            loss.backward()
         losses["task"] += loss.detach()
-    lora.set_adapter(run.base, None)  # otherwise it would hold the leaves and their gradients in memory
 
-    # 4. One backward pass through the hypernetwork, from the gradients of A and B, and from further losses of
-    #    the network itself. With several processes DDP averages the gradients of their parts here; `update`
-    #    turns averages into sums.
-    extra = {}  # {name: loss}
+    # 4. One backward pass through the hypernetwork, from the gradients of A and B. With several processes it
+    #    adds up the gradients of their parts.
     outputs, gradients = [], []
     for name in written:
         outputs += written[name]
         for leaf in leaves[name]:  # in a base model with experts, a layer may receive no tokens
             gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-    for name, loss in extra.items():
-        losses[name] = loss.detach()
-        outputs.append(loss)
-        gradients.append(torch.ones_like(loss))
     torch.autograd.backward(outputs, gradients)
     return losses
 
@@ -383,11 +352,10 @@ def recon_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[st
     mine = drawn[run.process.rank :: run.process.count]
     weight = len(mine) / len(drawn)
     mine = mine or drawn[:1]  # if there are more processes than tasks
-    condition = make_condition(run, mine)
     with autocast(run):
-        written = net(condition)
+        written = net(inputs_of(run, mine))
     oracles = lora.select(run.oracles, [item.index for item in mine])
-    loss = recon_loss(run.args.recon_loss, written, oracles, run.net.std) * weight
+    loss = recon_loss(run.args.recon_loss, written, oracles, run.std) * weight
     loss.backward()
     return {"recon": loss.detach()}
 
@@ -405,11 +373,7 @@ def update(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, step: int
     optimizer.zero_grad()
     losses = recon_step(run, net, drawn) if args.mode == "recon" else sft_step(run, net, drawn)
     values = processes.total(process, torch.stack(list(losses.values()))).tolist()
-    parameters = list(run.net.parameters())
-    if process.count > 1:
-        for p in parameters:
-            p.grad *= process.count  # DDP has averaged the gradients of the parts, which add up
-    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
+    grad_norm = nn.utils.clip_grad_norm_(list(run.net.parameters()), 1.0).item()
     if not math.isfinite(sum(values) + grad_norm):
         message = f"the loss is {sum(values)} in step {step + 1}, the gradient's length {grad_norm}"
         raise UserError(f"{message}; start again with a lower --lr")
@@ -427,21 +391,19 @@ def validate(run: Run) -> dict[str, float]:
     run.net.eval()
     lora.set_dropout(run.base, False)
     drawn = [data.DrawnTask(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
-    (batch,) = data.make_parts(run.tokenizer, run.val_tasks, drawn, run.args)
-    loss, n_right = 0.0, 0
-    condition = make_condition(run, batch.tasks)
+    batch = data.make_batch(run.tokenizer, run.val_tasks, drawn, run.args)
+    loss, n_right, n = 0.0, 0, len(batch.examples)
     with autocast(run):
-        written = run.net(condition)
-        for _, examples in micro_batches(batch, [batch], run.args):
-            set_adapters(run, written, examples)
-            pairs = [(e.prompt, e.answer) for e in examples]
-            logits, example_index, labels = model.answer_logits(run.base, pairs)
+        written = run.net(inputs_of(run, batch.tasks))
+        for _, examples in micro_batches(batch, run.args):
+            with use_adapters(run, written, examples):
+                pairs = [(e.prompt, e.answer) for e in examples]
+                logits, example_index, labels = model.answer_logits(run.base, pairs)
             loss += answer_loss(logits, example_index, labels).item() * len(examples)
             wrong_examples = example_index[logits.argmax(-1) != labels].unique()
             n_right += len(examples) - len(wrong_examples)
     run.net.train()
     lora.set_dropout(run.base, True)
-    n = len(batch.examples)
     return {"val_loss": loss / n, "val_accuracy": n_right / n}
 
 
@@ -465,16 +427,14 @@ def prepare(args, process: Process) -> Run:
         model.recompute_layers(base)
     if process.device.type == "cpu":
         base.set_attn_implementation("eager")  # its backward pass is faster there
-    if args.compile:
-        model.compile_layers(base)
 
     scale = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
     config = lora.config_for(base, lora.find_targets(base, names), hub.full_name(args.base_model), **scale)
     if args.mode == "lora":
         net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(process.device)
         return Run(args, process, tasks, val_tasks, base, tokenizer, net)
-    net, reader = make_hypernet(args, config, base, tokenizer, process)
-    return Run(args, process, tasks, val_tasks, base, tokenizer, net, reader)
+    net = make_hypernet(args, config, base, tokenizer, process)
+    return Run(args, process, tasks, val_tasks, base, tokenizer, net)
 
 
 def prepare_recon(args, process: Process) -> Run:
@@ -496,11 +456,13 @@ def prepare_recon(args, process: Process) -> Run:
     config.base_shape = lora.base_shape(base.config)
     hub.check_base(args.base_model, config.base_shape, config.base_model, [])
     config.base_model, config.n_layers = hub.full_name(args.base_model), config.base_shape[0]
-    config.instruction = args.instruction
-    lora.inject_targets(base, lora.find_targets(base, list(config.targets)))
-    lora.check_fits(lora.injected_layers(base), oracles)
-    net, reader = make_hypernet(args, config, base, tokenizer, process, oracles)
-    return Run(args, process, with_oracle, [], base, tokenizer, net, reader, oracles)
+    lora.inject(base, list(config.targets))
+    lora.check_fits(base, oracles)
+    net = make_hypernet(args, config, base, tokenizer, process)
+    mean, std = lora.statistics(oracles)
+    if not args.init_from:
+        net.start_at(mean, std)
+    return Run(args, process, with_oracle, [], base, tokenizer, net, oracles, std)
 
 
 def choose_tasks(args, process: Process) -> tuple[list[data.Task], list[data.Task]]:
@@ -513,10 +475,7 @@ def choose_tasks(args, process: Process) -> tuple[list[data.Task], list[data.Tas
     if args.mode != "lora" and tasks[0].is_document != reads_documents:
         reads = "documents (see config/d2l.args)" if reads_documents else "descriptions"
         raise UserError(f"--tasks {args.tasks} cannot be used with --arch {args.arch}, which reads {reads}")
-    if args.instruction and tasks[0].is_document:
-        raise UserError("--instruction would put the document itself into the prompt")
-    if args.mode == "lora":
-        tasks = data.distinct(tasks)
+    data.check_instruction(tasks, args)
     if args.mode == "lora" and not args.multi_task and len({task.name for task in tasks}) < len(tasks):
         raise UserError(f"--tasks {args.tasks}: tasks of equal names cannot have an adapter folder each")
     if args.short_first:
@@ -527,25 +486,23 @@ def choose_tasks(args, process: Process) -> tuple[list[data.Task], list[data.Tas
     return tasks, val_tasks
 
 
-def make_hypernet(args, lora_config, base, tokenizer, process: Process, oracles: Adapter | None = None):
-    """(network of --arch for adapters of this config, what reads texts for it)."""
+def make_hypernet(args, lora_config: lora.LoRAConfig, base, tokenizer, process: Process) -> nn.Module:
+    """The network of --arch for adapters of this config, connected with what it reads with."""
     net_class = hypernet.ARCHS[args.arch]
+    names = {field.name for field in fields(net_class.config_class)} & set(vars(args))
+    settings = {name: getattr(args, name) for name in names} | vars(lora_config)
+    config = net_class.config_class(**settings, z_score=args.mode == "recon" and args.recon_loss == "z_score")
     with processes.first_goes_ahead(process):  # which may download a text encoder
-        reader = net_class.load_reader(args, base, tokenizer, process.device)
-    settings = {item.name: getattr(args, item.name) for item in flags.settings_of(net_class.config_class)}
-    if args.mode == "recon":
-        settings["z_score"] = args.recon_loss == "z_score"
-    net = net_class(net_class.config_class(**vars(lora_config), **settings, **reader.recorded))
-    net.recompute = args.gradient_checkpointing
-
-    # where it starts; a reconstruction of delta_w starts from random weights, as published
-    if args.init_from and not args.resume:
-        hypernet.copy_weights(args.init_from, net)
-    elif args.mode == "sft":
-        net.start_as_lora()
-    elif args.recon_loss == "z_score":
-        net.normalize(oracles)
-    return net.to(process.device), reader  # moved last: random numbers of a GPU would be others
+        config.measure(base)
+        net = net_class(config)
+        net.recompute = args.gradient_checkpointing
+        if args.init_from and not args.resume:
+            hypernet.copy_weights(args.init_from, net)
+        elif args.mode == "sft":
+            net.start_as_lora()
+        net.to(process.device)  # moved last: random numbers of a GPU would be others
+        net.connect(base, tokenizer)
+    return net
 
 
 # -------------------- The run --------------------
@@ -555,9 +512,6 @@ def save(run: Run, folder: Path) -> None:
     """Write what was trained: a hypernetwork, one adapter folder per task, or the multi-task adapter."""
     if run.args.mode != "lora":
         hypernet.save_hypernet(run.net, folder)
-        if run.net.reads == "descriptions":  # generate.py compares a new description with some of these
-            some = run.tasks[:: math.ceil(len(run.tasks) / 500)]
-            write_file(folder / "descriptions.json", [task.descriptions[0] for task in some])
     elif run.args.multi_task:
         lora.save_adapter(folder, run.net(0), run.net.config)
     else:
@@ -565,23 +519,23 @@ def save(run: Run, folder: Path) -> None:
             lora.save_adapter(folder / task.name, run.net(i), run.net.config)
 
 
-def begin(run: Run, folder: Path, checkpoint: state.Checkpoint, optimizer, task_ids) -> int:
+def begin(run: Run, folder: Path, checkpoint: state.Checkpoint, optimizer) -> int:
     """Read the state of a run that is resumed, and say what is trained. Returns how many steps are done."""
     args, process, n_done = run.args, run.process, 0
     is_first = process.rank == 0
     if args.resume:
-        n_done = checkpoint.resume(run.net, optimizer, task_ids)
+        n_done = checkpoint.resume(run.net, optimizer)
         if n_done > args.max_steps:
             raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {n_done} steps")
         if is_first:
             checkpoint.rewind(n_done)
+            if checkpoint.best_step() == n_done:  # it may have been killed before it saved them
+                save(run, folder)
             write_file(folder / "train.args", args.as_text)
     if is_first:
         n_parameters = sum(p.numel() for p in run.net.parameters())
         where = f"{process.count} x {processes.name_of(process.device)}, in {args.dtype}"
         print(f"{args.mode}: {n_parameters:,} parameters, on {where}, into {folder}/", flush=True)
-        if args.wandb:
-            checkpoint.start_wandb(vars(args))
     return n_done
 
 
@@ -589,48 +543,45 @@ def train(run: Run, folder: Path) -> bool:
     """Train until --max_steps or Ctrl-C; returns whether the run is finished."""
     args, process = run.args, run.process
     is_first = process.rank == 0
-    net = run.net
-    if process.count > 1:
-        net = DistributedDataParallel(run.net)
+    net = processes.parallel(run.net, process)
     optimizer = make_optimizer(run.net, args)
-    checkpoint, task_ids = state.Checkpoint(folder, args.keep), data.identify(run.tasks + run.val_tasks)
-    n_done = begin(run, folder, checkpoint, optimizer, task_ids)
+    checkpoint = state.Checkpoint(folder, data.identify(run.tasks + run.val_tasks), process.count)
+    first = n_done = begin(run, folder, checkpoint, optimizer)
     interrupts = state.on_ctrl_c()
     n_examples = (args.tasks_per_batch or len(run.tasks)) * args.examples_per_task  # of a step
     measured, interrupted = {}, False  # by the last validation
-    with tqdm(total=args.max_steps, initial=n_done, disable=not is_first, desc=args.mode) as bar:
-        for step in range(n_done, args.max_steps):
-            row = update(run, net, optimizer, step)
-            is_due = (step + 1) % args.val_every == 0 or step + 1 == args.max_steps
-            if is_due and run.val_tasks and (is_first or args.shard):
-                measured = validate(run)
-                row |= measured
-            # all processes stop after the same step
-            said = torch.tensor(float(len(interrupts)), device=process.device)
-            interrupted = bool(processes.total(process, said))
-            if is_first:
-                if checkpoint.add(row):
-                    save(run, folder)
-                if is_due or interrupted or step == n_done:  # the first shows early that the disk has room
-                    checkpoint.save_state(step + 1, run.net, optimizer, task_ids)
-                speed = f"{(bar.format_dict['rate'] or 0) * n_examples:.1f}"
-                bar.set_postfix({"loss": row["loss"]} | measured | {"examples/s": speed}, refresh=False)
-                bar.update()
-            if interrupted and step + 1 < args.max_steps:
-                break
-        else:
-            interrupted = False
-    if interrupted:
+    bar = tqdm(total=args.max_steps, initial=n_done, disable=not is_first, desc=args.mode)
+    while n_done < args.max_steps and not interrupted:
+        row = update(run, net, optimizer, n_done)
+        n_done += 1
+        is_due = n_done % args.val_every == 0 or n_done == args.max_steps
+        if is_due and run.val_tasks and (is_first or args.shard):
+            measured = validate(run)
+            row |= measured
+        # all processes stop after the same step
+        said = torch.tensor(float(len(interrupts)), device=process.device)
+        interrupted = bool(processes.total(process, said))
+        if is_first:
+            is_best = checkpoint.add(row)
+            if is_due or interrupted or n_done == first + 1:  # the first shows early that the disk has room
+                checkpoint.save_state(n_done, run.net, optimizer)
+            if is_best:  # after the state, so that `begin` can do it again
+                save(run, folder)
+            speed = f"{(bar.format_dict['rate'] or 0) * n_examples:.1f}"
+            bar.set_postfix({"loss": row["loss"]} | measured | {"examples/s": speed}, refresh=False)
+            bar.update()
+    bar.close()
+    if n_done < args.max_steps:
         if is_first:
             again = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
-            say = f"interrupted after {step + 1} steps; to continue: {processes.launcher()} {again}"
+            say = f"interrupted after {n_done} steps; to continue: {processes.launcher()} {again}"
             print(say, file=sys.stderr)
         return False
     if is_first:
         if not checkpoint.best:
             save(run, folder)
         checkpoint.close()
-        print(f"kept {checkpoint.what_was_kept(args.max_steps)}\nto go on: python {next_command(args)}")
+        print(f"kept {checkpoint.what_was_kept(n_done)}\nto go on: python {next_command(args)}")
     return True
 
 
@@ -640,7 +591,8 @@ def next_command(args) -> str:
     if args.mode == "lora":
         models = f"--base_model {shlex.quote(args.base_model)} --tasks {shlex.quote(args.tasks)}"
         tasks = f"--split {args.split} --n_tasks {args.n_tasks} --oracles"
-        return f"eval.py {models} {'--mt_lora' if args.multi_task else tasks} {folder}"
+        method, flag = ("mt_lora", "--mt_lora") if args.multi_task else ("oracle", tasks)
+        return f"eval.py {models} --methods base,icl,{method} {flag} {folder}"
     text = "--doc FILE" if hypernet.ARCHS[args.arch].reads == "documents" else '--desc "..."'
     return f'generate.py --hypernet {folder} {text} --input "..."'
 

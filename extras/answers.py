@@ -2,10 +2,9 @@
 
 FOLDER holds documents with questions, see the README. Questions without an answer are answered by the base
 model with the document in its prompt, as published. OUT_DIR is a new folder of the same files with all
-answers; a second call goes on where the first one was interrupted.
+answers; a second call generates only what is missing.
 """
 
-import json
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,7 +12,7 @@ from tqdm import tqdm
 import model
 from support import flags, processes
 from support.files import UserError, command, read_object, write_file
-from tasks.folder import read_task, task_files
+from tasks.folder import read_splits, read_task, task_files
 
 ANSWER_TOKENS = 64  # the longest answer
 PROMPT_TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
@@ -43,12 +42,22 @@ def answer_file(base, tokenizer, content: dict) -> int:
     return n_left_out
 
 
+def known_answers(target: Path, document: str) -> dict[str, str]:
+    """{question: answer} that an earlier call has written about a document."""
+    if not target.exists():
+        return {}
+    earlier = read_object(target)
+    if earlier.get("document") != document:
+        raise UserError(f"{target} is a file of somebody else; choose another folder")
+    return {entry["question"]: entry["answer"] for entry in earlier["questions"]}
+
+
 def main() -> None:
     parser = flags.Parser(__doc__)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="documents and questions")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a new folder")
     parser.add_argument("--base_model", required=True, help="what answers: a preset, an id or a folder")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     args = parser.parse_args()
     if not args.folder.is_dir():
         raise UserError(f"{args.folder} is not a folder")
@@ -59,6 +68,9 @@ def main() -> None:
     in_out = {path.stem for path in args.out_dir.glob("*")} - {"splits"}
     if args.out_dir.resolve() == args.folder.resolve() or not in_out <= set(paths):
         raise UserError(f"{args.out_dir} is in use; choose another folder")
+    splits = {}
+    if (args.folder / "splits.json").exists():
+        splits = read_splits(args.folder / "splits.json", list(paths))
     device = processes.start_single(args.device)
     base, tokenizer = model.load_base(args.base_model, device)
     args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -66,15 +78,14 @@ def main() -> None:
     for path in tqdm(paths.values(), desc="documents", unit="file"):
         target = args.out_dir / path.name
         content = read_object(path)
-        if target.exists():  # an earlier call answered it
-            if read_object(target).get("document") != content["document"]:
-                raise UserError(f"{target} is a file of somebody else; choose another folder")
-            continue
+        known = known_answers(target, content["document"])
+        for entry in content["questions"]:
+            if entry["question"] in known:
+                entry.setdefault("answer", known[entry["question"]])
         n_left_out += answer_file(base, tokenizer, content)
-        if content["questions"]:
+        if {entry["question"] for entry in content["questions"]} != set(known):
             write_file(target, content)
-    if (args.folder / "splits.json").exists():
-        splits = json.loads((args.folder / "splits.json").read_text(encoding="utf-8-sig"))
+    if splits:
         kept = task_files(args.out_dir)
         for split, names in splits.items():
             splits[split] = [name for name in names if name in kept]

@@ -9,7 +9,6 @@ the right; for other tasks it is the first part of the name.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,12 +45,12 @@ def projection(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def vectors_of(net, text_emb: Tensor) -> tuple[Tensor, Tensor]:
+def vectors_of(net, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Task embeddings [n, d/2], and a sample of the entries of scaling * B A in all layers [n, entries]."""
-    changes = []
+    text_emb, changes = net.encode(texts), []
     for emb in text_emb:
         entries = []
-        for A, B in net(emb[None]).values():  # [1, L, r, in], [1, L, out, r]
+        for A, B in net.write(emb[None]).values():  # [1, L, r, in], [1, L, out, r]
             delta_w = (B[0] @ A[0]).flatten(1)  # [L, out * in]
             stride = max(1, delta_w.shape[1] // ENTRIES)
             entries.append(delta_w[:, ::stride].flatten())
@@ -70,7 +69,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = processes.start_single(args.device)
-    net, _ = generate.load_net(args.hypernet, "descriptions", args, device)
+    net = generate.load_net(args.hypernet, "descriptions", args, device)
     if not hasattr(net, "embed_task"):
         raise UserError("the map is of Text-to-LoRA: this network has no task embedding")
     splits = load_tasks(args.tasks)
@@ -80,13 +79,10 @@ def main() -> None:
     if len(tasks) < 3:
         raise UserError(f"a map needs at least three tasks, not {len(tasks)}")
     base, tokenizer = None, None
-    if (args.encoder or net.config.encoder) == "base":
+    if net.config.encoder == "base":
         base, tokenizer = model.load_base(args.base_model or net.config.base_model, device)
-    settings = replace(net.config, encoder=args.encoder or net.config.encoder)
-    reader = net.load_reader(settings, base, tokenizer, device)
-    with torch.no_grad():
-        text_emb = net.condition([task.descriptions[0] for task in tasks], reader)
-    embeddings, changes = vectors_of(net, text_emb)
+    net.connect(base, tokenizer)
+    embeddings, changes = vectors_of(net, [task.descriptions[0] for task in tasks])
 
     parts = [task.name.split("-") for task in tasks]
     last = -1 if args.tasks == "tiny" else 0  # of the tiny world: category on the left, layout on the right

@@ -161,7 +161,7 @@ def text_fields(peft: dict, args: dict, weights: dict[str, Tensor], names: list[
         "size": size,
         "latent_size": 2 * len(task_encoder),
         "head_in_size": head.shape[1],
-        "trunk_dropout": 0.05,
+        "dropout": 0.05,
         "input_dropout": 0.0,
         "rotary": "pos_emb.0.weight" not in weights,
     }

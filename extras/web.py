@@ -36,7 +36,7 @@ def load_nets(args, device) -> list:
     nets, errors = [], []
     for reads in ("descriptions", "documents"):
         try:
-            nets.append(generate.load_net(args.hypernet, reads, args, device)[0])
+            nets.append(generate.load_net(args.hypernet, reads, args, device))
         except UserError as e:
             errors.append(e)
     if not nets:
@@ -57,7 +57,7 @@ def main() -> None:
     base, tokenizer = generate.load_base_for([net.config for net in nets], args, device)
     lock = threading.Lock()  # the base model holds one visitor's adapter at a time
 
-    def answer(net, reader, text: str, inputs: str):
+    def answer(net, text: str, inputs: str):
         """(table, time, zip file) for what a visitor has typed."""
         questions = [line for line in inputs.splitlines() if line.strip()]
         if not text.strip() or not questions:
@@ -66,14 +66,14 @@ def main() -> None:
             message = f"At most {MOST_LINES} lines and {MOST_LETTERS:,} letters."
             raise gradio.Error(message, print_exception=False)
         wanted = net.config.instruction if args.instruction is None else args.instruction
-        instruction = text + model.SUFFIX if wanted and net.reads == "descriptions" else ""
+        instruction = model.instruct(text) if wanted and net.reads == "descriptions" else ""
         with lock:
             try:
                 model.check_known(tokenizer, questions + ([text] if net.reads == "documents" else []))
-                adapters, milliseconds = generate.write_adapters(net, [text], base, reader)
+                adapters, milliseconds = generate.write_adapters(net, [text], base)
                 adapter, scaling = lora.select(adapters, 0), net.config.scaling
                 answers = []
-                for its_adapter in (None, adapter):
+                for its_adapter in ({}, adapter):
                     said = generate.ask(base, tokenizer, questions, its_adapter, scaling, instruction, args)
                     answers.append(said)
                 archive = Path(folder.name, net.reads, "adapter.zip")
@@ -91,7 +91,8 @@ def main() -> None:
         headers = ["input", "base model", "with adapter"]
         table = gradio.Dataframe(headers=headers, label="Answers", wrap=True, column_widths=["33%"] * 3)
         results = [table, gradio.Markdown(), gradio.File(label="The adapter, as PEFT loads it")]
-        function = partial(answer, net, generate.load_reader_for(net, base, tokenizer, args))
+        net.connect(base, tokenizer)
+        function = partial(answer, net)
         examples = hub.examples(net.config.base_model).get(net.reads)
         settings = dict(examples=examples, flagging_mode="never", api_name=title.lower())
         tabs[title] = gradio.Interface(function, boxes, results, submit_btn="Write an adapter", **settings)

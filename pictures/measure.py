@@ -16,7 +16,7 @@ from support.files import command, read_file
 
 @torch.no_grad()
 def measure(
-    base: pictures.Transformer, adapters: lora.Adapter | None, scaling: float, with_example: bool = False
+    base: pictures.Transformer, adapters: lora.Adapter, scaling: float, with_example: bool = False
 ) -> str:
     """Draw 8 pictures by each test edit, the i-th one with the i-th adapter, or with an example for each."""
     errors, hits, whole_hits = [], [], []
@@ -25,11 +25,12 @@ def measure(
         scenes = [draw_scene(edit, rng) for _ in range(8)]
         images = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
         source = pictures.to_patches(images).to(base.position.device)
-        lora.set_adapter(base, adapters and lora.select(adapters, i), scaling)
         example = None
         if with_example:
             example = torch.cat(pictures.draw_pairs([edit] * 8, rng), -1).to(source.device)
-        for scene, image in zip(scenes, pictures.sample(base, source, example).cpu().numpy()):
+        with lora.use(base, lora.select(adapters, i), scaling):
+            images = pictures.sample(base, source, example).cpu().numpy()
+        for scene, image in zip(scenes, images):
             right = apply(edit, scene)
             results = np.stack([apply(other, scene) for other in EDITS])  # [564, 24, 24, 3]
             nearest = abs(results - image).mean((1, 2, 3)).argmin()
@@ -49,17 +50,17 @@ def main() -> None:
     rng = random.Random(0)
 
     def write(edits: list[Edit], withheld: bool = False) -> lora.Adapter:
-        return pictures.write(net, [describe(edit, rng, withheld) for edit in edits])
+        return net([describe(edit, rng, withheld) for edit in edits])
 
     meaningless = ["".join(rng.sample("abcdefghijklmnopqrstuvwxyz", 12)) for _ in TEST]
     rows = {
         "unseen edits": write(TEST),
         "unseen edits in withheld wordings": write(TEST, withheld=True),
         "another edit's description": write(TEST[1:] + TEST[:1]),
-        "meaningless text": pictures.write(net, meaningless),
-        "base model": None,
+        "meaningless text": net(meaningless),
+        "base model": {},
     }
-    for mode, index in (("one", torch.zeros(len(TEST)).long()), ("oracles", torch.arange(len(TEST)))):
+    for mode, index in (("one", len(TEST) * [0]), ("oracles", list(range(len(TEST))))):
         file = folder / f"{mode}.safetensors"
         if file.exists():
             bank = pictures.make_trained(mode, base).to(device)
@@ -67,7 +68,7 @@ def main() -> None:
             rows[mode] = bank(index)
     for name, adapters in rows.items():
         print(f"{name:35} {measure(base, adapters, net.config.scaling)}", flush=True)
-    print(f"{'base model, shown an example':35} {measure(base, None, 1.0, with_example=True)}")
+    print(f"{'base model, shown an example':35} {measure(base, {}, 1.0, with_example=True)}")
 
 
 if __name__ == "__main__":

@@ -187,36 +187,25 @@ def load_base(folder: Path, device="cpu") -> Transformer:
     return lora.inject(net.to(device).requires_grad_(False).eval(), TARGETS)
 
 
-def make_trained(mode: str, base: Transformer, encoder: str = "hash") -> nn.Module:
-    """What is trained: the base model, a hypernetwork with this text encoder, or ordinary LoRAs."""
+def make_trained(mode: str, base: Transformer) -> nn.Module:
+    """What is trained: the base model, a hypernetwork or ordinary LoRAs."""
     if mode == "base":
         return base
     config = lora.config_for(base, lora.find_targets(base, TARGETS), "pictures", r=4, alpha=8.0)
-    if mode == "hypernet":
-        return make_hypernet(config, encoder, base.position.device)
-    return lora.LoRABank(config, len(TEST) if mode == "oracles" else 1)
-
-
-def make_hypernet(config: lora.LoRAConfig, encoder: str, device) -> nn.Module:
-    """A hypernetwork at its start, with its text encoder."""
-    settings = dict(latent_size=96, head_in_size=64, trunk_dropout=0.0, input_dropout=0.2)
-    reader = model.load_encoder(encoder, device)
-    net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), **settings, **reader.recorded))
+    if mode != "hypernet":
+        return lora.LoRABank(config, len(TEST) if mode == "oracles" else 1)
+    settings = dict(latent_size=96, head_in_size=64, dropout=0.0, input_dropout=0.2)
+    net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), **settings, input_size=model.HASH_WIDTH))
     net.start_as_lora()
-    net.reader = reader
+    net.connect(None, None)  # its text encoder needs no model
     return net
 
 
 def load_hypernet(folder: Path, device="cpu") -> nn.Module:
     """The trained hypernetwork, with its text encoder."""
     net = hypernet.load_hypernet(folder).to(device)
-    net.reader = net.load_reader(net.config, None, None, device)
+    net.connect(None, None)
     return net
-
-
-def write(net: nn.Module, descriptions: list[str]) -> lora.Adapter:
-    """The adapters for n descriptions."""
-    return net(net.condition(descriptions, net.reader))
 
 
 def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Random) -> Tensor:
@@ -231,23 +220,23 @@ def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Rand
         example = torch.cat(draw_pairs(edits, rng), -1).to(device)
         return flow_loss(base, source, target, t.square(), example)
     if mode == "hypernet":
-        adapters = write(trained, [describe(edit, rng) for edit in edits])
+        adapters = trained([describe(edit, rng) for edit in edits])
     elif mode == "oracles":
-        adapters = trained(torch.arange(len(TEST)).repeat(2))
+        adapters = trained(2 * list(range(len(TEST))))
     else:
-        adapters = trained(torch.tensor([0]))
-    lora.set_adapter(base, adapters, trained.config.scaling)
-    return flow_loss(base, source, target, t.square())  # early times: later ones show the edit themselves
+        adapters = trained([0])
+    with lora.use(base, adapters, trained.config.scaling):
+        return flow_loss(base, source, target, t.square())  # early times: later ones show the edit themselves
 
 
-def train(mode: str, folder: Path, steps: int, encoder: str, device: torch.device) -> None:
+def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
     """Train one of STEPS, resume it if it was interrupted, and write it into the folder."""
     file, state = folder / f"{mode}.safetensors", folder / f"{mode}-state.safetensors"
     if file.exists():
         raise UserError(f"{file} is there already; choose another folder with --weights")
     torch.manual_seed(0)
     base = Transformer().to(device) if mode == "base" else load_base(folder, device)
-    trained = make_trained(mode, base, encoder).to(device)
+    trained = make_trained(mode, base).to(device)
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -317,7 +306,7 @@ def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, ou
     import matplotlib.pyplot as plt
 
     base, net = load_base(folder, device), load_hypernet(folder, device)
-    adapters = write(net, descriptions)
+    adapters = net(descriptions)
     columns = min(2, len(descriptions))
     rows = math.ceil(len(descriptions) / columns)
     size = (5.2 * columns, 2.5 * rows)  # inches
@@ -327,9 +316,9 @@ def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, ou
     for i, (description, ax) in enumerate(zip(descriptions, axes.flat)):
         sources = read_picture(input_file) if input_file else sources_for(description)
         pictures = [sources]
-        for adapter in (None, lora.select(adapters, [i])):
-            lora.set_adapter(base, adapter, net.config.scaling)
-            drawn = sample(base, to_patches(torch.from_numpy(sources)).to(device))
+        for adapter in ({}, lora.select(adapters, [i])):
+            with lora.use(base, adapter, net.config.scaling):
+                drawn = sample(base, to_patches(torch.from_numpy(sources)).to(device))
             pictures.append(drawn.cpu().numpy())
         gap = ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0))
         padded = np.pad(np.stack(pictures), gap, constant_values=1)  # [3, 6, 26, 26, 3]
@@ -349,13 +338,12 @@ def main() -> None:
     parser.add_argument("--input", help=f"a PNG of {SIZE} x {SIZE} pixels in place of random sources")
     parser.add_argument("--train", choices=list(STEPS), help="base, hypernet; oracles, one: ordinary LoRAs")
     parser.add_argument("--steps", type=flags.at_least(1), help="training steps")
-    parser.add_argument("--encoder", default="hash", help="with --train hypernet: hash, a hub id or a folder")
     parser.add_argument("--weights", type=Path, default=HERE, help="folder of the weights")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     args = parser.parse_args()
     device = processes.start_single(args.device)
     if args.train:
-        train(args.train, args.weights, args.steps or STEPS[args.train], args.encoder, device)
+        train(args.train, args.weights, args.steps or STEPS[args.train], device)
     elif args.desc and all(text.strip() for text in args.desc):
         draw_strip(args.weights, args.desc, args.input, args.out, device)
     else:

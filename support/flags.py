@@ -1,16 +1,17 @@
 """How flags are read: from the command line, and from files of flags such as those in config/.
 
-A file of flags has one flag and its value on a line, as in `--lr 3e-3  # a comment`. `@FILE` arguments stand
-first and mean the flags in the file, which may begin with further files. If a flag occurs twice, the last one
-counts. The settings of a run and of a network are the fields of dataclasses that are made by `setting`.
+A file of flags has one flag and its value on a line, as in `--lr 3e-3  # a comment`. "#" begins a comment;
+quote a value that has one. `@FILE` arguments stand first and mean the flags in the file, which may begin with
+further files. If a flag occurs twice, the last one counts. The settings of a run and of a network are the
+fields of dataclasses that are made by `setting`.
 """
 
 import argparse
 import dataclasses
 import math
 import os
-import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ class Setting(NamedTuple):
     least: float = 0
     most: float = math.inf
     choices: tuple[str, ...] = ()
-    runs: str = ""  # kinds of runs, such as "lora sft"; "" is all
+    runs: str = ""  # kinds of runs, such as "lora recon"; "" is all
 
     def number(self, text: str) -> int | float:
         """The value of a number, checked."""
@@ -56,11 +57,11 @@ def settings_of(config_class) -> list[Setting]:
     return settings
 
 
-def used_by(kinds: set[str], settings: list[Setting]) -> tuple[list[Setting], list[Setting]]:
-    """Settings that runs of these kinds use, and the others."""
+def used_by(kind: str, settings: Iterable[Setting]) -> tuple[list[Setting], list[Setting]]:
+    """Settings that a kind of run uses, and the others."""
     used, unused = [], []
     for item in settings:
-        is_used = not item.runs or kinds & set(item.runs.split())
+        is_used = not item.runs or kind in item.runs.split()
         (used if is_used else unused).append(item)
     return used, unused
 
@@ -109,48 +110,18 @@ class Parser(argparse.ArgumentParser):
 
 # -------------------- Files of flags --------------------
 
-# white space, a comment (only at the start of a word), or a word: plain and quoted parts side by side
-TOKEN = re.compile(r"""\s+ | \#.* | (?: [^\s'"\\] | '[^']*' | "(?:\\.|[^"\\])*" | \\. )+""", re.VERBOSE)
-
-
-def words_in(text: str) -> list[str]:
-    """The words of a file of flags. Raises ValueError if a quotation is not closed."""
-    words, position = [], 0
-    while position < len(text):
-        token = TOKEN.match(text, position)
-        if not token:
-            raise ValueError(f"no closing quotation in {text[position:].splitlines()[0]}")
-        if not token[0].isspace() and not token[0].startswith("#"):
-            words += shlex.split(token[0])
-        position = token.end()
-    return words
-
-
 def expand(words: list[str], inside: tuple[str, ...] = ()) -> list[str]:
-    """Replace the @FILEs that stand first by the flags in them. An "@" anywhere else is text.
-
-    `inside` are the files that are being read.
-    """
+    """Replace the @FILEs that stand first by the flags in them. `inside` are the files that are being read."""
     if not words or not words[0].startswith("@"):
         return words
     file = words[0].removeprefix("@")
     if file in inside:
         raise UserError(f"{file} cannot be read as a file of flags: it names itself")
     try:
-        in_file = words_in(Path(file).read_text(encoding="utf-8-sig"))
+        in_file = shlex.split(Path(file).read_text(encoding="utf-8-sig"), comments=True)
     except (OSError, ValueError) as e:
         raise UserError(f"{file} cannot be read as a file of flags: {e}") from None
     return expand(in_file, (*inside, file)) + expand(words[1:], inside)
-
-
-def last_value(words: list[str], flag: str, default: str) -> str:
-    """The value of a flag among unparsed words: that of its last occurrence."""
-    for i in reversed(range(len(words))):
-        if words[i].startswith(f"{flag}="):
-            return words[i].removeprefix(f"{flag}=")
-        if words[i] == flag and i + 1 < len(words):
-            return words[i + 1]
-    return default
 
 
 def say_changes(settings: list[Setting], before, args, may_change: list[str]) -> None:

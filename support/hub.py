@@ -38,7 +38,8 @@ NOT_NEEDED = ["onnx/*", "openvino/*", "original/*", "consolidated*"]  # duplicat
 
 def is_hub_id(name: str) -> bool:
     """Whether a name can only be one on the Hugging Face hub: USER/REPO, perhaps followed by folders."""
-    return "/" in name and not name.startswith((".", "/")) and not Path(name).is_dir()
+    first = name.split("/")[0]  # USER, unless it is a folder here
+    return "/" in name and first not in ("", ".", "..", "~") and not Path(first).is_dir()
 
 
 def source_of(base_model: str) -> str:
@@ -158,6 +159,11 @@ def load_text_model(name: str) -> nn.Module:
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # of T5 only its encoder
         return load_weights(AutoModelForTextEncoding, name, **settings)
     return load_weights(AutoModel, name, **settings)
+
+
+def text_width(name: str) -> int:
+    """The width of a text encoder's output, from its config."""
+    return from_pretrained(AutoConfig, name, flag="--encoder").hidden_size
 
 
 def longest_text(text_model: nn.Module) -> int:

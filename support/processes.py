@@ -2,9 +2,8 @@
 
     torchrun --nproc_per_node=8 train.py @config/llama-3.1-8b.args --shard
 
-All processes draw the same tasks, and each takes every n-th of them (data.make_parts). Each returns its part
-of the loss; DDP averages the gradients, and `update` in train.py turns averages into sums. The first process
-validates, writes and prints.
+All processes draw the same tasks, and each computes its part of the loss (data.Batch). The gradients of the
+parts are added up. The first process validates, writes and prints.
 
 With --shard each process holds its part of the parameters of every decoder layer (FSDP2), and a layer is
 gathered only while it computes. Embeddings and head stay whole. All processes must run the base model equally
@@ -20,9 +19,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from support.files import UserError
 
@@ -138,11 +134,46 @@ def total(process: Process, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def shard_layers(decoder: nn.Module, layers: nn.ModuleList, process: Process) -> None:
+def parallel(net: nn.Module, process: Process) -> nn.Module:
+    """`net` in DDP, with several processes; it adds up their gradients, where DDP by itself takes the mean."""
+    if process.count == 1:
+        return net
+    net = nn.parallel.DistributedDataParallel(net)
+
+    def add_up(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda sums: sums.value()[0])
+
+    net.register_comm_hook(None, add_up)
+    return net
+
+
+# -------------------- A sharded base model --------------------
+# FSDP is imported where it is used, because that takes most of a second.
+
+
+def make_mesh(process: Process):
+    """The processes, as FSDP takes them. All of them make it at the same time."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(process.device.type, (process.count,))
+
+
+def shard_layers(decoder: nn.Module, layers: nn.ModuleList, mesh) -> None:
     """Leave each process its part of the parameters of every decoder layer."""
-    mesh = init_device_mesh(process.device.type, (process.count,))
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     # one root for all layers: they share its streams, and so the memory in which layers are gathered
     whole = {p for p in decoder.parameters() if not isinstance(p, DTensor)}
     fully_shard(decoder, mesh=mesh, ignored_params=whole)
+
+
+def most(n: int, base: nn.Module) -> int:
+    """The largest n of all processes, if they share a sharded base model; otherwise n."""
+    if not hasattr(base.get_decoder(), "unshard"):
+        return n
+    value = torch.tensor(n, device=base.device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)

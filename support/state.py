@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from support import flags
 from support.files import UserError, read_file, read_object, write_file
 
 
@@ -58,68 +59,70 @@ def reserved(folder: Path, settings: str, resumes: bool):
                         path.rmdir()
 
 
-KEEP = ("loss", "accuracy", "last")  # which weights are kept
+def recorded_words(folder: str) -> list[str]:
+    """The settings of an interrupted run, as words. Raises UserError if there is none in this folder."""
+    if Path(folder, "train.args").exists() and not Path(folder, "state.safetensors").exists():
+        raise UserError(f"--resume: the run in {folder} is finished; to train further: --init_from {folder}")
+    if not Path(folder, "state.safetensors").exists():
+        raise UserError(f"--resume: {folder} holds no interrupted run")
+    return [*flags.expand([f"@{folder}/train.args"]), "--out_dir", folder]
 
 
 class Checkpoint:
-    """metrics.jsonl with a row per step, and which weights are to be kept.
+    """The folder of a run: metrics.jsonl with a row per step, its state, and which weights were the best.
 
-    `keep` is "loss" (lowest validation loss), "accuracy" (highest validation accuracy) or "last".
+    The best are those with the lowest validation loss. `tasks` are the names and a checksum of the run's
+    tasks, `n_processes` those that compute it.
     """
 
-    def __init__(self, folder: Path, keep: str):
-        self.keep = keep
+    def __init__(self, folder: Path, tasks: dict, n_processes: int):
         self.metrics = folder / "metrics.jsonl"
-        self.state_file, self.tasks_file = folder / "state.safetensors", folder / "state.json"
+        self.state_file, self.run_file = folder / "state.safetensors", folder / "state.json"
+        self.run = {"processes": n_processes, **tasks}
         self.best: dict | None = None  # the row of the best weights so far
-        self.wandb = None
-
-    def start_wandb(self, settings: dict) -> None:
-        """Log to Weights & Biases, too, which is optional."""
-        import wandb
-
-        wandb.init(project="text-to-lora", name=self.metrics.parent.name, config=settings)
-        self.wandb = wandb
 
     def add(self, row: dict) -> bool:
         """Write the row of a step. Returns whether its weights are the best so far, by a validation."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
         return self.note_best(row)
 
     def note_best(self, row: dict) -> bool:
         """Whether the weights of a step are at least as good as the best so far; then they are the best."""
-        if self.keep == "last" or "val_loss" not in row:
-            return False
-        key, sign = ("val_loss", -1) if self.keep == "loss" else ("val_accuracy", 1)
-        if math.isnan(row[key]) or (self.best and sign * row[key] < sign * self.best[key]):
+        loss = row.get("val_loss", math.nan)
+        if math.isnan(loss) or (self.best and loss > self.best["val_loss"]):
             return False
         self.best = row
         return True
+
+    def best_step(self) -> int:
+        """The step of the best weights; 0 if there was no validation."""
+        return self.best["step"] if self.best else 0
 
     def what_was_kept(self, last_step: int) -> str:
         """Which weights lie in the folder, in words."""
         if not self.best:
             return f"the weights of the last step, {last_step}"
         step, loss, accuracy = self.best["step"], self.best["val_loss"], self.best["val_accuracy"]
-        rule = "lowest validation loss" if self.keep == "loss" else "highest validation accuracy"
-        return f"the weights of step {step}, with the {rule} (loss {loss:.4f}, right answers {accuracy:.2f})"
+        measured = f"loss {loss:.4f}, right answers {accuracy:.2f}"
+        return f"the weights of step {step}, with the lowest validation loss ({measured})"
 
-    def save_state(self, step: int, net: nn.Module, optimizer, task_ids: dict) -> None:
-        """Write what --resume needs; `task_ids` are the names and a checksum of the run's tasks."""
-        if not self.tasks_file.exists():
-            write_file(self.tasks_file, task_ids)
+    def save_state(self, step: int, net: nn.Module, optimizer) -> None:
+        """Write what --resume needs."""
+        if not self.run_file.exists():
+            write_file(self.run_file, self.run)
         save_state(self.state_file, step, net, optimizer)
 
-    def resume(self, net: nn.Module, optimizer, task_ids: dict) -> int:
+    def resume(self, net: nn.Module, optimizer) -> int:
         """Put the saved state into net and optimizer; returns the number of steps done."""
-        saved = read_object(self.tasks_file)
-        if saved != task_ids:
-            changed = sorted(set(saved["names"]) ^ set(task_ids["names"]))
+        saved = read_object(self.run_file)
+        if (saved["names"], saved["checksum"]) != (self.run["names"], self.run["checksum"]):
+            changed = sorted(set(saved["names"]) ^ set(self.run["names"]))
             what = f"added or removed: {', '.join(changed[:5])}" if changed else "their texts are different"
             raise UserError(f"--resume: the tasks have changed since this run was started ({what})")
+        if saved["processes"] != self.run["processes"]:
+            message = f"--resume: this run has {saved['processes']} processes, not {self.run['processes']}"
+            raise UserError(f"{message}: its dropout would be another")
         return load_state(self.state_file, net, optimizer)
 
     def rewind(self, step: int) -> None:
@@ -132,7 +135,7 @@ class Checkpoint:
     def close(self) -> None:
         """Remove the state of a finished run."""
         self.state_file.unlink()
-        self.tasks_file.unlink()
+        self.run_file.unlink()
 
 
 def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:

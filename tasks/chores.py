@@ -33,7 +33,7 @@ DATA = read_file(Path(__file__).parent / "chores.json")
 WRITTEN = read_file(Path(__file__).parent / "chores_descriptions.json")
 N_VAL, N_TEST = 32, 100  # chains to validate and to test
 N_EXAMPLES = 10  # test examples of a task
-COPIES = 4  # a single chore is drawn as often as four chains, since chains are learnt from single ones
+WEIGHT = 4  # a single chore is drawn as often as four chains, since chains are learnt from single ones
 
 # -------------------- Values --------------------
 
@@ -454,12 +454,12 @@ def load() -> Splits:
         else:
             double.append(chain)
     val, test, train = double[:N_VAL], double[N_VAL : N_VAL + N_TEST], double[N_VAL + N_TEST :]
-    single_tasks, copies = [make_task(chain) for chain in single], []
+    single_tasks = [make_task(chain) for chain in single]
     for chain, task in zip(single, single_tasks):
         if not chain[1].startswith("any"):  # those have a task for each sort of input already
-            copies += [task] * (COPIES - 1)
+            task.weight = WEIGHT
     splits = {
-        "train": single_tasks + [make_task(chain) for chain in train] + copies,
+        "train": single_tasks + [make_task(chain) for chain in train],
         "val": [make_task(chain) for chain in val],
         "test": [make_task(chain) for chain in test],
         "single": [make_task(chain) for chain in single],

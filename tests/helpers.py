@@ -44,7 +44,7 @@ DECODERS += [LlamaConfig, MistralConfig, CohereConfig, Phi3Config]
 DESC = "Keep only the animals and translate them into French."
 SAY = ["--desc", DESC]
 SHORT = "--n_tasks 8 --tasks_per_batch 4 --examples_per_task 2".split()
-SHORT += "--size small --latent_size 32 --head_in_size 32 --input_dropout 0 --trunk_dropout 0".split()
+SHORT += "--size small --latent_size 32 --head_in_size 32 --input_dropout 0".split()
 SHORT += ["--dropout", "0"]
 D2L, LORA = ["@config/d2l.args"], ["@config/lora.args"]
 REAL = ["--base_model", os.environ.get("T2L_BASE"), "--encoder", os.environ.get("T2L_ENCODER")]
@@ -136,6 +136,12 @@ def with_peft(base: nn.Module, folder: Path) -> nn.Module:
         return peft.PeftModel.from_pretrained(base, folder).eval()
 
 
+def logits_of(base: nn.Module, ids: torch.Tensor, adapter=None, scaling: float = SCALING) -> torch.Tensor:
+    """The logits of an injected base model with an adapter."""
+    with lora.use(base, adapter or {}, scaling):
+        return base(ids).logits
+
+
 def one_layer(linear: nn.Linear, name: str = "q_proj") -> nn.ModuleDict:
     return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({name: linear})])})
 
@@ -168,7 +174,7 @@ def run_of(*words, device="cpu") -> train.Run:
 
 def batch_of(run: train.Run, drawn: list[data.DrawnTask]) -> data.Batch:
     """What a single process computes for these tasks."""
-    return data.make_parts(run.tokenizer, run.tasks, drawn, run.args)[0]
+    return data.make_batch(run.tokenizer, run.tasks, drawn, run.args)
 
 
 def gradients(run: train.Run, step: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -27,6 +27,7 @@ from tests.helpers import (
     command,
     config_for,
     injected,
+    logits_of,
     one_layer,
     random_adapter,
     refused,
@@ -48,8 +49,7 @@ def test_peft_reads_our_adapter(tmp_path, rslora, rank):
     plain = lora.inject(base, names)(ids).logits
     assert (plain - theirs).abs().max() > 0.01
     for ours, its_config in ((adapter, config), lora.load_adapter(tmp_path)):
-        lora.set_adapter(base, ours, its_config.scaling)
-        close(base(ids).logits, theirs)
+        close(logits_of(base, ids, ours, its_config.scaling), theirs)
 
 
 def peft_adapter(folder: Path, **settings) -> nn.Module:
@@ -68,8 +68,7 @@ def test_we_read_pefts_adapter(tmp_path, settings):
     theirs = peft_adapter(tmp_path, **settings)
     adapter, config = lora.load_adapter(tmp_path)
     base, ids = lora.inject(tiny_llama(), list(config.targets)), torch.randint(160, (2, 9))
-    lora.set_adapter(base, adapter, config.scaling)
-    close(base(ids).logits, theirs(ids).logits)
+    close(logits_of(base, ids, adapter, config.scaling), theirs(ids).logits)
 
 
 NOT_PLAIN = {
@@ -118,7 +117,7 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
 
     refused("q_proj is Quantised: quantised", lora.inject, one_layer(Quantised(4, 4)), ["q_proj"])
     adapter = random_adapter(config_for(tiny_llama(hidden_size=32)))
-    refused("for another model", lora.set_adapter, lora.inject(tiny_llama(), NAMES), adapter, 1.0)
+    refused("for another model", lora.use(lora.inject(tiny_llama(), NAMES), adapter, 1.0).__enter__)
     refused("is missing", lora.load_adapter, tmp_path)
     write_file(tmp_path / "adapter_config.json", [{"peft_type": "LORA"}])
     refused("must hold a JSON object", lora.load_adapter, tmp_path)
@@ -163,11 +162,11 @@ def test_an_adapter_on_every_architecture(tmp_path, make):
     adapter, ids = random_adapter(config), torch.randint(1, 50, (2, 9))
     lora.save_adapter(tmp_path / "adapter", adapter, config)
     plain = base(ids).logits
-    lora.set_adapter(base, adapter, SCALING)
-    ours = base(ids).logits
+    ours = logits_of(base, ids, adapter)
     assert (ours - plain).abs().max() > 0.01
     examples = [(row[:3], row[3:]) for row in ids.tolist()]
-    logits, example, right = model.answer_logits(base, examples)
+    with lora.use(base, adapter, SCALING):
+        logits, example, right = model.answer_logits(base, examples)
     close(logits, ours[:, 2:-1].flatten(0, 1), 1e-4, 1e-4)  # whatever the model does to its logits
     assert right.tolist() == ids[:, 3:].flatten().tolist() and example.tolist() == [0] * 6 + [1] * 6
     leaves, grads, calls = [x.requires_grad_() for pair in adapter.values() for x in pair], [], []
@@ -175,13 +174,13 @@ def test_an_adapter_on_every_architecture(tmp_path, make):
     for checkpointing in (False, True):
         if checkpointing:
             model.recompute_layers(base)
-        lora.set_adapter(base, adapter, SCALING)
-        grads.append(torch.autograd.grad(train.answer_loss(*model.answer_logits(base, examples)), leaves))
+        with lora.use(base, adapter, SCALING):
+            loss = train.answer_loss(*model.answer_logits(base, examples))
+            grads.append(torch.autograd.grad(loss, leaves))
     assert len(calls) == 1 + 2  # once without, and once more in the backward pass with checkpointing
     assert all(grad.abs().max() > 0 for grad in grads[0])
     close(*grads, 1e-4, 1e-6)
-    lora.set_adapter(base.eval(), None)
-    lora.merge(base, adapter, SCALING)
+    lora.merge(base.eval(), adapter, SCALING)
     base.save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     close(merged(ids).logits, ours, 1e-4, 1e-4)

@@ -24,6 +24,7 @@ from tests.helpers import (
     command,
     evaluate,
     fit,
+    logits_of,
     repeated,
     run_of,
     tiny_llama,
@@ -47,33 +48,34 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     lora.inject(base, net.names)
     texts = ["cat -> red", "dog -> blue horse chair\nbird hat lemon apple sun", "hat -> sun moon tree"]
 
-    def read(documents):
-        return net.condition(documents, hypernet.DocumentReader(base, tokenizer))
+    net.connect(base, tokenizer)
 
     def delta(documents):
-        return (lambda A, B: B @ A)(*net(read(documents))["down_proj"])
+        return (lambda A, B: B @ A)(*net(documents)["down_proj"])
 
-    A, B = net(read(texts))["down_proj"]
+    A, B = net(texts)["down_proj"]
     for i, text in enumerate(texts):
         rank = 8 * (1 + math.ceil(len(model.tokenize(tokenizer, text)) / 6))
         close(delta([text])[0], B[i] @ A[i], 1e-4)
         assert not A[i, :, rank:].any() and A[i, :, :rank].any(-1).all()
+        net(texts)
+        assert net.ranks[i] == rank
     both, turned = delta([texts[:2]])[0], delta([texts[1::-1]])[0]
     close(both, turned, 1e-4)
     bias = net.bias["down_proj_B"] @ net.bias["down_proj_A"]
     close(both, B[0] @ A[0] + B[1] @ A[1] - bias, 1e-4)
     with monkeypatch.context() as patch:
         patch.setattr(hypernet, "TOKENS_READ_AT_ONCE", 1)
-        one_by_one = read(texts)
-    assert {len(group) for group in one_by_one.groups} == {1} and len(read(texts).groups) == 1
-    close(net(one_by_one)["down_proj"][0], A)
+        assert len(list(net.encode(texts)[0])) == sum(net.encode(texts)[1])
+        close(net(texts)["down_proj"][0], A)
+    assert len(list(net.encode(texts)[0])) == 1
     net.start_as_lora()
-    assert all(not (B @ A).any() for A, B in net(read(texts)).values())
+    assert all(not (B @ A).any() for A, B in net(texts).values())
     assert net.bias["down_proj_A"].std() > 0.4 / 384**0.5  # B alone is zero, so that it learns
     net.config.random_chunks, net.config.chunk_len = True, 64
 
     def count():
-        return set(read([repeated("cat dog sun ", 20)] * 40).counts)
+        return set(net.encode([repeated("cat dog sun ", 20)] * 40)[1])
 
     assert count() == {1} and len(net.train() and count()) > 1  # drawn in training only
 
@@ -81,21 +83,21 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
 def test_a_group_without_padding_has_no_mask(reader):
     net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
-    reads = hypernet.DocumentReader(base, tokenizer)
-    features, mask = hypernet.read_chunks(net.config, reads, [[5, 6, 7], [8, 9, 10]])
+    features, mask = hypernet.read_chunks(base, [[5, 6, 7], [8, 9, 10]], False)
     assert mask is None
     ones = torch.ones(2, 3)
     close(net.write_chunks(features, None)["down_proj"], net.write_chunks(features, ones)["down_proj"])
-    assert hypernet.read_chunks(net.config, reads, [[5, 6, 7], [8]])[1].sum() == 4
+    assert hypernet.read_chunks(base, [[5, 6, 7], [8]], False)[1].sum() == 4
 
 
 def test_the_perceiver_is_computed_again_to_save_memory(reader):
     net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
-    condition, found, calls = net.condition(["cat -> red"], hypernet.DocumentReader(base, tokenizer)), [], []
+    found, calls = [], []
+    net.connect(base, tokenizer)
     net.perceiver.register_forward_hook(lambda *_: calls.append(1))
     for net.recompute in (False, True):
-        A, B = net(condition)["down_proj"]
+        A, B = net(["cat -> red"])["down_proj"]
         loss, parameters = (B @ A).square().sum(), list(net.parameters())
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         found.append([gradient for gradient in gradients if gradient is not None])
@@ -129,7 +131,7 @@ def test_the_size_of_weights_does_not_depend_on_padding():
     """A short document's penalty is the same beside a long one as alone."""
     A, B = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 4)
     A[0, :, 2:], B[0, ..., 2:] = 0, 0
-    together = train.weight_size({"x": (A, B)}, torch.abs)
+    together = train.weight_size({"x": (A, B)}, torch.tensor([2, 4]), torch.abs)
     means = [A[0, :, :2].abs().mean() + B[0, ..., :2].abs().mean(), A[1].abs().mean() + B[1].abs().mean()]
     close(together, sum(means) / 2)
 
@@ -178,15 +180,15 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     run = run_of(*D2L)
     run.args.distill, run.args.l2 = 5, 0.0
     run.net = hypernet.load_hypernet(reader)
+    run.net.connect(run.base, run.tokenizer)
     document, example = run.tasks[0].descriptions[0], run.tasks[0].train[0]
     loss = train.sft_step(run, run.net, [data.DrawnTask(0, document, [example])])["task"]
-    written = run.net(run.net.condition([document], run.reader))
+    written = run.net([document])
     logprobs = []
-    for instruction, adapter in ((document, None), ("", written)):
-        lora.set_adapter(run.base, adapter, run.net.config.scaling)
+    for instruction, adapter in ((document, {}), ("", written)):
         prompt, target = data.example_ids(run.tokenizer, example.input, example.answers[0], instruction)
-        logits = run.base(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
-        logprobs.append(logits.log_softmax(-1))
+        logits = logits_of(run.base, torch.tensor([prompt + target]), adapter, run.net.config.scaling)
+        logprobs.append(logits[0, len(prompt) - 1 : -1].log_softmax(-1))
     teacher, student = logprobs
     expected = (teacher.exp() * (teacher - student)).gather(-1, teacher.topk(5).indices).sum(-1).mean()
     close(loss, expected, 1e-4)

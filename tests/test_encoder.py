@@ -1,7 +1,6 @@
 """Text encoders."""
 
 import collections
-import shutil
 import zlib
 from pathlib import Path
 
@@ -23,9 +22,8 @@ from transformers import (
 )
 
 import model
-from pictures import pictures
 from support.files import write_file
-from tests.helpers import close, command, refused, repeated
+from tests.helpers import close, refused, repeated
 
 
 def bert_folder(folder: Path) -> nn.Module:
@@ -140,7 +138,7 @@ def test_hashed_words_are_those_that_shipped_networks_know():
 
 def test_base_encoder_reads_the_last_token():
     base, tokenizer = model.load_base("tiny")
-    encode = model.load_encoder("base", base_and_tokenizer=(base, tokenizer))
+    encode = model.load_encoder("base", "cpu", base, tokenizer)
     alone = encode(["cat dog"])[0]
     close(encode(["cat dog", "cat dog red hat"])[0], alone, 1e-5, 1e-6)
     hidden = base.model(torch.tensor([tokenizer("cat dog")["input_ids"]])).last_hidden_state
@@ -223,13 +221,3 @@ def test_a_frozen_encoder_reads_each_text_once_and_alone(tmp_path):
     assert torch.equal(encode(["two three"])[0], first[1]) and len(read) == 2
 
 
-def test_a_text_encoder_of_the_hub_reads_for_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "BATCH", 4)
-    (tmp_path / "bert").mkdir()
-    bert_folder(tmp_path / "bert")
-    shutil.copy(pictures.HERE / "base.safetensors", tmp_path)
-    words = ["--train", "hypernet", "--steps", "2", "--encoder", tmp_path / "bert", "--weights", tmp_path]
-    assert command(pictures, *words) == 0
-    net = pictures.load_hypernet(tmp_path)
-    A, B = pictures.write(net, ["one two", "three"])["to_q"]
-    assert not torch.equal(A[0], A[1]) and B.abs().sum() > 0

@@ -1,5 +1,6 @@
 """The methods and scores of eval.py."""
 
+import contextlib
 import types
 
 import pytest
@@ -38,10 +39,10 @@ def test_which_descriptions_a_method_is_given():
     assert not known & {question.description for question in used("t2l_random")}
     assert len(used("t2l")) == 75
     for question in used("t2l_shuffled", True):  # the task's own instruction
-        assert question.instruction.removesuffix(model.SUFFIX) in question.task.descriptions
+        assert question.instruction in [model.instruct(text) for text in question.task.descriptions]
     for name in ("t2l", "t2l_reworded"):  # the prompt says what the network reads
         for question in used(name, True):
-            assert question.instruction == question.description + model.SUFFIX
+            assert question.instruction == model.instruct(question.description)
     benchmark = data.Task(
         "piqa", list("abc"), [], [Example(str(i), ["1"]) for i in range(30)], n_scored=None, n_descriptions=3
     )
@@ -61,7 +62,7 @@ def test_scores_and_their_interval(monkeypatch):
 
     monkeypatch.setattr(model, "answer", goes_on)
     models = types.SimpleNamespace(tokenizer=tokenizer, base=base)
-    models.has_instruction, models.set_adapters = lambda *_: False, lambda *_: None
+    models.has_instruction, models.use_adapters = lambda *_: False, lambda *_: contextlib.nullcontext()
     args = types.SimpleNamespace(n_examples=None, batch_size=8, contains=False, max_new_tokens=None)
 
     def score(right: str) -> float:

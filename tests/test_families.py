@@ -12,7 +12,16 @@ import model
 import train
 from data import Example, Task
 from support.processes import Process
-from tests.helpers import SCALING, close, config_for, random_adapter, refused, run_of, with_peft
+from tests.helpers import (
+    SCALING,
+    close,
+    config_for,
+    logits_of,
+    random_adapter,
+    refused,
+    run_of,
+    with_peft,
+)
 
 MIXED, SLIDING = ["linear_attention", "full_attention"] * 2, ["sliding_attention", "full_attention"] * 2
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=4)
@@ -81,11 +90,10 @@ def test_adapters_on_layers_that_differ(tmp_path, family):
     lora.inject_targets(base, config.targets)
     batch, ids = random_adapter(config, 2), torch.randint(3, 64, (2, 9))
     plain = base(ids).logits
-    lora.set_adapter(base, batch, SCALING)
-    together = base(ids).logits
+    together = logits_of(base, ids, batch)
     for row in range(2):
-        lora.set_adapter(base, lora.select(batch, row), SCALING)
-        close(base(ids[row : row + 1]).logits[0], together[row], 1e-4, 1e-4)
+        alone = logits_of(base, ids[row : row + 1], lora.select(batch, row))
+        close(alone[0], together[row], 1e-4, 1e-4)
     assert (together - plain).abs().max() > 0.01
 
     first = lora.select(batch, 0)
@@ -95,10 +103,10 @@ def test_adapters_on_layers_that_differ(tmp_path, family):
     for name in first:
         close(again[name], first[name])
     net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config) | dict(input_size=4, z_score=True)))
-    net.normalize(batch)
-    written = net(torch.randn(2, 4))
-    assert train.recon_loss("delta_w", written, batch, net.std).isfinite()
-    lora.set_adapter(base, None)
+    mean, std = lora.statistics(batch)
+    net.start_at(mean, std)
+    written = net.write(torch.randn(2, 4))
+    assert train.recon_loss("delta_w", written, batch, std).isfinite()
     lora.merge(base, first, SCALING)
     close(base(ids[:1]).logits[0], together[0], 1e-4, 1e-4)
     close(with_peft(random_base(family), tmp_path)(ids[:1]).logits[0], together[0], 1e-4, 1e-4)
@@ -139,19 +147,16 @@ def test_networks_write_for_layers_that_differ(family, reads, args):
     model.recompute_layers(base)
     if reads == "descriptions":
         sizes = dict(input_size=8192, latent_size=16, head_in_size=8, size="medium")
-        net, reader = (
-            hypernet.TextToLoRA(hypernet.TextConfig(**vars(config) | sizes)),
-            model.load_encoder("hash"),
-        )
+        net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config) | sizes))
     else:
         sizes = dict(input_size=32, latent_size=16, n_blocks=1, n_heads=4, chunk_len=9)
         net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(config) | sizes))
-        reader = hypernet.DocumentReader(base, tokenizer)
         for p in net.bias.values():
             nn.init.normal_(p, std=0.1)
     examples = [Example(f"in {i}", [f"out {i}"]) for i in range(2)]
     tasks = [Task(str(i), [f"do this {i}"], examples, []) for i in range(2)]
-    run = train.Run(args, Process(torch.device("cpu")), tasks, [], base, tokenizer, net, reader)
+    run = train.Run(args, Process(torch.device("cpu")), tasks, [], base, tokenizer, net)
+    net.connect(base, tokenizer)
     drawn = [data.DrawnTask(i, task.descriptions[0], examples) for i, task in enumerate(tasks)]
     losses = train.sft_step(run, net, drawn)
     assert sum(losses.values()).isfinite()

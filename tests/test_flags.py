@@ -9,7 +9,7 @@ import eval as evaluation
 import generate
 import train
 from support import flags
-from tests.helpers import D2L, HERE, command
+from tests.helpers import D2L, HERE, command, refused
 
 
 def test_help_shows_the_values_of_the_run(capsys):
@@ -20,7 +20,7 @@ def test_help_shows_the_values_of_the_run(capsys):
 
     text = shown("@config/gemma-2-2b.args", "--lr", "1e-3")
     assert (text["max_steps"], text["lr"], text["latent_size"]) == ("1180000", "0.001", "512")
-    assert text["encoder"] == "Alibaba-NLP/gte-large-en-v1.5" and text["full_stop"] == "True"
+    assert text["encoder"] == "Alibaba-NLP/gte-large-en-v1.5" and text["dropout"] == "0.05"
     text = shown("@config/mistral-7b-recon.args")
     assert text["recon_loss"] == "delta_w" and text["size"] == "medium" and text["dtype"] == "float32"
     text = shown(*D2L, "--seed", "5")
@@ -62,9 +62,8 @@ UNUSED = [
     ["--oracles", "/nowhere"],
     ["--multi_task"],
     ["--distill", "4"],
-    ["--n_latents", "3"],
+    ["--n_heads", "4"],
     [*RECON, "--l1", "1"],
-    [*RECON, "--dropout", "0.1"],
     [*RECON, "--label_smoothing", "0.1"],
     [*RECON, "--rank", "4"],
     [*RECON, "--shard"],
@@ -81,14 +80,16 @@ def test_a_flag_that_counts_for_nothing_is_refused(words, capsys):
     assert " is not a setting of --mode " in capsys.readouterr().err
 
 
-def test_words_of_a_file_of_flags():
-    text = """--tasks a#b # comment with an apostrophe's end
+def test_words_of_a_file_of_flags(tmp_path):
+    text = """--tasks 'a#b' # comment with an apostrophe's end
     #another
     --out_dir 'a # b' --x "it's"
     """
-    assert flags.words_in(text) == ["--tasks", "a#b", "--out_dir", "a # b", "--x", "it's"]
-    with pytest.raises(ValueError, match="no closing quotation in 'a b"):
-        flags.words_in("--x 'a b")
+    (tmp_path / "a.args").write_text(text)
+    expected = ["--tasks", "a#b", "--out_dir", "a # b", "--x", "it's"]
+    assert flags.expand([f"@{tmp_path / 'a.args'}"]) == expected
+    (tmp_path / "a.args").write_text("--x 'a b")
+    refused("No closing quotation", flags.expand, [f"@{tmp_path / 'a.args'}"])
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path):
@@ -96,7 +97,3 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
     assert flags.expand([f"@{tmp_path / 'a.args'}"]) == ["--lr", "2"]
 
 
-def test_the_last_value_of_a_flag_counts():
-    words = ["--mode", "lora", "--mode=recon", "--x", "1"]
-    assert flags.last_value(words, "--mode", "sft") == "recon"
-    assert flags.last_value(words, "--arch", "t2l") == "t2l"

@@ -17,11 +17,12 @@ def test_the_projection_keeps_the_two_widest_directions():
 @torch.no_grad()
 def test_the_changes_are_those_of_the_weights(monkeypatch):
     monkeypatch.setattr(mapping, "ENTRIES", 10**9)  # all of them
-    net, text_emb = hypernet.load_hypernet(TINY / "sft_small"), torch.randn(2, 8192)
-    embeddings, changes = mapping.vectors_of(net, text_emb)
-    A, B = net(text_emb)["q_proj"]
+    net, texts = hypernet.load_hypernet(TINY / "sft_small"), ["Keep the fruits.", "Reverse the list."]
+    net.connect(None, None)
+    embeddings, changes = mapping.vectors_of(net, texts)
+    A, B = net(texts)["q_proj"]
     close(changes[:, : 4 * 128 * 128], SCALING * (B @ A).flatten(1), 1e-4, 1e-4)
-    close(embeddings, net.embed_task(text_emb))
+    close(embeddings, net.embed_task(net.encode(texts)))
 
 
 def test_the_map_of_the_tiny_world(tmp_path, capsys):

@@ -67,16 +67,16 @@ def test_an_adapter_or_an_example_says_what_is_drawn():
         rights += [edits.apply(edit, scene).tolist() for scene in scenes]
     source, right = pictures.to_patches(torch.tensor(sources)), torch.tensor(rights)
 
-    def error(adapters=None, example=None) -> float:
-        lora.set_adapter(base, adapters, net.config.scaling)
-        return (pictures.sample(base, source, example) - right).abs().mean()
+    def error(adapters, example=None) -> float:
+        with lora.use(base, adapters, net.config.scaling):
+            return (pictures.sample(base, source, example) - right).abs().mean()
 
     errors = {}
     for whose, chosen in (("own", asked), ("another's", others)):
-        adapters = pictures.write(net, [edits.describe(edit, rng) for edit in chosen])
+        adapters = net([edits.describe(edit, rng) for edit in chosen])
         shown = [edit for edit in chosen for _ in range(4)]
         example = torch.cat(pictures.draw_pairs(shown, rng), -1)
-        errors[whose] = error(adapters), error(example=example)
+        errors[whose] = error(adapters), error({}, example)
     assert errors["own"][0] < 0.1 and errors["own"][0] < 0.5 * errors["another's"][0]
     assert errors["own"][1] < 0.5 * errors["another's"][1]
 
@@ -94,8 +94,8 @@ def test_the_strip_and_ones_own_picture(tmp_path, capsys, monkeypatch):
     plt.imsave(mine, edits.render(edits.draw_scene(edits.TEST[0], random.Random(0))))
     plt.imsave(small, torch.rand(8, 8, 3).numpy())
     words = ["--desc", "Paint the hearts white.", "--out", out]
-    given, real = [], lora.set_adapter
-    monkeypatch.setattr(lora, "set_adapter", lambda base, *a: given.append(a[0]) or real(base, *a))
+    given, real = [], lora.use
+    monkeypatch.setattr(lora, "use", lambda base, *a: given.append(a[0]) or real(base, *a))
     assert command(pictures, *words, "--desc", "Turn it grey.", "--input", mine) == 0
     first, second = [adapter["to_q"][0] for adapter in given if adapter]
     assert not torch.equal(first, second)  # each description has its own

@@ -147,13 +147,18 @@ def test_two_processes_are_one(pair, tmp_path, name):
 def test_parts_of_a_step_are_unequal_where_that_is_tested():
     run = run_of(*LONG)
 
-    def n_examples(step: int) -> list[int]:
-        drawn = data.draw(run.tasks, step, run.args)
-        return [len(part.examples) for part in data.make_parts(run.tokenizer, run.tasks, drawn, run.args, 2)]
+    def part(drawn, rank: int) -> data.Batch:
+        return data.make_batch(run.tokenizer, run.tasks, drawn, run.args, rank, 2)
 
-    assert any(len(set(n_examples(step))) == 2 for step in range(5))
+    parts = []
+    for step in range(5):
+        drawn = data.draw(run.tasks, step, run.args)
+        parts.append((part(drawn, 0), part(drawn, 1)))
+    assert any(len(one.examples) != len(two.examples) for one, two in parts)
+    for one, two in parts:
+        assert one.most_examples == two.most_examples == max(len(one.examples), len(two.examples))
     alone = data.draw(run.tasks, 0, run_of(*ALONE).args)
-    _, idle = data.make_parts(run.tokenizer, run.tasks, alone, run.args, 2)
+    idle = part(alone, 1)
     assert idle.tasks == alone and idle.task_fraction == idle.example_fraction == 0
 
 

@@ -19,7 +19,7 @@ CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 def test_chat_templates_with_and_without_a_system_message():
     tokenizer = model.load_base("tiny")[1]
     tokenizer.chat_template = CHATML
-    chat = model.chat(tokenizer, "hello", "Greet." + model.SUFFIX)
+    chat = model.chat(tokenizer, "hello", model.instruct("Greet."))
     question = "Greet. Please complete the task without any explanation.\n\nhello"
     turns = f"<|im_start|>system\n<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
     assert model.render(tokenizer, chat) == turns + "<|im_start|>assistant\n"
@@ -78,6 +78,42 @@ def test_the_answer_is_tokenized_as_the_model_would_write_it(tmp_path):
     assert data.example_ids(fast, "where", "Paris", "") == ([3, 6, 4], [5, 1])
 
 
+def test_what_a_template_writes_before_an_answer_belongs_to_the_prompt(tmp_path):
+    """As gpt-oss's channel: otherwise it would be trained and read as a part of the answer."""
+    tokenizer = model.load_base("tiny")[1]
+    said = "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}{{ m.content }}"
+    tokenizer.chat_template = CHATML.replace("\n{{ m.content }}", "\n" + said)
+    chat = [{"role": "user", "content": "x"}]
+    prompt = "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n<|channel|>final<|message|>"
+    assert model.render(tokenizer, chat) == prompt
+    assert model.render(tokenizer, chat, "Paris") == "Paris<|im_end|>"
+
+
+def test_the_mark_that_the_template_writes_after_an_answer_ends_it(tmp_path):
+    """In Qwen's base models generation_config.json names another one."""
+    tiny_llama().save_pretrained(tmp_path)
+    tokenizer = model.load_base("tiny")[1]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    write_file(tmp_path / "generation_config.json", {"eos_token_id": 3})
+    base, tokenizer = model.load_base(str(tmp_path))
+    assert base.generation_config.eos_token_id == [3, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_a_tokenizer_with_neither_pad_nor_end_mark(tmp_path):
+    tiny_llama(vocab_size=424).save_pretrained(tmp_path)
+    model.load_base("tiny")[1].save_pretrained(tmp_path)
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (tmp_path / file).exists():
+            content = read_file(tmp_path / file)
+            write_file(tmp_path / file, content | {"pad_token": None, "eos_token": None})
+    (tmp_path / "generation_config.json").unlink()
+    base, tokenizer = model.load_base(str(tmp_path))
+    assert tokenizer.pad_token is None
+    assert len(model.answer(base, tokenizer, ["cat", "cat dog sun"], 2)) == 2
+
+
 def test_a_prompt_does_not_depend_on_the_day():
     tokenizer = model.load_base("tiny")[1]
     today = "{{ date_string }} {{ strftime_now('%d %b %Y') }} {{ messages[-1].content }}"
@@ -96,18 +132,19 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
     def prompts_of(module, *words) -> set[str]:
         seen.clear()
         assert command(module, *words) == 0
-        return set(seen)
+        return seen - {"", "x"}  # by which the template is measured
 
-    for given, expected in ([], "cat dog"), (["--instruction"], f"red hat{model.SUFFIX}\n\ncat dog"):
+    for given, expected in ([], "cat dog"), (["--instruction"], model.instruct("red hat") + "\n\ncat dog"):
         net = tmp_path / f"net{len(given)}"
         data.cached_ids.cache_clear()
         words = [*SHORT, "--max_steps", "1", "--tasks", folder, "--out_dir", net, *given]
         assert prompts_of(train, *words) == {expected}
-        own = ["--hypernet", net, "--split", "train", "--methods", "base,t2l", "--tasks", folder]
-        assert prompts_of(evaluation, *own) == {expected}  # as in training
+        own = ["--hypernet", net, "--split", "train", "--tasks", folder]
+        assert prompts_of(evaluation, *own, "--methods", "t2l") == {expected}  # as in training
+        assert prompts_of(evaluation, *own, "--methods", "base,t2l") == {"cat dog", expected}
         words = ["--desc", "red hat", "--input", "cat dog", "--hypernet", net, "--out", tmp_path / "out"]
         assert prompts_of(generate, *words) == {expected}
-    assert prompts_of(evaluation, *own, "--no-instruction") == {"cat dog"}
+    assert prompts_of(evaluation, *own, "--methods", "t2l", "--no-instruction") == {"cat dog"}
     both = ["--compare", tmp_path / "net0", "--tasks", folder, "--split", "train", "--methods", "t2l"]
     assert len(prompts_of(evaluation, "--hypernet", net, *both)) == 2  # each as it was trained
 

@@ -31,6 +31,7 @@ from tests.helpers import (
     close,
     command,
     golden,
+    logits_of,
     one_layer,
     refused,
     small_config,
@@ -85,15 +86,15 @@ def test_published_layout_round_trip(tmp_path, size, kind):
     folder = published_folder(tmp_path, weights, base_model="google/gemma-2-2b-it", **args)
     assert command(published, folder, tmp_path / "ours") == 0
     again, emb = hypernet.load_hypernet(tmp_path / "ours"), torch.randn(2, 7)
-    close(again(emb), net(emb), 1e-5, 1e-6)
+    close(again.write(emb), net.write(emb), 1e-5, 1e-6)
     c = again.config
     assert (c.size, c.encoder, c.full_stop, c.instruction) == (net.config.size, "some/one", True, True)
     assert c.scaling == SCALING and c.targets == net.config.targets
-    swapped = published.convert(folder, NAMES[::-1])(emb)
+    swapped = published.convert(folder, NAMES[::-1]).write(emb)
     published_folder(tmp_path, weights, order=NAMES[::-1], **args)  # named the other way round
-    close(published.convert(folder)(emb)["q_proj"][0], swapped["q_proj"][0])
+    close(published.convert(folder).write(emb)["q_proj"][0], swapped["q_proj"][0])
     net.module_emb[0].weight.data = net.module_emb[0].weight.data.flip(0)
-    close(swapped["q_proj"][0], net(emb)["q_proj"][0], 1e-5, 1e-6)
+    close(swapped["q_proj"][0], net.write(emb)["q_proj"][0], 1e-5, 1e-6)
 
 
 def test_broken_published_checkpoints_are_refused_in_words(tmp_path):
@@ -124,14 +125,14 @@ def test_golden_published_document_checkpoint():
     lora.inject(base, ["down_proj"])
     assert net.config.scaling == pytest.approx(info["scaling"])
     net.config.chunk_len = info["max_ctx_chunk_len"]
-    condition = net.condition(info["documents"], hypernet.DocumentReader(base, tokenizer))
-    documents = net(condition)["down_proj"]
-    assert condition.counts == tensors["batch/n_ctx_chunks"].tolist()
+    net.connect(base, tokenizer)
+    documents = net(info["documents"])["down_proj"]
+    assert net.encode(info["documents"])[1] == tensors["batch/n_ctx_chunks"].tolist()
     close(documents, (tensors["batch/A/down_proj"], tensors["batch/B/down_proj"].mT))
     for i in range(3):
-        lora.set_adapter(base, lora.select({"down_proj": documents}, i), net.config.scaling)
+        adapter = lora.select({"down_proj": documents}, i)
         for turn in ("plain", "system") if i == 0 else ("plain",):
-            logits = base(tensors[f"question/{turn}/input_ids"]).logits
+            logits = logits_of(base, tensors[f"question/{turn}/input_ids"], adapter, net.config.scaling)
             close(logits, tensors[f"doc{i}/logits/{turn}"], 1e-4, 5e-4)
 
 
@@ -248,7 +249,8 @@ def test_a_published_hypernetwork_from_the_hub(tmp_path, server):
     assert run.returncode == 0, run.stderr
     for name in ("first", "again"):
         text_emb = torch.randn(2, 8192)
-        close(hypernet.load_hypernet(tmp_path / name)(text_emb)["q_proj"], net(text_emb)["q_proj"], 1e-4)
+        again = hypernet.load_hypernet(tmp_path / name)
+        close(again.write(text_emb)["q_proj"], net.write(text_emb)["q_proj"], 1e-4)
     assert not any("other" in path for path in server.asked)
 
 
@@ -276,7 +278,7 @@ def golden_base() -> nn.Module:
 @pytest.mark.parametrize("file", SFT_FILES + RECON_FILES)
 def test_golden_adapters(tmp_path, file):
     net, tensors, info = golden_net(file, tmp_path)
-    adapter = net(tensors["in/task_emb"])
+    adapter = net.write(tensors["in/task_emb"])
     n = len({key.split("/")[0] for key in tensors if key.startswith("out")})
     assert n in (1, 3)
     for i, layer, name in itertools.product(range(n), range(4), NAMES):
@@ -295,15 +297,15 @@ def test_golden_sft_losses_and_gradients(tmp_path, file):
     for row, label in zip(ids.tolist(), labels.tolist()):  # prompt and answer, without padding
         at = [i for i, x in enumerate(label) if x != -100]
         examples.append((row[: at[0]], row[at[0] : at[-1] + 1]))
-    adapter = net(tensors["sft/in/task_embs"])
-    lora.set_adapter(base, adapter, SCALING)
+    adapter = net.write(tensors["sft/in/task_embs"])
     real = tensors["sft/in/attention_mask"].bool()
-    close(base(ids).logits[real], tensors["sft/logits"][real], 1e-4, 1e-3)
-    answers = model.answer_logits(base, examples)
+    with lora.use(base, adapter, SCALING):
+        close(base(ids).logits[real], tensors["sft/logits"][real], 1e-4, 1e-3)
+        answers = model.answer_logits(base, examples)
     for smoothing in (0.0, 0.1):
         loss = train.answer_loss(*answers, smoothing)
         close(loss, tensors[f"sft/ls{smoothing}_sample/sft_loss"][0], 0, 5e-5)
-    l2 = 1e-3 * train.weight_size(adapter, torch.square)
+    l2 = 1e-3 * train.weight_size(adapter, net.ranks, torch.square)
     close(l2, tensors["sft/generated_w_l2_loss"][0], 0, 1e-8)
     (loss + l2).backward()
     ours = dict(net.named_parameters())
@@ -319,14 +321,15 @@ def test_golden_reconstruction_losses(tmp_path, file):
     for name in NAMES:  # the loss is that of real runs, whose offset is zero
         for k in "AB":
             net.offset[f"{name}_{k}"].sub_(0 if "recon_dw" in file else tensors[f"sd/AB_offset.{k}.{name}"])
-    adapter = net(tensors["recon/in/task_embs"].flatten(0, 1))
+    adapter = net.write(tensors["recon/in/task_embs"].flatten(0, 1))
 
     def pick(k, name):
         return tensors[f"recon/in/target/{k}/{name}"].repeat_interleave(2, 0)
 
     target = {name: (pick("A", name), pick("B", name)) for name in NAMES}
     kind = "delta_w" if "recon_dw" in file else "z_score"  # the std of recon_f is 1
-    close(train.recon_loss(kind, adapter, target, net.std), tensors["recon/loss"][0], 1e-5, 5e-6)
+    std = {name: (net.std[f"{name}_A"], net.std[f"{name}_B"]) for name in NAMES}
+    close(train.recon_loss(kind, adapter, target, std), tensors["recon/loss"][0], 1e-5, 5e-6)
 
 
 def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
@@ -345,7 +348,7 @@ def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
 
 @pytest.mark.parametrize("file", ["down_l2l", "down_flat"])
 @torch.no_grad()
-def test_golden_documents(file, monkeypatch):
+def test_golden_documents(file):
     net, tensors = golden_doc_net(file)
 
     def pair(key):
@@ -365,8 +368,8 @@ def test_golden_documents(file, monkeypatch):
     linear.load_state_dict({k: tensors[f"lora_forward/down_proj/{k}"] for k in ("weight", "bias")})
     holder = lora.inject(one_layer(linear, "down_proj"), ["down_proj"])
     third = {"down_proj": tuple(x[:, 2:3] for x in documents)}  # the fixture's are of layer 2
-    lora.set_adapter(holder, lora.select(third, [0, 0, 1, 2]), net.config.scaling)
-    y = holder["layers"][0]["down_proj"](tensors["lora_forward/down_proj/x"])
+    with lora.use(holder, lora.select(third, [0, 0, 1, 2]), net.config.scaling):
+        y = holder["layers"][0]["down_proj"](tensors["lora_forward/down_proj/x"])
     expected = tensors["lora_forward/down_proj/y"]
     close(y, expected, 1e-5, 1e-5 * expected.abs().max())  # sums of large terms
 
@@ -376,11 +379,10 @@ def test_golden_documents(file, monkeypatch):
     real = mask.bool()
     close(features.movedim(-2, 1)[real], tensors["e2e/features"].movedim(-2, 1)[real], 1e-4, 1e-4)
     counts = tensors["e2e/n_ctx_chunks"].tolist()
-    monkeypatch.setattr(hypernet, "read_chunks", lambda *_: (features, mask))
-    documents = net(hypernet.ChunkedDocuments([[]], counts, reader=None))
+    documents = net.write([(features, mask)], counts)
     rows = [i for i, n in enumerate(tensors["e2e/n_queries"].tolist()) for _ in range(n)]
-    lora.set_adapter(lora.inject(base, ["down_proj"]), lora.select(documents, rows), net.config.scaling)
     asked = tensors["e2e/attention_mask"].bool()
-    logits = base(tensors["e2e/input_ids"], attention_mask=tensors["e2e/attention_mask"]).logits
+    with lora.use(lora.inject(base, ["down_proj"]), lora.select(documents, rows), net.config.scaling):
+        logits = base(tensors["e2e/input_ids"], attention_mask=tensors["e2e/attention_mask"]).logits
     close(logits[asked], tensors["e2e/logits"][asked], 1e-4, 5e-4)
     assert (tensors["e2e/logits"] - tensors["e2e/logits_base"])[asked].abs().max() > 0.1

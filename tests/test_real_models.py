@@ -21,7 +21,7 @@ import model
 import train
 from extras import gguf as converter
 from support.files import read_file, write_file
-from tests.helpers import close, command, losses_of, repeated, run_of, with_peft
+from tests.helpers import close, command, logits_of, losses_of, repeated, run_of, with_peft
 
 BASES = {"gemma": os.environ.get("T2L_GEMMA"), "qwen": os.environ.get("T2L_QWEN")}
 PEOPLE = ["Ada Lovelace", "Grace Hopper", "Alan Turing", "Mary Shelley", "Carl Gauss", "Emmy Noether"]
@@ -88,18 +88,16 @@ def test_checkpointing_changes_no_gradient(base_model, tasks):
 def test_peft_and_merged_weights_give_the_same_logits(trained, base_model, tmp_path):
     net = hypernet.load_hypernet(trained)
     base, tokenizer = model.load_base(base_model, dtype=torch.float32)
-    reader = net.load_reader(net.config, base, tokenizer, "cpu")
+    net.connect(base, tokenizer)
     with torch.no_grad():
-        adapter = lora.select(net(net.condition(["Give the surname"], reader)), 0)
+        adapter = lora.select(net(["Give the surname"]), 0)
     lora.save_adapter(tmp_path, adapter, net.config)
     prompt = model.render(tokenizer, model.chat(tokenizer, "Ada Lovelace"))
     ids = torch.tensor([model.tokenize(tokenizer, prompt)])
     lora.inject(base, list(net.config.targets))
     with torch.no_grad():
         plain = base(ids).logits
-        lora.set_adapter(base, adapter, net.config.scaling)
-        ours = base(ids).logits
-        lora.set_adapter(base, None)
+        ours = logits_of(base, ids, adapter, net.config.scaling)
         lora.merge(base, adapter, net.config.scaling)
         close(base(ids).logits, ours, 1e-3, 1e-3)
         whole = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)

@@ -51,8 +51,9 @@ def test_learning_rates():
     args.schedule, args.warmup = "late", 0.3
     rates = [optimizer.learning_rate(step, args) for step in range(100)]
     assert rates[30:67] == [2.0] * 37 and abs(rates[83] - 1.0) < 0.05 and rates[99] < 0.1
-    args.head_lr, args.weight_decay = 0.5, 0.01
-    groups = optimizer.make_optimizer(hypernet.TextToLoRA(small_config("large")), args).param_groups
+    args.weight_decay = 0.01
+    net = hypernet.TextToLoRA(small_config("large", head_lr=0.5))
+    groups = optimizer.make_optimizer(net, args).param_groups
     kinds = collections.Counter((group["lr_factor"], group["weight_decay"]) for group in groups)
     assert set(kinds) == {(0.5, 0.01), (0.5, 0.0), (1.0, 0.01), (1.0, 0.0)}
     assert len(groups) == 4  # one for each kind
@@ -72,10 +73,8 @@ def test_gradients_are_clipped_and_heads_have_their_learning_rate(tmp_path, monk
         return real(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", note)
-    for words, least, most in (["--max_grad_norm", "1e-3"], 0, 1.1e-3), (["--max_grad_norm", "0"], 1e-2, 1e3):
-        norms.clear()
-        fit(tmp_path / words[1], *SHORT, *words, "--max_steps", "2")
-        assert len(norms) == 2 and all(least <= norm <= most for norm in norms)
+    fit(tmp_path / "run", *SHORT, "--max_steps", "2")
+    assert len(norms) == 2 and max(norms) < 1.001
     for head_lr in ("0", "1"):
         fit(tmp_path / f"heads{head_lr}", *SHORT, "--head_lr", head_lr, "--max_steps", "2")
         weights = load_file(tmp_path / f"heads{head_lr}" / "hypernet.safetensors")
@@ -109,7 +108,7 @@ def test_resume_after_kill_is_exact(tmp_path, capsys):
     assert command(train, "--out_dir", cut, "--resume", "--max_steps", "3") == 2  # it is past that
     assert command(train, "--out_dir", cut, "--resume", "--latent_size", "64") == 2  # another network
     assert command(train, "--out_dir", whole, "--resume") == 2  # it is finished
-    assert "holds no interrupted run" in capsys.readouterr().err
+    assert f"is finished; to train further: --init_from {whole}" in capsys.readouterr().err
     assert before == {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
     assert command(train, "--out_dir", cut, "--resume") == 0  # the settings are those of the run
     assert losses_of(cut) == losses_of(whole) and losses_of(cut, "val_loss") == losses_of(whole, "val_loss")
@@ -250,12 +249,9 @@ def test_a_run_with_other_tasks_than_before_is_not_resumed(tmp_path, monkeypatch
     assert (
         "the tasks have changed since this run was started (added or removed: c)" in capsys.readouterr().err
     )
-    assert (
-        command(train, "--resume", "--keep", "last", "--out_dir", run) == 2
-    )  # other weights lie there already
-    assert "this run has --keep loss, not last" in capsys.readouterr().err
+    assert command(train, "--resume", "--rank", "4", "--out_dir", run) == 2
+    assert "this run has --rank 8, not 4" in capsys.readouterr().err
     assert command(train, "--resume", "--mode", "sft", "--out_dir", run) == 2
-    assert "this run has --mode lora, not sft" in capsys.readouterr().err
     (tasks / "c.json").unlink()
     content = read_file(tasks / "a.json")
     write_file(tasks / "a.json", content | {"descriptions": ["Swap them."]})
@@ -265,28 +261,9 @@ def test_a_run_with_other_tasks_than_before_is_not_resumed(tmp_path, monkeypatch
     assert command(train, "--resume", "--max_steps", "4", "--out_dir", run) == 0
     said = capsys.readouterr().out
     assert "changed: --max_steps 4 (before: 50)" in said
-    again = f"eval.py --base_model tiny --tasks {tasks} --split train --n_tasks 0 --oracles {run}"
+    again = f"eval.py --base_model tiny --tasks {tasks} --methods base,icl,oracle --split train --n_tasks 0"
     assert f"to go on: python {again}" in said
     assert sorted(file.name for file in run.iterdir()) == ["a", "b", "metrics.jsonl", "train.args"]
-
-
-@pytest.mark.parametrize("keep, kept", [("loss", 4), ("accuracy", 6), ("last", 8)])
-def test_a_run_keeps_the_weights_that_it_is_asked_for(tmp_path, monkeypatch, capsys, keep, kept):
-    seen = {}
-    measured = iter([(0.5, 0.1), (0.2, 0.4), (0.9, 0.7), (0.4, 0.6)])
-
-    def validate(run) -> dict:
-        loss, accuracy = next(measured)
-        seen[2 * len(seen) + 2] = run.net.mlp3[1].weight.clone()
-        return {"val_loss": loss, "val_accuracy": accuracy}
-
-    monkeypatch.setattr(train, "validate", validate)
-    words = [*SHORT, "--max_steps", "8", "--val_every", "2", "--keep", keep]
-    fit(tmp_path / "run", *words)
-    weights = load_file(tmp_path / "run" / "hypernet.safetensors")["mlp3.1.weight"]
-    assert [step for step in seen if torch.equal(seen[step], weights)] == [kept]
-    said = capsys.readouterr().out
-    assert f"step {kept}, with the" in said or f"the last step, {kept}" in said
 
 
 def test_each_term_of_the_loss_has_a_column(tmp_path):
@@ -297,7 +274,6 @@ def test_each_term_of_the_loss_has_a_column(tmp_path):
 
 OTHER = {  # settings of a network that has weights of the same shapes all the same
     "alpha": ["--alpha", "8"],
-    "full_stop": ["--full_stop"],
     "target_modules": ["--target_modules", "v_proj,q_proj"],
 }
 

@@ -36,7 +36,7 @@ def browser():
 
 
 def test_a_missing_hypernetwork_is_named():
-    args = argparse.Namespace(hypernet="/nope", base_model=None)
+    args = argparse.Namespace(hypernet="/nope", base_model=None, encoder=None)
     refused("/nope is neither a folder", web.load_nets, args, "cpu")
     args.hypernet = None
     assert [net.reads for net in web.load_nets(args, "cpu")] == ["descriptions", "documents"]
