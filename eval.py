@@ -257,7 +257,7 @@ def choose_methods(args, tasks: list[Task]) -> dict[str, Method]:
     chosen, left_out = {}, []
     for name in METHODS if args.methods is None else args.methods.split(","):
         if name not in METHODS:
-            raise UserError(f"unknown method {name}; there are {', '.join(METHODS)}")
+            raise UserError(f"--methods: there is no method {name!r}, but {', '.join(METHODS)}")
         lacks = what_is_missing(METHODS[name], args, tasks)
         if lacks and args.methods:
             raise UserError(f"the method {name} {lacks}")

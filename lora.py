@@ -438,15 +438,16 @@ def target_name(path: str, target_modules) -> str:
 def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfig]:
     """Several adapter folders of one training run, as a batch: A [n, L, r, in], B [n, L, out, r].
 
-    Raises UserError if they differ in modules, ranks or scaling.
+    Raises UserError if they differ in modules, rank, scaling or what stood in prompts.
     """
     adapters, kinds = [], []
     for folder in folders:
         adapter, config = load_adapter(folder)
         adapters.append(adapter)
-        kinds.append((list(config.targets.items()), config.r, config.scaling))
+        kinds.append((list(config.targets.items()), config.r, config.scaling, config.instruction))
         if kinds[-1] != kinds[0]:
-            raise UserError(f"the adapters in {folder} and {folders[0]} differ in modules, rank or scaling")
+            what = "modules, rank, scaling or prompt.json"
+            raise UserError(f"the adapters in {folder} and {folders[0]} differ in {what}")
     batch = {}
     for name in adapters[0]:
         A = torch.stack([adapter[name][0] for adapter in adapters])

@@ -149,7 +149,7 @@ def main() -> None:
     parser = flags.Parser(__doc__)
     parser.add_argument("out_dir", type=Path, help="a new folder for the model and its tokenizer")
     parser.add_argument("--steps", type=flags.at_least(1), default=20_000, help="training steps")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a GPU if there is one")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     args = parser.parse_args()
     if args.out_dir.exists() and any(args.out_dir.iterdir()):
         raise UserError(f"{args.out_dir} is in use; choose another folder")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 import time
 from http.client import HTTPException
@@ -20,37 +19,28 @@ class UserError(ValueError):
 
 
 def command(main) -> None:
-    """Run a command's main(). A UserError, or a file error, is one line on stderr and exit code 2."""
+    """Run a command's main(). An error that a user can fix is one line on stderr, with exit code 2."""
+    message = ""
     try:
         for word in sys.argv:
-            if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
+            if any("\ud800" <= letter <= "\udfff" for letter in word):
                 raise UserError(f"the command line is not valid UTF-8: {word!r}")
         main()
     except (UserError, OSError, SafetensorError) as e:
-        print_error(" ".join(str(e).split()))
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        advice = "a smaller --micro_batch, --tasks_per_batch or --batch_size, or --gradient_checkpointing"
-        print_error(f"out of GPU memory; try {advice}")
-        sys.exit(2)
+        message = " ".join(str(e).split())
+    except RuntimeError as e:  # of a GPU's memory, or of the machine's
+        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
+            raise
+        message = "out of memory; try a smaller --rank, --micro_batch, --tasks_per_batch or --batch_size,"
+        message += " or --gradient_checkpointing"
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def print_error(message: str) -> None:
-    """Print an error once.
-
-    Most errors occur in all processes of torchrun. A later one waits a few seconds before it prints: if the
-    first one has failed, too, torchrun ends it in this time.
-    """
-    process = os.environ.get("LOCAL_RANK", "0")
-    if process != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-        message = f"{message} (process {process})"
-    print("error:", message, file=sys.stderr)
+    if message:  # with torchrun, most errors are those of all processes
+        process = os.environ.get("LOCAL_RANK", "0")
+        print("error:" if process == "0" else f"error in process {process}:", message, file=sys.stderr)
+        sys.exit(2)
 
 
 def write_file(path: Path, content: dict | list | str) -> None:
@@ -100,33 +90,6 @@ def check_name(path: Path, ending: str) -> None:
     """Raise UserError for a file to be written that is not called as it should, so that none gets lost."""
     if path.suffix != ending or path.is_dir():
         raise UserError(f"{path}: the file to be written must end in {ending}")
-
-
-# -------------------- A folder that generate.py writes --------------------
-
-MARK = "written_by_generate.json"  # lists the files that generate.py has written into a folder
-
-
-def check_folder(folder: Path) -> None:
-    """Raise UserError for a folder with files of somebody else."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
-        raise UserError(f"{folder} is not empty, and generate.py did not write it; choose another folder")
-
-
-def claim(folder: Path, files: list[str]) -> None:
-    """Remove the files that an earlier call wrote into a folder, and note those that are written next.
-
-    The note is written first, so that a call that fails half-way can be repeated.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    earlier = read_file(folder / MARK) if (folder / MARK).exists() else []
-    write_file(folder / MARK, sorted({*earlier, *files}))
-    for name in earlier:
-        (folder / name).unlink(missing_ok=True)
-        parent = (folder / name).parent
-        if parent != folder and parent.exists() and not any(parent.iterdir()):
-            parent.rmdir()
-    write_file(folder / MARK, sorted(files))
 
 
 # -------------------- Downloads --------------------

@@ -43,7 +43,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: there are auto, cpu, cuda, cuda:1 and so on, and mps") from None
+        raise UserError(f"--device {name}: there are auto (a CUDA GPU if there is one), cpu, cuda, cuda:1 and so on, and mps") from None
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has none")
     if device.type == "mps" and "RANK" in os.environ:

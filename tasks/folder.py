@@ -134,6 +134,8 @@ def read_instances(content: dict, path: Path) -> Task:
             raise UserError(f'{path}: "output" of instance {i} must be a list of right answers')
         answers = [answers] if isinstance(answers, str) else answers
         answers = [as_text(answer, f'{path}: an "output" of instance {i}') for answer in answers]
+        if not answers[0]:
+            raise UserError(f'{path}: the first "output" of instance {i} is empty')
         examples.append(Example(text, answers))
     n_train = len(examples) - len(examples) // 5
     return Task("", descriptions, examples[:n_train], examples[n_train:], definition=definition)

@@ -235,6 +235,14 @@ def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path,
     assert command(answers, *words) == 0 and (out / "b.json").exists()
     assert read_file(out / "a.json") == edited
     assert len(load_tasks(out)["train"]) == 2
+    asked = read_file(folder / "b.json")
+    asked["questions"].append({"question": "sun"})  # a new question of a document that was answered
+    write_file(folder / "b.json", asked)
+    write_file(folder / "splits.json", {"train": ["nothere"]})
+    assert command(answers, *words) == 2  # before anything is generated
+    (folder / "splits.json").unlink()
+    assert command(answers, *words) == 0
+    assert [entry["question"] for entry in read_file(out / "b.json")["questions"]] == ["cat", "dog", "sun"]
 
 
 def test_documents_are_split_in_the_published_mixture():

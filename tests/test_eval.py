@@ -198,3 +198,39 @@ def test_a_lora_is_asked_as_it_was_trained(tmp_path):
         method = evaluation.METHODS["mt_lora"]
         models = evaluation.Models(args, {"mt_lora": method}, load_tasks("tiny")["val"], torch.device("cpu"))
         assert models.has_instruction("mt_lora", args) == bool(given)
+
+
+def test_what_has_been_scored_is_written_if_a_later_method_fails(tmp_path, monkeypatch):
+    real, calls = evaluation.score, []
+
+    def score(*args):
+        calls.append(1)
+        return real(*args) if len(calls) < 3 else 1 / 0
+
+    monkeypatch.setattr(evaluation, "score", score)
+    words = ["--n_tasks", "2", "--n_examples", "2", "--methods", "base,icl,t2l", "--out", tmp_path / "r.json"]
+    with pytest.raises(ZeroDivisionError):
+        command(evaluation, *words)
+    assert list(read_file(tmp_path / "r.json")["results"]) == ["base", "icl"]
+
+
+def test_the_mean_adapter_is_that_of_the_training_tasks(monkeypatch):
+    tasks = load_tasks("tiny")["train"][:3]
+    monkeypatch.setattr(evaluation, "load_tasks", lambda _: {"train": tasks})
+    args = types.SimpleNamespace(tasks="tiny", base_model=None, encoder=None)
+    base, tokenizer = model.load_base("tiny")
+    source = evaluation.MeanWritten(str(TINY / "sft_small"), tasks, args, "cpu")
+    lora.inject(base, list(source.config.targets))
+    source.connect(base, tokenizer)
+    texts = [text for task in tasks for text in task.descriptions[:8]]
+    for name, (A, B) in source.net(texts).items():
+        found = source.adapters([])[name]
+        assert len(found[0]) == 1
+        torch.testing.assert_close(found[0][0], A.mean(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[1][0], B.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_answers_may_begin_or_end_with_a_space_and_tasks_with_a_number():
+    assert data.exact_match(Example("x", [" a b "]), "a b") and not data.exact_match(Example("x", ["ab"]), "a b")
+    table = evaluation.make_table({"t2l": {"3-digit addition": 0.5, "16 lines": 1.0}}, "test")
+    assert table.splitlines()[0] == "| method | 3-digit addition | 16 lines |"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Gemma2Config
 
@@ -86,6 +87,10 @@ def work() -> None:
                 print("exit code", command(importlib.import_module(module), *words))
 
 
+def is_root(module: FSDPModule) -> bool:
+    return bool(module._get_fsdp_state()._is_root)
+
+
 def main() -> None:
     """Count the layers of a sharded base model that are whole, and the bytes of its layers."""
     process = processes.start("auto")
@@ -103,8 +108,12 @@ def main() -> None:
         with torch.set_grad_enabled(with_gradients):
             base(torch.tensor([[1, 2, 3]], device=process.device))
         whole.append(n_whole())
+    roots = [module for module in base.modules() if isinstance(module, FSDPModule) and is_root(module)]
+    cut = model.hidden_states(base, torch.tensor([[1, 2, 3]], device=process.device), None, early_exit=True)
+    assert cut.isfinite().all()
+    assert roots == [module for module in base.modules() if isinstance(module, FSDPModule) and is_root(module)]
     local = sum(p.to_local().nbytes for p in layers.parameters() if isinstance(p, DTensor))
-    print(json.dumps({"whole": whole, "bytes": local, "dtype": str(base.dtype)}))
+    print(json.dumps({"roots": len(roots), "whole": whole, "bytes": local, "dtype": str(base.dtype)}))
     torch.distributed.destroy_process_group()
 
 
@@ -165,7 +174,7 @@ def test_parts_of_a_step_are_unequal_where_that_is_tested():
 def test_a_sharded_base_model_is_never_whole(pair):
     """After a forward pass at most one layer is gathered; each process keeps half of the bytes."""
     seen = json.loads(pair[1]["layers"].splitlines()[0])
-    assert seen["whole"][0] == 0 and max(seen["whole"]) <= 1
+    assert seen["roots"] == 1 and seen["whole"][0] == 0 and max(seen["whole"]) <= 1
     whole = sum(p.nbytes for p in model.load_base("tiny")[0].get_decoder().layers.parameters())
     assert whole / 2 <= seen["bytes"] < 0.55 * whole
 

@@ -153,3 +153,9 @@ def test_answers_of_several_lines_stay_in_their_column(capsys):
     generate.show(["x"], {"base model": ["one\ntwo"]})
     assert capsys.readouterr().out == "\n  input         x\n  base model    one\n                two\n"
     assert "| method | a |" in evaluation.make_table({"t2l": {"a": 1.0}}, "test")
+
+
+def test_an_input_that_does_not_fit_into_the_window_is_one_line(tmp_path, capsys):
+    words = ["--desc", "Reverse the fruits.", "--input", "cat " * 500, "--out", tmp_path / "a"]
+    assert command(generate, *words) == 2
+    assert "do not fit into the base model's window" in capsys.readouterr().err

@@ -313,3 +313,42 @@ def test_a_task_of_endless_examples_is_checked_quickly(monkeypatch):
     run.args.max_tokens = 1
     refused("no example has at most --max_tokens 1", data.check, run.tokenizer, tasks, [], run.args, True)
     assert len(looked) < 1000
+
+
+def test_a_kill_between_state_and_weights_loses_nothing(tmp_path, monkeypatch):
+    """Another learning rate after it: the weights are those of the step that metrics.jsonl calls the best."""
+    losses = iter([0.5, 0.2])
+    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": next(losses), "val_accuracy": 0.0})
+    real, saved = train.save, []
+    monkeypatch.setattr(train, "save", lambda *a: real(*a) if not saved.append(1) and len(saved) == 1 else 1 / 0)
+    run = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError):  # in step 4, which is the best so far
+        command(train, *SHORT, "--max_steps", "6", "--val_every", "2", "--out_dir", run)
+    state_of_4 = load_file(run / "state.safetensors")
+    monkeypatch.setattr(train, "save", real)
+    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": 0.9, "val_accuracy": 0.0})
+    fit(run, "--resume", "--lr", "1e-4")
+    kept = load_file(run / "hypernet.safetensors")
+    assert int(state_of_4["step"]) == 4
+    assert all(torch.equal(kept[name], state_of_4[f"net {name}"]) for name in kept)
+
+
+def test_another_number_of_processes_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "sft_step", interrupted_in_call(2, train.sft_step)[0])
+    assert command(train, *SHORT, "--out_dir", tmp_path) == 130
+    checkpoint = state.Checkpoint(tmp_path, data.identify([]), 2)
+    checkpoint.run = read_file(tmp_path / "state.json") | {"processes": 2}
+    refused("this run has 1 processes, not 2", checkpoint.resume, None, None)
+
+
+def test_oracles_say_what_stands_in_the_prompts(tmp_path):
+    """A reconstruction of them cannot say otherwise."""
+    for name, words in (("plain", []), ("with", ["--instruction"])):
+        fit(tmp_path / name, *LORA, *words, "--n_tasks", "2", "--tasks_per_batch", "2", "--max_steps", "1")
+    fit(tmp_path / "net", "@config/recon.args", "--oracles", tmp_path / "with", "--max_steps", "1")
+    assert read_file(tmp_path / "net" / "config.json")["instruction"] is True
+    (name,) = [file.name for file in (tmp_path / "with").iterdir() if file.is_dir()][:1]
+    shutil.rmtree(tmp_path / "plain" / name)
+    shutil.copytree(tmp_path / "with" / name, tmp_path / "plain" / name)
+    words = ["@config/recon.args", "--oracles", tmp_path / "plain", "--out_dir", tmp_path / "mixed"]
+    assert command(train, *words) == 2
