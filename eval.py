@@ -24,7 +24,6 @@ If the adapter was trained with --instruction, a description of the task stands 
 
 import argparse
 import random
-import re
 import statistics
 import string
 from collections.abc import Callable, Sequence
@@ -42,6 +41,7 @@ import model
 from data import Example, Task
 from support import flags, hub, processes
 from support.files import UserError, check_name, command, read_object, write_file
+from support.tables import Scores, make_table
 from tasks import benchmarks, load_tasks
 from tasks import folder as task_folder
 
@@ -59,26 +59,27 @@ class Question(NamedTuple):
 
 
 # A source of adapters is a class that is made from (folder, tasks, args, device), with
-#     config                      the LoRAConfig of its adapters
-#     connect(base, tokenizer)    told the base model, which has LoRA layers for them by then
-#     adapters(questions)         the adapters with which these questions are answered, as one batch
+#     config                     the LoRAConfig of its adapters
+#     net                        a hypernetwork that is to be connected with the base model, or None
+#     adapters(base, questions)  the adapters with which these questions are answered, as one batch
 
 
 class OneAdapter:
     """An adapter that answers all questions."""
 
+    net = None
+
     def __init__(self, folder: str, tasks: list[Task], args, device):
         self.adapter, self.config = lora.load_adapters([Path(folder)], device)
 
-    def connect(self, base, tokenizer) -> None:
-        """Nothing to do."""
-
-    def adapters(self, questions: list[Question]) -> lora.Adapter:
+    def adapters(self, base, questions: list[Question]) -> lora.Adapter:
         return self.adapter
 
 
 class Oracles:
     """An adapter for each task."""
+
+    net = None
 
     def __init__(self, folder: str, tasks: list[Task], args, device):
         self.names = [task.name for task in tasks]
@@ -89,10 +90,7 @@ class Oracles:
             raise UserError(found + advice)
         self.bank, self.config = lora.load_adapters([Path(folder, name) for name in self.names], device)
 
-    def connect(self, base, tokenizer) -> None:
-        """Nothing to do."""
-
-    def adapters(self, questions: list[Question]) -> lora.Adapter:
+    def adapters(self, base, questions: list[Question]) -> lora.Adapter:
         return lora.select(self.bank, [self.names.index(question.task.name) for question in questions])
 
 
@@ -103,34 +101,26 @@ class Written:
         self.net = generate.load_net(folder, what_is_read(tasks), args, device, "a hypernetwork")
         self.config = self.net.config
 
-    def connect(self, base, tokenizer) -> None:
-        self.base = base
-        self.net.connect(base, tokenizer)
-
-    def adapters(self, questions: list[Question]) -> lora.Adapter:
+    def adapters(self, base, questions: list[Question]) -> lora.Adapter:
         texts = list(dict.fromkeys(question.description for question in questions))  # each is read once
-        written, _ = generate.write_adapters(self.net, texts, self.base)
+        written, _ = generate.write_adapters(self.net, texts, base)
         return lora.select(written, [texts.index(question.description) for question in questions])
 
 
 class MeanWritten(Written):
-    """The mean of what a hypernetwork writes for the training descriptions: one adapter for all questions."""
+    """The mean of what a hypernetwork writes for the training tasks: one adapter for all questions."""
 
     def __init__(self, folder: str, tasks: list[Task], args, device):
         super().__init__(folder, tasks, args, device)
-        self.training_tasks = load_tasks(args.tasks)["train"]
+        self.training_tasks, self.mean = load_tasks(args.tasks)["train"], {}
 
-    def connect(self, base, tokenizer) -> None:
-        super().connect(base, tokenizer)
-        total = {}
-        for task in tqdm(self.training_tasks, desc="the mean adapter", leave=False):
+    def adapters(self, base, questions: list[Question]) -> lora.Adapter:
+        n = len(self.training_tasks)
+        for task in self.training_tasks if not self.mean else ():
             written, _ = generate.write_adapters(self.net, task.descriptions[:8], base)
             for name, pair in written.items():
-                means = [matrix.mean(0, keepdim=True) / len(self.training_tasks) for matrix in pair]
-                total[name] = [a + b for a, b in zip(total.get(name, [0, 0]), means)]
-        self.mean = total
-
-    def adapters(self, questions: list[Question]) -> lora.Adapter:
+                means = [matrix.mean(0, keepdim=True) / n for matrix in pair]
+                self.mean[name] = [a + b for a, b in zip(self.mean.get(name, [0, 0]), means)]
         return self.mean
 
 
@@ -300,7 +290,8 @@ class Models:
         self.base_model = args.base_model or (configs[-1].base_model if configs else "tiny")
         self.base, self.tokenizer = generate.load_base_for(configs, args, device)
         for source in loaded.values():
-            source.connect(self.base, self.tokenizer)
+            if source.net:
+                source.net.connect(self.base, self.tokenizer)
 
     def has_instruction(self, name: str, args) -> bool:
         """Whether the instruction stands in a method's prompts: as a flag says, or as its adapter was trained."""
@@ -313,13 +304,10 @@ class Models:
         if name not in self.sources:
             return nullcontext()
         source = self.sources[name]
-        return lora.use(self.base, source.adapters(questions), source.config.scaling)
+        return lora.use(self.base, source.adapters(self.base, questions), source.config.scaling)
 
 
 # -------------------- Scores --------------------
-
-Scores = dict[str, float]  # {task: share of right answers}
-
 
 class Asked(NamedTuple):
     """A question as it is put to the base model."""
@@ -400,43 +388,6 @@ def answer_tokens(tokenizer, question: Question, args) -> int:
     if not longest:  # two more than the right one has: a longer answer is wrong anyway
         longest = 2 + max(len(model.tokenize(tokenizer, right)) for right in question.example.answers)
     return min(args.max_new_tokens or longest, longest)
-
-
-# -------------------- The table --------------------
-
-
-def interval(scores: list[float], n: int = 2000) -> str:
-    """95% interval of the mean: bootstrap over the tasks."""
-    rng = random.Random(0)
-    means = sorted(statistics.fmean(rng.choices(scores, k=len(scores))) for _ in range(n))
-    return f"{means[n // 40]:.2f} to {means[-1 - n // 40]:.2f}"
-
-
-def column_order(name: str) -> tuple:
-    """By name, but "4 lines" before "16 lines", and the average last."""
-    number = re.match(r"(\d+) ", name)
-    return name == "average", int(number[1]) if number else 0, name
-
-
-def make_table(results: dict[str, Scores], split: str) -> str:
-    """The scores in markdown: a line for each method; few tasks have a column each."""
-    columns = set()
-    for scores in results.values():
-        columns.update(scores)
-    lines = []
-    if len(columns) <= 11:  # ten benchmarks and their average
-        columns = sorted(columns, key=column_order)
-        lines.append(["method", *columns])
-        for method, scores in results.items():
-            lines.append([method, *(f"{scores[name]:.2f}" if name in scores else "" for name in columns)])
-    else:
-        title = f"right answers on {len(columns)} {split} tasks"
-        lines.append(["method", title, "95% interval", "worst task"])
-        for method, scores in results.items():
-            values = list(scores.values())
-            lines.append([method, f"{statistics.fmean(values):.3f}", interval(values), f"{min(values):.2f}"])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:

@@ -4,10 +4,9 @@ Each is a preset, a Hugging Face id or a folder. The preset `tiny` needs neither
 """
 
 import re
-import sys
 import zlib
 from contextlib import contextmanager
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -18,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lora
 from support import processes
-from support.files import UserError, read_object
-from support.hub import fetch, from_pretrained, load_text_model, load_weights, longest_text, text_width
+from support.files import UserError
+from support.hub import from_pretrained, load_weights
 from support.processes import Process
+from support.templates import PLAIN_TEMPLATE, answer_start, fill_template, takes_system_message
+from support.text_models import TransformerEncoder, text_width
 
 # -------------------- The base model --------------------
 
@@ -73,13 +74,6 @@ def load_sharded(name: str, process: Process, dtype: torch.dtype, target_modules
     return base, tokenizer
 
 
-PLAIN_TEMPLATE = (  # for a base model without a chat template: "input -> answer<eos>", one per line
-    "{% for m in messages if m.content or m.role != 'system' %}"
-    "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}\n{% else %}{{ m.content }} ->{% endif %}"
-    "{% endfor %}"
-)
-
-
 def instruct(description: str) -> str:
     """A description as the instruction of a prompt, with the published words after it."""
     return description + " Please complete the task without any explanation."
@@ -101,21 +95,6 @@ def chat(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str
     return messages
 
 
-@cache
-def takes_system_message(tokenizer) -> bool:
-    """Some chat templates (Gemma's) refuse a system message."""
-    try:
-        messages = [{"role": "system", "content": ""}, {"role": "user", "content": "x"}]
-        return bool(fill_template(tokenizer, messages))
-    except Exception:  # templates raise arbitrary exceptions
-        return False
-
-
-# some templates print the date; fix it, so that training and use agree (the default of Llama 3.1)
-DAY = "26 Jul 2024"
-FIXED_DAY = "{%- macro strftime_now(format) %}" + DAY + "{%- endmacro +%}"
-
-
 def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
     """The prompt as text; with `answer` the text that the model has to write after it, up to the end mark."""
     prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
@@ -126,24 +105,6 @@ def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
     if not whole.startswith(prompt):
         raise UserError("the chat template of this base model does not put answers where it asks for them")
     return whole.removeprefix(prompt).rstrip("\n")
-
-
-def fill_template(tokenizer, messages: list[dict], **settings) -> str:
-    """The text that the chat template makes of messages."""
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = FIXED_DAY + template
-    settings |= dict(chat_template=template, date_string=DAY, enable_thinking=False, tokenize=False)
-    return tokenizer.apply_chat_template(messages, **settings)
-
-
-@cache
-def answer_start(tokenizer) -> str:
-    """The marks that some templates write before an answer and do not ask for, as gpt-oss its channel."""
-    messages = [{"role": "user", "content": "x"}]
-    prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
-    whole = fill_template(tokenizer, [*messages, {"role": "assistant", "content": "<<>>"}])
-    return whole.removeprefix(prompt).partition("<<>>")[0].rstrip() if whole.startswith(prompt) else ""
 
 
 def around_document(tokenizer) -> tuple[str, str]:
@@ -356,45 +317,6 @@ def hash_encoder(texts: list[str]) -> Tensor:
             code = zlib.crc32(feature.encode())
             vector[code % HASH_WIDTH] += weight if code >> 31 else -weight
     return F.normalize(torch.from_numpy(out), dim=-1)
-
-
-class TransformerEncoder:
-    """A text encoder of the hub, pooled as its own 1_Pooling/config.json says: mean, CLS or last token."""
-
-    def __init__(self, name: str, device="cpu"):
-        self.tokenizer = from_pretrained(AutoTokenizer, name, flag="--encoder")
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
-        self.model = load_text_model(name).to(device).requires_grad_(False).eval()
-        self.max_length = min(8192, longest_text(self.model))  # tokens
-        pooling = fetch(name, flag="--encoder") / "1_Pooling" / "config.json"
-        self.pooling = read_object(pooling) if pooling.exists() else {}
-        self.has_cut = False
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        out = []
-        for i in range(0, len(texts), 64):
-            batch = self.tokenize(texts[i : i + 64]).to(self.model.device)
-            h = self.model(**batch).last_hidden_state.float()  # [n, T, E]
-            mask = batch["attention_mask"]  # [n, T]
-            if self.pooling.get("pooling_mode_cls_token"):
-                h = h[:, 0]
-            elif self.pooling.get("pooling_mode_lasttoken"):
-                h = h[torch.arange(len(h)), mask.sum(1) - 1]
-            else:
-                h = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            out.append(F.normalize(h, dim=-1))  # [n, E]
-        return torch.cat(out)
-
-    def tokenize(self, texts: list[str]):
-        """Token ids and mask [n, T]. Says once if a text is longer than the network can read."""
-        settings = dict(padding=True, padding_side="right", truncation=True, max_length=self.max_length)
-        batch = self.tokenizer(texts, return_tensors="pt", **settings)
-        if batch["input_ids"].shape[1] == self.max_length and not self.has_cut:
-            self.has_cut = True
-            message = f"note: the text encoder reads {self.max_length} tokens of a description, not more:"
-            print(message, max(texts, key=len)[:60], "...", file=sys.stderr)
-        return batch
 
 
 def base_encoder(base: nn.Module, tokenizer, texts: list[str]) -> Tensor:

@@ -478,7 +478,7 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     bank = evaluation.Oracles(oracles, tasks, None, "cpu")
     order = [2, 0, 1]
     questions = [evaluation.Question(tasks[i], None, "", "", []) for i in order]
-    for name, (_, B) in bank.adapters(questions).items():  # each question has the oracle of its task
+    for name, (_, B) in bank.adapters(None, questions).items():  # each question has the oracle of its task
         close(B, targets[name][1][order])
     other = tmp_path / "oracles" / tasks[0].name  # one of another scaling is refused
     config = lora.load_adapter(other)[1]

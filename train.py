@@ -429,7 +429,7 @@ def prepare(args, process: Process) -> Run:
         base.set_attn_implementation("eager")  # its backward pass is faster there
 
     scale = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
-    config = lora.config_for(base, lora.find_targets(base, names), hub.full_name(args.base_model), **scale)
+    config = lora.config_for(base, base.lora_targets, hub.full_name(args.base_model), **scale)
     if args.mode == "lora":
         net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(process.device)
         return Run(args, process, tasks, val_tasks, base, tokenizer, net)

@@ -191,7 +191,7 @@ def make_trained(mode: str, base: Transformer) -> nn.Module:
     """What is trained: the base model, a hypernetwork or ordinary LoRAs."""
     if mode == "base":
         return base
-    config = lora.config_for(base, lora.find_targets(base, TARGETS), "pictures", r=4, alpha=8.0)
+    config = lora.config_for(base, base.lora_targets, "pictures", r=4, alpha=8.0)
     if mode != "hypernet":
         return lora.LoRABank(config, len(TEST) if mode == "oracles" else 1)
     settings = dict(latent_size=96, head_in_size=64, dropout=0.0, input_dropout=0.2)

@@ -4,17 +4,10 @@ import logging
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download  # comes with transformers
 from huggingface_hub.errors import HTTPError
 from torch import nn
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForTextEncoding,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from support.files import UserError, read_object
@@ -145,47 +138,6 @@ def load_skeleton(name: str) -> nn.Module:
     config = from_pretrained(AutoConfig, name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
-
-
-def load_text_model(name: str) -> nn.Module:
-    """The network of a text encoder in float32; that of gte-*-v1.5 without the code of its repository."""
-    settings = {"flag": "--encoder", "dtype": torch.float32}
-    fields = read_object(fetch(name, flag="--encoder") / "config.json")
-    if fields.get("model_type") == "new":
-        if not hasattr(transformers, "GteModel"):
-            raise UserError(f"{name} needs transformers 5.18 or newer")
-        return load_weights(transformers.GteModel, name, config=gte_config(fields), **settings)
-    config = from_pretrained(AutoConfig, name, flag="--encoder")
-    if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # of T5 only its encoder
-        return load_weights(AutoModelForTextEncoding, name, **settings)
-    return load_weights(AutoModel, name, **settings)
-
-
-def text_width(name: str) -> int:
-    """The width of a text encoder's output, from its config."""
-    return from_pretrained(AutoConfig, name, flag="--encoder").hidden_size
-
-
-def longest_text(text_model: nn.Module) -> int:
-    """How many tokens a text encoder has positions for."""
-    n_positions = getattr(text_model.config, "max_position_embeddings", 0)
-    if n_positions <= 0:  # no limit: T5, XLNet
-        return 8192
-    table = getattr(getattr(text_model, "embeddings", None), "position_embeddings", None)
-    unused = getattr(table, "padding_idx", None)  # RoBERTa-style models start positions at padding_idx + 1
-    return n_positions if unused is None else n_positions - unused - 1
-
-
-def gte_config(config: dict):
-    """The config of gte-*-v1.5 for transformers' implementation of it."""
-    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-    if config.get("rope_scaling"):  # NTK scaling by k: theta * k, and all frequencies by k^(-2 / head size)
-        k = config["rope_scaling"]["factor"]
-        head_size = config["hidden_size"] // config["num_attention_heads"]
-        rope = {"rope_type": "linear", "factor": k ** (2 / head_size), "rope_theta": config["rope_theta"] * k}
-    replaced = ("auto_map", "rope_scaling", "rope_theta", "model_type")
-    kept = {key: value for key, value in config.items() if key not in replaced}
-    return transformers.GteConfig(**kept, rope_parameters=rope)
 
 
 # -------------------- What to show for a shipped hypernetwork --------------------

@@ -109,7 +109,8 @@ def small_decoder(make) -> nn.Module:
 
 def config_for(base: nn.Module, names=NAMES, base_model: str = "x", **settings) -> lora.LoRAConfig:
     """The configuration of adapters for these modules."""
-    return lora.config_for(base, lora.find_targets(base, names), base_model, **settings)
+    targets = getattr(base, "lora_targets", None) or lora.find_targets(base, names)
+    return lora.config_for(base, targets, base_model, **settings)
 
 
 def random_adapter(config: lora.LoRAConfig, *batch: int, r: int = 8) -> lora.Adapter:

@@ -12,6 +12,7 @@ import lora
 import model
 from data import Example
 from extras import plot
+from support import tables
 from support.files import read_file, write_file
 from tasks import load_tasks
 from tests.helpers import TINY, command, config_for, evaluate, fit, random_adapter, refused, repeated
@@ -52,7 +53,7 @@ def test_which_descriptions_a_method_is_given():
 
 
 def test_scores_and_their_interval(monkeypatch):
-    low, high = map(float, evaluation.interval([0.0, 1.0] * 50).split(" to "))
+    low, high = map(float, tables.interval([0.0, 1.0] * 50).split(" to "))
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.012)  # the normal approximation
     assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.012)
     base, tokenizer = model.load_base("tiny")
@@ -111,7 +112,7 @@ def test_eval_writes_the_promised_json_and_table(tmp_path, capsys):
         values = list(scores["per_task"].values())
         mean = sum(values) / 12
         assert len(values) == 12 and abs(scores["mean"] - mean) < 1e-9
-        assert f"| {row} | {mean:.3f} | {evaluation.interval(values)} | {min(values):.2f} |" in shown
+        assert f"| {row} | {mean:.3f} | {tables.interval(values)} | {min(values):.2f} |" in shown
 
 
 def test_a_folder_named_like_a_method_or_a_flag_is_a_row_of_its_own(tmp_path, monkeypatch):
@@ -134,7 +135,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
 
 def test_few_tasks_have_a_column_each():
     results = {"t2l": {"16 lines": 0.5, "4 lines": 1.0}, "prompt": {"4 lines": 0.25}}
-    lines = evaluation.make_table(results, "long").splitlines()
+    lines = tables.make_table(results, "long").splitlines()
     assert lines[0] == "| method | 4 lines | 16 lines |"
     assert lines[2:] == ["| t2l | 1.00 | 0.50 |", "| prompt | 0.25 |  |"]
 
@@ -221,10 +222,10 @@ def test_the_mean_adapter_is_that_of_the_training_tasks(monkeypatch):
     base, tokenizer = model.load_base("tiny")
     source = evaluation.MeanWritten(str(TINY / "sft_small"), tasks, args, "cpu")
     lora.inject(base, list(source.config.targets))
-    source.connect(base, tokenizer)
+    source.net.connect(base, tokenizer)
     texts = [text for task in tasks for text in task.descriptions[:8]]
     for name, (A, B) in source.net(texts).items():
-        found = source.adapters([])[name]
+        found = source.adapters(base, [])[name]
         assert len(found[0]) == 1
         torch.testing.assert_close(found[0][0], A.mean(0), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found[1][0], B.mean(0), rtol=1e-4, atol=1e-6)
@@ -232,5 +233,5 @@ def test_the_mean_adapter_is_that_of_the_training_tasks(monkeypatch):
 
 def test_answers_may_begin_or_end_with_a_space_and_tasks_with_a_number():
     assert data.exact_match(Example("x", [" a b "]), "a b") and not data.exact_match(Example("x", ["ab"]), "a b")
-    table = evaluation.make_table({"t2l": {"3-digit addition": 0.5, "16 lines": 1.0}}, "test")
+    table = tables.make_table({"t2l": {"3-digit addition": 0.5, "16 lines": 1.0}}, "test")
     assert table.splitlines()[0] == "| method | 3-digit addition | 16 lines |"

@@ -9,6 +9,7 @@ import eval as evaluation
 import generate
 import model
 import train
+from support import tables
 from support.files import read_file, write_file
 from tests.helpers import SHORT, command, refused, tiny_llama
 
@@ -152,7 +153,7 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
 def test_answers_of_several_lines_stay_in_their_column(capsys):
     generate.show(["x"], {"base model": ["one\ntwo"]})
     assert capsys.readouterr().out == "\n  input         x\n  base model    one\n                two\n"
-    assert "| method | a |" in evaluation.make_table({"t2l": {"a": 1.0}}, "test")
+    assert "| method | a |" in tables.make_table({"t2l": {"a": 1.0}}, "test")
 
 
 def test_an_input_that_does_not_fit_into_the_window_is_one_line(tmp_path, capsys):
