@@ -6,7 +6,6 @@ its text is the description, and its examples are questions about it. Tasks come
 
 import math
 import random
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -65,26 +64,6 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     tasks = list(splits[split])
     random.Random(0).shuffle(tasks)
     return tasks[:n_tasks] if n_tasks else tasks
-
-
-def beginning(values: Sequence) -> list:
-    """A list; of an endless sequence, which makes its values when they are asked for, the first ones."""
-    return values if isinstance(values, list) else list(values[:8])
-
-
-def identify(tasks: list[Task]) -> dict:
-    """The names of tasks and a checksum of their texts."""
-    checksum = 0
-    for task in tasks:
-        texts = (task.name, task.definition, beginning(task.descriptions), beginning(task.train), task.test)
-        checksum = zlib.crc32(repr(texts).encode(), checksum)
-    return {"names": [task.name for task in tasks], "checksum": checksum}
-
-
-def check_instruction(tasks: list[Task], args) -> None:
-    """Raise UserError if the instruction of tasks is a document."""
-    if args.instruction and tasks[0].is_document:
-        raise UserError("--instruction would put the document itself into the prompt")
 
 
 # -------------------- The batch of a training step --------------------
@@ -174,7 +153,7 @@ def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=
     n_examples = [0] * count  # of each process
     for example in kept:
         n_examples[kept_tasks.index(example.task) % count] += 1
-    mine = kept_tasks[rank::count] or kept_tasks[:1]  # more processes than tasks: the first one, with weight 0
+    mine = kept_tasks[rank::count] or kept_tasks[:1]  # if there are none left: the first, with weight 0
     is_idle = rank >= len(kept_tasks)
     examples = []
     for example in kept:
@@ -200,45 +179,3 @@ def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tupl
 
 
 cached_ids = lru_cache(2**14)(example_ids)  # rendering a chat template takes a millisecond
-
-
-# -------------------- Checks before training --------------------
-
-
-def check(tokenizer, tasks: list[Task], val_tasks: list[Task], args, is_first: bool) -> None:
-    """Raise UserError for tasks that cannot be trained on; say once what will be left out."""
-    for task in tasks + val_tasks:
-        if not all(example.answers for example in [*beginning(task.train), *task.test]):
-            command = f"python -m extras.answers {args.tasks} NEW_FOLDER --base_model {args.base_model}"
-            raise UserError(f"{task.name} has questions without an answer; to generate answers: {command}")
-    n_too_long = count_too_long(tokenizer, tasks, args)
-    if n_too_long == len(tasks):
-        raise UserError(f"no example has at most --max_tokens {args.max_tokens} tokens")
-    if n_too_long and is_first:
-        print(f"{n_too_long} of {len(tasks)} tasks are left out: too long for --max_tokens {args.max_tokens}")
-    check_words(tokenizer, tasks + val_tasks)
-
-
-def count_too_long(tokenizer, tasks: list[Task], args) -> int:
-    """How many tasks have no example of at most --max_tokens among their first ones."""
-    n, template = 0, len(model.tokenize(tokenizer, model.render(tokenizer, model.chat(tokenizer, ""))))
-    for i, task in enumerate(tasks):
-        description = task.descriptions[0] if args.instruction or args.distill else ""
-        drawn = DrawnTask(i, description, task.train[:8])
-        lengths = []  # in bytes; a token has at least one
-        for example in drawn.examples:
-            lengths.append(len((task.definition + description + example.input + example.answers[0]).encode()))
-        if min(lengths) + template + len(model.instruct("")) > args.max_tokens:
-            n += tokenize(tokenizer, tasks, [drawn], args)[0].n_tokens > args.max_tokens
-    return n
-
-
-def check_words(tokenizer, tasks: list[Task]) -> None:
-    """Raise UserError for words in the examples that the base model has no token for."""
-    if tokenizer.unk_token_id is None:
-        return
-    texts = set()
-    for task in tasks:
-        for example in [*beginning(task.train), *task.test]:
-            texts.update((example.input, *example.answers[:1]))
-    model.check_known(tokenizer, list(texts))

@@ -42,7 +42,7 @@ from data import Example, Task
 from support import flags, hub, processes
 from support.files import UserError, check_name, command, read_object, write_file
 from support.tables import Scores, make_table
-from tasks import benchmarks, load_tasks
+from tasks import benchmarks, checks, load_tasks
 from tasks import folder as task_folder
 
 # -------------------- Where adapters come from --------------------
@@ -174,7 +174,7 @@ class Method(NamedTuple):
         """The folder of the source. Raises UserError if there is none."""
         folder = self.folder or getattr(args, self.flag)
         if not folder and self.flag == "hypernet":
-            folder = str(generate.shipped_hypernet(args.base_model or "tiny", what_is_read(tasks)))
+            folder = str(hub.shipped_hypernet(args.base_model or "tiny", what_is_read(tasks)))
         if not folder:
             raise UserError(f"needs --{self.flag} DIR")
         return folder
@@ -233,7 +233,7 @@ def choose_tasks(args, benchmark_names: list[str]) -> list[Task]:
         for i, task in enumerate(tasks):
             texts = task_folder.as_texts(descriptions[task.name], f"{args.descriptions}: {task.name}")
             tasks[i] = replace(task, descriptions=texts, reworded=[])
-    data.check_instruction(tasks, args)
+    checks.check_instruction(tasks, args)
     for task in tasks:
         if not task.test:
             raise UserError(f"the task {task.name} has no test part: that is the last fifth of its instances")
@@ -294,7 +294,7 @@ class Models:
                 source.net.connect(self.base, self.tokenizer)
 
     def has_instruction(self, name: str, args) -> bool:
-        """Whether the instruction stands in a method's prompts: as a flag says, or as its adapter was trained."""
+        """Whether the instruction stands in a method's prompts: as a flag says, or as in training."""
         if args.instruction is not None:
             return args.instruction
         return name in self.sources and self.sources[name].config.instruction

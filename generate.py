@@ -16,14 +16,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 import hypernet
 import lora
 import model
 from lora import Adapter
 from support import flags, hub, processes
-from support.files import UserError, command, read_object, write_file
+from support.files import UserError, check_folder, command, write_file
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--adapter", help="use the adapter in this folder; nothing is written")
     parser.add_argument("--input", action="append", help="a text to answer; may be given several times")
     parser.add_argument("--out", default="out/adapter", help="adapter folder; for several: 0, 1, ... in it")
-    parser.add_argument("--merge", help="new folder for the base model with the adapter merged into its weights")
+    parser.add_argument("--merge", help="new folder for a base model with merged weights")
     add_model_flags(parser)
     args = parser.parse_args()
     if len([source for source in (args.desc, args.doc, args.adapter) if source]) != 1:
@@ -48,7 +47,7 @@ def parse_args() -> argparse.Namespace:
             if not text.strip():
                 raise UserError(f"{flag} is empty" if len(texts) == 1 else f"{flag} number {i} is empty")
     if not args.adapter:
-        check_out(args.out)
+        check_folder(args.out, OUR_FILES, "description.txt")
     if args.merge is not None and (not args.merge or Path(args.merge).exists() or args.merge == args.out):
         raise UserError(f"--merge {args.merge!r} is no new folder; choose another")
     return args
@@ -72,7 +71,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_net(name: str | None, reads: str, args, device: torch.device, flag="--hypernet") -> nn.Module:
     """The hypernetwork of a folder, here or on the hub; by default the shipped one. `connect` it next."""
-    folder = name or str(shipped_hypernet(args.base_model or "tiny", reads))
+    folder = name or str(hub.shipped_hypernet(args.base_model or "tiny", reads))
     folder = hub.fetch(folder, hypernet.FILES, flag)
     net = hypernet.load_hypernet(folder).to(device)
     if net.reads != reads:
@@ -82,20 +81,6 @@ def load_net(name: str | None, reads: str, args, device: torch.device, flag="--h
     return net
 
 
-def shipped_hypernet(base_model: str, reads: str) -> Path:
-    """The folder of the hypernetwork in checkpoints/ for a base model; UserError if there is none."""
-    shape = None
-    if Path(base_model).is_dir():
-        shape = lora.base_shape(hub.from_pretrained(AutoConfig, base_model))
-    name = "d2l" if reads == "documents" else "sft_large"
-    for file in hub.CHECKPOINTS.glob(f"*/{name}/config.json"):
-        config = read_object(file)
-        same_name = config["base_model"].lower() == hub.full_name(base_model).lower()
-        if same_name or config["base_shape"] == shape:
-            return file.parent
-    raise UserError(f"no hypernetwork for {base_model} is shipped; train one and pass it with --hypernet")
-
-
 def load_base_for(configs: list[lora.LoRAConfig], args, device: torch.device):
     """The base model of these configs, or --base_model, with LoRA layers for their targets; its tokenizer."""
     base_model = args.base_model or (configs[-1].base_model if configs else "tiny")
@@ -103,7 +88,7 @@ def load_base_for(configs: list[lora.LoRAConfig], args, device: torch.device):
     base, tokenizer = model.load_base(base_model, device, dtype)
     names = []
     for config in configs:
-        hub.check_base(base_model, lora.base_shape(base.config), config.base_model, config.base_shape)
+        hub.check_base(base_model, hub.base_shape(base.config), config.base_model, config.base_shape)
         names += config.targets
     lora.inject(base, list(dict.fromkeys(names)))
     return base, tokenizer
@@ -172,24 +157,12 @@ def say_length(inputs: list[str], base_model: str) -> None:
     """The tiny world's inputs have four words."""
     n_words = hub.examples(base_model).get("words_per_input")
     if n_words and any(len(text.split()) != n_words for text in inputs):
-        message = f"note: in training all inputs had {n_words} words; others get answers that are wrong"
-        print(message, file=sys.stderr)
+        print(f"note: in training inputs had {n_words} words; others get wrong answers", file=sys.stderr)
 
 
 # -------------------- Files --------------------
 
 OUR_FILES = {*lora.ADAPTER_FILES, "description.txt"}  # of each adapter folder
-
-
-def check_out(out: str) -> None:
-    """Raise UserError if --out is anything but a new folder, or one that holds nothing but our adapters."""
-    folder, found = Path(out), set()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {out} is a file; choose a folder")
-    if folder.exists():
-        found = {path.name for path in folder.rglob("*") if path.is_file()}
-    if not out.strip() or not found <= OUR_FILES or (found and "description.txt" not in found):
-        raise UserError(f"--out {out!r} is no new folder, and generate.py did not write it; choose another")
 
 
 def save_adapters(out: Path, texts: list[str], adapters: Adapter, config) -> list[Path]:

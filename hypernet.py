@@ -4,32 +4,30 @@
     net.connect(base, tokenizer)
     adapters = net(["Keep only the animals."])
 
-To add a hypernetwork, write an nn.Module with the following members and add it to ARCHS, at the end of this
-file. `--arch` then takes its name.
+To add a hypernetwork, write an nn.Module with these members and add it to ARCHS, at the end of this file.
+tests/test_fork.py has one.
 
     net_class.reads      "descriptions" or "documents": the tasks that it is trained on
     net_class.modes      how train.py may train it: "sft", "recon"
     net_class.config_class
-                         a dataclass: HypernetConfig and its own settings. A field that is made by `setting`
-                         is a flag of train.py; its name must not be that of another flag
-    config.measure(base) sets the fields that depend on the frozen models
+                         a dataclass: HypernetConfig and its own fields. Those that are made by `setting` are
+                         flags of train.py; one that has the name of another flag gets its value
+    config.measure(base) sets fields that depend on the frozen models
     net_class(config)    the network, with random weights; net.config is its config
     net.connect(base, tokenizer)
-                         gives it what it reads with: a text encoder, or the base model. It is frozen and no
-                         part of the weights
+                         gives it what it reads with, frozen and no part of its weights: a text encoder, or
+                         the base model
     net(texts)           -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, for n texts. Ours
-                         are write(encode(texts)): what frozen models compute, without gradients and autocast,
-                         then the network proper
-    net.ranks            the rank of the adapters written last: an integer, or a tensor [n] if they differ and
-                         are padded with zeros
+                         are write(encode(texts)): what frozen models compute, then the network proper
+    net.ranks            the rank of the adapters written last; a tensor [n] if some are padded with zeros
     net.lr_factors       {first part of a parameter's name: factor on its learning rate}; others have 1
-    net.recompute        set by --gradient_checkpointing: if it costs much memory, compute activations again
-    net.start_as_lora()  for SFT: makes it write LoRA's initialisation, with B = 0, for every text
+    net.recompute        set by --gradient_checkpointing: compute activations again, if they take much memory
+    net.start_as_lora()  for SFT: write LoRA's initialisation, with B = 0, for every text
     net.start_at(mean, std)
-                         for reconstruction: told the oracles' mean and standard deviation, as Adapters
+                         for reconstruction: these are the oracles' mean and standard deviation, as Adapters
 
-All its parameters are trained and must receive gradients (DDP requires it); constants are buffers. Vectors,
-and parameters whose names contain a word of NO_DECAY in support/optimizer.py, have no weight decay.
+All its parameters are trained and must receive gradients (DDP requires it); constants are buffers.
+support/optimizer.py says which have no weight decay.
 """
 
 import math
@@ -48,6 +46,7 @@ from lora import Adapter, LoRAConfig
 from support import hub, processes
 from support.files import UserError, read_file, read_object, write_file
 from support.flags import setting
+from support.perceiver import Perceiver
 
 
 @dataclass
@@ -359,81 +358,6 @@ def read_chunks(base: nn.Module, chunks: list[Chunk], early_exit: bool) -> tuple
         return model.hidden_states(base, ids, mask, early_exit).float(), mask
 
 
-class SwiGLU(nn.Module):
-    """Down(SiLU(Gate x) * Up x)."""
-
-    def __init__(self, n_in: int, n_hidden: int, n_out: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(n_in, n_hidden, bias=False)
-        self.up_proj = nn.Linear(n_in, n_hidden, bias=False)
-        self.down_proj = nn.Linear(n_hidden, n_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class CrossAttention(nn.Module):
-    """Latents attend to the context, then an MLP. The context has no positions: its order does not matter."""
-
-    def __init__(self, d: int, heads: int, head_size: int = 128):
-        super().__init__()
-        self.heads, self.kv_heads = heads, heads // 4
-        self.norm_latents = nn.RMSNorm(d, eps=1e-6)
-        self.norm_context = nn.RMSNorm(d, eps=1e-6)
-        self.q_proj = nn.Linear(d, self.heads * head_size, bias=False)
-        self.k_proj = nn.Linear(d, self.kv_heads * head_size, bias=False)
-        self.v_proj = nn.Linear(d, self.kv_heads * head_size, bias=False)
-        self.o_proj = nn.Linear(self.heads * head_size, d, bias=False)
-        self.norm_post = nn.RMSNorm(d, eps=1e-6)
-        self.norm_preff = nn.RMSNorm(d, eps=1e-6)
-        self.mlp = SwiGLU(d, 4 * d, d)
-        self.norm_postff = nn.RMSNorm(d, eps=1e-6)
-
-    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """latents [b, n, d], context [b, T, d], mask [b, T] (1 for a token) -> [b, n, d]"""
-
-        def split_heads(x: Tensor, heads: int) -> Tensor:
-            return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [b, heads, n or T, 128]
-
-        context = self.norm_context(context)
-        q = split_heads(self.q_proj(self.norm_latents(latents)), self.heads)
-        k = split_heads(self.k_proj(context), self.kv_heads)
-        v = split_heads(self.v_proj(context), self.kv_heads)
-        if mask is not None:
-            mask = mask[:, None, None].bool()  # [b, 1, 1, T]
-        # the 4 query heads that share keys and values become 4 n queries of one head; with enable_gqa and a
-        # mask, torch 2.13 would take its slowest kernel on a GPU, which keeps all scores in memory
-        q = q.unflatten(1, (self.kv_heads, 4)).flatten(2, 3)  # [b, kv_heads, 4 n, 128]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        h = h.unflatten(2, (4, -1)).flatten(1, 2)  # [b, heads, n, 128]
-        latents = latents + self.norm_post(self.o_proj(h.transpose(1, 2).flatten(2)))
-        return latents + self.norm_postff(self.mlp(self.norm_preff(latents)))
-
-
-class Perceiver(nn.Module):
-    """Any number of vectors -> n_out vectors: latents read the context, then queries read the latents."""
-
-    def __init__(self, config: DocConfig, n_out: int):
-        super().__init__()
-        d = config.latent_size
-        self.project = SwiGLU(config.input_size, 4 * config.input_size, d)
-        self.latents = nn.Parameter(torch.randn(config.n_latents, d))
-        self.encoder = nn.ModuleList([CrossAttention(d, config.n_heads) for _ in range(config.n_blocks)])
-        self.encoder_norm = nn.RMSNorm(d, eps=1e-6)
-        self.queries = nn.Parameter(torch.randn(n_out, d))
-        self.decoder = CrossAttention(d, config.n_heads)
-        self.decoder_norm = nn.RMSNorm(d, eps=1e-6)
-
-    def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
-        """features [b, T, f], mask [b, T] -> [b, n_out, d]"""
-        context = self.project(features)  # [b, T, d]
-        latents = self.latents.expand(len(features), -1, -1)  # [b, n_latents, d]
-        for block in self.encoder:
-            latents = block(latents, context, mask)
-        queries = self.queries.expand(len(features), -1, -1)
-        return self.decoder_norm(self.decoder(queries, self.encoder_norm(latents), None))  # [b, n_out, d]
-
-
 class DocToLoRA(nn.Module):
     """Writes adapters from documents: one per chunk of text, joined along the rank for each document."""
 
@@ -451,7 +375,8 @@ class DocToLoRA(nn.Module):
         self.names = sorted(c.targets)  # the order of the queries, as published
         self.layers = c.adapted_layers()
         L, M, d = len(self.layers), len(self.names), c.latent_size
-        self.perceiver = Perceiver(c, M * c.r * (L if c.early_exit else 1))
+        n_out = M * c.r * (L if c.early_exit else 1)
+        self.perceiver = Perceiver(c.input_size, d, c.n_latents, c.n_blocks, c.n_heads, n_out)
 
         # every layer of the base model that has a target has its own block and its own head
         self.block_in, self.block_out = nn.LayerNorm(d), nn.LayerNorm(d)
@@ -554,24 +479,15 @@ class DocToLoRA(nn.Module):
         The rank dimension holds the chunks, then the bias, then zero padding up to the longest document.
         A [documents, L, R, in] and B [documents, L, out, R] with R = (most chunks + 1) * r.
         """
-        pieces = [{} for _ in range(sum(counts))]  # one adapter per chunk
-        for name, (A, B) in chunks.items():
-            for piece, chunk_A, chunk_B in zip(pieces, A.unbind(), B.unbind()):
-                piece[name] = (chunk_A, chunk_B)
         bias = {}
         for name in self.names:
             bias[name] = (self.bias[f"{lora.key(name)}_A"], self.bias[f"{lora.key(name)}_B"])
         self.ranks = (1 + torch.tensor(counts, device=self.head.device)) * self.config.r  # [documents]
-        R, documents, first = int(self.ranks.max()), [], 0
+        singles, documents = lora.unbind(chunks), []
         for count in counts:
-            documents.append(lora.concat_rank([*pieces[first : first + count], bias]))
-            first += count
-        joined = {}
-        for name in self.names:
-            padded_A = [F.pad(A, (0, 0, 0, R - A.shape[-2])) for A, _ in (d[name] for d in documents)]
-            padded_B = [F.pad(B, (0, R - B.shape[-1])) for _, B in (d[name] for d in documents)]
-            joined[name] = (torch.stack(padded_A), torch.stack(padded_B))
-        return joined
+            own, singles = singles[:count], singles[count:]
+            documents.append(lora.pad_rank(lora.concat_rank([*own, bias]), int(self.ranks.max())))
+        return lora.stack(documents)
 
 
 # -------------------- Files --------------------
@@ -590,31 +506,26 @@ def save_hypernet(net: nn.Module, folder: str | Path, dtype: torch.dtype = torch
 
 
 def load_hypernet(folder: str | Path) -> nn.Module:
-    """Read a hypernetwork that train.py wrote, in float32 and eval mode."""
+    """Read a hypernetwork that train.py wrote, in float32 and eval mode. `connect` it before it is called."""
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} holds an adapter, not a hypernetwork; PEFT loads it")
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no hypernetwork: config.json is missing")
     settings = read_object(folder / "config.json")
-    arch = settings.pop("arch", None)
-    if arch not in ARCHS:
-        raise UserError(f"{folder} holds no hypernetwork of this project: the arch in config.json is {arch}")
-    net_class = ARCHS[arch]
     weights = read_file(folder / "hypernet.safetensors")
     try:
+        net_class = ARCHS[settings.pop("arch")]
         with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
             net = net_class(net_class.config_class(**settings))
         # earlier files say deviation in place of std
-        weights = {key.replace("deviation", "std"): tensor.float().contiguous() for key, tensor in weights.items()}
+        weights = {key.replace("deviation", "std"): w.float().contiguous() for key, w in weights.items()}
         net.load_state_dict(weights, assign=True)
     except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as e:
-        raise UserError(f"{folder}: the weights do not match their settings: {e}") from None
+        raise UserError(f"{folder}: the weights do not match their settings: {e!r}") from None
     return net.eval()
 
 
-NOT_COMPARED = ("base_model", "base_shape", "encoder", "instruction", "full_stop")
-NOT_COMPARED += ("dropout", "input_dropout", "head_lr", "offset_lr", "random_chunks")
+MAY_DIFFER = ("base_model", "base_shape", "encoder", "instruction", "full_stop")  # encoder: see below
+MAY_DIFFER += ("dropout", "input_dropout", "head_lr", "offset_lr", "random_chunks")
 
 
 def copy_weights(folder: str, net: nn.Module) -> None:
@@ -622,13 +533,12 @@ def copy_weights(folder: str, net: nn.Module) -> None:
     start = load_hypernet(folder)
     ours, theirs = vars(net.config), vars(start.config)
     hub.check_base(ours["base_model"], ours["base_shape"], theirs["base_model"], theirs["base_shape"])
-    differing = [name for name in ours if name not in NOT_COMPARED and ours[name] != theirs.get(name)]
+    differing = [name for name in ours if name not in MAY_DIFFER and ours[name] != theirs.get(name)]
     if list(ours["targets"]) != list(theirs["targets"]):  # their order counts, too
         differing.append("targets")
-    if "encoder" in ours and not hub.may_be_same(ours["encoder"], theirs.get("encoder", "")):
+    if not hub.may_be_same(ours.get("encoder", ""), theirs.get("encoder", "")):
         differing.append("encoder")
-    if differing:
-        name = differing[0]
+    for name in differing:
         message = f"--init_from {folder}: that network has other settings"
         raise UserError(f"{message} ({name}: {theirs.get(name)}, not {ours[name]})")
     net.load_state_dict(start.state_dict())

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support import hub
 from support.files import UserError, read_file, read_object, write_file
-from support.hub import source_of
 from support.targets import Target, find_targets, one_target, split_path
 
 Adapter = dict[str, tuple[Tensor, Tensor]]
@@ -101,14 +102,8 @@ class LoRAConfig:
 
 def config_for(base: nn.Module, targets: dict[str, Target], base_model: str, **settings) -> LoRAConfig:
     """The LoRAConfig of adapters for these targets of `base`; `settings` are its further fields."""
-    shape = base_shape(base.config)
+    shape = hub.base_shape(base.config)
     return LoRAConfig(base_model, shape, n_layers=shape[0], targets=targets, **settings)
-
-
-def base_shape(config) -> list[int]:
-    """[layers, hidden size, vocabulary]: identifies a base model that is stored in a folder."""
-    text = config.get_text_config()
-    return [text.num_hidden_layers, text.hidden_size, text.vocab_size]
 
 
 # -------------------- Using it --------------------
@@ -159,7 +154,7 @@ def use(base: nn.Module, adapter: Adapter, scaling: float):
     """Run `base` with an adapter, in a block that holds the forward pass and the backward pass.
 
     It is computed in the dtype of the base model. A single adapter acts on the whole batch. Of n adapters and
-    a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on. An adapter {} changes nothing.
+    a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on. {} changes nothing.
     """
     check_fits(base, adapter)
     for name, (A, B) in adapter.items():
@@ -215,6 +210,34 @@ def select(adapter: Adapter, index) -> Adapter:
     return {name: (A[index], B[index]) for name, (A, B) in adapter.items()}
 
 
+def unbind(batch: Adapter) -> list[Adapter]:
+    """The adapters of a batch, one by one."""
+    singles = [{} for _ in next(iter(batch.values()))[0]]
+    for name, (A, B) in batch.items():
+        for single, single_A, single_B in zip(singles, A.unbind(), B.unbind()):
+            single[name] = (single_A, single_B)
+    return singles
+
+
+def stack(adapters: list[Adapter]) -> Adapter:
+    """Adapters as a batch."""
+    batch = {}
+    for name in adapters[0]:
+        A = torch.stack([adapter[name][0] for adapter in adapters])  # [n, L, r, in]
+        B = torch.stack([adapter[name][1] for adapter in adapters])
+        batch[name] = (A, B)
+    return batch
+
+
+def pad_rank(adapter: Adapter, rank: int) -> Adapter:
+    """The same adapter with zeros up to a rank."""
+    padded = {}
+    for name, (A, B) in adapter.items():
+        n = rank - A.shape[-2]
+        padded[name] = (F.pad(A, (0, 0, 0, n)), F.pad(B, (0, n)))
+    return padded
+
+
 def statistics(batch: Adapter) -> tuple[Adapter, Adapter]:
     """Mean and standard deviation of n adapters, entry by entry. [n, L, ...] -> [L, ...]"""
     mean, std = {}, {}
@@ -268,7 +291,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": source_of(config.base_model),
+        "base_model_name_or_path": hub.source_of(config.base_model),
         "inference_mode": True,
         "target_modules": names,
         "lora_dropout": 0.0,
@@ -373,9 +396,5 @@ def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfi
         if kinds[-1] != kinds[0]:
             what = "modules, rank, scaling or prompt.json"
             raise UserError(f"the adapters in {folder} and {folders[0]} differ in {what}")
-    batch = {}
-    for name in adapters[0]:
-        A = torch.stack([adapter[name][0] for adapter in adapters])
-        B = torch.stack([adapter[name][1] for adapter in adapters])
-        batch[name] = (A.to(device), B.to(device))
+    batch = {name: (A.to(device), B.to(device)) for name, (A, B) in stack(adapters).items()}
     return batch, config

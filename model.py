@@ -20,7 +20,14 @@ from support import processes
 from support.files import UserError
 from support.hub import from_pretrained, load_weights
 from support.processes import Process
-from support.templates import PLAIN_TEMPLATE, answer_start, fill_template, takes_system_message
+from support.templates import (
+    PLAIN_TEMPLATE,
+    answer_start,
+    check_known,
+    fill_template,
+    takes_system_message,
+    tokenize,
+)
 from support.text_models import TransformerEncoder, text_width
 
 # -------------------- The base model --------------------
@@ -117,11 +124,6 @@ def around_document(tokenizer) -> tuple[str, str]:
     return before if takes_system_message(tokenizer) else before + "\n\n", after
 
 
-def tokenize(tokenizer, text: str) -> list[int]:
-    """Token ids of a rendered text, which has its special tokens from the template."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
     """Sequences of different lengths as one tensor [n, T]."""
     T = max(len(sequence) for sequence in sequences)
@@ -130,21 +132,6 @@ def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
         padding = [value] * (T - len(sequence))
         padded.append(padding + sequence if left else sequence + padding)
     return torch.tensor(padded)
-
-
-def check_known(tokenizer, texts: list[str]) -> None:
-    """Raise UserError for words that the tokenizer has no token for (the tiny one knows few)."""
-    if tokenizer.unk_token_id is None:
-        return
-    words = sorted({word for text in texts for word in text.split()})
-    if tokenizer.unk_token_id not in tokenize(tokenizer, " ".join(words)):
-        return
-    unknown = [word for word in words if tokenizer.unk_token_id in tokenize(tokenizer, word)]
-    if unknown:
-        some = ", ".join(unknown[:20]) + (", ..." if len(unknown) > 20 else "")
-        known = ", ".join(tokenizer.convert_ids_to_tokens(range(20, 120, 20)))
-        message = f"the base model has no token for {some}; it knows words such as {known}"
-        raise UserError(f"{message} (all those of the tiny one: tasks/tiny.json)")
 
 
 @torch.no_grad()

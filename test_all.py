@@ -33,7 +33,7 @@ import train
 from data import Example
 from support import processes
 from support.files import read_file, write_file
-from tasks import load_tasks
+from tasks import checks, load_tasks
 from tests.conftest import seed  # noqa: F401 (a fixture)
 from tests.helpers import (
     D2L,
@@ -41,7 +41,6 @@ from tests.helpers import (
     LORA,
     NAMES,
     SAY,
-    SCALING,
     SHORT,
     TINY,
     batch_of,
@@ -305,9 +304,9 @@ def test_too_long_examples_and_tasks_are_left_out(capsys):
     mixed, too_long = data.Task("mixed", ["x"], [long, short], []), data.Task("long", ["x"], [long], [])
     run.args.max_tokens = 12
     capsys.readouterr()
-    data.check(run.tokenizer, [mixed, too_long], [], run.args, True)
+    checks.check(run.tokenizer, [mixed, too_long], [], run.args, True)
     assert capsys.readouterr().out == "1 of 2 tasks are left out: too long for --max_tokens 12\n"
-    refused("no example has at most", data.check, run.tokenizer, [too_long], [], run.args, True)
+    refused("no example has at most", checks.check, run.tokenizer, [too_long], [], run.args, True)
     run.tasks = [mixed, too_long]
     drawn = [data.DrawnTask(0, "x", [long, short]), data.DrawnTask(1, "x", [long])]
     batch = batch_of(run, drawn)
@@ -321,7 +320,7 @@ def test_a_long_chat_template_counts_for_max_tokens():
     run.tokenizer.chat_template = repeated("cat ", 80) + run.tokenizer.chat_template
     task = data.Task("x", ["x"], [Example("cat", ["red"]), Example("cat", ["red red red"])], [])
     run.args.max_tokens = 75  # more than bytes of the example, fewer tokens than the template
-    refused("no example has at most", data.check, run.tokenizer, [task], [], run.args, True)
+    refused("no example has at most", checks.check, run.tokenizer, [task], [], run.args, True)
 
 
 def test_answer_loss_equals_the_naive_one():

@@ -40,8 +40,7 @@ from support.files import UserError, command, write_file
 from support.flags import setting
 from support.optimizer import learning_rate, make_optimizer
 from support.processes import Process
-from tasks import SOURCES, load_tasks
-from tasks import folder as task_folder
+from tasks import SOURCES, checks
 
 # -------------------- Settings --------------------
 
@@ -54,9 +53,9 @@ AUTO_DTYPE = "auto: bfloat16 on a GPU that has it, except for recon"
 class Settings:
     """The settings of a run: default (for the tiny world), meaning, and values that are allowed.
 
-    There are four kinds of runs: ordinary LoRAs (lora), reconstruction (recon), and SFT of a network that reads
-    descriptions (text) or documents (document). `runs` are the kinds that use a setting, by default all;
-    others do not accept the flag.
+    There are four kinds of runs: ordinary LoRAs (lora), reconstruction (recon), and SFT of a network that
+    reads descriptions (text) or documents (document). `runs` are the kinds that use a setting, by default
+    all; others do not accept the flag.
     """
 
     # what is trained
@@ -98,7 +97,7 @@ class Settings:
     recon_loss: str = setting("z_score", "of A and B, or B A", choices=("z_score", "delta_w"), runs="recon")
     # the run
     seed: int = setting(0, "seed of all randomness")
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one, otherwise the CPU")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")
     dtype: str = setting("auto", AUTO_DTYPE, choices=("auto", "float32", "bfloat16"))
     gradient_checkpointing: bool = setting(False, "save memory: activations twice", runs=THROUGH_BASE)
     shard: bool = setting(False, "shard the base model over the processes", runs=THROUGH_BASE)
@@ -129,8 +128,8 @@ def parse_args() -> argparse.Namespace:
     kind = sft_kind if args.mode == "sft" else args.mode
     settings, unused = flags.used_by(kind, all_settings.values())
     if kind != "lora":
-        of_network = [item for item in flags.settings_of(net_class.config_class) if item.name not in all_settings]
-        settings += flags.used_by(kind, of_network)[0]
+        of_network, _ = flags.used_by(kind, flags.settings_of(net_class.config_class))
+        settings += [item for item in of_network if item.name not in all_settings]
 
     # 2. all flags
     parser = flags.Parser(__doc__, add_help=False)
@@ -413,7 +412,7 @@ def validate(run: Run) -> dict[str, float]:
 def prepare(args, process: Process) -> Run:
     """For SFT and ordinary LoRAs: load the tasks and the frozen models, and make what is trained."""
     with processes.first_goes_ahead(process):
-        tasks, val_tasks = choose_tasks(args, process)
+        tasks, val_tasks = checks.choose_tasks(args, hypernet.ARCHS[args.arch].reads, process.rank == 0)
         hub.fetch(hub.source_of(args.base_model))
     names, dtype = args.target_modules.split(","), getattr(torch, args.dtype)
     if args.shard:
@@ -421,7 +420,7 @@ def prepare(args, process: Process) -> Run:
     else:
         base, tokenizer = model.load_base(args.base_model, process.device, dtype)
         lora.inject(base, names, args.dropout)
-    data.check(tokenizer, tasks, val_tasks, args, process.rank == 0)
+    checks.check(tokenizer, tasks, val_tasks, args, process.rank == 0)
     lora.set_dropout(base, True)
     if args.gradient_checkpointing:
         model.recompute_layers(base)
@@ -440,7 +439,7 @@ def prepare(args, process: Process) -> Run:
 def prepare_recon(args, process: Process) -> Run:
     """For reconstruction: oracles, and a base model of shapes only, unless it is the text encoder."""
     with processes.first_goes_ahead(process):
-        tasks, _ = choose_tasks(args, process)
+        tasks, _ = checks.choose_tasks(args, hypernet.ARCHS[args.arch].reads, process.rank == 0)
         hub.fetch(hub.source_of(args.base_model))
     with_oracle = [task for task in tasks if (Path(args.oracles) / task.name).is_dir()]
     if not with_oracle:
@@ -453,7 +452,7 @@ def prepare_recon(args, process: Process) -> Run:
     base, tokenizer = hub.load_skeleton(args.base_model), None
     if args.encoder == "base":
         base, tokenizer = model.load_base(args.base_model, process.device, getattr(torch, args.dtype))
-    config.base_shape = lora.base_shape(base.config)
+    config.base_shape = hub.base_shape(base.config)
     hub.check_base(args.base_model, config.base_shape, config.base_model, [])
     config.base_model, config.n_layers = hub.full_name(args.base_model), config.base_shape[0]
     lora.inject(base, list(config.targets))
@@ -463,27 +462,6 @@ def prepare_recon(args, process: Process) -> Run:
     if not args.init_from:
         net.start_at(mean, std)
     return Run(args, process, with_oracle, [], base, tokenizer, net, oracles, std)
-
-
-def choose_tasks(args, process: Process) -> tuple[list[data.Task], list[data.Task]]:
-    """(tasks to train on, tasks to validate on)."""
-    splits = load_tasks(args.tasks)
-    if process.rank == 0:
-        print(task_folder.summary(args.tasks, splits))
-    tasks = data.pick(splits, args.split, args.n_tasks)
-    reads_documents = hypernet.ARCHS[args.arch].reads == "documents"
-    if args.mode != "lora" and tasks[0].is_document != reads_documents:
-        reads = "documents (see config/d2l.args)" if reads_documents else "descriptions"
-        raise UserError(f"--tasks {args.tasks} cannot be used with --arch {args.arch}, which reads {reads}")
-    data.check_instruction(tasks, args)
-    if args.mode == "lora" and not args.multi_task and len({task.name for task in tasks}) < len(tasks):
-        raise UserError(f"--tasks {args.tasks}: tasks of equal names cannot have an adapter folder each")
-    if args.short_first:
-        tasks.sort(key=lambda task: len(task.descriptions[0]))
-    val_tasks = []
-    if args.mode == "sft" or args.multi_task:
-        val_tasks = [task for task in splits.get("val", []) if task.test]
-    return tasks, val_tasks
 
 
 def make_hypernet(args, lora_config: lora.LoRAConfig, base, tokenizer, process: Process) -> nn.Module:
@@ -545,7 +523,7 @@ def train(run: Run, folder: Path) -> bool:
     is_first = process.rank == 0
     net = processes.parallel(run.net, process)
     optimizer = make_optimizer(run.net, args)
-    checkpoint = state.Checkpoint(folder, data.identify(run.tasks + run.val_tasks), process.count)
+    checkpoint = state.Checkpoint(folder, checks.identify(run.tasks + run.val_tasks), process.count)
     first = n_done = begin(run, folder, checkpoint, optimizer)
     interrupts = state.on_ctrl_c()
     n_examples = (args.tasks_per_batch or len(run.tasks)) * args.examples_per_task  # of a step
@@ -590,9 +568,10 @@ def next_command(args) -> str:
     folder = shlex.quote(args.out_dir)
     if args.mode == "lora":
         models = f"--base_model {shlex.quote(args.base_model)} --tasks {shlex.quote(args.tasks)}"
-        tasks = f"--split {args.split} --n_tasks {args.n_tasks} --oracles"
-        method, flag = ("mt_lora", "--mt_lora") if args.multi_task else ("oracle", tasks)
-        return f"eval.py {models} --methods base,icl,{method} {flag} {folder}"
+        tasks = f"--split {args.split} --n_tasks {args.n_tasks} --methods base,icl"
+        if args.multi_task:
+            return f"eval.py {models} --methods base,icl,mt_lora --mt_lora {folder}"
+        return f"eval.py {models} {tasks},oracle --oracles {folder}"
     text = "--doc FILE" if hypernet.ARCHS[args.arch].reads == "documents" else '--desc "..."'
     return f'generate.py --hypernet {folder} {text} --input "..."'
 

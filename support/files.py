@@ -92,6 +92,17 @@ def check_name(path: Path, ending: str) -> None:
         raise UserError(f"{path}: the file to be written must end in {ending}")
 
 
+def check_folder(out: str, ours: set[str], mark: str) -> None:
+    """Raise UserError if --out is anything but a new folder, or one with our files alone, such as `mark`."""
+    folder, found = Path(out), set()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {out} is a file; choose a folder")
+    if folder.exists():
+        found = {path.name for path in folder.rglob("*") if path.is_file()}
+    if not out.strip() or not found <= ours or (found and mark not in found):
+        raise UserError(f"--out {out!r} is no new folder, and generate.py did not write it; choose another")
+
+
 # -------------------- Downloads --------------------
 
 

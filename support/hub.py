@@ -68,6 +68,12 @@ def may_be_same(name: str, other: str) -> bool:
     return name.lower() == other.lower()
 
 
+def base_shape(config) -> list[int]:
+    """[layers, hidden size, vocabulary]: identifies a base model that is stored in a folder."""
+    text = config.get_text_config()
+    return [text.num_hidden_layers, text.hidden_size, text.vocab_size]
+
+
 def check_base(name: str, shape: list[int], trained_for: str, trained_shape: list[int]) -> None:
     """Raise UserError if what was trained for one base model is to be used with another.
 
@@ -140,7 +146,21 @@ def load_skeleton(name: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-# -------------------- What to show for a shipped hypernetwork --------------------
+# -------------------- What is shipped --------------------
+
+
+def shipped_hypernet(base_model: str, reads: str) -> Path:
+    """The folder of the hypernetwork in checkpoints/ for a base model; UserError if there is none."""
+    shape = None
+    if Path(base_model).is_dir():
+        shape = base_shape(from_pretrained(AutoConfig, base_model))
+    name = "d2l" if reads == "documents" else "sft_large"
+    for file in CHECKPOINTS.glob(f"*/{name}/config.json"):
+        config = read_object(file)
+        same_name = config["base_model"].lower() == full_name(base_model).lower()
+        if same_name or config["base_shape"] == shape:
+            return file.parent
+    raise UserError(f"no hypernetwork for {base_model} is shipped; train one and pass it with --hypernet")
 
 
 def examples(base_model: str) -> dict:

@@ -1,6 +1,8 @@
-"""What chat templates do differently: with system messages, dates, and marks before and after an answer."""
+"""What tokenizers and their chat templates do differently: system messages, dates, marks, known words."""
 
 from functools import cache
+
+from support.files import UserError
 
 PLAIN_TEMPLATE = (  # for a base model without a chat template: "input -> answer<eos>", one per line
     "{% for m in messages if m.content or m.role != 'system' %}"
@@ -40,3 +42,23 @@ def answer_start(tokenizer) -> str:
     prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
     whole = fill_template(tokenizer, [*messages, {"role": "assistant", "content": "<<>>"}])
     return whole.removeprefix(prompt).partition("<<>>")[0].rstrip() if whole.startswith(prompt) else ""
+
+
+def tokenize(tokenizer, text: str) -> list[int]:
+    """Token ids of a rendered text, which has its special tokens from the template."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def check_known(tokenizer, texts: list[str]) -> None:
+    """Raise UserError for words that the tokenizer has no token for (the tiny one knows few)."""
+    if tokenizer.unk_token_id is None:
+        return
+    words = sorted({word for text in texts for word in text.split()})
+    if tokenizer.unk_token_id not in tokenize(tokenizer, " ".join(words)):
+        return
+    unknown = [word for word in words if tokenizer.unk_token_id in tokenize(tokenizer, word)]
+    if unknown:
+        some = ", ".join(unknown[:20]) + (", ..." if len(unknown) > 20 else "")
+        known = ", ".join(tokenizer.convert_ids_to_tokens(range(20, 120, 20)))
+        message = f"the base model has no token for {some}; it knows words such as {known}"
+        raise UserError(f"{message} (all those of the tiny one: tasks/tiny.json)")

@@ -81,7 +81,7 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
 
 
 def test_a_group_without_padding_has_no_mask(reader):
-    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
+    net, (base, _) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
     features, mask = hypernet.read_chunks(base, [[5, 6, 7], [8, 9, 10]], False)
     assert mask is None
@@ -91,7 +91,7 @@ def test_a_group_without_padding_has_no_mask(reader):
 
 
 def test_the_perceiver_is_computed_again_to_save_memory(reader):
-    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
+    net, (base, _) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
     found, calls = [], []
     net.connect(base, tokenizer)

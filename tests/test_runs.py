@@ -15,14 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import data
 import hypernet
 import model
 import train
 from data import Example
 from support import optimizer, state
 from support.files import read_file, write_file
-from tasks import chores
+from tasks import checks, chores
 from tests.helpers import (
     D2L,
     HERE,
@@ -261,7 +260,7 @@ def test_a_run_with_other_tasks_than_before_is_not_resumed(tmp_path, monkeypatch
     assert command(train, "--resume", "--max_steps", "4", "--out_dir", run) == 0
     said = capsys.readouterr().out
     assert "changed: --max_steps 4 (before: 50)" in said
-    again = f"eval.py --base_model tiny --tasks {tasks} --methods base,icl,oracle --split train --n_tasks 0"
+    again = f"eval.py --base_model tiny --tasks {tasks} --split train --n_tasks 0 --methods base,icl,oracle"
     assert f"to go on: python {again}" in said
     assert sorted(file.name for file in run.iterdir()) == ["a", "b", "metrics.jsonl", "train.args"]
 
@@ -311,7 +310,7 @@ def test_a_task_of_endless_examples_is_checked_quickly(monkeypatch):
     tasks = [chores.make_task(("name", "name-surname"))] * 2
     looked.clear()
     run.args.max_tokens = 1
-    refused("no example has at most --max_tokens 1", data.check, run.tokenizer, tasks, [], run.args, True)
+    refused("no example has at most --max_tokens 1", checks.check, run.tokenizer, tasks, [], run.args, True)
     assert len(looked) < 1000
 
 
@@ -336,7 +335,7 @@ def test_a_kill_between_state_and_weights_loses_nothing(tmp_path, monkeypatch):
 def test_another_number_of_processes_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "sft_step", interrupted_in_call(2, train.sft_step)[0])
     assert command(train, *SHORT, "--out_dir", tmp_path) == 130
-    checkpoint = state.Checkpoint(tmp_path, data.identify([]), 2)
+    checkpoint = state.Checkpoint(tmp_path, checks.identify([]), 2)
     checkpoint.run = read_file(tmp_path / "state.json") | {"processes": 2}
     refused("this run has 1 processes, not 2", checkpoint.resume, None, None)
 

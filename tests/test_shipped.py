@@ -5,7 +5,6 @@ import re
 import warnings
 
 import pytest
-import torch
 
 import generate
 import train
