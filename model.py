@@ -35,20 +35,24 @@ from support.text_models import TransformerEncoder, text_width
 
 def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     """(base model, tokenizer): frozen, in eval mode. dtype None is that of `default_dtype`."""
-    tokenizer = from_pretrained(AutoTokenizer, name)
+    tokenizer = load_tokenizer(name)
     base = load_weights(AutoModelForCausalLM, name, dtype=dtype or default_dtype(device))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        prepends_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-        if prepends_bos:
-            tokenizer.chat_template = "{{ bos_token }}" + PLAIN_TEMPLATE
     ends = end_tokens(base, tokenizer)
     base.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
         base.set_attn_implementation("eager")  # with sdpa, transformers before 5.19 drops Gemma 2's softcap
     return base.to(device).requires_grad_(False).eval(), tokenizer
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a base model; it has a chat template, and mostly a token for padding."""
+    tokenizer = from_pretrained(AutoTokenizer, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        prepends_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if prepends_bos else "") + PLAIN_TEMPLATE
+    return tokenizer
 
 
 def end_tokens(base: nn.Module, tokenizer) -> list[int]:

@@ -1,0 +1,146 @@
+"""Descriptions as names of models: with a stand-in for vLLM, and with vLLM itself (T2L_VLLM names its python)."""
+
+import asyncio
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import types
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import generate
+import hypernet
+import lora
+import model
+from extras import serve
+from support.files import read_file, write_file
+from tasks import load_tasks
+from tests.helpers import HERE, TINY, close, command
+from tests.test_prompts import CHATML
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """What serve.py needs of vLLM. Its main() asks the resolver for each name in `asked`."""
+    vllm = types.SimpleNamespace(asked=[], found={}, resolvers={})
+
+    def main() -> None:
+        vllm.words = sys.argv
+        (resolver,) = vllm.resolvers.values()
+
+        async def ask():
+            return await asyncio.gather(*(resolver.resolve_lora("tiny", name) for name in vllm.asked))
+
+        for name, request in zip(vllm.asked, asyncio.run(ask())):
+            vllm.found[name] = request and lora.load_adapter(request[2])
+        vllm.template = Path(sys.argv[sys.argv.index("--chat-template") + 1]).read_text()
+        vllm.folder = Path(request[2])
+
+    registry = types.SimpleNamespace(register_resolver=vllm.resolvers.__setitem__)
+    modules = {"vllm.entrypoints.cli.main": dict(main=main)}
+    modules["vllm.lora.request"] = dict(LoRARequest=lambda *fields: fields)
+    modules["vllm.lora.resolver"] = dict(LoRAResolver=object, LoRAResolverRegistry=registry)
+    for name, members in modules.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
+    return vllm
+
+
+def test_a_description_is_the_name_of_its_adapter(stand_in, monkeypatch):
+    monkeypatch.setattr(serve, "MOST", 3)
+    texts = ["Keep the fruits.", "Reverse the animals.", "Shout the colours."]
+    stand_in.asked = ["typo", "t2l: ", *(f"t2l: {text}" for text in 2 * texts), "t2l: one more", "t2l:" + texts[0]]
+    assert command(serve, "--port", "8123") == 0
+    assert stand_in.words[-2:] == ["--port", "8123"] and "--enable-lora" in stand_in.words
+    net = hypernet.load_hypernet(TINY / "sft_large")
+    net.connect(None, None)
+    for name in ("typo", "t2l: ", "t2l: one more"):
+        assert stand_in.found[name] is None
+    for text in texts:
+        adapter, _ = stand_in.found[f"t2l: {text}"]
+        close(adapter["q_proj"], lora.select(net([text]), 0)["q_proj"])
+    assert not stand_in.folder.exists()  # it went with the server
+
+
+def test_prompts_are_those_of_training():
+    tokenizer = model.load_base("tiny")[1]
+    said = "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}{{ m.content }}"
+    dated = "{{ strftime_now('%d') }}{{ date_string }}{{ enable_thinking }}" + CHATML
+    for template in (tokenizer.chat_template, dated, CHATML.replace("\n{{ m.content }}", "\n" + said)):
+        tokenizer.chat_template = template
+        asked = [{"role": "user", "content": "cat dog"}]
+        settings = dict(chat_template=serve.served_template(tokenizer), add_generation_prompt=True, tokenize=False)
+        ours = model.render(tokenizer, model.chat(tokenizer, "cat dog"))
+        assert tokenizer.apply_chat_template(asked, **settings) == ours
+
+
+def test_a_network_that_needs_the_prompt_is_refused(tmp_path, stand_in, capsys):
+    hypernet.save_hypernet(hypernet.load_hypernet(TINY / "sft_small"), tmp_path)
+    write_file(tmp_path / "config.json", read_file(tmp_path / "config.json") | {"instruction": True})
+    assert command(serve, "--hypernet", tmp_path) == 2
+    assert "with the description in the prompt, too" in capsys.readouterr().err
+
+
+# -------------------- With vLLM --------------------
+
+needs_vllm = pytest.mark.skipif("T2L_VLLM" not in os.environ, reason="T2L_VLLM names no python with vllm")
+
+
+def start_server(*words: str) -> tuple[subprocess.Popen, str]:
+    """(a server, its address)"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    start = [os.environ["T2L_VLLM"], "-m", "extras.serve", "--port", port, "--api-key", "secret"]
+    start += ["--max-model-len", "128", "--dtype", "float32", "--enforce-eager", "--max-loras", "4", *words]
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(HERE)}
+    server, url = subprocess.Popen(start, cwd=HERE, env=env), f"http://127.0.0.1:{port}"
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(f"{url}/health")
+            return server, url
+        except OSError:
+            time.sleep(1)
+    raise AssertionError("vLLM has ended")
+
+
+def ask(url: str, name: str, text: str, key: str = "secret"):
+    """The answer of a model, or the status of an error."""
+    content = {"model": name, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 16}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(content).encode(), headers)
+    try:
+        with urllib.request.urlopen(request) as response:
+            return json.loads(response.read())["choices"][0]["message"]["content"].strip()
+    except urllib.error.HTTPError as e:
+        return e.code
+
+
+@needs_vllm
+def test_twenty_descriptions_two_servers_and_a_restart(tmp_path, capsys):
+    text, tasks = "cat shirt apple red", load_tasks("tiny")["test"][:20]
+    texts = [task.descriptions[0] for task in tasks]
+    words = [word for description in texts for word in ("--desc", description)]
+    assert command(generate, *words, "--input", text, "--out", tmp_path / "a") == 0
+    right = re.findall(r"with adapter  (.*)", capsys.readouterr().out)
+    servers = [start_server(), start_server()]
+    for _ in range(2):
+        for _, url in servers:
+            with ThreadPoolExecutor(4) as four:
+                said = list(four.map(lambda description: ask(url, f"t2l: {description}", text), texts))
+            assert said == right
+            assert ask(url, "typo", text) == ask(url, "t2l:", text) == 404
+            assert ask(url, f"t2l: {texts[0]}", text, key="wrong") == 401
+        servers[0][0].terminate()
+        servers[0][0].wait()
+        servers = servers[1:] or [start_server()]
+    for server, _ in servers:
+        server.terminate()
+        server.wait()
