@@ -100,7 +100,7 @@ def sample(rng: random.Random, values: Sequence, n: int) -> list:
 class TokenizedExample(NamedTuple):
     """One example as token ids."""
 
-    task: int  # index of its task among the tasks of the batch, and so of its adapter
+    task: int  # place of its task among those that are drawn, then in the batch: that of its adapter
     prompt: list[int]
     answer: list[int]  # up to the end mark
     teacher_prompt: list[int]  # for --distill: with the document in it
@@ -125,7 +125,7 @@ class Batch(NamedTuple):
     most_examples: int  # of one process
 
 
-def tokenize(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args) -> list[TokenizedExample]:
+def tokenize_drawn(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args) -> list[TokenizedExample]:
     """The examples of a step as token ids, the shortest first, at most --max_tokens long.
 
     If all are too long, the shortest is kept.
@@ -147,19 +147,21 @@ def tokenize(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args) -> list
 
 
 def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=0, count=1) -> Batch:
-    """The batch of one process of `count` in a step."""
-    kept = tokenize(tokenizer, tasks, drawn, args)
-    kept_tasks = sorted({example.task for example in kept})
+    """The batch of one process of `count` in a step.
+
+    With two processes and examples left of the drawn tasks 0, 2 and 3, the first one takes 0 and 3.
+    """
+    kept = tokenize_drawn(tokenizer, tasks, drawn, args)
+    with_examples = sorted({example.task for example in kept})  # places in `drawn`
     n_examples = [0] * count  # of each process
     for example in kept:
-        n_examples[kept_tasks.index(example.task) % count] += 1
-    mine = kept_tasks[rank::count] or kept_tasks[:1]  # if there are none left: the first, with weight 0
-    is_idle = rank >= len(kept_tasks)
-    examples = []
-    for example in kept:
-        if example.task in mine:
-            examples.append(example._replace(task=mine.index(example.task)))
-    task_fraction = 0.0 if is_idle else len(mine) / len(kept_tasks)
+        n_examples[with_examples.index(example.task) % count] += 1
+    mine = with_examples[rank::count]
+    is_idle = not mine  # more processes than tasks: this one repeats the first task, with weight 0
+    mine = mine or with_examples[:1]
+    place = {k: i for i, k in enumerate(mine)}  # in the batch
+    examples = [example._replace(task=place[example.task]) for example in kept if example.task in place]
+    task_fraction = 0.0 if is_idle else len(mine) / len(with_examples)
     example_fraction = 0.0 if is_idle else len(examples) / len(kept)
     return Batch([drawn[k] for k in mine], examples, task_fraction, example_fraction, max(n_examples))
 

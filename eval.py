@@ -19,10 +19,11 @@ The methods:
     t2l_random      from meaningless text
     recon           a hypernetwork trained by reconstruction                       (--recon DIR)
 
-If the adapter was trained with --instruction, a description of the task stands in the prompt as well.
+If the adapter was trained with --instruction, the task's definition, or a description, stands in the prompt.
 """
 
 import argparse
+import math
 import random
 import statistics
 import string
@@ -39,7 +40,7 @@ import generate
 import lora
 import model
 from data import Example, Task
-from support import flags, hub, processes
+from support import flags, hub, processes, templates
 from support.files import UserError, check_name, command, read_object, write_file
 from support.tables import Scores, make_table
 from tasks import benchmarks, checks, load_tasks
@@ -108,19 +109,18 @@ class Written:
 
 
 class MeanWritten(Written):
-    """The mean of what a hypernetwork writes for the training tasks: one adapter for all questions."""
+    """The mean of what a hypernetwork writes for up to 512 training tasks: one adapter for all questions."""
 
     def __init__(self, folder: str, tasks: list[Task], args, device):
         super().__init__(folder, tasks, args, device)
-        self.training_tasks, self.mean = load_tasks(args.tasks)["train"], {}
+        step = math.ceil(len(args.training_tasks) / 512)
+        self.texts, self.mean = [task.descriptions[0] for task in args.training_tasks[::step]], {}
 
     def adapters(self, base, questions: list[Question]) -> lora.Adapter:
-        n = len(self.training_tasks)
-        for task in self.training_tasks if not self.mean else ():
-            written, _ = generate.write_adapters(self.net, task.descriptions[:8], base)
-            for name, pair in written.items():
-                means = [matrix.mean(0, keepdim=True) / n for matrix in pair]
-                self.mean[name] = [a + b for a, b in zip(self.mean.get(name, [0, 0]), means)]
+        if not self.mean:
+            written, _ = generate.write_adapters(self.net, self.texts, base)
+            for name, (A, B) in written.items():
+                self.mean[name] = (A.mean(0, keepdim=True), B.mean(0, keepdim=True))
         return self.mean
 
 
@@ -140,11 +140,6 @@ def reworded(tasks: list[Task], t: int) -> Sequence[str]:
     return tasks[t].reworded
 
 
-def no_documents(tasks: list[Task], t: int) -> Sequence[str]:
-    """Adapters of documents differ in rank and have no mean."""
-    return [] if tasks[t].is_document else tasks[t].descriptions
-
-
 def of_next_task(tasks: list[Task], t: int) -> list[str]:
     return tasks[(t + 1) % len(tasks)].descriptions if len(tasks) > 1 else []
 
@@ -160,22 +155,26 @@ def noise(tasks: list[Task], t: int) -> list[str]:
 
 
 class Method(NamedTuple):
-    """Whose adapter answers, from which descriptions it is written, and what stands in the prompt."""
+    """Whose adapter answers, from which descriptions it is written, and what stands in the prompt.
+
+    A source without a folder has no flag.
+    """
 
     source: type | None = None  # one of the classes above; None is no adapter
     flag: str = ""  # which names the source's folder
     descriptions: Callable[[list[Task], int], Sequence[str]] = own  # [] if a task has none
-    instruction_from: Callable[[list[Task], int], Sequence[str]] = own  # where an instruction is needed
+    instruction_from: Callable[[list[Task], int], Sequence[str]] = own  # if prompts have an instruction
     with_description: bool = False  # it stands in the prompt, whatever training did
     n_shots: int = 0  # examples in the prompt
+    of_training: bool = False  # needs the training tasks
     folder: str = ""  # in place of the flag, for --compare
 
     def folder_in(self, args, tasks: list[Task]) -> str:
         """The folder of the source. Raises UserError if there is none."""
-        folder = self.folder or getattr(args, self.flag)
+        folder = self.folder or getattr(args, self.flag, "")
         if not folder and self.flag == "hypernet":
             folder = str(hub.shipped_hypernet(args.base_model or "tiny", what_is_read(tasks)))
-        if not folder:
+        if not folder and self.flag:
             raise UserError(f"needs --{self.flag} DIR")
         return folder
 
@@ -189,7 +188,7 @@ METHODS = {
     "t2l": Method(Written, "hypernet"),
     "t2l_reworded": Method(Written, "hypernet", reworded, instruction_from=reworded),
     "t2l_shuffled": Method(Written, "hypernet", of_next_task),
-    "t2l_mean": Method(MeanWritten, "hypernet", no_documents),
+    "t2l_mean": Method(MeanWritten, "hypernet", of_training=True),
     "t2l_random": Method(Written, "hypernet", noise),
     "recon": Method(Written, "recon"),
 }
@@ -223,6 +222,7 @@ def parse_args() -> argparse.Namespace:
 def choose_tasks(args, benchmark_names: list[str]) -> list[Task]:
     """The tasks of --tasks and --split, with the descriptions of --descriptions."""
     splits = benchmarks.load(benchmark_names) if benchmark_names else load_tasks(args.tasks)
+    args.training_tasks = [task for task in splits.get("train", []) if not task.is_document]
     print(task_folder.summary(args.tasks, splits))
     tasks = data.pick(splits, args.split, args.n_tasks)
     if args.descriptions:
@@ -270,6 +270,8 @@ def what_is_missing(method: Method, args, tasks: list[Task]) -> str:
             method.folder_in(args, tasks)
     except UserError as e:
         return str(e)
+    if method.of_training and not args.training_tasks:
+        return "needs descriptions of training tasks"
     has_texts = all(method.descriptions(tasks, t) for t in range(len(tasks)))
     return "" if has_texts else "needs descriptions that these tasks do not have, or a second task"
 
@@ -285,9 +287,10 @@ class Models:
                 if key not in loaded:
                     loaded[key] = method.source(key[1], tasks, args, device)
                 self.sources[name] = loaded[key]
-        # hypernetworks come last in METHODS; they record the base model by its name
-        configs = [source.config for source in loaded.values()]
-        self.base_model = args.base_model or (configs[-1].base_model if configs else "tiny")
+        # hypernetworks go first: they record the base model by its name
+        sources = sorted(loaded.values(), key=lambda source: source.net is None)
+        configs = [source.config for source in sources]
+        self.base_model = args.base_model or (configs[0].base_model if configs else "tiny")
         self.base, self.tokenizer = generate.load_base_for(configs, args, device)
         for source in loaded.values():
             if source.net:
@@ -330,6 +333,7 @@ def make_questions(tasks: list[Task], method: Method, with_instruction: bool, ar
                 instruction = text
             elif with_instruction and task.has_instruction:
                 instruction = model.instruct(task.definition or text)
+            # one more than is needed, because the question itself may be among them
             others = [shot for shot in task.train[: method.n_shots + 1] if shot.input != example.input]
             shots = [(shot.input, shot.answers[0]) for shot in others[: method.n_shots]]
             used = [descriptions[i % len(descriptions)]]
@@ -359,7 +363,7 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
             n_too_long += 1
     if n_too_long:
         print(f"{name}: {n_too_long} questions are left out, longer than the base model's window of {window}")
-    model.check_known(tokenizer, [row.question.example.input for row in asked])
+    templates.check_known(tokenizer, [row.question.example.input for row in asked])
     asked.sort(key=lambda row: row.size)  # a batch takes as long as the longest of it
 
     hits = {}
@@ -398,6 +402,7 @@ def main() -> None:
     methods = choose_methods(args, tasks)
     models = Models(args, methods, tasks, device)
     results, settings = {}, vars(args) | {"base_model": models.base_model}
+    del settings["training_tasks"]
     write_results(args.out, settings, results)
     for name, method in methods.items():
         scores = score(models, tasks, name, method, args)

@@ -21,7 +21,7 @@ import hypernet
 import lora
 import model
 from lora import Adapter
-from support import flags, hub, processes
+from support import flags, hub, processes, templates
 from support.files import UserError, check_folder, command, write_file
 
 
@@ -83,7 +83,7 @@ def load_net(name: str | None, reads: str, args, device: torch.device, flag="--h
 
 def load_base_for(configs: list[lora.LoRAConfig], args, device: torch.device):
     """The base model of these configs, or --base_model, with LoRA layers for their targets; its tokenizer."""
-    base_model = args.base_model or (configs[-1].base_model if configs else "tiny")
+    base_model = args.base_model or (configs[0].base_model if configs else "tiny")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     base, tokenizer = model.load_base(base_model, device, dtype)
     names = []
@@ -216,12 +216,12 @@ def main() -> None:
         adapters = {name: (A[None], B[None]) for name, (A, B) in adapter.items()}
         description, folders = Path(args.adapter, "description.txt"), [args.adapter]
         texts = [description.read_text(encoding="utf-8").strip() if description.exists() else ""]
-        model.check_known(tokenizer, inputs)
+        templates.check_known(tokenizer, inputs)
     else:
         net = load_net(args.hypernet, "documents" if args.doc else "descriptions", args, device)
         config = net.config
         base, tokenizer = load_base_for([config], args, device)
-        model.check_known(tokenizer, inputs + documents)
+        templates.check_known(tokenizer, inputs + documents)
         net.connect(base, tokenizer)
         texts = ["\n\n".join(documents)] if args.doc else args.desc
         adapters, milliseconds = write_adapters(net, [documents] if args.doc else texts, base)

@@ -4,30 +4,7 @@
     net.connect(base, tokenizer)
     adapters = net(["Keep only the animals."])
 
-To add a hypernetwork, write an nn.Module with these members and add it to ARCHS, at the end of this file.
-tests/test_fork.py has one.
-
-    net_class.reads      "descriptions" or "documents": the tasks that it is trained on
-    net_class.modes      how train.py may train it: "sft", "recon"
-    net_class.config_class
-                         a dataclass: HypernetConfig and its own fields. Those that are made by `setting` are
-                         flags of train.py; one that has the name of another flag gets its value
-    config.measure(base) sets fields that depend on the frozen models
-    net_class(config)    the network, with random weights; net.config is its config
-    net.connect(base, tokenizer)
-                         gives it what it reads with, frozen and no part of its weights: a text encoder, or
-                         the base model
-    net(texts)           -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, for n texts. Ours
-                         are write(encode(texts)): what frozen models compute, then the network proper
-    net.ranks            the rank of the adapters written last; a tensor [n] if some are padded with zeros
-    net.lr_factors       {first part of a parameter's name: factor on its learning rate}; others have 1
-    net.recompute        set by --gradient_checkpointing: compute activations again, if they take much memory
-    net.start_as_lora()  for SFT: write LoRA's initialisation, with B = 0, for every text
-    net.start_at(mean, std)
-                         for reconstruction: these are the oracles' mean and standard deviation, as Adapters
-
-All its parameters are trained and must receive gradients (DDP requires it); constants are buffers.
-support/optimizer.py says which have no weight decay.
+The end of the file says what a new network must provide.
 """
 
 import math
@@ -70,8 +47,8 @@ class TextConfig(HypernetConfig):
 
     encoder: str = "hash"  # see model.load_encoder
     input_size: int = 1024  # E, the width of the text encoder's output
-    full_stop: bool = True  # descriptions that end in a letter get one, as published
-    rotary: bool = False  # small: rank positions are rotations instead of a learned table
+    full_stop: bool = True  # descriptions that end in a letter get one, as published (not with "hash")
+    rotary: bool = False  # small, of published checkpoints alone: rank positions are rotations, no table
     dropout: float = 0.1  # in the trunk; that of --dropout, as published
     size: str = setting("large", "what one pass through a head writes", choices=SIZES)
     latent_size: int = setting(128, "width of the trunk; half of it is the task embedding", least=4)
@@ -145,6 +122,7 @@ class TextToLoRA(nn.Module):
         if d % 4:
             raise UserError(f"--latent_size must be a multiple of 4, not {d}")
         self.names, self.layers = list(c.targets), c.adapted_layers()
+        self.positions = {name: c.positions(name) for name in c.targets}  # of a target's layers among them
         half, quarter = d // 2, d // 4
 
         # rows: the embeddings of task, layer and module
@@ -170,9 +148,10 @@ class TextToLoRA(nn.Module):
             widths = {"large": c.r * (target.n_in + target.n_out), "medium": c.r * larger, "small": larger}
             self.heads[lora.key(name)] = nn.Linear(c.head_in_size, widths[c.size], bias=not c.z_score)
 
-        # A and B are offset + std * (output of the head). For SFT the offset is LoRA's initialisation and std
-        # is 1; for z-scores they are the mean and the standard deviation over the oracles. With
-        # --offset_lr the offset is trained as well: a LoRA that all descriptions share (not published)
+        # matrix = offset + std * (output of the head)
+        #     SFT:       the offset is LoRA's initialisation, std is 1
+        #     z-scores:  they are mean and standard deviation over the oracles, entry by entry
+        # With --offset_lr the offset is trained as well: a LoRA that all descriptions share (not published)
         offset, std = {}, {}
         for name, target in c.targets.items():
             L = len(target.layers)
@@ -200,7 +179,7 @@ class TextToLoRA(nn.Module):
         x = self.trunk(self.rows(self.embed_task(text_emb)))  # [n, L, M, ..., head_in]
         adapter = {}
         for m, name in enumerate(self.names):
-            layers = self.config.positions(name)  # those that have the target: all of them in most models
+            layers = self.positions[name]  # those that have the target: all of them in most models
             adapter[name] = self.write_module(name, x[:, layers, m])
         return adapter
 
@@ -252,8 +231,9 @@ class TextToLoRA(nn.Module):
             A, B = out.split([c.r * n_in, c.r * n_out], -1)
         else:
             A, B = out[:, :, 0], out[:, :, 1]
-        A = A.reshape(n, L, c.r, -1)[..., :n_in]  # [n, L, r, in], cut to its width if the head is wider
-        B = B.reshape(n, L, c.r, -1)[..., :n_out].mT  # [n, L, out, r]
+        A = A.reshape(n, L, c.r, -1)[..., :n_in]  # [n, L, r, in]; medium, small: cut to its width
+        B = B.reshape(n, L, c.r, -1)[..., :n_out]  # [n, L, r, out]
+        B = B.mT  # [n, L, out, r]
         A = self.offset[f"{key}_A"] + self.std[f"{key}_A"] * A
         B = self.offset[f"{key}_B"] + self.std[f"{key}_B"] * B
         return A, B
@@ -374,6 +354,7 @@ class DocToLoRA(nn.Module):
             raise UserError(f"--n_heads must be a multiple of 4, not {c.n_heads}")
         self.names = sorted(c.targets)  # the order of the queries, as published
         self.layers = c.adapted_layers()
+        self.positions = {name: c.positions(name) for name in c.targets}
         L, M, d = len(self.layers), len(self.names), c.latent_size
         n_out = M * c.r * (L if c.early_exit else 1)
         self.perceiver = Perceiver(c.input_size, d, c.n_latents, c.n_blocks, c.n_heads, n_out)
@@ -428,11 +409,12 @@ class DocToLoRA(nn.Module):
         return self.read(base, groups), counts
 
     def read(self, base: nn.Module, groups: list[list[Chunk]]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """What `read_chunks` makes of each group. All processes run a sharded base model equally often."""
-        for i in range(processes.most(len(groups), base)):
-            states = read_chunks(base, groups[min(i, len(groups) - 1)], self.config.early_exit)
-            if i < len(groups):
-                yield states
+        """What `read_chunks` makes of each group."""
+        n_reads = processes.most(len(groups), base)
+        for group in groups:
+            yield read_chunks(base, group, self.config.early_exit)
+        for _ in range(len(groups), n_reads):  # all processes have to run a sharded base model equally often
+            read_chunks(base, groups[0], self.config.early_exit)
 
     def write(self, groups: Iterable[tuple[Tensor, Tensor | None]], counts: list[int]) -> Adapter:
         """What `encode` returns -> the adapters of n documents."""
@@ -461,6 +443,7 @@ class DocToLoRA(nn.Module):
             mask = mask if mask is None else mask.repeat_interleave(L, 0)  # [n * L, T]
         x = self.perceiver(features, mask)  # [n * L, M * r, d], with early_exit [n, L * M * r, d]
         x = x.reshape(n, L, M, c.r, -1)
+        # an MLP for each layer, vectors of length 1, a head for each layer and module
         h = F.silu(torch.einsum("nlmrd,lde->nlmre", self.block_in(x), self.W1) + self.b1)  # [n, L, M, r, 4 d]
         x = x + self.block_out(torch.einsum("nlmre,led->nlmrd", h, self.W2) + self.b2)
         x = x / x.norm(dim=-1, keepdim=True)
@@ -468,7 +451,7 @@ class DocToLoRA(nn.Module):
         adapter = {}
         for m, name in enumerate(self.names):
             target, key = c.targets[name], lora.key(name)
-            out = x[:, c.positions(name), m]  # [n, L, r, width], of the layers that have it
+            out = x[:, self.positions[name], m]  # [n, L, r, width], of the layers that have it
             A, B = out[..., : target.n_in], out[..., target.n_in : target.n_in + target.n_out].mT
             adapter[name] = (self.scaler[f"{key}_A"] * A, self.scaler[f"{key}_B"] * B)
         return adapter
@@ -482,6 +465,7 @@ class DocToLoRA(nn.Module):
         bias = {}
         for name in self.names:
             bias[name] = (self.bias[f"{lora.key(name)}_A"], self.bias[f"{lora.key(name)}_B"])
+        # without the padding; read by the loss of the weights' size
         self.ranks = (1 + torch.tensor(counts, device=self.head.device)) * self.config.r  # [documents]
         singles, documents = lora.unbind(chunks), []
         for count in counts:
@@ -543,5 +527,32 @@ def copy_weights(folder: str, net: nn.Module) -> None:
         raise UserError(f"{message} ({name}: {theirs.get(name)}, not {ours[name]})")
     net.load_state_dict(start.state_dict())
 
+
+# -------------------- A new network --------------------
+#
+# To add a hypernetwork, write an nn.Module with these members and add it to ARCHS.
+# tests/test_fork.py has one.
+#
+#     net_class.reads      "descriptions" or "documents": the tasks that it is trained on
+#     net_class.modes      how train.py may train it: "sft", "recon"
+#     net_class.config_class
+#                          a dataclass: HypernetConfig and its own fields. Those that are made by `setting`
+#                          are flags of train.py; one that has the name of another flag gets its value
+#     config.measure(base) sets fields that depend on the frozen models
+#     net_class(config)    the network, with random weights; net.config is its config
+#     net.connect(base, tokenizer)
+#                          gives it what it reads with, frozen and no part of its weights: a text encoder, or
+#                          the base model
+#     net(texts)           -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, for n texts. Ours
+#                          are write(encode(texts)): what frozen models compute, then the network proper
+#     net.ranks            the rank of the adapters written last; a tensor [n] if some are padded with zeros
+#     net.lr_factors       {first part of a parameter's name: factor on its learning rate}; others have 1
+#     net.recompute        set by --gradient_checkpointing: compute activations again, to save memory
+#     net.start_as_lora()  for SFT: write LoRA's initialisation, with B = 0, for every text
+#     net.start_at(mean, std)
+#                          for reconstruction: these are the oracles' mean and standard deviation, as Adapters
+#
+# All parameters are trained and must receive gradients (DDP requires it). Constants are persistent buffers.
+# support/optimizer.py says which have no weight decay.
 
 ARCHS = {"t2l": TextToLoRA, "d2l": DocToLoRA}

@@ -154,7 +154,8 @@ def use(base: nn.Module, adapter: Adapter, scaling: float):
     """Run `base` with an adapter, in a block that holds the forward pass and the backward pass.
 
     It is computed in the dtype of the base model. A single adapter acts on the whole batch. Of n adapters and
-    a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on. {} changes nothing.
+    a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on. {} changes nothing. These
+    blocks do not nest.
     """
     check_fits(base, adapter)
     for name, (A, B) in adapter.items():
@@ -254,14 +255,14 @@ def key(name: str) -> str:
 
 
 class LoRABank(nn.Module):
-    """Ordinary LoRAs, trained as a batch, all from the same random A.
+    """Ordinary LoRAs, all from the same random A; one optimizer trains them as a batch.
 
     Called with the numbers of n of them it gives these, with an integer one.
     """
 
     def __init__(self, config: LoRAConfig, n: int):
         super().__init__()
-        self.config, self.ranks, self.lr_factors = config, config.r, {}  # see hypernet.py
+        self.config, self.ranks, self.lr_factors = config, config.r, {}  # as a hypernetwork has them
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name, target in config.targets.items():
             L = len(target.layers)

@@ -1,11 +1,10 @@
 """The two frozen models: the base model, which is adapted, and the text encoder, which reads descriptions.
 
-Each is a preset, a Hugging Face id or a folder. The preset `tiny` needs neither download nor GPU.
+The base model is a preset, a Hugging Face id or a folder; the text encoder "hash", "base", an id or a folder.
 """
 
 import re
 import zlib
-from contextlib import contextmanager
 from functools import lru_cache, partial
 
 import numpy as np
@@ -20,14 +19,7 @@ from support import processes
 from support.files import UserError
 from support.hub import from_pretrained, load_weights
 from support.processes import Process
-from support.templates import (
-    PLAIN_TEMPLATE,
-    answer_start,
-    check_known,
-    fill_template,
-    takes_system_message,
-    tokenize,
-)
+from support.templates import PLAIN_TEMPLATE, answer_start, check_known, fill_template, takes_system_message
 from support.text_models import TransformerEncoder, text_width
 
 # -------------------- The base model --------------------
@@ -128,6 +120,11 @@ def around_document(tokenizer) -> tuple[str, str]:
     return before if takes_system_message(tokenizer) else before + "\n\n", after
 
 
+def tokenize(tokenizer, text: str) -> list[int]:
+    """Token ids of a rendered text, which has its special tokens from the template."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
     """Sequences of different lengths as one tensor [n, T]."""
     T = max(len(sequence) for sequence in sequences)
@@ -153,28 +150,11 @@ def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int =
     return [text[len(start) :] for start, text in zip(before, whole)]
 
 
-@contextmanager
-def neftune(base: nn.Module, alpha: float):
-    """Add noise to the base model's input embeddings (NEFTune, arXiv 2310.05914); none if alpha is 0."""
-
-    def add_noise(embeddings: nn.Module, _, x: Tensor) -> Tensor:
-        """Uniform noise, scaled so that its expected norm does not grow with T and d. x [n, T, d]"""
-        noise = torch.empty_like(x).uniform_(-1, 1) * alpha / (x.shape[1] * x.shape[2]) ** 0.5
-        return x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's embeddings are multiplied by it
-
-    hook = base.get_input_embeddings().register_forward_hook(add_noise) if alpha else None
-    try:
-        yield
-    finally:
-        if hook:
-            hook.remove()
-
-
-def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]]):
+def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):
     """Run the base model, with the adapters in use, on n examples (ids of prompt and answer).
 
     Returns, for all answer tokens: logits [tokens, vocabulary], the index of their example [tokens], and the
-    labels, which are the right tokens [tokens].
+    labels, which are the right tokens [tokens]. With neftune_alpha there is noise on the input embeddings.
     """
     sequences, is_answer = [], []
     for prompt, right in examples:
@@ -186,8 +166,18 @@ def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]]):
     example_index, position = is_answer[:, 1:].nonzero(as_tuple=True)  # [tokens]
     first, last = position.min(), position.max()
     kept = torch.arange(first, last + 1, device=ids.device)  # positions whose logits are needed
+    hook = base.get_input_embeddings().register_forward_hook(partial(add_noise, neftune_alpha))
     logits = base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
+    hook.remove()
     return logits[example_index, position - first].float(), example_index, ids[example_index, position + 1]
+
+
+def add_noise(alpha: float, embeddings: nn.Module, _, x: Tensor) -> Tensor:
+    """NEFTune (arXiv 2310.05914): uniform noise, whose expected norm does not depend on T, d. x [n, T, d]"""
+    if not alpha:
+        return x
+    noise = torch.empty_like(x).uniform_(-1, 1) * alpha / (x.shape[1] * x.shape[2]) ** 0.5
+    return x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's embeddings are multiplied by it
 
 
 def window_of(base: nn.Module) -> int:
@@ -265,7 +255,7 @@ CACHED_NUMBERS = 2**24  # 64 MB of embeddings
 class TextEncoder:
     """A callable: list of n descriptions -> [n, E], in float32.
 
-    With `full_stop`, descriptions that end in a letter get a full stop, as published.
+    With `full_stop`, descriptions that end in a letter get a full stop, as published (not with "hash").
     """
 
     def __init__(self, name: str, embed, width: int, device, full_stop: bool):

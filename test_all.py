@@ -342,8 +342,7 @@ def test_neftune_noise_has_the_published_size():
 
     base.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
     ids = torch.randint(160, (2, 25))
-    with model.neftune(base, 5.0):
-        model.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()])
+    model.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], 5.0)
     noise = seen[0] - base.get_input_embeddings()(ids)
     assert 0.99 * 5 / (25 * 64) ** 0.5 < noise.abs().max() <= 5 / (25 * 64) ** 0.5
 
@@ -356,8 +355,7 @@ def test_neftune_noise_is_as_large_as_the_embeddings_of_gemma():
 
     base.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
     ids = torch.randint(1, 50, (2, 25))
-    with model.neftune(base, 5.0):
-        model.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()])
+    model.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], 5.0)
     noise = (seen[0] - base.get_input_embeddings()(ids)).abs().max() / 32**0.5  # its layer multiplies by it
     assert 0.98 * 5 / (25 * 32) ** 0.5 < noise <= 1.01 * 5 / (25 * 32) ** 0.5
 
@@ -423,7 +421,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
     assert lengths == sorted(lengths)
     written = run.net(train.inputs_of(run, drawn))
     sizes = [train.weight_size(written, run.net.ranks, measure) for measure in (torch.abs, torch.square)]
-    with train.use_adapters(run, written, rows):
+    with lora.use(run.base, train.adapters_of(written, rows), run.net.config.scaling):
         whole = train.task_loss(run, rows, None) + 0.1 * sum(sizes)
         expected = torch.autograd.grad(whole, list(run.net.parameters()))
     for run.args.micro_batch in (1, 3, 100):

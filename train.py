@@ -38,7 +38,7 @@ from lora import Adapter
 from support import flags, hub, processes, state
 from support.files import UserError, command, write_file
 from support.flags import setting
-from support.optimizer import learning_rate, make_optimizer
+from support.optimizer import make_optimizer
 from support.processes import Process
 from tasks import SOURCES, checks
 
@@ -124,8 +124,9 @@ def parse_args() -> argparse.Namespace:
         recorded = state.recorded_words(args.out_dir)
         args, _ = first.parse_known_args(recorded + words)
     net_class = hypernet.ARCHS[args.arch]
-    sft_kind = "text" if net_class.reads == "descriptions" else "document"
-    kind = sft_kind if args.mode == "sft" else args.mode
+    kind = args.mode
+    if args.mode == "sft":
+        kind = "text" if net_class.reads == "descriptions" else "document"
     settings, unused = flags.used_by(kind, all_settings.values())
     if kind != "lora":
         of_network, _ = flags.used_by(kind, flags.settings_of(net_class.config_class))
@@ -251,7 +252,7 @@ class Run:
 
 
 def inputs_of(run: Run, drawn: list[data.DrawnTask]) -> list:
-    """What `run.net` writes the adapters of some tasks from: their texts, or the numbers of ordinary LoRAs."""
+    """What `run.net` writes adapters from: the texts of tasks, or the numbers of ordinary LoRAs."""
     if run.args.mode == "lora":
         return [0 if run.args.multi_task else item.index for item in drawn]
     return [item.description for item in drawn]
@@ -263,10 +264,9 @@ def autocast(run: Run):
     return torch.autocast(device, torch.bfloat16, enabled=run.args.dtype == "bfloat16")
 
 
-def use_adapters(run: Run, adapters: Adapter, examples: list[data.TokenizedExample]):
-    """A block in which each of these examples has the adapter of its task."""
-    selected = lora.select(adapters, [example.task for example in examples])  # A [examples, L, r, in]
-    return lora.use(run.base, selected, run.net.config.scaling)
+def adapters_of(adapters: Adapter, examples: list[data.TokenizedExample]) -> Adapter:
+    """The adapter of each example: that of its task. A [examples, L, r, in]"""
+    return lora.select(adapters, [example.task for example in examples])
 
 
 @torch.no_grad()
@@ -279,8 +279,8 @@ def teacher_logits(run: Run, examples: list[data.TokenizedExample]) -> Tensor:
 def task_loss(run: Run, examples: list[data.TokenizedExample], teacher: Tensor | None) -> Tensor:
     """The loss of examples that go through the base model together, with the adapters in use."""
     args, pairs = run.args, [(e.prompt, e.answer) for e in examples]
-    with autocast(run), model.neftune(run.base, args.neftune_alpha):
-        logits, example_index, labels = model.answer_logits(run.base, pairs)
+    with autocast(run):
+        logits, example_index, labels = model.answer_logits(run.base, pairs, args.neftune_alpha)
     if teacher is not None:
         return distill_loss(logits, example_index, teacher, args.distill)
     return answer_loss(logits, example_index, labels, args.label_smoothing)
@@ -295,8 +295,10 @@ def micro_batches(batch: data.Batch, args) -> Iterator[tuple[float, list]]:
     n_examples = batch.most_examples if args.shard else len(batch.examples)
     for i in range(0, n_examples, args.micro_batch):
         examples = batch.examples[i : i + args.micro_batch]
-        weight = batch.example_fraction * len(examples) / len(batch.examples)
-        yield weight, examples or batch.examples[:1]
+        if examples:
+            yield batch.example_fraction * len(examples) / len(batch.examples), examples
+        else:
+            yield 0.0, batch.examples[:1]
 
 
 def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str, Tensor]:
@@ -307,7 +309,7 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str,
     in `net` and returns the terms of the loss. `net` is run.net, or with several processes its parallel
     version; then each process returns its part of every term, and the parts add up (`data.Batch`).
     """
-    args, process = run.args, run.process
+    args, process, scaling = run.args, run.process, run.net.config.scaling
     batch = data.make_batch(run.tokenizer, run.tasks, drawn, args, process.rank, process.count)
 
     # 1. One forward pass of the hypernetwork writes all adapters of the step.
@@ -321,7 +323,8 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str,
     losses = {}
     for name, weight, measure in (("l1", args.l1, torch.abs), ("l2", args.l2, torch.square)):
         if weight:
-            penalty = weight * batch.task_fraction * weight_size(leaves, run.net.ranks, measure)
+            size = weight_size(leaves, run.net.ranks, measure)  # (ranks: of the adapters written last)
+            penalty = weight * batch.task_fraction * size
             penalty.backward()
             losses[name] = penalty.detach()
 
@@ -330,7 +333,8 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str,
     losses["task"] = torch.zeros((), device=run.base.device)
     for weight, examples in micro_batches(batch, args):
         teacher = teacher_logits(run, examples) if args.distill else None  # of the same answer tokens
-        with use_adapters(run, leaves, examples):
+        # (with --gradient_checkpointing the backward pass runs the layers again, with their adapters)
+        with lora.use(run.base, adapters_of(leaves, examples), scaling):
             loss = task_loss(run, examples, teacher) * weight
             loss.backward()
         losses["task"] += loss.detach()
@@ -357,6 +361,19 @@ def recon_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[st
     loss = recon_loss(run.args.recon_loss, written, oracles, run.std) * weight
     loss.backward()
     return {"recon": loss.detach()}
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up, then linear decay to 0, or over the last third only, or cosine decay to 1e-7."""
+    warmup = max(1, round(args.warmup * args.max_steps))
+    remaining = (args.max_steps - step) / max(1, args.max_steps - warmup)  # from 1 to 0
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    if args.schedule == "cosine":
+        return 1e-7 + (args.lr - 1e-7) * (1 - math.cos(math.pi * remaining)) / 2
+    if args.schedule == "late":
+        return args.lr * min(1.0, 3 * (args.max_steps - step) / args.max_steps)
+    return args.lr * remaining
 
 
 def update(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
@@ -395,7 +412,7 @@ def validate(run: Run) -> dict[str, float]:
     with autocast(run):
         written = run.net(inputs_of(run, batch.tasks))
         for _, examples in micro_batches(batch, run.args):
-            with use_adapters(run, written, examples):
+            with lora.use(run.base, adapters_of(written, examples), run.net.config.scaling):
                 pairs = [(e.prompt, e.answer) for e in examples]
                 logits, example_index, labels = model.answer_logits(run.base, pairs)
             loss += answer_loss(logits, example_index, labels).item() * len(examples)
@@ -497,23 +514,16 @@ def save(run: Run, folder: Path) -> None:
             lora.save_adapter(folder / task.name, run.net(i), run.net.config)
 
 
-def begin(run: Run, folder: Path, checkpoint: state.Checkpoint, optimizer) -> int:
-    """Read the state of a run that is resumed, and say what is trained. Returns how many steps are done."""
-    args, process, n_done = run.args, run.process, 0
-    is_first = process.rank == 0
-    if args.resume:
-        n_done = checkpoint.resume(run.net, optimizer)
-        if n_done > args.max_steps:
-            raise UserError(f"--max_steps {args.max_steps}: the run in {folder} has done {n_done} steps")
-        if is_first:
-            checkpoint.rewind(n_done)
-            if checkpoint.best_step() == n_done:  # it may have been killed before it saved them
-                save(run, folder)
-            write_file(folder / "train.args", args.as_text)
-    if is_first:
-        n_parameters = sum(p.numel() for p in run.net.parameters())
-        where = f"{process.count} x {processes.name_of(process.device)}, in {args.dtype}"
-        print(f"{args.mode}: {n_parameters:,} parameters, on {where}, into {folder}/", flush=True)
+def resume(run: Run, folder: Path, checkpoint: state.Checkpoint, optimizer) -> int:
+    """Read the state of an interrupted run. Returns how many steps are done."""
+    n_done = checkpoint.resume(run.net, optimizer)
+    if n_done > run.args.max_steps:
+        raise UserError(f"--max_steps {run.args.max_steps}: the run in {folder} has done {n_done} steps")
+    if run.process.rank == 0:
+        checkpoint.rewind(n_done)
+        if checkpoint.best_step() == n_done:  # it may have been killed before it saved them
+            save(run, folder)
+        write_file(folder / "train.args", run.args.as_text)
     return n_done
 
 
@@ -524,8 +534,12 @@ def train(run: Run, folder: Path) -> bool:
     net = processes.parallel(run.net, process)
     optimizer = make_optimizer(run.net, args)
     checkpoint = state.Checkpoint(folder, checks.identify(run.tasks + run.val_tasks), process.count)
-    first = n_done = begin(run, folder, checkpoint, optimizer)
-    interrupts = state.on_ctrl_c()
+    n_done = resume(run, folder, checkpoint, optimizer) if args.resume else 0
+    first_step, interrupts = n_done + 1, state.on_ctrl_c()
+    if is_first:
+        n_parameters = sum(p.numel() for p in run.net.parameters())
+        where = f"{process.count} x {processes.name_of(process.device)}, in {args.dtype}"
+        print(f"{args.mode}: {n_parameters:,} parameters, on {where}, into {folder}/", flush=True)
     n_examples = (args.tasks_per_batch or len(run.tasks)) * args.examples_per_task  # of a step
     measured, interrupted = {}, False  # by the last validation
     bar = tqdm(total=args.max_steps, initial=n_done, disable=not is_first, desc=args.mode)
@@ -541,9 +555,9 @@ def train(run: Run, folder: Path) -> bool:
         interrupted = bool(processes.total(process, said))
         if is_first:
             is_best = checkpoint.add(row)
-            if is_due or interrupted or n_done == first + 1:  # the first shows early that the disk has room
+            if is_due or interrupted or n_done == first_step:  # the first shows early that the disk has room
                 checkpoint.save_state(n_done, run.net, optimizer)
-            if is_best:  # after the state, so that `begin` can do it again
+            if is_best:  # after the state, so that `resume` can do it again
                 save(run, folder)
             speed = f"{(bar.format_dict['rate'] or 0) * n_examples:.1f}"
             bar.set_postfix({"loss": row["loss"]} | measured | {"examples/s": speed}, refresh=False)

@@ -2,23 +2,23 @@
 
     python -m extras.serve --base_model smollm2-135m --port 8000        # and any other flag of `vllm serve`
 
-With any OpenAI client: model="t2l: just the family name please". vLLM asks a resolver for a model that it does not
-know; ours writes the adapter into a folder that goes with this server, and vLLM loads and keeps it.
+With any OpenAI client: model="t2l: just the family name please". vLLM asks a resolver for a model that it does
+not know; ours writes the adapter into a folder that goes with this server, and vLLM loads and keeps it.
 """
 
 import asyncio
 import hashlib
 import os
+import runpy
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 import generate
 import lora
 import model
-from support import flags, hub, templates
+from support import flags, templates
 from support.files import UserError, command
 
 PREFIX = "t2l:"
@@ -27,31 +27,26 @@ MOST = 1000  # descriptions of one server: their files stay, because vLLM may re
 
 
 class Writer:
-    """Writes the adapters of models' names into a folder."""
+    """Writes the adapters of models' names into a folder, one at a time, while other requests go on."""
 
     def __init__(self, net, folder: Path):
         self.net, self.folder, self.lock = net, folder, asyncio.Lock()
 
     async def folder_of(self, name: str) -> str | None:
-        """The adapter of a name such as "t2l: just the family name please"; None for other names, vLLM's 404.
-
-        It is written in a thread, so that other requests go on; one at a time.
-        """
+        """The adapter of a name such as "t2l: just the family name please"; None, vLLM's 404, for others."""
         text = name.removeprefix(PREFIX).strip()
+        folder = self.folder / hashlib.sha256(text.encode()).hexdigest()
         if not name.startswith(PREFIX) or not text:
             return None
-        folder = self.folder / hashlib.sha256(text.encode()).hexdigest()
         async with self.lock:
-            if not folder.exists() and len(list(self.folder.iterdir())) == MOST:
+            is_new = not folder.exists()
+            if is_new and len(list(self.folder.iterdir())) == MOST:
                 print(f"error: {name!r} is refused, after {MOST} others", file=sys.stderr)
                 return None
-            if not folder.exists():
-                await asyncio.to_thread(self.write, text, folder)
+            if is_new:
+                adapter = await asyncio.to_thread(self.net, [text])
+                lora.save_adapter(folder, lora.select(adapter, 0), self.net.config)
         return str(folder)
-
-    @torch.no_grad()
-    def write(self, text: str, folder: Path) -> None:
-        lora.save_adapter(folder, lora.select(self.net([text]), 0), self.net.config)
 
 
 def served_template(tokenizer) -> str:
@@ -66,19 +61,17 @@ def served_template(tokenizer) -> str:
 
 def main() -> None:
     parser = flags.Parser(__doc__)
-    parser.add_argument("--base_model", help=f"{', '.join(hub.PRESETS)}, a hub id or a folder")
-    parser.add_argument("--hypernet", help="a folder, or USER/REPO/FOLDER on the hub; default: the shipped one")
-    parser.add_argument("--encoder", help="path or id of the text encoder, if it has moved since training")
+    for name in ("base_model", "hypernet", "encoder"):
+        parser.add_argument(f"--{name}", help="as for generate.py")
     args, of_vllm = parser.parse_known_args()
-    try:
-        from vllm.entrypoints.cli.main import main as vllm_main
-        from vllm.lora.request import LoRARequest
-        from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
-    except ImportError:
-        raise UserError("this needs vllm; https://docs.vllm.ai says how to install it") from None
-    net = generate.load_net(args.hypernet, "descriptions", args, torch.device("cpu"))
+    if not find_spec("vllm"):
+        raise UserError("this needs vllm; https://docs.vllm.ai says how to install it")
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+
+    net = generate.load_net(args.hypernet, "descriptions", args, "cpu").requires_grad_(False)
     if net.config.instruction:
-        raise UserError("this network was trained with the description in the prompt, too; a name is not enough")
+        raise UserError("this network was trained with the description in the prompt, too")
     name = args.base_model or net.config.base_model
     tokenizer = model.load_tokenizer(name)
     net.connect(model.load_base(name)[0] if net.config.encoder == "base" else None, tokenizer)
@@ -86,19 +79,18 @@ def main() -> None:
     class Resolver(LoRAResolver):
         async def resolve_lora(self, base_model_name: str, lora_name: str):
             folder = await writer.folder_of(lora_name)
-            return folder and LoRARequest(lora_name, 1 + hash(lora_name) % 2**31, folder)
+            return folder and LoRARequest(lora_name, 1, folder)  # vLLM numbers them itself
 
     with tempfile.TemporaryDirectory(prefix="t2l-") as tmp:
-        template, adapters = Path(tmp, "template.jinja"), Path(tmp, "adapters")
-        adapters.mkdir()
-        writer = Writer(net, adapters)
+        writer, template = Writer(net, Path(tmp, "adapters")), Path(tmp, "template.jinja")
+        writer.folder.mkdir()
         template.write_text(served_template(tokenizer), encoding="utf-8")
         LoRAResolverRegistry.register_resolver("t2l", Resolver())
         os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        rank = next(rank for rank in RANKS if rank >= net.config.r)
-        sys.argv = ["vllm", "serve", tokenizer.name_or_path, "--served-model-name", net.config.base_model]
-        sys.argv += ["--enable-lora", "--max-lora-rank", str(rank), "--chat-template", str(template), *of_vllm]
-        vllm_main()
+        rank = str(next(rank for rank in RANKS if rank >= net.config.r))
+        sys.argv = ["vllm", "--model", tokenizer.name_or_path, "--served-model-name", net.config.base_model]
+        sys.argv += ["--enable-lora", "--max-lora-rank", rank, "--chat-template", str(template)] + of_vllm
+        runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 
 
 if __name__ == "__main__":

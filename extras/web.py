@@ -17,7 +17,7 @@ from pathlib import Path
 import generate
 import lora
 import model
-from support import flags, hub, processes
+from support import flags, hub, processes, templates
 from support.files import UserError, command
 
 MOST_LINES, MOST_LETTERS = 32, 20_000  # of what a visitor may type
@@ -69,7 +69,7 @@ def main() -> None:
         instruction = model.instruct(text) if wanted and net.reads == "descriptions" else ""
         with lock:
             try:
-                model.check_known(tokenizer, questions + ([text] if net.reads == "documents" else []))
+                templates.check_known(tokenizer, questions + ([text] if net.reads == "documents" else []))
                 adapters, milliseconds = generate.write_adapters(net, [text], base)
                 adapter, scaling = lora.select(adapters, 0), net.config.scaling
                 answers = []

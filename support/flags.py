@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
 # -------------------- Files of flags --------------------
 
 def expand(words: list[str], inside: tuple[str, ...] = ()) -> list[str]:
-    """Replace the @FILEs that stand first by the flags in them. `inside` are the files that are being read."""
+    """Replace the @FILEs that stand first by their flags. `inside` are the files that are being read."""
     if not words or not words[0].startswith("@"):
         return words
     file = words[0].removeprefix("@")

@@ -1,6 +1,4 @@
-"""AdamW and the schedules of its learning rate."""
-
-import math
+"""AdamW, with learning rates and weight decay by parameter."""
 
 import torch
 from torch import nn
@@ -23,16 +21,3 @@ def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
     for (lr_factor, weight_decay), parameters in groups.items():
         settings.append({"params": parameters, "lr_factor": lr_factor, "weight_decay": weight_decay})
     return torch.optim.AdamW(settings, lr=args.lr, betas=(0.9, 0.999), fused=True)
-
-
-def learning_rate(step: int, args) -> float:
-    """Linear warm-up, then linear decay to 0, or over the last third only, or cosine decay to 1e-7."""
-    warmup = max(1, round(args.warmup * args.max_steps))
-    remaining = (args.max_steps - step) / max(1, args.max_steps - warmup)  # from 1 to 0
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    if args.schedule == "cosine":
-        return 1e-7 + (args.lr - 1e-7) * (1 - math.cos(math.pi * remaining)) / 2
-    if args.schedule == "late":
-        return args.lr * min(1.0, 3 * (args.max_steps - step) / args.max_steps)
-    return args.lr * remaining

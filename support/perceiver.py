@@ -1,4 +1,4 @@
-"""A Perceiver (arXiv 2103.03206): any number of vectors -> a fixed number. As in the published Doc-to-LoRA."""
+"""A Perceiver (arXiv 2103.03206): any number of vectors -> a fixed number, as in published Doc-to-LoRA."""
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,19 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention in which 4 heads of queries share keys and values. q [b, heads, n, 128], mask [b, T]
+
+    These heads become 4 n queries of one head: with enable_gqa and a mask, torch 2.13 would take its slowest
+    kernel on a GPU, which keeps all scores in memory.
+    """
+    if mask is not None:
+        mask = mask[:, None, None].bool()  # [b, 1, 1, T]
+    q = q.unflatten(1, (-1, 4)).flatten(2, 3)  # [b, heads / 4, 4 n, 128]
+    h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return h.unflatten(2, (4, -1)).flatten(1, 2)
 
 
 class CrossAttention(nn.Module):
@@ -45,13 +58,7 @@ class CrossAttention(nn.Module):
         q = split_heads(self.q_proj(self.norm_latents(latents)), self.heads)
         k = split_heads(self.k_proj(context), self.kv_heads)
         v = split_heads(self.v_proj(context), self.kv_heads)
-        if mask is not None:
-            mask = mask[:, None, None].bool()  # [b, 1, 1, T]
-        # the 4 query heads that share keys and values become 4 n queries of one head; with enable_gqa and a
-        # mask, torch 2.13 would take its slowest kernel on a GPU, which keeps all scores in memory
-        q = q.unflatten(1, (self.kv_heads, 4)).flatten(2, 3)  # [b, kv_heads, 4 n, 128]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        h = h.unflatten(2, (4, -1)).flatten(1, 2)  # [b, heads, n, 128]
+        h = grouped_attention(q, k, v, mask)  # [b, heads, n, 128]
         latents = latents + self.norm_post(self.o_proj(h.transpose(1, 2).flatten(2)))
         return latents + self.norm_postff(self.mlp(self.norm_preff(latents)))
 

@@ -43,7 +43,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: there are auto (a CUDA GPU if there is one), cpu, cuda, cuda:1 and so on, and mps") from None
+        known = "auto (a CUDA GPU if there is one), cpu, cuda, cuda:1 and so on, mps"
+        raise UserError(f"--device {name}: there are {known}") from None
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has none")
     if device.type == "mps" and "RANK" in os.environ:
@@ -135,7 +136,7 @@ def total(process: Process, value: torch.Tensor) -> torch.Tensor:
 
 
 def parallel(net: nn.Module, process: Process) -> nn.Module:
-    """`net` in DDP, with several processes; it adds up their gradients, where DDP by itself takes the mean."""
+    """`net` in DDP, with several processes: their gradients are added up, not averaged as by default."""
     if process.count == 1:
         return net
     net = nn.parallel.DistributedDataParallel(net)

@@ -45,10 +45,12 @@ def reserved(folder: Path, settings: str, resumes: bool):
     with locked(folder):
         try:
             files = {file.name for file in folder.iterdir()}
-            if not resumes and not files <= {"train.args"}:  # left by a run that was killed while it started
+            # what a run leaves that was killed before it saved its state is overwritten
+            if not resumes and not files <= {"train.args", "metrics.jsonl"}:
                 advice = "choose another, or --resume an interrupted run"
                 raise UserError(f"--out_dir {folder} is in use; {advice}")
             if not resumes:
+                (folder / "metrics.jsonl").unlink(missing_ok=True)
                 write_file(folder / "train.args", settings)
             yield
         finally:
@@ -61,10 +63,9 @@ def reserved(folder: Path, settings: str, resumes: bool):
 
 def recorded_words(folder: str) -> list[str]:
     """The settings of an interrupted run, as words. Raises UserError if there is none in this folder."""
-    if Path(folder, "train.args").exists() and not Path(folder, "state.safetensors").exists():
-        raise UserError(f"--resume: the run in {folder} is finished; to train further: --init_from {folder}")
     if not Path(folder, "state.safetensors").exists():
-        raise UserError(f"--resume: {folder} holds no interrupted run")
+        advice = f"; if it is finished, train further with --init_from {folder}"
+        raise UserError(f"--resume: {folder} holds no interrupted run{advice}")
     return [*flags.expand([f"@{folder}/train.args"]), "--out_dir", folder]
 
 

@@ -44,19 +44,14 @@ def answer_start(tokenizer) -> str:
     return whole.removeprefix(prompt).partition("<<>>")[0].rstrip() if whole.startswith(prompt) else ""
 
 
-def tokenize(tokenizer, text: str) -> list[int]:
-    """Token ids of a rendered text, which has its special tokens from the template."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def check_known(tokenizer, texts: list[str]) -> None:
     """Raise UserError for words that the tokenizer has no token for (the tiny one knows few)."""
     if tokenizer.unk_token_id is None:
         return
     words = sorted({word for text in texts for word in text.split()})
-    if tokenizer.unk_token_id not in tokenize(tokenizer, " ".join(words)):
+    if tokenizer.unk_token_id not in tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]:
         return
-    unknown = [word for word in words if tokenizer.unk_token_id in tokenize(tokenizer, word)]
+    unknown = [word for word in words if tokenizer.unk_token_id in tokenizer(word)["input_ids"]]
     if unknown:
         some = ", ".join(unknown[:20]) + (", ..." if len(unknown) > 20 else "")
         known = ", ".join(tokenizer.convert_ids_to_tokens(range(20, 120, 20)))

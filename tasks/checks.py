@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import data
 import model
 from data import Task
+from support import templates
 from support.files import UserError
 from tasks import folder, load_tasks
 
@@ -72,7 +73,7 @@ def count_too_long(tokenizer, tasks: list[Task], args) -> int:
         for example in drawn.examples:
             lengths.append(len((task.definition + description + example.input + example.answers[0]).encode()))
         if min(lengths) + template + len(model.instruct("")) > args.max_tokens:
-            n += data.tokenize(tokenizer, tasks, [drawn], args)[0].n_tokens > args.max_tokens
+            n += data.tokenize_drawn(tokenizer, tasks, [drawn], args)[0].n_tokens > args.max_tokens
     return n
 
 
@@ -84,4 +85,4 @@ def check_words(tokenizer, tasks: list[Task]) -> None:
     for task in tasks:
         for example in [*beginning(task.train), *task.test]:
             texts.update((example.input, *example.answers[:1]))
-    model.check_known(tokenizer, list(texts))
+    templates.check_known(tokenizer, list(texts))

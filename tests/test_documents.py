@@ -91,7 +91,7 @@ def test_a_group_without_padding_has_no_mask(reader):
 
 
 def test_the_perceiver_is_computed_again_to_save_memory(reader):
-    net, (base, _) = hypernet.load_hypernet(reader), model.load_base("tiny")
+    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
     found, calls = [], []
     net.connect(base, tokenizer)

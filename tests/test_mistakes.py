@@ -27,7 +27,7 @@ BAD = {
     "no folder": (generate, [*SAY, "--out", ""], "is no new folder"),
     "an adapter for a base model": (generate, [*SAY, *NET, "--base_model", "{adapter}"], "not a model"),
     "two to merge": (generate, [*SAY, *SAY, "--merge", "{tmp}/m"], "takes a single --desc"),
-    "merge into the adapter": (generate, [*SAY, "--merge", "{tmp}/m", "--out", "{tmp}/m"], "is no new folder"),
+    "merge into the adapter": (generate, [*SAY, "--merge", "{tmp}/m", "--out", "{tmp}/m"], "no new folder"),
     "foreign output": (generate, [*SAY, "--out", "{foreign}"], "did not write it"),
     "foreign folder to merge into": (generate, [*SAY, "--merge", "{foreign}"], "is no new folder"),
     "no checkpoint": (generate, [*SAY, "--hypernet", "{tmp}/none"], "is neither a folder nor USER/REPO"),

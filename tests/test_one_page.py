@@ -16,7 +16,8 @@ from tests.helpers import HERE, TINY, close, run_of
 def test_shipped_weights_load_and_write_the_same_adapters():
     net, ours = one_page.TextToLoRA().eval(), hypernet.load_hypernet(TINY / "sft_large")
     ours.connect(None, None)
-    weights = {key: tensor.float() for key, tensor in read_file(TINY / "sft_large" / "hypernet.safetensors").items()}
+    weights = read_file(TINY / "sft_large" / "hypernet.safetensors")
+    weights = {key: tensor.float() for key, tensor in weights.items()}
     missing, others = net.load_state_dict(weights, strict=False)
     constants = [key for key in others if key.startswith("deviation.") or key.endswith("_B")]
     assert not missing and others == constants

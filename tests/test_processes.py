@@ -87,8 +87,8 @@ def work() -> None:
                 print("exit code", command(importlib.import_module(module), *words))
 
 
-def is_root(module: FSDPModule) -> bool:
-    return bool(module._get_fsdp_state()._is_root)
+def is_root(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule) and bool(module._get_fsdp_state()._is_root)
 
 
 def main() -> None:
@@ -108,10 +108,10 @@ def main() -> None:
         with torch.set_grad_enabled(with_gradients):
             base(torch.tensor([[1, 2, 3]], device=process.device))
         whole.append(n_whole())
-    roots = [module for module in base.modules() if isinstance(module, FSDPModule) and is_root(module)]
+    roots = [module for module in base.modules() if is_root(module)]
     cut = model.hidden_states(base, torch.tensor([[1, 2, 3]], device=process.device), None, early_exit=True)
     assert cut.isfinite().all()
-    assert roots == [module for module in base.modules() if isinstance(module, FSDPModule) and is_root(module)]
+    assert roots == [module for module in base.modules() if is_root(module)]
     local = sum(p.to_local().nbytes for p in layers.parameters() if isinstance(p, DTensor))
     print(json.dumps({"roots": len(roots), "whole": whole, "bytes": local, "dtype": str(base.dtype)}))
     torch.distributed.destroy_process_group()

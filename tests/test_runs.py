@@ -40,15 +40,15 @@ from tests.helpers import (
 
 def test_learning_rates():
     args = types.SimpleNamespace(lr=2.0, warmup=0.1, max_steps=100, schedule="linear")
-    rates = [optimizer.learning_rate(step, args) for step in range(100)]
+    rates = [train.learning_rate(step, args) for step in range(100)]
     assert rates[0] == 0.2 and rates[9] == rates[10] == max(rates) == 2.0
     assert abs(rates[55] - 1.0) < 1e-9 and 0 < rates[-1] < 0.03
     args.schedule = "cosine"
-    rates = [optimizer.learning_rate(step, args) for step in range(101)]
+    rates = [train.learning_rate(step, args) for step in range(101)]
     assert abs(rates[55] - 1.0) < 1e-6 and rates[100] == pytest.approx(1e-7)
     assert rates == rates[:10] + sorted(rates[10:])[::-1]
     args.schedule, args.warmup = "late", 0.3
-    rates = [optimizer.learning_rate(step, args) for step in range(100)]
+    rates = [train.learning_rate(step, args) for step in range(100)]
     assert rates[30:67] == [2.0] * 37 and abs(rates[83] - 1.0) < 0.05 and rates[99] < 0.1
     args.weight_decay = 0.01
     net = hypernet.TextToLoRA(small_config("large", head_lr=0.5))
@@ -107,7 +107,7 @@ def test_resume_after_kill_is_exact(tmp_path, capsys):
     assert command(train, "--out_dir", cut, "--resume", "--max_steps", "3") == 2  # it is past that
     assert command(train, "--out_dir", cut, "--resume", "--latent_size", "64") == 2  # another network
     assert command(train, "--out_dir", whole, "--resume") == 2  # it is finished
-    assert f"is finished; to train further: --init_from {whole}" in capsys.readouterr().err
+    assert f"train further with --init_from {whole}" in capsys.readouterr().err
     assert before == {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
     assert command(train, "--out_dir", cut, "--resume") == 0  # the settings are those of the run
     assert losses_of(cut) == losses_of(whole) and losses_of(cut, "val_loss") == losses_of(whole, "val_loss")
@@ -219,9 +219,11 @@ def test_two_runs_into_one_folder_do_not_mix(tmp_path):
         assert (folder / "train.args").read_text() == "--lr 1\n"
     assert not folder.exists()  # nothing was saved
     folder.mkdir()
-    (folder / "train.args").touch()  # of a run that was killed while it started
+    for name in ("train.args", "metrics.jsonl"):  # of a run that was killed while it started
+        (folder / name).touch()
     with state.reserved(folder, "--lr 1\n", False):
-        (folder / "metrics.jsonl").touch()
+        assert not (folder / "metrics.jsonl").exists()
+        (folder / "state.safetensors").touch()
     refused("is in use; choose another", state.reserved(folder, "--lr 1\n", False).__enter__)
     with state.reserved(folder, "--lr 2\n", True):
         assert (folder / "train.args").read_text() == "--lr 1\n"  # until the state has been read
@@ -319,7 +321,12 @@ def test_a_kill_between_state_and_weights_loses_nothing(tmp_path, monkeypatch):
     losses = iter([0.5, 0.2])
     monkeypatch.setattr(train, "validate", lambda run: {"val_loss": next(losses), "val_accuracy": 0.0})
     real, saved = train.save, []
-    monkeypatch.setattr(train, "save", lambda *a: real(*a) if not saved.append(1) and len(saved) == 1 else 1 / 0)
+
+    def save(*args):
+        saved.append(1)
+        return real(*args) if len(saved) == 1 else 1 / 0
+
+    monkeypatch.setattr(train, "save", save)
     run = tmp_path / "run"
     with pytest.raises(ZeroDivisionError):  # in step 4, which is the best so far
         command(train, *SHORT, "--max_steps", "6", "--val_every", "2", "--out_dir", run)

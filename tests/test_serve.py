@@ -1,4 +1,4 @@
-"""Descriptions as names of models: with a stand-in for vLLM, and with vLLM itself (T2L_VLLM names its python)."""
+"""Descriptions as names of models, with a stand-in for vLLM and with vLLM (T2L_VLLM names its python)."""
 
 import asyncio
 import json
@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import generate
 import hypernet
@@ -22,8 +23,8 @@ import lora
 import model
 from extras import serve
 from support.files import read_file, write_file
-from tasks import load_tasks
-from tests.helpers import HERE, TINY, close, command
+from tasks import tiny
+from tests.helpers import HERE, TINY, close, command, config_for, needs_models
 from tests.test_prompts import CHATML
 
 
@@ -45,7 +46,9 @@ def stand_in(monkeypatch):
         vllm.folder = Path(request[2])
 
     registry = types.SimpleNamespace(register_resolver=vllm.resolvers.__setitem__)
-    modules = {"vllm.entrypoints.cli.main": dict(main=main)}
+    monkeypatch.setattr(serve.runpy, "run_module", lambda *_, **__: main())
+    monkeypatch.setattr(serve, "find_spec", lambda _: True)
+    modules = {}
     modules["vllm.lora.request"] = dict(LoRARequest=lambda *fields: fields)
     modules["vllm.lora.resolver"] = dict(LoRAResolver=object, LoRAResolverRegistry=registry)
     for name, members in modules.items():
@@ -56,12 +59,12 @@ def stand_in(monkeypatch):
 def test_a_description_is_the_name_of_its_adapter(stand_in, monkeypatch):
     monkeypatch.setattr(serve, "MOST", 3)
     texts = ["Keep the fruits.", "Reverse the animals.", "Shout the colours."]
-    stand_in.asked = ["typo", "t2l: ", *(f"t2l: {text}" for text in 2 * texts), "t2l: one more", "t2l:" + texts[0]]
+    stand_in.asked = ["typo", "t2l: ", *(f"t2l: {text}" for text in 2 * texts), "t2l: more", "t2l:" + texts[0]]
     assert command(serve, "--port", "8123") == 0
     assert stand_in.words[-2:] == ["--port", "8123"] and "--enable-lora" in stand_in.words
     net = hypernet.load_hypernet(TINY / "sft_large")
     net.connect(None, None)
-    for name in ("typo", "t2l: ", "t2l: one more"):
+    for name in ("typo", "t2l: ", "t2l: more"):
         assert stand_in.found[name] is None
     for text in texts:
         adapter, _ = stand_in.found[f"t2l: {text}"]
@@ -76,7 +79,8 @@ def test_prompts_are_those_of_training():
     for template in (tokenizer.chat_template, dated, CHATML.replace("\n{{ m.content }}", "\n" + said)):
         tokenizer.chat_template = template
         asked = [{"role": "user", "content": "cat dog"}]
-        settings = dict(chat_template=serve.served_template(tokenizer), add_generation_prompt=True, tokenize=False)
+        settings = dict(add_generation_prompt=True, tokenize=False)
+        settings["chat_template"] = serve.served_template(tokenizer)
         ours = model.render(tokenizer, model.chat(tokenizer, "cat dog"))
         assert tokenizer.apply_chat_template(asked, **settings) == ours
 
@@ -89,9 +93,6 @@ def test_a_network_that_needs_the_prompt_is_refused(tmp_path, stand_in, capsys):
 
 
 # -------------------- With vLLM --------------------
-
-needs_vllm = pytest.mark.skipif("T2L_VLLM" not in os.environ, reason="T2L_VLLM names no python with vllm")
-
 
 def start_server(*words: str) -> tuple[subprocess.Popen, str]:
     """(a server, its address)"""
@@ -113,7 +114,8 @@ def start_server(*words: str) -> tuple[subprocess.Popen, str]:
 
 def ask(url: str, name: str, text: str, key: str = "secret"):
     """The answer of a model, or the status of an error."""
-    content = {"model": name, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 16}
+    messages = [{"role": "user", "content": text}]
+    content = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 8}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(content).encode(), headers)
     try:
@@ -123,24 +125,36 @@ def ask(url: str, name: str, text: str, key: str = "secret"):
         return e.code
 
 
-@needs_vllm
+def random_network(folder: Path) -> None:
+    """A network for the real base model, whose adapters say something else for each description."""
+    base, _ = model.load_base(os.environ["T2L_BASE"])
+    config = config_for(base, base_model=os.environ["T2L_BASE"])
+    net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), input_size=model.HASH_WIDTH))
+    net.start_as_lora()
+    for head in net.heads.values():
+        nn.init.normal_(head.weight, std=0.05)
+    hypernet.save_hypernet(net, folder)
+
+
+@pytest.mark.skipif("T2L_VLLM" not in os.environ, reason="T2L_VLLM names no python with vllm")
+@needs_models
 def test_twenty_descriptions_two_servers_and_a_restart(tmp_path, capsys):
-    text, tasks = "cat shirt apple red", load_tasks("tiny")["test"][:20]
-    texts = [task.descriptions[0] for task in tasks]
+    random_network(tmp_path / "net")
+    own = ["--base_model", os.environ["T2L_BASE"], "--hypernet", str(tmp_path / "net")]
+    text, texts = "What is the capital of France?", [f"{word} it" for word in tiny.VOCABULARY[100:120]]
     words = [word for description in texts for word in ("--desc", description)]
-    assert command(generate, *words, "--input", text, "--out", tmp_path / "a") == 0
+    words += ["--input", text, "--out", tmp_path / "a", "--max_new_tokens", "8", "--dtype", "float32"]
+    assert command(generate, *own, *words) == 0
     right = re.findall(r"with adapter  (.*)", capsys.readouterr().out)
-    servers = [start_server(), start_server()]
+    servers = [start_server(*own), start_server(*own)]
     for _ in range(2):
         for _, url in servers:
             with ThreadPoolExecutor(4) as four:
                 said = list(four.map(lambda description: ask(url, f"t2l: {description}", text), texts))
-            assert said == right
+            assert [answer.split("\n")[0] for answer in said] == right and len(set(right)) > 9
             assert ask(url, "typo", text) == ask(url, "t2l:", text) == 404
             assert ask(url, f"t2l: {texts[0]}", text, key="wrong") == 401
-        servers[0][0].terminate()
-        servers[0][0].wait()
-        servers = servers[1:] or [start_server()]
-    for server, _ in servers:
-        server.terminate()
-        server.wait()
+        for server, _ in servers:
+            server.terminate()
+            server.wait()
+        servers = [start_server(*own)] if len(servers) == 2 else []
