@@ -42,6 +42,13 @@ def test_the_perceivers_size():
         assert sum(p.numel() for p in net.parameters()) == n
 
 
+def test_queries_are_in_the_published_order():
+    """That of the modules' names, whatever order --target_modules has."""
+    targets = {name: lora.Target("", [0], 8, 8) for name in ("up_proj", "down_proj")}
+    net = hypernet.DocToLoRA(hypernet.DocConfig(n_layers=1, targets=targets, input_size=8, n_blocks=1))
+    assert net.names == ["down_proj", "up_proj"]
+
+
 def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch):
     """Neither the other documents of a batch, nor how many chunks are read at once, nor their order."""
     net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")

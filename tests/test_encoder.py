@@ -143,6 +143,7 @@ def test_base_encoder_reads_the_last_token():
     close(encode(["cat dog", "cat dog red hat"])[0], alone, 1e-5, 1e-6)
     hidden = base.model(torch.tensor([tokenizer("cat dog")["input_ids"]])).last_hidden_state
     close(alone, F.normalize(hidden[0, -1], dim=0))
+    close(model.base_encoder(base, tokenizer, ["cat dog", "cat dog red hat"])[0], alone, 1e-5, 1e-6)
 
 
 def test_a_text_encoder_with_fewer_positions_than_it_says(tmp_path):
@@ -221,3 +222,10 @@ def test_a_frozen_encoder_reads_each_text_once_and_alone(tmp_path):
     assert torch.equal(encode(["two three"])[0], first[1]) and len(read) == 2
 
 
+
+
+def test_a_description_that_ends_in_a_letter_gets_a_full_stop(tmp_path):
+    bert_folder(tmp_path)
+    plain, stopped = (model.load_encoder(str(tmp_path), full_stop=value) for value in (False, True))
+    close(stopped(["one two", "one ."]), plain(["one two.", "one ."]))
+    assert not torch.equal(plain(["one two"]), plain(["one two."]))
