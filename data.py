@@ -49,7 +49,7 @@ class Task:
     n_scored: int | None = 25  # test examples; None is all
     n_descriptions: int = 1  # how many descriptions each of them is asked with
     answer_tokens: int | None = None  # the longest answer; None goes by the right one
-    has_instruction: bool = True  # False: its inputs say what to do, so the instruction is never added
+    has_instruction: bool = True  # False: its inputs say what to do, so eval.py adds no instruction
 
 
 Splits = dict[str, list[Task]]  # {"train": [...], "val": [...], "test": [...]}
@@ -81,7 +81,7 @@ def draw(tasks: list[Task], step: int, args) -> list[DrawnTask]:
     """The tasks of a step: --tasks_per_batch of them (0: all), and a description and examples of each."""
     rng = random.Random(f"{args.seed} {step}")
     candidates = [i for i, task in enumerate(tasks) for _ in range(task.weight)]
-    if args.short_first:  # tasks are sorted by length: the shortest sixth at first, all from half-way on
+    if args.short_first:  # `prepare` has sorted the tasks by length: the shortest sixth at first, all from half-way on
         fraction = min(1, 1 / 6 + 5 / 3 * step / args.max_steps)
         candidates = candidates[: math.ceil(len(candidates) * fraction)]
     indices = sample(rng, candidates, args.tasks_per_batch or len(candidates))
@@ -122,7 +122,7 @@ class Batch(NamedTuple):
     examples: list[TokenizedExample]  # of these tasks, the shortest first
     task_fraction: float  # these tasks, divided by those of all processes
     example_fraction: float
-    most_examples: int  # of one process
+    most_examples: int  # of one process, for --shard
 
 
 def tokenize_drawn(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args) -> list[TokenizedExample]:

@@ -63,7 +63,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--instruction", action=switch, help="put the description before inputs; default: as in training")
     add("--max_new_tokens", type=flags.at_least(1), help="longest answer; default: 64, in eval.py as needed")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")
-    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, otherwise float32")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU that has it")
 
 
 # -------------------- Loading what was trained --------------------
@@ -230,6 +230,8 @@ def main() -> None:
 
     if args.instruction is None:
         args.instruction = config.instruction
+    if args.instruction and not texts[0]:
+        print("note: the prompts of this adapter begin with an instruction; --input needs it", file=sys.stderr)
     for i, (text, folder) in enumerate(zip(texts, folders)):
         n_tokens = len(model.tokenize(tokenizer, text))
         print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{text}".rstrip())

@@ -9,7 +9,7 @@ The end of the file says what a new network must provide.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +24,8 @@ from support import hub, processes
 from support.files import UserError, read_file, read_object, write_file
 from support.flags import setting
 from support.perceiver import Perceiver
+from support.targets import Target, all_targets, as_targets
+from support.text_models import load_text_model
 
 
 @dataclass
@@ -50,15 +52,25 @@ class TextConfig(HypernetConfig):
     full_stop: bool = True  # descriptions that end in a letter get one, as published (not with "hash")
     rotary: bool = False  # small, of published checkpoints alone: rank positions are rotations, no table
     dropout: float = 0.1  # in the trunk; that of --dropout, as published
+    encoder_targets: dict[str, Target] = field(default_factory=dict)  # with encoder_rank: its linear layers
     size: str = setting("large", "what one pass through a head writes", choices=SIZES)
     latent_size: int = setting(128, "width of the trunk; half of it is the task embedding", least=4)
     head_in_size: int = setting(256, "width of the input of the heads", least=1)
     input_dropout: float = setting(0.3, "dropout of the text encoder's output (not published)", most=1)
     head_lr: float = setting(1 / 16, "factor on lr for the heads")
+    encoder_rank: int = setting(0, "rank of a LoRA on the text encoder (0: none)", runs="text")
     offset_lr: float = setting(0.0, "factor on lr for the offset that tasks share (0: fixed)", runs="text")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.encoder_targets = as_targets(self.encoder_targets)
 
     def measure(self, base: nn.Module) -> None:
         self.input_size = model.encoder_width(self.encoder, base)
+        if self.encoder_rank and self.encoder in ("hash", "base"):
+            raise UserError("--encoder_rank needs a text encoder that is a network beside the base model")
+        if self.encoder_rank:
+            self.encoder_targets = all_targets(load_text_model(self.encoder))
 
 
 class Residual(nn.Sequential):
@@ -141,6 +153,10 @@ class TextToLoRA(nn.Module):
         if c.size == "small" and not c.rotary:  # tells a row which rank to make
             self.rank_emb = nn.Sequential(nn.Embedding(c.r, d), nn.LayerNorm(d))
 
+        if c.encoder_rank:  # a LoRA on all linear layers of the text encoder, one for all texts (not published)
+            encoder_config = LoRAConfig(targets=c.encoder_targets, r=c.encoder_rank)
+            self.encoder_lora = lora.LoRABank(encoder_config, 1)
+
         # heads: one per module
         self.heads = nn.ModuleDict()
         for name, target in c.targets.items():
@@ -165,14 +181,21 @@ class TextToLoRA(nn.Module):
         """Load the text encoder; it may be the base model."""
         c, device = self.config, next(self.parameters()).device
         self.encoder = model.load_encoder(c.encoder, device, base, tokenizer, c.full_stop)
+        if c.encoder_rank:
+            lora.inject_targets(self.encoder.embed.model, c.encoder_targets)
 
     def forward(self, texts: list[str]) -> Adapter:
         """n descriptions -> A [n, L, r, in], B [n, L, out, r]."""
         return self.write(self.encode(texts))
 
     def encode(self, texts: list[str]) -> Tensor:
-        """The text encoder's output for n descriptions [n, E]."""
-        return self.encoder(texts)
+        """The text encoder's output for n descriptions [n, E]. It is frozen, but for a LoRA (encoder_rank)."""
+        if not self.config.encoder_rank:
+            return self.encoder(texts)
+        network, scaling = self.encoder.embed.model, self.encoder_lora.config.scaling
+        with torch.autocast(network.device.type, enabled=False):
+            with lora.use(network, self.encoder_lora(0), scaling):
+                return self.encoder.embed(self.encoder.prepare(texts))
 
     def write(self, text_emb: Tensor) -> Adapter:
         """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
@@ -265,7 +288,7 @@ class TextToLoRA(nn.Module):
 
 @dataclass
 class DocConfig(HypernetConfig):
-    """Doc-to-LoRA's settings, with published values."""
+    """Doc-to-LoRA's settings; what makes its network has published values."""
 
     input_size: int = 1024  # f, the width of the base model's states
     early_exit: bool = setting(False, "read the states after a quarter of the layers, not of each layer")
@@ -274,7 +297,6 @@ class DocConfig(HypernetConfig):
     n_blocks: int = setting(9, "cross-attention blocks of the Perceiver", least=1)
     n_heads: int = setting(16, "attention heads of size 128; a quarter as many for keys and values", least=4)
     chunk_len: int = setting(512, "most tokens of a chunk, without the template at its inner ends", least=1)
-    random_chunks: bool = setting(False, "in training also split documents at random (published: stage 2)")
     chat: bool = setting(True, "read a chunk as a user turn of the base model's chat template")
     head_lr: float = setting(1 / 16, "factor on lr for the head")
 
@@ -286,22 +308,14 @@ Chunk = list[int]  # token ids
 TOKENS_READ_AT_ONCE = 4096  # by the base model, to save memory
 
 
-def split_document(ids: Chunk, config: DocConfig, training: bool) -> list[Chunk]:
-    """Split the token ids of a document into as few chunks as possible, of similar length.
-
-    In training with `random_chunks` their number is drawn from the published mixture (1: 1/2, 2: 1/8, 3 to 8:
-    1/16 each); a chunk then has about 25 tokens or more.
-    """
+def split_document(ids: Chunk, config: DocConfig) -> list[Chunk]:
+    """Split the token ids of a document into as few chunks as possible, of similar length."""
     n = math.ceil(len(ids) / config.chunk_len)
-    if training and config.random_chunks:
-        mixture = torch.tensor([1 / 2, 1 / 8] + 6 * [1 / 16])
-        drawn = 1 + int(torch.multinomial(mixture, 1))
-        n = max(n, min(len(ids) // 25, drawn))
     size = math.ceil(len(ids) / n)
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 
-def split_documents(config: DocConfig, documents: list, tokenizer, training: bool):
+def split_documents(config: DocConfig, documents: list, tokenizer):
     """n documents, each a text or a list of texts -> (chunks, how many of them each document has).
 
     Each chunk is a turn of the chat.
@@ -314,7 +328,7 @@ def split_documents(config: DocConfig, documents: list, tokenizer, training: boo
         texts = [document] if isinstance(document, str) else document
         for text in texts:
             ids = model.tokenize(tokenizer, before + text.strip() + after)
-            pieces = split_document(ids, config, training)
+            pieces = split_document(ids, config)
             for i, piece in enumerate(pieces):
                 start = before_ids if i > 0 else []
                 end = after_ids if i < len(pieces) - 1 else []
@@ -403,7 +417,7 @@ class DocToLoRA(nn.Module):
         A group is read when `write` asks for it: the states of all chunks at once would fill the memory.
         """
         base, tokenizer = self.frozen
-        chunks, counts = split_documents(self.config, documents, tokenizer, self.training)
+        chunks, counts = split_documents(self.config, documents, tokenizer)
         size = max(1, TOKENS_READ_AT_ONCE // max(len(chunk) for chunk in chunks))
         groups = [chunks[i : i + size] for i in range(0, len(chunks), size)]
         return self.read(base, groups), counts
@@ -500,7 +514,7 @@ def load_hypernet(folder: str | Path) -> nn.Module:
         net_class = ARCHS[settings.pop("arch")]
         with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
             net = net_class(net_class.config_class(**settings))
-        # earlier files say deviation in place of std
+        # the shipped files say deviation in place of std
         weights = {key.replace("deviation", "std"): w.float().contiguous() for key, w in weights.items()}
         net.load_state_dict(weights, assign=True)
     except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as e:
@@ -509,7 +523,7 @@ def load_hypernet(folder: str | Path) -> nn.Module:
 
 
 MAY_DIFFER = ("base_model", "base_shape", "encoder", "instruction", "full_stop")  # encoder: see below
-MAY_DIFFER += ("dropout", "input_dropout", "head_lr", "offset_lr", "random_chunks")
+MAY_DIFFER += ("dropout", "input_dropout", "head_lr", "offset_lr")
 
 
 def copy_weights(folder: str, net: nn.Module) -> None:
@@ -553,6 +567,6 @@ def copy_weights(folder: str, net: nn.Module) -> None:
 #                          for reconstruction: these are the oracles' mean and standard deviation, as Adapters
 #
 # All parameters are trained and must receive gradients (DDP requires it). Constants are persistent buffers.
-# support/optimizer.py says which have no weight decay.
+# NO_DECAY in train.py says which have no weight decay.
 
 ARCHS = {"t2l": TextToLoRA, "d2l": DocToLoRA}

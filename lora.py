@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from support import hub
 from support.files import UserError, read_file, read_object, write_file
-from support.targets import Target, find_targets, one_target, split_path
+from support.targets import Target, as_targets, find_targets, one_target, split_path
 
 Adapter = dict[str, tuple[Tensor, Tensor]]
 
@@ -79,9 +79,7 @@ class LoRAConfig:
     instruction: bool = False  # prompts in training contained the task's instruction
 
     def __post_init__(self):
-        for name, target in self.targets.items():
-            if isinstance(target, dict):  # from a JSON file
-                self.targets[name] = Target(**target)
+        self.targets = as_targets(self.targets)
 
     @property
     def scaling(self) -> float:
@@ -187,7 +185,8 @@ def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
     for name, (A, B) in adapter.items():
         for layer, layer_A, layer_B in zip(base.lora_layers[name], A, B):
             update = scaling * layer_B.float() @ layer_A.float()  # [out, in]
-            layer.weight.data = (layer.weight.float() + update).to(layer.weight.dtype)
+            weight = layer.weight
+            layer.weight.data = (weight.float() + update.to(weight.device)).to(weight.dtype)
 
 
 # -------------------- Several adapters --------------------

@@ -264,14 +264,20 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
-        texts = [text.strip() for text in texts]
+        texts = self.prepare(texts)
         if self.name == "hash":  # fast, and its long vectors would fill the memory
             return self.embed(texts).to(self.device)
-        if self.full_stop:
-            texts = [f"{text}." if text[-1].isalpha() else text for text in texts]
         # frozen: each text is read once, and alone, so that its embedding does not depend on the batch
         with torch.autocast(self.device.type, enabled=False):
             return torch.stack([self.embed_once(text) for text in texts])
+
+
+    def prepare(self, texts: list[str]) -> list[str]:
+        """Texts as they are read."""
+        texts = [text.strip() for text in texts]
+        if self.full_stop and self.name != "hash":
+            texts = [f"{text}." if text[-1].isalpha() else text for text in texts]
+        return texts
 
 
 FUNCTION_WORDS = """a an the of to in on at by for from with or but is are was were be been it its this that

@@ -38,7 +38,6 @@ from lora import Adapter
 from support import flags, hub, processes, state
 from support.files import UserError, command, write_file
 from support.flags import setting
-from support.optimizer import make_optimizer
 from support.processes import Process
 from tasks import SOURCES, checks
 
@@ -107,7 +106,7 @@ class Settings:
 
 MAY_CHANGE = [  # with --resume: length, learning rate, how the step is computed, where the run is
     *("max_steps", "lr", "head_lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard"),
-    *("device", "val_every", "out_dir"),
+    *("device", "val_every"),
 ]
 
 
@@ -194,7 +193,7 @@ def answer_loss(logits: Tensor, example_index: Tensor, labels: Tensor, smoothing
 
 
 def distill_loss(logits: Tensor, example_index: Tensor, teacher: Tensor, k: int) -> Tensor:
-    """KL divergence from a teacher, over its k likeliest tokens. logits, teacher [tokens, vocabulary]."""
+    """KL divergence from a teacher, of its k likeliest tokens, not renormalised. Both [tokens, vocabulary]."""
     log_p, tokens = teacher.log_softmax(-1).topk(min(k, teacher.shape[-1]))  # [tokens, k]
     log_q = logits.log_softmax(-1).gather(-1, tokens)
     return example_mean((log_p.exp() * (log_p - log_q)).sum(-1), example_index)
@@ -344,7 +343,7 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str,
     outputs, gradients = [], []
     for name in written:
         outputs += written[name]
-        for leaf in leaves[name]:  # in a base model with experts, a layer may receive no tokens
+        for leaf in leaves[name]:  # in a base model with experts, the layers of a target may get no tokens
             gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
     torch.autograd.backward(outputs, gradients)
     return losses
@@ -361,6 +360,25 @@ def recon_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[st
     loss = recon_loss(run.args.recon_loss, written, oracles, run.std) * weight
     loss.backward()
     return {"recon": loss.detach()}
+
+
+NO_DECAY = ("scaler", "bias", "latents", "queries", "b1", "b2")  # parts of parameters' names
+
+
+def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
+    """AdamW. Some parameters have a learning rate of their own (`net.lr_factors`).
+
+    Scales, biases, norms and latents have no weight decay.
+    """
+    groups = {}  # {(factor on lr, weight decay): parameters}; a fused kernel takes a whole group at once
+    for name, p in net.named_parameters():
+        lr_factor = net.lr_factors.get(name.split(".")[0], 1.0)
+        decays = p.dim() > 1 and not any(word in name for word in NO_DECAY)
+        groups.setdefault((lr_factor, args.weight_decay if decays else 0.0), []).append(p)
+    settings = []
+    for (lr_factor, weight_decay), parameters in groups.items():
+        settings.append({"params": parameters, "lr_factor": lr_factor, "weight_decay": weight_decay})
+    return torch.optim.AdamW(settings, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
 
 def learning_rate(step: int, args) -> float:
@@ -383,7 +401,7 @@ def update(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, step: int
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
 
-    # All processes draw the same tasks and compute different parts; noise (dropout, NEFTune) differs.
+    # All processes draw the same tasks and compute different parts; what is random in them differs.
     drawn = data.draw(run.tasks, step, args)
     torch.manual_seed(random.Random(f"{args.seed} {step} {process.rank}").getrandbits(63))
     optimizer.zero_grad()
@@ -431,6 +449,10 @@ def prepare(args, process: Process) -> Run:
     with processes.first_goes_ahead(process):
         tasks, val_tasks = checks.choose_tasks(args, hypernet.ARCHS[args.arch].reads, process.rank == 0)
         hub.fetch(hub.source_of(args.base_model))
+    if args.short_first:
+        tasks.sort(key=lambda task: len(task.descriptions[0]))
+    if args.mode == "lora" and not args.multi_task:
+        val_tasks = []  # each LoRA is trained for its own task alone
     names, dtype = args.target_modules.split(","), getattr(torch, args.dtype)
     if args.shard:
         base, tokenizer = model.load_sharded(args.base_model, process, dtype, names, args.dropout)
@@ -512,6 +534,7 @@ def save(run: Run, folder: Path) -> None:
     else:
         for i, task in enumerate(run.tasks):
             lora.save_adapter(folder / task.name, run.net(i), run.net.config)
+            write_file(folder / task.name / "description.txt", (task.definition or task.descriptions[0]) + "\n")
 
 
 def resume(run: Run, folder: Path, checkpoint: state.Checkpoint, optimizer) -> int:

@@ -46,11 +46,12 @@ def reserved(folder: Path, settings: str, resumes: bool):
         try:
             files = {file.name for file in folder.iterdir()}
             # what a run leaves that was killed before it saved its state is overwritten
-            if not resumes and not files <= {"train.args", "metrics.jsonl"}:
+            if not resumes and not files <= {"train.args", "metrics.jsonl", "state.json"}:
                 advice = "choose another, or --resume an interrupted run"
                 raise UserError(f"--out_dir {folder} is in use; {advice}")
             if not resumes:
-                (folder / "metrics.jsonl").unlink(missing_ok=True)
+                for name in files:
+                    (folder / name).unlink()
                 write_file(folder / "train.args", settings)
             yield
         finally:

@@ -82,3 +82,16 @@ def one_target(name: str, shapes: dict[str, tuple[int, int]]) -> Target:
         raise UserError(f"{name} has {len(sizes)} shapes; name single layers, such as {example}")
     (path, layers), (n_in, n_out) = next(iter(places.items())), next(iter(sizes))
     return Target(path, layers, n_in, n_out)
+
+
+def all_targets(network: nn.Module) -> dict[str, Target]:
+    """All linear layers in numbered layers, each place a target of its own."""
+    shapes = {}  # {place: {path: (out, in)}}
+    for path, layer in linear_layers(network).items():
+        shapes.setdefault(split_path(path)[0], {})[path] = layer.weight.shape
+    return {place: one_target(place, of_place) for place, of_place in shapes.items()}
+
+
+def as_targets(targets: dict) -> dict[str, Target]:
+    """Targets from a JSON file."""
+    return {name: Target(**entry) if isinstance(entry, dict) else entry for name, entry in targets.items()}

@@ -73,6 +73,9 @@ def load_text_model(name: str) -> nn.Module:
 
 def text_width(name: str) -> int:
     """The width of a text encoder's output, from its config."""
+    fields = read_object(fetch(name, flag="--encoder") / "config.json")
+    if "hidden_size" in fields:  # also of gte-*-v1.5, whose type AutoConfig does not know
+        return fields["hidden_size"]
     return from_pretrained(AutoConfig, name, flag="--encoder").hidden_size
 
 

@@ -23,10 +23,7 @@ def choose_tasks(args, reads: str, is_first: bool) -> tuple[list[Task], list[Tas
         raise UserError(f"--tasks {args.tasks} cannot be used with --arch {args.arch}, which reads {reads}")
     if args.mode == "lora" and not args.multi_task and len({task.name for task in tasks}) < len(tasks):
         raise UserError(f"--tasks {args.tasks}: tasks of equal names cannot have an adapter folder each")
-    if args.short_first:
-        tasks.sort(key=lambda task: len(task.descriptions[0]))
-    has_validation = args.mode == "sft" or args.multi_task
-    return tasks, [task for task in splits.get("val", []) if has_validation and task.test]
+    return tasks, [task for task in splits.get("val", []) if task.test]
 
 
 def beginning(values: Sequence) -> list:

@@ -21,9 +21,12 @@ from transformers import (
     XLNetModel,
 )
 
+import data
+import hypernet
 import model
+import train
 from support.files import write_file
-from tests.helpers import close, refused, repeated
+from tests.helpers import SHORT, close, fit, refused, repeated, run_of
 
 
 def bert_folder(folder: Path) -> nn.Module:
@@ -36,6 +39,13 @@ def bert_folder(folder: Path) -> nn.Module:
     bert = BertModel(BertConfig(vocab_size=10, **sizes)).eval()
     bert.save_pretrained(folder)
     return bert
+
+
+def test_the_width_of_an_encoder_is_read_from_its_config(tmp_path):
+    bert_folder(tmp_path)
+    assert model.encoder_width(str(tmp_path), None) == 16
+    write_file(tmp_path / "config.json", {"model_type": "new", "hidden_size": 1024})  # as gte-large-en-v1.5
+    assert model.encoder_width(str(tmp_path), None) == 1024
 
 
 def test_transformer_encoder_pools_real_tokens_only(tmp_path):
@@ -229,3 +239,22 @@ def test_a_description_that_ends_in_a_letter_gets_a_full_stop(tmp_path):
     plain, stopped = (model.load_encoder(str(tmp_path), full_stop=value) for value in (False, True))
     close(stopped(["one two", "one ."]), plain(["one two.", "one ."]))
     assert not torch.equal(plain(["one two"]), plain(["one two."]))
+
+
+def test_a_lora_on_the_text_encoder_is_trained_and_used(tmp_path):
+    """At first it changes nothing; it gets gradients, is saved, and changes what the network reads."""
+    (tmp_path / "bert").mkdir()
+    bert_folder(tmp_path / "bert")
+    words = [*SHORT, "--encoder", tmp_path / "bert", "--encoder_rank", "2"]
+    run, texts = run_of(*words), ["one two", "three"]
+    first = run.net.encode(texts)
+    close(first, model.load_encoder(str(tmp_path / "bert"), full_stop=True)(texts), 1e-5, 1e-6)
+    nn.init.normal_(run.net.heads["q_proj"].weight, std=0.1)
+    train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args))
+    grads = [p.grad.abs().max() for name, p in run.net.named_parameters() if name.startswith("encoder_lora.B")]
+    assert len(grads) == 6 and min(grads) > 0  # query, key, value, three dense layers
+    fit(tmp_path / "net", *words, "--max_steps", "3", "--lr", "0.1")
+    net = hypernet.load_hypernet(tmp_path / "net")
+    assert len(net.config.encoder_targets["encoder.layer.{}.attention.self.query"].layers) == 2
+    net.connect(None, None)
+    assert (net.encode(texts) - first).abs().max() > 1e-3

@@ -202,6 +202,5 @@ def test_training_sees_the_inputs_that_generation_sees():
         ids = torch.randint(3, 64, (2, 9))
         logits, _, _ = model.answer_logits(base, [(row[:4], row[4:]) for row in ids.tolist()])
         close(logits, base(ids).logits[:, 3:-1].flatten(0, 1), 1e-4, 1e-4)
-        with model.neftune(base, 5.0):
-            noisy, _, _ = model.answer_logits(base, [(row[:4], row[4:]) for row in ids.tolist()])
+        noisy, _, _ = model.answer_logits(base, [(row[:4], row[4:]) for row in ids.tolist()], 5.0)
         assert (noisy - logits).abs().max() > 1e-3

@@ -1,4 +1,4 @@
-"""What the docstring of hypernet.py says is all that a new network needs."""
+"""What the end of hypernet.py lists is all that a new network needs."""
 
 from dataclasses import dataclass
 

@@ -19,7 +19,7 @@ import hypernet
 import model
 import train
 from data import Example
-from support import optimizer, state
+from support import state
 from support.files import read_file, write_file
 from tasks import checks, chores
 from tests.helpers import (
@@ -52,13 +52,13 @@ def test_learning_rates():
     assert rates[30:67] == [2.0] * 37 and abs(rates[83] - 1.0) < 0.05 and rates[99] < 0.1
     args.weight_decay = 0.01
     net = hypernet.TextToLoRA(small_config("large", head_lr=0.5))
-    groups = optimizer.make_optimizer(net, args).param_groups
+    groups = train.make_optimizer(net, args).param_groups
     kinds = collections.Counter((group["lr_factor"], group["weight_decay"]) for group in groups)
     assert set(kinds) == {(0.5, 0.01), (0.5, 0.0), (1.0, 0.01), (1.0, 0.0)}
     assert len(groups) == 4  # one for each kind
 
     net = hypernet.TextToLoRA(small_config("large", offset_lr=3.0))
-    groups = optimizer.make_optimizer(net, args).param_groups
+    groups = train.make_optimizer(net, args).param_groups
     (offset,) = [group["params"] for group in groups if group["lr_factor"] == 3.0]
     assert sum(p.numel() for p in offset) == 3 * 4 * (10 + 10 + 10 + 6)  # one adapter
 
