@@ -81,7 +81,7 @@ def draw(tasks: list[Task], step: int, args) -> list[DrawnTask]:
     """The tasks of a step: --tasks_per_batch of them (0: all), and a description and examples of each."""
     rng = random.Random(f"{args.seed} {step}")
     candidates = [i for i, task in enumerate(tasks) for _ in range(task.weight)]
-    if args.short_first:  # `prepare` has sorted the tasks by length: the shortest sixth at first, all from half-way on
+    if args.short_first:  # (sorted by `prepare`) the shortest sixth at first, all from half-way on
         fraction = min(1, 1 / 6 + 5 / 3 * step / args.max_steps)
         candidates = candidates[: math.ceil(len(candidates) * fraction)]
     indices = sample(rng, candidates, args.tasks_per_batch or len(candidates))

@@ -231,7 +231,7 @@ def main() -> None:
     if args.instruction is None:
         args.instruction = config.instruction
     if args.instruction and not texts[0]:
-        print("note: the prompts of this adapter begin with an instruction; --input needs it", file=sys.stderr)
+        print("note: prompts of this adapter begin with an instruction; --input needs it", file=sys.stderr)
     for i, (text, folder) in enumerate(zip(texts, folders)):
         n_tokens = len(model.tokenize(tokenizer, text))
         print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{text}".rstrip())

@@ -153,7 +153,7 @@ class TextToLoRA(nn.Module):
         if c.size == "small" and not c.rotary:  # tells a row which rank to make
             self.rank_emb = nn.Sequential(nn.Embedding(c.r, d), nn.LayerNorm(d))
 
-        if c.encoder_rank:  # a LoRA on all linear layers of the text encoder, one for all texts (not published)
+        if c.encoder_rank:  # a LoRA on the text encoder, one for all texts (not published)
             encoder_config = LoRAConfig(targets=c.encoder_targets, r=c.encoder_rank)
             self.encoder_lora = lora.LoRABank(encoder_config, 1)
 
@@ -189,7 +189,7 @@ class TextToLoRA(nn.Module):
         return self.write(self.encode(texts))
 
     def encode(self, texts: list[str]) -> Tensor:
-        """The text encoder's output for n descriptions [n, E]. It is frozen, but for a LoRA (encoder_rank)."""
+        """The text encoder's output for n descriptions [n, E]; frozen, but for the LoRA of encoder_rank."""
         if not self.config.encoder_rank:
             return self.encoder(texts)
         network, scaling = self.encoder.embed.model, self.encoder_lora.config.scaling

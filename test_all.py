@@ -335,29 +335,16 @@ def test_answer_loss_equals_the_naive_one():
 
 
 def test_neftune_noise_has_the_published_size():
-    base, seen = tiny_llama(), []
-
-    def note(module, args, kwargs):
-        return seen.append(args[0])
-
-    base.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
-    ids = torch.randint(160, (2, 25))
-    model.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], 5.0)
-    noise = seen[0] - base.get_input_embeddings()(ids)
-    assert 0.99 * 5 / (25 * 64) ** 0.5 < noise.abs().max() <= 5 / (25 * 64) ** 0.5
-
-
-def test_neftune_noise_is_as_large_as_the_embeddings_of_gemma():
-    base, seen = small_decoder(GemmaConfig), []
-
-    def note(module, args, kwargs):
-        return seen.append(args[0])
-
-    base.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
-    ids = torch.randint(1, 50, (2, 25))
-    model.answer_logits(base, [(row[:5], row[5:]) for row in ids.tolist()], 5.0)
-    noise = (seen[0] - base.get_input_embeddings()(ids)).abs().max() / 32**0.5  # its layer multiplies by it
-    assert 0.98 * 5 / (25 * 32) ** 0.5 < noise <= 1.01 * 5 / (25 * 32) ** 0.5
+    """In units of the embeddings: those of Gemma are multiplied by the square root of its width."""
+    for make, size in ((LlamaConfig, 1.0), (GemmaConfig, 32**0.5)):
+        base, seen = small_decoder(make), []
+        base.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        ids = torch.randint(1, 50, (2, 25))
+        examples = [(row[:5], row[5:]) for row in ids.tolist()]
+        model.answer_logits(base, examples)
+        model.answer_logits(base, examples, 5.0)
+        noise = (seen[1] - seen[0]).abs().max() / size
+        assert 0.98 * 5 / (25 * 32) ** 0.5 < noise <= 1.01 * 5 / (25 * 32) ** 0.5
 
 
 def test_parts_of_a_step_of_reconstruction_add_up(tmp_path):

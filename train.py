@@ -193,7 +193,7 @@ def answer_loss(logits: Tensor, example_index: Tensor, labels: Tensor, smoothing
 
 
 def distill_loss(logits: Tensor, example_index: Tensor, teacher: Tensor, k: int) -> Tensor:
-    """KL divergence from a teacher, of its k likeliest tokens, not renormalised. Both [tokens, vocabulary]."""
+    """KL divergence from a teacher on its k likeliest tokens, not renormalised. Both [tokens, vocabulary]."""
     log_p, tokens = teacher.log_softmax(-1).topk(min(k, teacher.shape[-1]))  # [tokens, k]
     log_q = logits.log_softmax(-1).gather(-1, tokens)
     return example_mean((log_p.exp() * (log_p - log_q)).sum(-1), example_index)
@@ -534,7 +534,8 @@ def save(run: Run, folder: Path) -> None:
     else:
         for i, task in enumerate(run.tasks):
             lora.save_adapter(folder / task.name, run.net(i), run.net.config)
-            write_file(folder / task.name / "description.txt", (task.definition or task.descriptions[0]) + "\n")
+            text = task.definition or task.descriptions[0]
+            write_file(folder / task.name / "description.txt", text + "\n")
 
 
 def resume(run: Run, folder: Path, checkpoint: state.Checkpoint, optimizer) -> int:

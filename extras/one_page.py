@@ -137,7 +137,7 @@ def main() -> None:
 
     asked = [(task.descriptions[i], *task.test[i]) for task in splits["test"] for i in range(25)]
     descriptions, questions, right = zip(*asked)
-    adapters.update(net.eval()(descriptions))
+    adapters.update(net.eval().requires_grad_(False)(descriptions))
     batch = tokenizer([f"{q} ->" for q in questions], padding=True, padding_side="left", return_tensors="pt")
     out = base.eval().generate(**batch, max_new_tokens=16, do_sample=False)[:, batch["input_ids"].shape[1] :]
     answers = [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]

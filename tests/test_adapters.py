@@ -7,22 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Phi3Config,
-)
+from transformers import AutoTokenizer
 
 import generate
 import lora
-import model
-import train
 from support.files import read_file, write_file
 from tests.helpers import (
-    DECODERS,
     NAMES,
     SAY,
-    SCALING,
     close,
     command,
     config_for,
@@ -31,7 +23,6 @@ from tests.helpers import (
     one_layer,
     random_adapter,
     refused,
-    small_decoder,
     tiny_llama,
     with_peft,
 )
@@ -152,39 +143,6 @@ def test_two_stacks_of_layers_are_told_apart(tmp_path):
     again, config_again = lora.load_adapter(tmp_path)
     assert config_again.targets == config.targets
     close(again["blocks.{}.to_q"], adapter["blocks.{}.to_q"])
-
-
-@pytest.mark.parametrize("make", DECODERS)
-def test_an_adapter_on_every_architecture(tmp_path, make):
-    """The logits are PEFT's and the merged model's; the gradients are the same with checkpointing."""
-    own = ["qkv_proj"] if make is Phi3Config else ["q_proj", "v_proj"]
-    base, config = injected(small_decoder(make), [*own, "o_proj", "down_proj"])
-    adapter, ids = random_adapter(config), torch.randint(1, 50, (2, 9))
-    lora.save_adapter(tmp_path / "adapter", adapter, config)
-    plain = base(ids).logits
-    ours = logits_of(base, ids, adapter)
-    assert (ours - plain).abs().max() > 0.01
-    examples = [(row[:3], row[3:]) for row in ids.tolist()]
-    with lora.use(base, adapter, SCALING):
-        logits, example, right = model.answer_logits(base, examples)
-    close(logits, ours[:, 2:-1].flatten(0, 1), 1e-4, 1e-4)  # whatever the model does to its logits
-    assert right.tolist() == ids[:, 3:].flatten().tolist() and example.tolist() == [0] * 6 + [1] * 6
-    leaves, grads, calls = [x.requires_grad_() for pair in adapter.values() for x in pair], [], []
-    base.get_submodule(config.targets[own[0]].paths()[0]).register_forward_hook(lambda *_: calls.append(1))
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.recompute_layers(base)
-        with lora.use(base, adapter, SCALING):
-            loss = train.answer_loss(*model.answer_logits(base, examples))
-            grads.append(torch.autograd.grad(loss, leaves))
-    assert len(calls) == 1 + 2  # once without, and once more in the backward pass with checkpointing
-    assert all(grad.abs().max() > 0 for grad in grads[0])
-    close(*grads, 1e-4, 1e-6)
-    lora.merge(base.eval(), adapter, SCALING)
-    base.save_pretrained(tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    close(merged(ids).logits, ours, 1e-4, 1e-4)
-    close(ours, with_peft(small_decoder(make), tmp_path / "adapter")(ids).logits)
 
 
 def test_peft_finds_the_tiny_base_model(tmp_path):

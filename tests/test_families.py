@@ -31,6 +31,15 @@ INPUTS = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=64, num_
 NEMOTRON = dict(mamba_num_heads=4, mamba_head_dim=8, n_groups=1, ssm_state_size=8, chunk_size=8)
 NEMOTRON |= dict(n_routed_experts=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=40)
 FAMILIES = {  # what differs from the common settings below
+    "llama": {},
+    "mistral": {},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": dict(layer_types=SLIDING),
+    "qwen2": dict(head_dim=None),
+    "qwen3": {},
+    "cohere": dict(head_dim=None),
+    "phi3": dict(head_dim=None),
     "qwen3_5_text": LINEAR | dict(layer_types=MIXED),
     "qwen3_next": LINEAR | EXPERTS | dict(layer_types=MIXED, shared_expert_intermediate_size=16),
     "gemma4_text": INPUTS | dict(layer_types=SLIDING, per_layer_config={i: {"head_dim": 16} for i in "13"}),
@@ -49,6 +58,7 @@ FAMILIES = {  # what differs from the common settings below
     "ministral3": {},
 }
 ATTENTION = {  # otherwise q_proj and v_proj
+    "phi3": ["qkv_proj"],
     "olmo_hybrid": ["self_attn.q_proj", "self_attn.v_proj"],
     "gemma4_text": ["layers.1.self_attn.q_proj", "layers.0.self_attn.v_proj"],
 }
@@ -70,7 +80,8 @@ def random_base(family: str) -> nn.Module:
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, head_dim=8)
     sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
     sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=8)
-    config = CONFIG_MAPPING[family](**sizes | FAMILIES[family])
+    sizes = {name: value for name, value in (sizes | FAMILIES[family]).items() if value is not None}
+    config = CONFIG_MAPPING[family](**sizes)
     base = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
     for p in base.parameters():
         p.data = p.data * 2 if p.dim() > 1 else p.data

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import lora
 import model
 from support import hub
 from support.files import read_file, write_file
-from tests.helpers import DESC, NAMES, SAY, TINY, command, refused, tiny_llama
+from tests.helpers import DESC, HERE, NAMES, SAY, TINY, command, refused, tiny_llama
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -141,3 +143,9 @@ def test_an_adapter_folder_says_whether_prompts_need_the_instruction(tmp_path):
     shutil.copytree(tmp_path, tmp_path / "of_peft")
     (tmp_path / "of_peft" / "prompt.json").unlink()  # PEFT writes none
     assert not lora.load_adapter(tmp_path / "of_peft")[1].instruction
+
+
+def test_what_only_shards_need_is_not_imported():
+    """It takes most of a second."""
+    program = "import sys, generate; sys.exit('torch.distributed.fsdp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=HERE).returncode == 0
