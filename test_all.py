@@ -1,8 +1,8 @@
 """The method, as tests. Everything else is in tests/: python -m pytest -q
 
-assets/golden holds numbers of the published implementations; more of them may lie in the folder that
-T2L_GOLDEN names. PEFT is used where it is installed, a GPU where there is one, and real models where T2L_BASE
-and T2L_ENCODER name their folders.
+Numbers of the published implementations (assets/golden, and the folder that T2L_GOLDEN names) are matched in
+tests/test_published.py. PEFT is used where it is installed, a GPU where there is one, and real models where
+T2L_BASE and T2L_ENCODER name their folders.
 """
 
 import ast

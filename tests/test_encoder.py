@@ -227,6 +227,7 @@ def test_a_frozen_encoder_reads_each_text_once_and_alone(tmp_path):
     bert_folder(tmp_path)
     encode, read = model.load_encoder(str(tmp_path)), []
     encode.embed.model.register_forward_hook(lambda *_: read.append(1))
+    assert encode.embed_once.cache_info().maxsize * 16 == model.CACHED_NUMBERS  # bounded by memory
     first = encode(["one", "two three", "one"])
     assert torch.equal(first[0], first[2]) and len(read) == 2
     assert torch.equal(encode(["two three"])[0], first[1]) and len(read) == 2

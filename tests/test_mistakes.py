@@ -120,7 +120,6 @@ BAD = {
     "too much dropout": (train, ["--dropout", "1.5"], "--dropout: must be at most 1, not 1.5"),
     "no such device": (train, ["--device", "cuda:7"], "--device cuda:7, but the number of GPUs"),
     "no folder to train into": (train, ["--out_dir", " "], "--out_dir is empty"),
-    "no text encoder beside shards": (train, ["--shard", "--encoder", "base"], "--shard needs"),
     "no modules": (train, ["--target_modules", ""], "no linear layers named"),
     "benchmarks to train on": (train, ["--tasks", "benchmarks"], "are for eval.py"),
     "odd heads": (train, [*DOCUMENTS, "--n_heads", "9"], "--n_heads must be a multiple of 4"),

@@ -179,6 +179,12 @@ def test_a_sharded_base_model_is_never_whole(pair):
     assert whole / 2 <= seen["bytes"] < 0.55 * whole
 
 
+def test_a_sharded_base_model_is_no_text_encoder(monkeypatch):
+    """Processes would run it unequally often, and wait for each other for ever."""
+    monkeypatch.setenv("RANK", "0")
+    refused("--shard needs a text encoder", run_of, *SHORT, "--shard", "--encoder", "base")
+
+
 def test_more_processes_than_gpus_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
