@@ -13,7 +13,7 @@ The methods:
     mt_lora         one LoRA trained on all tasks                                  (--mt_lora DIR)
     oracle          a LoRA trained on the task itself                              (--oracles DIR)
     t2l             the hypernetwork's adapter, from the task's own descriptions (or the document)
-    t2l_reworded    from wordings that training never used    (tiny; chores; requests: single, chains)
+    t2l_reworded    from wordings that training never used    (tiny; chores)
     t2l_shuffled    from another task's description
     t2l_mean        the mean of what the hypernetwork writes for the training tasks
     t2l_random      from meaningless text

@@ -8,6 +8,7 @@ one chore, or a chain of two: "Give the domain of the e-mail address, then write
     test      100 more such chains
     single    the single chores of the training tasks
     unseen    13 chores that occur in no training task
+    open      162 requests of people who had seen the texts alone; some ask for more than chores
 
 chores.json holds the values of inputs, what the chores do, and templates of descriptions. All values are made
 up; a fifth of the names, places and words is for test examples only.
@@ -466,4 +467,8 @@ def load() -> Splits:
         "unseen": [make_task(chain) for chain in unseen if len(chain) == 2],
     }
     splits["val"] += [make_task(chain, "val") for chain in val + single[:N_VAL]]
+    splits["open"] = []
+    for i, (sort, request, pairs) in enumerate(read_file(Path(__file__).parent / "chores_open.json")):
+        examples = [Example(text, [right]) for text, right in pairs]
+        splits["open"].append(Task(f"open-{sort}-{i}", [request], examples, examples))
     return splits

@@ -125,6 +125,7 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
         assert [example.input for example in task.test] != [example.input for example in task.train[:10]]
         if task.name == "name-surname":
             assert {example.answers[0] for example in task.test} <= set(chores.pool("last", True))
+    assert len(splits["open"]) == 162 and all(len(task.test) == 4 for task in splits["open"])
     assert all(task.reworded for task in splits["test"] + splits["single"] + splits["unseen"])
     seen, withheld = [set(sum(chores.WRITTEN[part].values(), [])) for part in ("train", "test")]
     assert len(seen) > 8000 and not withheld & seen
