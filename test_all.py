@@ -419,6 +419,19 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
         close(grads, expected, 1e-3, 1e-5)
 
 
+def test_gradient_checkpointing_runs_each_layer_again():
+    """With its adapter: the gradients are the same."""
+    run, grads, calls = run_of(*SHORT, "--dropout", "0"), [], []
+    run.base.get_decoder().layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.recompute_layers(run.base)
+        calls.clear()
+        grads.append(gradients(run)[1])
+        assert len(calls) == 1 + checkpointing
+    close(*grads, 1e-4, 1e-6)
+
+
 def test_validation_measures_what_greedy_answers_give():
     run = run_of()
     run.net = hypernet.load_hypernet(TINY / "sft_small")
