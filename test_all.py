@@ -422,7 +422,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
 def test_gradient_checkpointing_runs_each_layer_again():
     """With its adapter: the gradients are the same."""
     run, grads, calls = run_of(*SHORT, "--dropout", "0"), [], []
-    run.base.get_decoder().layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    run.base.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for checkpointing in (False, True):
         if checkpointing:
             model.recompute_layers(run.base)
