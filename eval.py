@@ -29,7 +29,6 @@ import statistics
 import string
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +40,9 @@ import lora
 import model
 from data import Example, Task
 from support import flags, hub, processes, templates
-from support.files import UserError, check_name, command, read_object, write_file
+from support.files import UserError, check_name, command, write_file
 from support.tables import Scores, make_table
-from tasks import benchmarks, checks, load_tasks
-from tasks import folder as task_folder
+from tasks import benchmarks, checks
 
 # -------------------- Where adapters come from --------------------
 
@@ -219,29 +217,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def choose_tasks(args, benchmark_names: list[str]) -> list[Task]:
-    """The tasks of --tasks and --split, with the descriptions of --descriptions."""
-    splits = benchmarks.load(benchmark_names) if benchmark_names else load_tasks(args.tasks)
-    args.training_tasks = [task for task in splits.get("train", []) if not task.is_document]
-    print(task_folder.summary(args.tasks, splits))
-    tasks = data.pick(splits, args.split, args.n_tasks)
-    if args.descriptions:
-        descriptions = read_object(args.descriptions)
-        tasks = [task for task in tasks if task.name in descriptions]
-        if not tasks:
-            raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
-        for i, task in enumerate(tasks):
-            texts = task_folder.as_texts(descriptions[task.name], f"{args.descriptions}: {task.name}")
-            tasks[i] = replace(task, descriptions=texts, reworded=[])
-    checks.check_instruction(tasks, args)
-    for task in tasks:
-        if not task.test:
-            raise UserError(f"the task {task.name} has no test part: that is the last fifth of its instances")
-        if not all(example.answers for example in task.test):
-            raise UserError(f"{task.name} cannot be scored: one of its questions has no answer")
-    return tasks
-
-
 def choose_methods(args, tasks: list[Task]) -> dict[str, Method]:
     """Those of --methods, or all that have what they need; and those of --compare."""
     chosen, left_out = {}, []
@@ -312,13 +287,14 @@ class Models:
 
 # -------------------- Scores --------------------
 
+
 class Asked(NamedTuple):
     """A question as it is put to the base model."""
 
     question: Question
     prompt: str
     n_tokens: int  # the longest answer
-    size: tuple[int, int, int]  # questions of similar size are answered together
+    size: tuple[int, int, int]  # those of similar size are answered together
 
 
 def make_questions(tasks: list[Task], method: Method, with_instruction: bool, args) -> list[Question]:
@@ -350,7 +326,7 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
     Questions whose prompt does not fit into the base model's window are left out.
     """
     tokenizer = models.tokenizer
-    window = model.window_of(models.base)
+    window = hub.window_of(models.base)
     asked, n_too_long = [], 0
     for question in make_questions(tasks, method, models.has_instruction(name, args), args):
         chat = model.chat(tokenizer, question.example.input, question.instruction, question.shots)
@@ -398,7 +374,7 @@ def main() -> None:
     args = parse_args()
     device = processes.start_single(args.device)
     benchmark_names = benchmarks.names_in(args.tasks, args.run_code)
-    tasks = choose_tasks(args, benchmark_names)
+    tasks = checks.choose_scored(args, benchmark_names)
     methods = choose_methods(args, tasks)
     models = Models(args, methods, tasks, device)
     results, settings = {}, vars(args) | {"base_model": models.base_model}

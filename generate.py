@@ -22,7 +22,8 @@ import lora
 import model
 from lora import Adapter
 from support import flags, hub, processes, templates
-from support.files import UserError, check_folder, command, write_file
+from support.files import UserError, check_folder, command, read_texts, write_file
+from support.tables import show_answers
 
 
 def parse_args() -> argparse.Namespace:
@@ -115,7 +116,7 @@ def ask(base, tokenizer, inputs: list[str], adapter: Adapter, scaling: float, in
     """The answers to some inputs with an adapter; {} is none. Raises UserError if one is too long."""
     prompts = [model.render(tokenizer, model.chat(tokenizer, text, instruction)) for text in inputs]
     longest = max(len(model.tokenize(tokenizer, prompt)) for prompt in prompts)
-    n_new, window = args.max_new_tokens or 64, model.window_of(base)
+    n_new, window = args.max_new_tokens or 64, hub.window_of(base)
     if longest + n_new > window:
         message = f"a prompt of {longest} tokens and an answer of {n_new}"
         raise UserError(f"{message} do not fit into the base model's window of {window}")
@@ -131,7 +132,7 @@ def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: 
     instruction = model.instruct(text) if args.instruction and text else ""
     rows = {"base model": ({}, instruction)}
     n_tokens = len(model.tokenize(tokenizer, text)) + (args.max_new_tokens or 64) + 64  # for the question
-    if args.doc and n_tokens < model.window_of(base):
+    if args.doc and n_tokens < hub.window_of(base):
         rows["in context"] = ({}, text)
     rows["with adapter"] = (adapter, instruction)
     answers, times = {}, {}
@@ -139,25 +140,9 @@ def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: 
         started = time.perf_counter()
         answers[label] = ask(base, tokenizer, inputs, its_adapter, config.scaling, its_instruction, args)
         times[label] = f"{label} {(time.perf_counter() - started) * 1000:.0f} ms"
-    show(inputs, answers)
+    show_answers(inputs, answers)
     if args.doc:
         print(f"\n  time of all answers: {', '.join(times.values())}")
-
-
-def show(inputs: list[str], answers: dict[str, list[str]]) -> None:
-    """Print the answers to each input, one below the other."""
-    for i, question in enumerate(inputs):
-        print(f"\n  {'input':12}  {question}")
-        for label in answers:
-            lines = answers[label][i].replace("\n", f"\n{'':16}")
-            print(f"  {label:12}  {lines}")
-
-
-def say_length(inputs: list[str], base_model: str) -> None:
-    """The tiny world's inputs have four words."""
-    n_words = hub.examples(base_model).get("words_per_input")
-    if n_words and any(len(text.split()) != n_words for text in inputs):
-        print(f"note: in training inputs had {n_words} words; others get wrong answers", file=sys.stderr)
 
 
 # -------------------- Files --------------------
@@ -194,22 +179,10 @@ def save_merged(folder: Path, base, tokenizer, config, text: str) -> None:
     unfinished.rename(folder)
 
 
-def read_documents(paths: list[str]) -> list[str]:
-    """The texts of --doc files."""
-    try:
-        documents = [Path(path).read_text(encoding="utf-8-sig") for path in paths]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--doc cannot be read as text: {e}") from None
-    for path, text in zip(paths, documents):
-        if not text.strip():
-            raise UserError(f"--doc {path} is empty")
-    return documents
-
-
 def main() -> None:
     args = parse_args()
     device = processes.start_single(args.device)
-    inputs, documents = args.input or [], read_documents(args.doc or [])
+    inputs, documents = args.input or [], read_texts(args.doc or [], "--doc")
     if args.adapter:
         adapter, config = lora.load_adapter(args.adapter)
         base, tokenizer = load_base_for([config], args, device)
@@ -243,7 +216,7 @@ def main() -> None:
     if not inputs:
         print('\n  to see what it does, add --input "..."')
     elif args.desc:
-        say_length(inputs, config.base_model)
+        hub.say_length(inputs, config.base_model)
 
     if args.merge:
         lora.merge(base, lora.select(adapters, 0), config.scaling)

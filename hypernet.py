@@ -522,23 +522,13 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     return net.eval()
 
 
-MAY_DIFFER = ("base_model", "base_shape", "encoder", "instruction", "full_stop")  # encoder: see below
-MAY_DIFFER += ("dropout", "input_dropout", "head_lr", "offset_lr")
+MAY_DIFFER = ("instruction", "full_stop", "dropout", "input_dropout", "head_lr", "offset_lr")
 
 
 def copy_weights(folder: str, net: nn.Module) -> None:
     """Start a network from the weights of another one, for the same base model and of the same settings."""
     start = load_hypernet(folder)
-    ours, theirs = vars(net.config), vars(start.config)
-    hub.check_base(ours["base_model"], ours["base_shape"], theirs["base_model"], theirs["base_shape"])
-    differing = [name for name in ours if name not in MAY_DIFFER and ours[name] != theirs.get(name)]
-    if list(ours["targets"]) != list(theirs["targets"]):  # their order counts, too
-        differing.append("targets")
-    if not hub.may_be_same(ours.get("encoder", ""), theirs.get("encoder", "")):
-        differing.append("encoder")
-    for name in differing:
-        message = f"--init_from {folder}: that network has other settings"
-        raise UserError(f"{message} ({name}: {theirs.get(name)}, not {ours[name]})")
+    hub.check_same(vars(net.config), vars(start.config), MAY_DIFFER, f"--init_from {folder}")
     net.load_state_dict(start.state_dict())
 
 

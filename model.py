@@ -18,7 +18,7 @@ import lora
 from support import processes
 from support.files import UserError
 from support.hub import from_pretrained, load_weights
-from support.processes import Process
+from support.processes import Process, default_dtype
 from support.templates import PLAIN_TEMPLATE, answer_start, check_known, fill_template, takes_system_message
 from support.text_models import TransformerEncoder, text_width
 
@@ -54,14 +54,6 @@ def end_tokens(base: nn.Module, tokenizer) -> list[int]:
     after = render(tokenizer, chat(tokenizer, "x"), "y").partition("y")[2]
     first = tokenize(tokenizer, after)[:1]
     return ends + [token for token in first if token in tokenizer.all_special_ids and token not in ends]
-
-
-def default_dtype(device) -> torch.dtype:
-    """float32 on a CPU and on GPUs that only emulate bfloat16 (before Ampere), otherwise bfloat16."""
-    kind = torch.device(device).type
-    if kind == "cpu" or (kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)):
-        return torch.float32
-    return torch.bfloat16
 
 
 def load_sharded(name: str, process: Process, dtype: torch.dtype, target_modules: list[str], dropout: float):
@@ -178,12 +170,6 @@ def add_noise(alpha: float, embeddings: nn.Module, _, x: Tensor) -> Tensor:
         return x
     noise = torch.empty_like(x).uniform_(-1, 1) * alpha / (x.shape[1] * x.shape[2]) ** 0.5
     return x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's embeddings are multiplied by it
-
-
-def window_of(base: nn.Module) -> int:
-    """How many tokens the base model can read."""
-    n = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    return n or 10**9  # some models have no limit
 
 
 def decoder_layers(base: nn.Module) -> nn.ModuleList:

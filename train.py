@@ -43,9 +43,9 @@ from tasks import SOURCES, checks
 
 # -------------------- Settings --------------------
 
+DTYPES = ("auto", "float32", "bfloat16")
 SOURCE_NAMES = ", ".join(source for source in SOURCES if source != "benchmarks")
 NETWORKS, THROUGH_BASE = "recon text document", "lora text document"  # kinds of runs, see below
-AUTO_DTYPE = "auto: bfloat16 on a GPU that has it, except for recon"
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Settings:
     # the run
     seed: int = setting(0, "seed of all randomness")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")
-    dtype: str = setting("auto", AUTO_DTYPE, choices=("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "auto: bfloat16 on a GPU, not for recon", choices=DTYPES)
     gradient_checkpointing: bool = setting(False, "save memory: activations twice", runs=THROUGH_BASE)
     shard: bool = setting(False, "shard the base model over the processes", runs=THROUGH_BASE)
     val_every: int = setting(250, "steps between two validations, or saves of the state", least=1)
@@ -597,21 +597,9 @@ def train(run: Run, folder: Path) -> bool:
         if not checkpoint.best:
             save(run, folder)
         checkpoint.close()
-        print(f"kept {checkpoint.what_was_kept(n_done)}\nto go on: python {next_command(args)}")
+        reads = hypernet.ARCHS[args.arch].reads
+        print(f"kept {checkpoint.what_was_kept(n_done)}\nto go on: python {state.next_command(args, reads)}")
     return True
-
-
-def next_command(args) -> str:
-    """A command that uses what was trained."""
-    folder = shlex.quote(args.out_dir)
-    if args.mode == "lora":
-        models = f"--base_model {shlex.quote(args.base_model)} --tasks {shlex.quote(args.tasks)}"
-        tasks = f"--split {args.split} --n_tasks {args.n_tasks} --methods base,icl"
-        if args.multi_task:
-            return f"eval.py {models} --methods base,icl,mt_lora --mt_lora {folder}"
-        return f"eval.py {models} {tasks},oracle --oracles {folder}"
-    text = "--doc FILE" if hypernet.ARCHS[args.arch].reads == "documents" else '--desc "..."'
-    return f'generate.py --hypernet {folder} {text} --input "..."'
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import model
-from support import flags, processes
+from support import flags, hub, processes
 from support.files import UserError, command, read_object, write_file
 from tasks.folder import read_splits, read_task, task_files
 
@@ -27,7 +27,7 @@ def answer_file(base, tokenizer, content: dict) -> int:
         chat = model.chat(tokenizer, entry["question"].strip(), content["document"])
         prompt = model.render(tokenizer, chat)
         n_tokens = len(model.tokenize(tokenizer, prompt))
-        if n_tokens + ANSWER_TOKENS <= model.window_of(base):
+        if n_tokens + ANSWER_TOKENS <= hub.window_of(base):
             open_entries.append(entry)
             prompts.append(prompt)
             longest = max(longest, n_tokens)

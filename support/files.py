@@ -86,6 +86,18 @@ def read_object(path: str | Path) -> dict:
     return content
 
 
+def read_texts(paths: list[str], flag: str) -> list[str]:
+    """Text files that a flag names. Raises UserError if one is missing, no text, or empty."""
+    try:
+        texts = [Path(path).read_text(encoding="utf-8-sig") for path in paths]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{flag} cannot be read as text: {e}") from None
+    for path, text in zip(paths, texts):
+        if not text.strip():
+            raise UserError(f"{flag} {path} is empty")
+    return texts
+
+
 def check_name(path: Path, ending: str) -> None:
     """Raise UserError for a file to be written that is not called as it should, so that none gets lost."""
     if path.suffix != ending or path.is_dir():

@@ -1,6 +1,7 @@
 """Where models are: presets, ids on the Hugging Face hub, folders. Loading them with errors of one line."""
 
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -90,6 +91,20 @@ def check_base(name: str, shape: list[int], trained_for: str, trained_shape: lis
         raise UserError(f"{message} (layers, hidden size, vocabulary: {trained_shape} and {shape})")
 
 
+def check_same(ours: dict, theirs: dict, may_differ: tuple[str, ...], what: str) -> None:
+    """Raise UserError if the config of a network to start from differs from ours in more than these fields."""
+    check_base(ours["base_model"], ours["base_shape"], theirs["base_model"], theirs["base_shape"])
+    compared = [name for name in ours if name not in (*may_differ, "base_model", "base_shape", "encoder")]
+    differing = [name for name in compared if ours[name] != theirs.get(name)]
+    if list(ours["targets"]) != list(theirs["targets"]):  # their order counts, too
+        differing.append("targets")
+    if not may_be_same(ours.get("encoder", ""), theirs.get("encoder", "")):
+        differing.append("encoder")
+    for name in differing:
+        message = f"{what}: that network has other settings"
+        raise UserError(f"{message} ({name}: {theirs.get(name)}, not {ours[name]})")
+
+
 def fetch(name: str, files: list[str] = MODEL_FILES, flag: str = "--base_model") -> Path:
     """A folder: `name` itself, or USER/REPO or USER/REPO/SUB/FOLDER of the hub, downloaded once.
 
@@ -146,6 +161,12 @@ def load_skeleton(name: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
+def window_of(base: nn.Module) -> int:
+    """How many tokens the base model can read."""
+    n = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    return n or 10**9  # some models have no limit
+
+
 # -------------------- What is shipped --------------------
 
 
@@ -167,3 +188,10 @@ def examples(base_model: str) -> dict:
     """What to show for a base model, from examples.json beside what is shipped for it."""
     path = CHECKPOINTS / preset_of(base_model) / "examples.json"
     return read_object(path) if preset_of(base_model) and path.exists() else {}
+
+
+def say_length(inputs: list[str], base_model: str) -> None:
+    """The tiny world's inputs have four words."""
+    n_words = examples(base_model).get("words_per_input")
+    if n_words and any(len(text.split()) != n_words for text in inputs):
+        print(f"note: in training inputs had {n_words} words; others get wrong answers", file=sys.stderr)

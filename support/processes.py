@@ -59,6 +59,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def default_dtype(device) -> torch.dtype:
+    """float32 on a CPU and on GPUs that only emulate bfloat16 (before Ampere), otherwise bfloat16."""
+    kind = torch.device(device).type
+    if kind == "cpu" or (kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)):
+        return torch.float32
+    return torch.bfloat16
+
+
 def use_device(name: str) -> torch.device:
     """Choose the device; a GPU becomes the current one."""
     device = choose_device(name)

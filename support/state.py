@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -138,6 +139,19 @@ class Checkpoint:
         """Remove the state of a finished run."""
         self.state_file.unlink()
         self.run_file.unlink()
+
+
+def next_command(args, reads: str) -> str:
+    """A command that uses what a run has trained."""
+    folder = shlex.quote(args.out_dir)
+    if args.mode == "lora":
+        models = f"--base_model {shlex.quote(args.base_model)} --tasks {shlex.quote(args.tasks)}"
+        tasks = f"--split {args.split} --n_tasks {args.n_tasks} --methods base,icl"
+        if args.multi_task:
+            return f"eval.py {models} --methods base,icl,mt_lora --mt_lora {folder}"
+        return f"eval.py {models} {tasks},oracle --oracles {folder}"
+    text = "--doc FILE" if reads == "documents" else '--desc "..."'
+    return f'generate.py --hypernet {folder} {text} --input "..."'
 
 
 def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -39,3 +39,12 @@ def make_table(results: dict[str, Scores], split: str) -> str:
             lines.append([method, f"{statistics.fmean(values):.3f}", interval(values), f"{min(values):.2f}"])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def show_answers(inputs: list[str], answers: dict[str, list[str]]) -> None:
+    """Print the answers to each input, one below the other."""
+    for i, question in enumerate(inputs):
+        print(f"\n  {'input':12}  {question}")
+        for label in answers:
+            lines = answers[label][i].replace("\n", f"\n{'':16}")
+            print(f"  {label:12}  {lines}")

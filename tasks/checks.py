@@ -1,14 +1,15 @@
-"""Which tasks a run is trained on, and what is checked before."""
+"""Which tasks are trained on and scored, and what is checked before."""
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import data
 import model
 from data import Task
 from support import templates
-from support.files import UserError
-from tasks import folder, load_tasks
+from support.files import UserError, read_object
+from tasks import benchmarks, folder, load_tasks
 
 
 def choose_tasks(args, reads: str, is_first: bool) -> tuple[list[Task], list[Task]]:
@@ -24,6 +25,29 @@ def choose_tasks(args, reads: str, is_first: bool) -> tuple[list[Task], list[Tas
     if args.mode == "lora" and not args.multi_task and len({task.name for task in tasks}) < len(tasks):
         raise UserError(f"--tasks {args.tasks}: tasks of equal names cannot have an adapter folder each")
     return tasks, [task for task in splits.get("val", []) if task.test]
+
+
+def choose_scored(args, benchmark_names: list[str]) -> list[Task]:
+    """The tasks that eval.py scores: those of --tasks and --split, with the descriptions of --descriptions."""
+    splits = benchmarks.load(benchmark_names) if benchmark_names else load_tasks(args.tasks)
+    args.training_tasks = [task for task in splits.get("train", []) if not task.is_document]
+    print(folder.summary(args.tasks, splits))
+    tasks = data.pick(splits, args.split, args.n_tasks)
+    if args.descriptions:
+        descriptions = read_object(args.descriptions)
+        tasks = [task for task in tasks if task.name in descriptions]
+        if not tasks:
+            raise UserError(f"{args.descriptions} has no descriptions of the {args.split} tasks")
+        for i, task in enumerate(tasks):
+            texts = folder.as_texts(descriptions[task.name], f"{args.descriptions}: {task.name}")
+            tasks[i] = replace(task, descriptions=texts, reworded=[])
+    check_instruction(tasks, args)
+    for task in tasks:
+        if not task.test:
+            raise UserError(f"the task {task.name} has no test part: that is the last fifth of its instances")
+        if not all(example.answers for example in task.test):
+            raise UserError(f"{task.name} cannot be scored: one of its questions has no answer")
+    return tasks
 
 
 def beginning(values: Sequence) -> list:

@@ -14,7 +14,7 @@ from data import Example
 from extras import plot
 from support import tables
 from support.files import read_file, write_file
-from tasks import load_tasks
+from tasks import checks, load_tasks
 from tests.helpers import TINY, command, config_for, evaluate, fit, random_adapter, refused, repeated
 
 
@@ -90,11 +90,11 @@ def test_a_description_may_stand_for_a_list_of_them(tmp_path):
     write_file(tmp_path / "d.json", {name: "Reverse the words."})
     args = types.SimpleNamespace(tasks="tiny", split="test", n_tasks=0, run_code=False, instruction=None)
     args.descriptions = tmp_path / "d.json"
-    (task,) = evaluation.choose_tasks(args, [])
+    (task,) = checks.choose_scored(args, [])
     assert task.descriptions == ["Reverse the words."]
     assert load_tasks("tiny")["test"][0].descriptions != task.descriptions  # the source keeps its own
     write_file(tmp_path / "d.json", {name: [3]})
-    refused("must be a text or a list of texts", evaluation.choose_tasks, args, [])
+    refused("must be a text or a list of texts", checks.choose_scored, args, [])
 
 
 def test_eval_writes_the_promised_json_and_table(tmp_path, capsys):

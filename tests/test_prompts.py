@@ -151,7 +151,7 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
 
 
 def test_answers_of_several_lines_stay_in_their_column(capsys):
-    generate.show(["x"], {"base model": ["one\ntwo"]})
+    tables.show_answers(["x"], {"base model": ["one\ntwo"]})
     assert capsys.readouterr().out == "\n  input         x\n  base model    one\n                two\n"
     assert "| method | a |" in tables.make_table({"t2l": {"a": 1.0}}, "test")
 
