@@ -489,8 +489,10 @@ def test_a_frozen_base_model_has_no_dropout_of_its_own():
     run = run_of(*SHORT, "--dropout", "0.5")
     training = {name for name, module in run.base.named_modules() if module.training}
     assert training and all("q_proj" in name or "v_proj" in name for name in training)
-    measured = train.validate(run)
-    assert train.validate(run) == measured and measured["val_accuracy"] == 0  # without noise
+    assert train.validate(run)["val_accuracy"] == 0  # an answer with two wrong tokens is one wrong answer
+    for head in run.net.heads.values():  # away from B = 0
+        nn.init.normal_(head.weight, std=0.1)
+    assert train.validate(run) == train.validate(run)
     assert training == {name for name, module in run.base.named_modules() if module.training}
 
 
