@@ -66,6 +66,7 @@ class TextConfig(HypernetConfig):
         self.encoder_targets = as_targets(self.encoder_targets)
 
     def measure(self, base: nn.Module) -> None:
+        """The width of the text encoder's output, and with encoder_rank its linear layers."""
         self.input_size = model.encoder_width(self.encoder, base)
         if self.encoder_rank and self.encoder in ("hash", "base"):
             raise UserError("--encoder_rank needs a text encoder that is a network beside the base model")

@@ -92,7 +92,7 @@ def check_base(name: str, shape: list[int], trained_for: str, trained_shape: lis
 
 
 def check_same(ours: dict, theirs: dict, may_differ: tuple[str, ...], what: str) -> None:
-    """Raise UserError if the config of a network to start from differs from ours in more than these fields."""
+    """Raise UserError if the config of a network to start from differs from ours in other fields."""
     check_base(ours["base_model"], ours["base_shape"], theirs["base_model"], theirs["base_shape"])
     compared = [name for name in ours if name not in (*may_differ, "base_model", "base_shape", "encoder")]
     differing = [name for name in compared if ours[name] != theirs.get(name)]

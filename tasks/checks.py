@@ -28,7 +28,7 @@ def choose_tasks(args, reads: str, is_first: bool) -> tuple[list[Task], list[Tas
 
 
 def choose_scored(args, benchmark_names: list[str]) -> list[Task]:
-    """The tasks that eval.py scores: those of --tasks and --split, with the descriptions of --descriptions."""
+    """The tasks that eval.py scores: of --tasks and --split, with the descriptions of --descriptions."""
     splits = benchmarks.load(benchmark_names) if benchmark_names else load_tasks(args.tasks)
     args.training_tasks = [task for task in splits.get("train", []) if not task.is_document]
     print(folder.summary(args.tasks, splits))

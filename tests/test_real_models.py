@@ -19,7 +19,6 @@ import hypernet
 import lora
 import model
 import train
-from extras import gguf as converter
 from support.files import read_file, write_file
 from tests.helpers import close, command, logits_of, losses_of, repeated, run_of, with_peft
 
@@ -74,17 +73,6 @@ def test_the_loss_falls_and_the_description_is_followed(trained, base_model, tmp
     assert "with adapter  Lovelace\n" in capsys.readouterr().out  # and nothing after the end mark
 
 
-def test_checkpointing_changes_no_gradient(base_model, tasks):
-    found = []
-    for words in ([], ["--gradient_checkpointing"]):
-        words += ["--base_model", base_model, "--tasks", tasks, *WORDS.split(), "--examples_per_task", "2"]
-        torch.manual_seed(0)
-        run = run_of(*words, "--dtype", "float32")
-        train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args))
-        found.append([p.grad for p in run.net.parameters()])
-    close(*found, 1e-3, 1e-5)
-
-
 def test_peft_and_merged_weights_give_the_same_logits(trained, base_model, tmp_path):
     net = hypernet.load_hypernet(trained)
     base, tokenizer = model.load_base(base_model, dtype=torch.float32)
@@ -103,18 +91,6 @@ def test_peft_and_merged_weights_give_the_same_logits(trained, base_model, tmp_p
         whole = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
         close(with_peft(whole, tmp_path)(ids).logits, ours, 1e-3, 1e-3)
     assert (ours - plain).abs().max() > 0.1
-
-
-def test_llama_cpp_has_names_for_its_layers(base_model, tmp_path):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-    base, _ = model.load_base(base_model)
-    targets = lora.find_targets(base, ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])
-    config = lora.config_for(base, targets, base_model, r=2)
-    lora.save_adapter(tmp_path / "a", lora.LoRABank(config, 1)(0), config)
-    assert command(converter, tmp_path / "a", tmp_path / "a.gguf") == 0
-    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
-    assert len(names) == 2 * sum(len(target.layers) for target in targets.values())
-    assert "blk.0.attn_q.weight.lora_a" in names
 
 
 def test_a_step_of_doc_to_lora(base_model, tmp_path):

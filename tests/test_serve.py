@@ -59,7 +59,8 @@ def stand_in(monkeypatch):
 def test_a_description_is_the_name_of_its_adapter(stand_in, monkeypatch):
     monkeypatch.setattr(serve, "MOST", 3)
     texts = ["Keep the fruits.", "Reverse the animals.", "Shout the colours."]
-    stand_in.asked = ["typo", "t2l: ", *(f"t2l: {text}" for text in 2 * texts), "t2l: more", "t2l:" + texts[0]]
+    names = [f"t2l: {text}" for text in texts]
+    stand_in.asked = ["typo", "t2l: ", *names, *names, "t2l: more", "t2l:" + texts[0]]
     assert command(serve, "--port", "8123") == 0
     assert stand_in.words[-2:] == ["--port", "8123"] and "--enable-lora" in stand_in.words
     net = hypernet.load_hypernet(TINY / "sft_large")
