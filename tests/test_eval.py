@@ -99,9 +99,9 @@ def test_a_description_may_stand_for_a_list_of_them(tmp_path):
 
 def test_eval_writes_the_promised_json_and_table(tmp_path, capsys):
     out = tmp_path / "scores.json"
-    words = ["--hypernet", TINY / "recon", "--n_tasks", "12", "--n_examples", "4", "--out", out]
+    words = ["--hypernet", TINY / "sft_large", "--n_tasks", "12", "--n_examples", "4", "--out", out]
     same_name = tmp_path / "sft_small"  # as the folder of another one
-    same_name.symlink_to(TINY / "sft_medium")
+    same_name.symlink_to(TINY / "sft_large")
     words += ["--methods", "base,t2l,t2l_shuffled", "--compare", TINY / "sft_small", same_name]
     assert command(evaluation, *words) == 0
     content, shown = read_file(out), capsys.readouterr().out
