@@ -23,7 +23,7 @@ from support.files import UserError, command
 
 PREFIX = "t2l:"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
-MOST = 1000  # descriptions of one server: their files stay, because vLLM may read them again
+MOST = 1000  # descriptions of one server, others are refused: files stay, as vLLM may read them again
 
 
 class Writer:
@@ -39,14 +39,10 @@ class Writer:
         if not name.startswith(PREFIX) or not text:
             return None
         async with self.lock:
-            is_new = not folder.exists()
-            if is_new and len(list(self.folder.iterdir())) == MOST:
-                print(f"error: {name!r} is refused, after {MOST} others", file=sys.stderr)
-                return None
-            if is_new:
+            if not folder.exists() and len(list(self.folder.iterdir())) < MOST:
                 adapter = await asyncio.to_thread(self.net, [text])
                 lora.save_adapter(folder, lora.select(adapter, 0), self.net.config)
-        return str(folder)
+        return str(folder) if folder.exists() else None
 
 
 def served_template(tokenizer) -> str:
