@@ -21,9 +21,7 @@ import model
 from support import flags, templates
 from support.files import UserError, command
 
-PREFIX = "t2l:"
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
-MOST = 1000  # descriptions of one server, others are refused: files stay, as vLLM may read them again
+PREFIX, MOST = "t2l:", 1000  # descriptions of one server: files stay, because vLLM may read them again
 
 
 class Writer:
@@ -39,7 +37,7 @@ class Writer:
         if not name.startswith(PREFIX) or not text:
             return None
         async with self.lock:
-            if not folder.exists() and len(list(self.folder.iterdir())) < MOST:
+            if not folder.exists() and len(list(self.folder.glob("*"))) < MOST:
                 adapter = await asyncio.to_thread(self.net, [text])
                 lora.save_adapter(folder, lora.select(adapter, 0), self.net.config)
         return str(folder) if folder.exists() else None
@@ -79,11 +77,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="t2l-") as tmp:
         writer, template = Writer(net, Path(tmp, "adapters")), Path(tmp, "template.jinja")
-        writer.folder.mkdir()
         template.write_text(served_template(tokenizer), encoding="utf-8")
         LoRAResolverRegistry.register_resolver("t2l", Resolver())
         os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        rank = str(next(rank for rank in RANKS if rank >= net.config.r))
+        rank = str(next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= net.config.r))
         sys.argv = ["vllm", "--model", tokenizer.name_or_path, "--served-model-name", net.config.base_model]
         sys.argv += ["--enable-lora", "--max-lora-rank", rank, "--chat-template", str(template)] + of_vllm
         runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
