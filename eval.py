@@ -115,10 +115,13 @@ class MeanWritten(Written):
         self.texts, self.mean = [task.descriptions[0] for task in args.training_tasks[::step]], {}
 
     def adapters(self, base, questions: list[Question]) -> lora.Adapter:
+        """The mean, which is made for the first questions."""
         if not self.mean:
-            written, _ = generate.write_adapters(self.net, self.texts, base)
-            for name, (A, B) in written.items():
-                self.mean[name] = (A.mean(0, keepdim=True), B.mean(0, keepdim=True))
+            for text in self.texts:  # one by one, since all at once would fill the memory
+                written, _ = generate.write_adapters(self.net, [text], base)
+                for name, pair in written.items():
+                    parts = [matrix / len(self.texts) for matrix in pair]
+                    self.mean[name] = [a + b for a, b in zip(self.mean.get(name, [0, 0]), parts)]
         return self.mean
 
 

@@ -22,7 +22,7 @@ import lora
 import model
 from lora import Adapter
 from support import flags, hub, processes, templates
-from support.files import UserError, check_folder, command, read_texts, write_file
+from support.files import UserError, check_folder, command, read_texts, whole_folder, write_file
 from support.tables import show_answers
 
 
@@ -131,7 +131,8 @@ def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: 
     """
     instruction = model.instruct(text) if args.instruction and text else ""
     rows = {"base model": ({}, instruction)}
-    n_tokens = len(model.tokenize(tokenizer, text)) + (args.max_new_tokens or 64) + 64  # for the question
+    longest = max(len(model.tokenize(tokenizer, question)) for question in inputs)
+    n_tokens = len(model.tokenize(tokenizer, text)) + longest + (args.max_new_tokens or 64) + 64  # template
     if args.doc and n_tokens < hub.window_of(base):
         rows["in context"] = ({}, text)
     rows["with adapter"] = (adapter, instruction)
@@ -151,32 +152,27 @@ OUR_FILES = {*lora.ADAPTER_FILES, "description.txt"}  # of each adapter folder
 
 
 def save_adapters(out: Path, texts: list[str], adapters: Adapter, config) -> list[Path]:
-    """Write all adapters into a new folder, which then takes the place of --out. Returns their folders."""
-    unfinished = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    """Write all adapters in place of what --out holds. Returns their folders."""
     names = [str(i) for i in range(len(texts))] if len(texts) > 1 else ["."]
-    for i, (name, text) in enumerate(zip(names, texts)):
-        lora.save_adapter(unfinished / name, lora.select(adapters, i), config)
-        write_file(unfinished / name / "description.txt", text + "\n")
-    if out.exists():
-        shutil.rmtree(out)
-    unfinished.rename(out)
+    with whole_folder(out) as folder:
+        for i, (name, text) in enumerate(zip(names, texts)):
+            lora.save_adapter(folder / name, lora.select(adapters, i), config)
+            write_file(folder / name / "description.txt", text + "\n")
     return [out / name for name in names]
 
 
-def save_merged(folder: Path, base, tokenizer, config, text: str) -> None:
+def save_merged(merged: Path, base, tokenizer, config, text: str) -> None:
     """Write the merged model; generation_config.json is the base model's own."""
-    unfinished = folder.with_name(f"{folder.name}.tmp")
-    base.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    own = hub.fetch(hub.source_of(base.name_or_path)) / "generation_config.json"
-    if own.exists():
-        shutil.copy(own, unfinished)
-    write_file(unfinished / "prompt.json", {"instruction": config.instruction})
-    write_file(unfinished / "description.txt", text + "\n")
-    for file in unfinished.iterdir():  # save_pretrained makes files for their owner only
-        file.chmod((unfinished / "description.txt").stat().st_mode)
-    unfinished.rename(folder)
+    with whole_folder(merged) as folder:
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        own = hub.fetch(hub.source_of(base.name_or_path)) / "generation_config.json"
+        if own.exists():
+            shutil.copy(own, folder)
+        write_file(folder / "prompt.json", {"instruction": config.instruction})
+        write_file(folder / "description.txt", text + "\n")
+        for file in folder.iterdir():  # save_pretrained makes files for their owner only
+            file.chmod((folder / "description.txt").stat().st_mode)
 
 
 def main() -> None:
@@ -187,8 +183,10 @@ def main() -> None:
         adapter, config = lora.load_adapter(args.adapter)
         base, tokenizer = load_base_for([config], args, device)
         adapters = {name: (A[None], B[None]) for name, (A, B) in adapter.items()}
-        description, folders = Path(args.adapter, "description.txt"), [args.adapter]
-        texts = [description.read_text(encoding="utf-8").strip() if description.exists() else ""]
+        folders, texts = [args.adapter], [""]
+        for name in ("description.txt", "definition.txt"):  # ours, and that of an oracle
+            if Path(args.adapter, name).exists():
+                texts = [Path(args.adapter, name).read_text(encoding="utf-8").strip()]
         templates.check_known(tokenizer, inputs)
     else:
         net = load_net(args.hypernet, "documents" if args.doc else "descriptions", args, device)

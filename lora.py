@@ -152,8 +152,7 @@ def use(base: nn.Module, adapter: Adapter, scaling: float):
     """Run `base` with an adapter, in a block that holds the forward pass and the backward pass.
 
     It is computed in the dtype of the base model. A single adapter acts on the whole batch. Of n adapters and
-    a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on. {} changes nothing. These
-    blocks do not nest.
+    a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on. {} is none. No nesting.
     """
     check_fits(base, adapter)
     for name, (A, B) in adapter.items():

@@ -19,7 +19,7 @@ from support import processes
 from support.files import UserError
 from support.hub import from_pretrained, load_weights
 from support.processes import Process, default_dtype
-from support.templates import PLAIN_TEMPLATE, answer_start, check_known, fill_template, takes_system_message
+from support.templates import PLAIN_TEMPLATE, around_answer, check_known, fill_template, takes_system_message
 from support.text_models import TransformerEncoder, text_width
 
 # -------------------- The base model --------------------
@@ -30,7 +30,7 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     tokenizer = load_tokenizer(name)
     base = load_weights(AutoModelForCausalLM, name, dtype=dtype or default_dtype(device))
     ends = end_tokens(base, tokenizer)
-    base.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    base.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id)
     if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
         base.set_attn_implementation("eager")  # with sdpa, transformers before 5.19 drops Gemma 2's softcap
     return base.to(device).requires_grad_(False).eval(), tokenizer
@@ -50,10 +50,10 @@ def load_tokenizer(name: str):
 def end_tokens(base: nn.Module, tokenizer) -> list[int]:
     """The tokens that end an answer: the model's own, and the one that the chat template writes there."""
     own = base.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id] if own is None else own if isinstance(own, list) else [own]
-    after = render(tokenizer, chat(tokenizer, "x"), "y").partition("y")[2]
-    first = tokenize(tokenizer, after)[:1]
-    return ends + [token for token in first if token in tokenizer.all_special_ids and token not in ends]
+    ends = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
+    after_answer = tokenize(tokenizer, around_answer(tokenizer)[1])[:1]
+    ends = ends + [token for token in after_answer if token in tokenizer.all_special_ids]
+    return [token for token in dict.fromkeys(ends) if token is not None]
 
 
 def load_sharded(name: str, process: Process, dtype: torch.dtype, target_modules: list[str], dropout: float):
@@ -93,7 +93,7 @@ def chat(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str
 def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
     """The prompt as text; with `answer` the text that the model has to write after it, up to the end mark."""
     prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
-    prompt += answer_start(tokenizer)
+    prompt += around_answer(tokenizer)[0]
     if answer is None:
         return prompt
     whole = fill_template(tokenizer, [*messages, {"role": "assistant", "content": answer}])

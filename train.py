@@ -535,7 +535,7 @@ def save(run: Run, folder: Path) -> None:
         for i, task in enumerate(run.tasks):
             lora.save_adapter(folder / task.name, run.net(i), run.net.config)
             text = task.definition or task.descriptions[0]
-            write_file(folder / task.name / "description.txt", text + "\n")
+            write_file(folder / task.name / "definition.txt", text + "\n")
 
 
 def resume(run: Run, folder: Path, checkpoint: state.Checkpoint, optimizer) -> int:

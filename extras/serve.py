@@ -49,7 +49,7 @@ def served_template(tokenizer) -> str:
     if templates.takes_system_message(tokenizer):
         empty = "{%- set messages = [{'role': 'system', 'content': ''}] + messages %}"
         head += "{%- if messages[0].role != 'system' %}" + empty + "{%- endif %}"
-    marks = "{%- if add_generation_prompt %}" + templates.answer_start(tokenizer) + "{%- endif %}"
+    marks = "{%- if add_generation_prompt %}" + templates.around_answer(tokenizer)[0] + "{%- endif %}"
     return templates.FIXED_DAY + head + tokenizer.get_chat_template() + marks
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import sys
 import time
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -113,6 +115,20 @@ def check_folder(out: str, ours: set[str], mark: str) -> None:
         found = {path.name for path in folder.rglob("*") if path.is_file()}
     if not out.strip() or not found <= ours or (found and mark not in found):
         raise UserError(f"--out {out!r} is no new folder, and generate.py did not write it; choose another")
+
+
+@contextmanager
+def whole_folder(folder: Path):
+    """A new folder to write into, which takes the place of `folder` at the end of the block, or goes."""
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # -------------------- Downloads --------------------

@@ -46,8 +46,11 @@ def reserved(folder: Path, settings: str, resumes: bool):
     with locked(folder):
         try:
             files = {file.name for file in folder.iterdir()}
-            # what a run leaves that was killed before it saved its state is overwritten
-            if not resumes and not files <= {"train.args", "metrics.jsonl", "state.json"}:
+            # what a run leaves that was killed in its first step is overwritten
+            metrics = folder / "metrics.jsonl"
+            n_rows = len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0
+            is_used = n_rows > 1 or not files <= {"train.args", "metrics.jsonl", "state.json"}
+            if not resumes and is_used:
                 advice = "choose another, or --resume an interrupted run"
                 raise UserError(f"--out_dir {folder} is in use; {advice}")
             if not resumes:

@@ -36,12 +36,19 @@ def fill_template(tokenizer, messages: list[dict], **settings) -> str:
 
 
 @cache
-def answer_start(tokenizer) -> str:
-    """The marks that some templates write before an answer and do not ask for, as gpt-oss its channel."""
+def around_answer(tokenizer) -> tuple[str, str]:
+    """What the template writes between a prompt and an answer (gpt-oss: its channel), and after it.
+
+    ("", "") if it does not put answers where it asks for them.
+    """
     messages = [{"role": "user", "content": "x"}]
-    prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
-    whole = fill_template(tokenizer, [*messages, {"role": "assistant", "content": "<<>>"}])
-    return whole.removeprefix(prompt).partition("<<>>")[0].rstrip() if whole.startswith(prompt) else ""
+    try:
+        prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
+        whole = fill_template(tokenizer, [*messages, {"role": "assistant", "content": "<<>>"}])
+    except Exception:  # templates raise arbitrary exceptions
+        return "", ""
+    before, _, after = whole.removeprefix(prompt).partition("<<>>")
+    return (before.rstrip(), after) if whole.startswith(prompt) else ("", "")
 
 
 def check_known(tokenizer, texts: list[str]) -> None:

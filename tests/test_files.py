@@ -48,7 +48,8 @@ def test_two_models_of_one_shape_are_told_apart_by_their_ids():
 @pytest.mark.parametrize("flag", ["--out", "--merge"])
 def test_a_users_folder_is_never_taken_for_one_of_ours(tmp_path, flag):
     """An adapter of somebody else has the same names, but no description.txt."""
-    for i, names in enumerate((["description.txt", "notes.md"], ["adapter_config.json"])):
+    oracle = ["adapter_config.json", "definition.txt"]
+    for i, names in enumerate((["description.txt", "notes.md"], ["adapter_config.json"], oracle)):
         mine = tmp_path / str(i)
         mine.mkdir()
         for name in names:

@@ -11,7 +11,7 @@ import model
 import train
 from support import tables
 from support.files import read_file, write_file
-from tests.helpers import SHORT, command, refused, tiny_llama
+from tests.helpers import SHORT, command, refused, repeated, tiny_llama
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -90,6 +90,16 @@ def test_what_a_template_writes_before_an_answer_belongs_to_the_prompt(tmp_path)
     assert model.render(tokenizer, chat, "Paris") == "Paris<|im_end|>"
 
 
+def test_a_template_without_answers_can_still_be_asked(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    tokenizer = model.load_base("tiny")[1]
+    refuses = "{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
+    tokenizer.chat_template = CHATML.replace("<|im_start|>{{", refuses + "<|im_start|>{{", 1)
+    tokenizer.save_pretrained(tmp_path)
+    _, tokenizer = model.load_base(str(tmp_path))
+    assert model.render(tokenizer, [{"role": "user", "content": "x"}]).endswith("assistant\n")
+
+
 def test_the_mark_that_the_template_writes_after_an_answer_ends_it(tmp_path):
     """In Qwen's base models generation_config.json names another one."""
     tiny_llama().save_pretrained(tmp_path)
@@ -157,6 +167,6 @@ def test_answers_of_several_lines_stay_in_their_column(capsys):
 
 
 def test_an_input_that_does_not_fit_into_the_window_is_one_line(tmp_path, capsys):
-    words = ["--desc", "Reverse the fruits.", "--input", "cat " * 500, "--out", tmp_path / "a"]
+    words = ["--desc", "Reverse the fruits.", "--input", repeated("cat ", 500), "--out", tmp_path / "a"]
     assert command(generate, *words) == 2
     assert "do not fit into the base model's window" in capsys.readouterr().err

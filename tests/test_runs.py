@@ -221,6 +221,9 @@ def test_two_runs_into_one_folder_do_not_mix(tmp_path):
     folder.mkdir()
     for name in ("train.args", "metrics.jsonl"):  # of a run that was killed while it started
         (folder / name).touch()
+    (folder / "metrics.jsonl").write_text("{}\n{}\n")  # of a run that was finished
+    refused("is in use; choose another", state.reserved(folder, "--lr 1\n", False).__enter__)
+    (folder / "metrics.jsonl").write_text("{}\n")
     with state.reserved(folder, "--lr 1\n", False):
         assert not (folder / "metrics.jsonl").exists()
         (folder / "state.safetensors").touch()
