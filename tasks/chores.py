@@ -10,13 +10,12 @@ one chore, or a chain of two: "Give the domain of the e-mail address, then write
     unseen    13 chores that occur in no training task
     open      162 requests of people who had seen the texts alone; some ask for more than chores
 
-chores.json holds the values of inputs, what the chores do, and templates of descriptions. All values are made
-up; a fifth of the names, places and words is for test examples only.
+chores.json holds the values of inputs, and what the chores do. All values are made up; a fifth of the names,
+places and words is for test examples only.
 
-chores_descriptions.json holds descriptions that were written one by one, from inputs and outputs alone,
-without sight of the templates. Each writer had a voice of its own: 17 for training, and 8 for chains
-alone; for validation, seen from the result; and for testing (`reworded`) three of each chore: terse, a full
-sentence, put differently.
+chores_descriptions.json holds descriptions that were written one by one, from inputs and outputs alone. Each
+writer had a voice of its own: 17 for training, and 8 for chains alone; for validation; and for testing
+(`reworded`) three of each chore: terse, a full sentence, put differently.
 """
 
 import json
@@ -34,7 +33,7 @@ DATA = read_file(Path(__file__).parent / "chores.json")
 WRITTEN = read_file(Path(__file__).parent / "chores_descriptions.json")
 N_VAL, N_TEST = 32, 100  # chains to validate and to test
 N_EXAMPLES = 10  # test examples of a task
-WEIGHT = 4  # a single chore is drawn as often as four chains, since chains are learnt from single ones
+WEIGHT = 8  # a single chore is drawn as often as eight chains, since chains are learnt from single ones
 
 # -------------------- Values --------------------
 
@@ -66,62 +65,14 @@ class Draw(random.Random):
         return str(self.randint(10 ** (n - 1), 10**n - 1))
 
 
-# -------------------- Sorts of input: how to make one, and how to recognise it --------------------
+# -------------------- Sorts of input: how to make one, and the form that it has --------------------
 
-UNITS = {
-    "kg": "kilogram",
-    "g": "gram",
-    "km": "kilometer",
-    "m": "meter",
-    "cm": "centimeter",
-    "mm": "millimeter",
-    "l": "liter",
-    "ml": "milliliter",
-    "h": "hour",
-    "min": "minute",
-    "s": "second",
-}
-QUANTITIES = {"kg": "weight", "g": "weight", "l": "volume", "ml": "volume"}
-QUANTITIES |= {"h": "time", "min": "time", "s": "time"}  # the others measure a length
 VERBS = {}  # {"painted": "paint", ...}
 for pair in DATA["pools"]["verb"].split():
     base, past = pair.split(":")
     VERBS[past] = base
 PLACES, TIMES = DATA["pools"]["place"].replace(":", "|"), DATA["pools"]["time"].replace(":", "|")
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
-
-
-def make_name(d: Draw) -> str:
-    return f"{d.pick('first')} {d.pick('last')}"
-
-
-def make_date(d: Draw) -> str:
-    return str(date(d.randint(1950, 2039), d.randint(1, 12), d.randint(1, 28)))
-
-
-def make_time(d: Draw) -> str:
-    return f"{d.randint(0, 23):02}:{d.randint(1, 59):02}"
-
-
-def make_email(d: Draw) -> str:
-    return f"{d.pick('first')}.{d.pick('last')}@{d.pick('host')}.{d.pick('ending')}".lower()
-
-
-def make_url(d: Draw) -> str:
-    host = f"www.{d.pick('noun')}{d.pick('site')}.{d.pick('ending')}"
-    return f"https://{host}/{d.pick('folder')}/{d.pick('noun')}"
-
-
-def make_phone(d: Draw) -> str:
-    return f"+{d.digits(2)} {d.digits(d.choice([2, 3]))} {d.digits(d.choice([5, 6, 7]))}"
-
-
-def make_price(d: Draw) -> str:
-    return f"${d.digits(d.randint(1, 3))}.{d.randint(1, 99):02}"
-
-
-def make_measure(d: Draw) -> str:
-    return f"{d.digits(d.randint(1, 3))} {d.choice(list(UNITS))}"
 
 
 def make_record(d: Draw) -> str:
@@ -135,33 +86,26 @@ def make_path(d: Draw) -> str:
     return f"{d.pick('folder')}/{d.pick('folder')}/{file}.{d.pick('extension')}"
 
 
-def make_code(d: Draw) -> str:
-    return f"{d.choice(LETTERS)}{d.choice(LETTERS)}-{d.digits(4)}-{d.choice(LETTERS)}"
-
-
 def make_sentence(d: Draw) -> str:
     thing = f"the {d.pick('adjective')} {d.pick('noun')}"
     return f"{d.pick('first')} {d.pick('verb').split(':')[1]} {thing} {d.pick('place')} {d.pick('time')}."
 
 
-def make_words(d: Draw) -> str:
-    return ", ".join(d.sample(pool("noun", d.test), d.randint(3, 5)))
-
-
 MAKE: dict[str, Callable[[Draw], str]] = {
-    "name": make_name,
-    "date": make_date,
-    "time": make_time,
-    "email": make_email,
-    "url": make_url,
-    "phone": make_phone,
-    "price": make_price,
-    "measure": make_measure,
+    "name": lambda d: f"{d.pick('first')} {d.pick('last')}",
+    "date": lambda d: str(date(d.randint(1950, 2039), d.randint(1, 12), d.randint(1, 28))),
+    "time": lambda d: f"{d.randint(0, 23):02}:{d.randint(1, 59):02}",
+    "email": lambda d: f"{d.pick('first')}.{d.pick('last')}@{d.pick('host')}.{d.pick('ending')}".lower(),
+    "url": lambda d: f"https://www.{d.pick('noun')}{d.pick('site')}.{d.pick('ending')}"
+    f"/{d.pick('folder')}/{d.pick('noun')}",
+    "phone": lambda d: f"+{d.digits(2)} {d.digits(d.choice([2, 3]))} {d.digits(d.choice([5, 6, 7]))}",
+    "price": lambda d: f"${d.digits(d.randint(1, 3))}.{d.randint(1, 99):02}",
+    "measure": lambda d: f"{d.digits(d.randint(1, 3))} {d.choice(list(DATA['units']))}",
     "record": make_record,
     "path": make_path,
-    "code": make_code,
+    "code": lambda d: f"{d.choice(LETTERS)}{d.choice(LETTERS)}-{d.digits(4)}-{d.choice(LETTERS)}",
     "sentence": make_sentence,
-    "words": make_words,
+    "words": lambda d: ", ".join(d.sample(pool("noun", d.test), d.randint(3, 5))),
 }
 FORMS = {  # the groups are the parts that chores.json fills in
     "name": r"(?P<first>[A-Z][a-z]+) (?P<last>[A-Z][a-z]+)",
@@ -171,7 +115,7 @@ FORMS = {  # the groups are the parts that chores.json fills in
     "url": r"(?P<protocol>https?)://www\.(?P<site>\w+\.\w+)/(?P<section>\w+)/(?P<page>\w+)",
     "phone": r"\+(?P<country>\d\d) (?P<area>\d+) (?P<number>\d+)",
     "price": r"\$(?P<whole>\d+)\.(?P<cents>\d\d)",
-    "measure": rf"(?P<number>\d+) (?P<unit>{'|'.join(UNITS)})",
+    "measure": rf"(?P<number>\d+) (?P<unit>{'|'.join(DATA['units'])})",
     "record": r"(\w+: [\w ]+; ){3}\w+: [\w ]+",
     "path": r"(?P<top>\w+)/(?P<folder>\w+)/(?P<stem>\w+)\.(?P<type>\w+)",
     "code": r"(?P<letters>[A-Z]{2})-(?P<digits>\d{4})-(?P<last>[A-Z])",
@@ -220,8 +164,8 @@ def parts_of(sort: str, text: str) -> dict:
     elif sort == "price":
         p["in_words"] = f"{count(p['whole'], 'dollar')} and {count(p['cents'], 'cent')}"
     elif sort == "measure":
-        p["name"], p["quantity"] = UNITS[p["unit"]] + "s", QUANTITIES.get(p["unit"], "length")
-        p["in_words"] = count(p["number"], UNITS[p["unit"]])
+        unit, p["quantity"] = DATA["units"][p["unit"]]
+        p["name"], p["in_words"] = f"{unit}s", count(p["number"], unit)
     elif sort == "record":
         p |= fields_of(text)
     elif sort == "sentence":
@@ -273,20 +217,14 @@ FUNCTIONS: dict[str, Callable[[str], str]] = {  # chores that need more than the
 Chain = tuple[str, ...]  # the sort of input, then one or two chores, each as "sort-name"
 
 
-def entry(chore: str) -> dict:
-    """What chores.json holds about a chore."""
-    sort, name = chore.split("-")
-    return DATA["chores"][sort][name]
-
-
 def answer(chain: Chain, text: str) -> str:
     """What the chores of a chain make of a text."""
     for chore in chain[1:]:
         if chore in FUNCTIONS:
             text = FUNCTIONS[chore](text)
         else:
-            sort = chore.split("-")[0]
-            text = entry(chore)["does"].format(**parts_of(sort, text)).strip()
+            sort, name = chore.split("-")
+            text = DATA["chores"][sort][name].format(**parts_of(sort, text)).strip()
     return text
 
 
@@ -337,45 +275,6 @@ def name_of(chain: Chain) -> str:
     return "-".join([sort, *(chore.split("-")[1] for chore in chores)])
 
 
-# -------------------- Descriptions from templates --------------------
-
-
-def expand(text: str, x: str, rng: random.Random) -> str:
-    """One of the texts that a pattern stands for: macros replaced, {x} filled in, choices [a|b] made."""
-    for macro, pattern in DATA["macros"].items():
-        text = text.replace(f"{{{macro}}}", pattern)
-    text = text.replace("{x}", x)
-    while match := re.search(r"\[([^\[\]]*\|[^\[\]]*)\]", text):
-        choice = rng.choice(match[1].split("|"))
-        text = text[: match.start()] + choice + text[match.end() :]
-    return " ".join(text.split())
-
-
-def instruction(chore: str, x: str, rng: random.Random, name_x: bool = False) -> str:
-    """An instruction to do one chore to x; with name_x one that names x."""
-    patterns = list(entry(chore)["say"])
-    if name_x:
-        patterns = [pattern for pattern in patterns if "{x}" in pattern]
-    else:
-        patterns += [f"{{give}} {noun}{{of}}" for noun in entry(chore).get("noun", [])]
-    return expand(rng.choice(patterns), x, rng)
-
-
-def from_template(chain: Chain, rng: random.Random) -> str:
-    """One description of a task."""
-    sort, first, *rest = chain
-    source, it = rng.choice(DATA["nouns"][sort]), rng.choice(DATA["nouns"]["it"])
-    nouns = entry(first).get("noun")
-    if rest and rest[0].startswith("any") and nouns and rng.random() < 0.5:
-        noun = expand(rng.choice(nouns), "", rng)  # "write the surname in capitals"
-        x, rest = instruction(rest[0], noun, rng, name_x=True), []
-    else:
-        x = instruction(first, rng.choice([source, source, "it"]), rng)
-    y = instruction(rest[0], it, rng) if rest else ""
-    frame = rng.choice(DATA["frames"]["two" if rest else "one"])
-    return frame.format(x=x, X=capitalise(x), y=y, input=source)
-
-
 # -------------------- The tasks --------------------
 
 
@@ -412,30 +311,25 @@ JOINED = ("{x}. Then: {y}", "{x}, then {y}", "First: {x}. After that: {y}", "{x}
 
 
 def description(chain: Chain, i: int) -> str:
-    """Training description i of a task: from a template in a third of the cases, otherwise written.
-
-    A chain mostly uses its own, otherwise those of its two chores, joined.
-    """
+    """Training description i of a task: a chain mostly has its own, otherwise those of its chores, joined."""
     rng = random.Random(f"{name_of(chain)} description {i}")
-    sort, first, *rest = chain
+    sort, *chores = chain
     whole = written("train", chain)
-    parts = [written("train", (sort, chore)) for chore in (first, *rest)]
-    if rng.random() < 1 / 3 or not all(parts):
-        return from_template(chain, rng)
-    if not rest or (whole and rng.random() < 0.75):
+    if len(chores) == 1 or (whole and rng.random() < 0.75):
         return rng.choice(whole)
-    x, y = [rng.choice(descriptions) for descriptions in parts]
+    x, y = [rng.choice(written("train", (sort, chore))) for chore in chores]
     return rng.choice(JOINED).format(x=x.rstrip("."), y=y)
 
 
-def make_task(chain: Chain, voice: str = "") -> Task:
-    """The task as data. Training examples and descriptions are drawn afresh in each step.
+def make_task(chain: Chain, part: str = "train") -> Task:
+    """The task as data, with descriptions that were written for this part.
 
-    `voice` is "val" for the descriptions that were written for validation.
+    Training examples and descriptions are drawn afresh in each step.
     """
+    descriptions = LazyList(lambda i: description(chain, i)) if part == "train" else written(part, chain)
     return Task(
-        f"{name_of(chain)}-voice" if voice else name_of(chain),
-        descriptions=written(voice, chain) if voice else LazyList(lambda i: description(chain, i)),
+        f"{name_of(chain)}-voice" if part == "val" else name_of(chain),
+        descriptions,
         train=LazyList(lambda i: example(chain, i)),
         test=[example(chain, i, test=True) for i in range(N_EXAMPLES)],
         reworded=written("test", chain),
@@ -464,7 +358,7 @@ def load() -> Splits:
         "val": [make_task(chain) for chain in val],
         "test": [make_task(chain) for chain in test],
         "single": [make_task(chain) for chain in single],
-        "unseen": [make_task(chain) for chain in unseen if len(chain) == 2],
+        "unseen": [make_task(chain, "test") for chain in unseen if len(chain) == 2],
     }
     splits["val"] += [make_task(chain, "val") for chain in val + single[:N_VAL]]
     splits["open"] = []

@@ -12,20 +12,8 @@ from transformers import AutoTokenizer
 import generate
 import lora
 from support.files import read_file, write_file
-from tests.helpers import (
-    NAMES,
-    SAY,
-    close,
-    command,
-    config_for,
-    injected,
-    logits_of,
-    one_layer,
-    random_adapter,
-    refused,
-    tiny_llama,
-    with_peft,
-)
+from tests.helpers import NAMES, SAY, close, command, config_for, injected, logits_of, one_layer
+from tests.helpers import random_adapter, refused, tiny_llama, with_peft
 
 
 @pytest.mark.parametrize("rslora", [True, False])
@@ -62,41 +50,20 @@ def test_we_read_pefts_adapter(tmp_path, settings):
     close(logits_of(base, ids, adapter, config.scaling), theirs(ids).logits)
 
 
-NOT_PLAIN = {
-    "rank_pattern": {"v_proj": 6},
-    "alpha_pattern": {"v_proj": 3},
-    "init_lora_weights": "pissa",
-    "layers_to_transform": [0],
-    "alora_invocation_tokens": [1, 2],
-    "layer_replication": [[0, 1]],
-    "target_parameters": ["x"],
-    "modules_to_save": ["lm_head"],
-    "use_dora": True,
-    "use_bdlora": {"x": 1},
-    "use_qalora": True,
-    "arrow_config": {"top_k": 1},
-    "loftq_config": {"bits": 4},
-    "bias": "all",
-    "something_of_next_year": 1,
-}
+NOT_PLAIN = {"rank_pattern": {"v_proj": 6}, "init_lora_weights": "pissa", "layers_to_transform": [0]}
+NOT_PLAIN |= {"use_dora": True, "loftq_config": {"bits": 4}, "bias": "all", "something_of_next_year": 1}
 
 
-@pytest.mark.parametrize("name", NOT_PLAIN)
-def test_what_is_not_plain_is_refused_by_name(tmp_path, name):
+def test_what_is_not_plain_is_refused_by_name(tmp_path):
     base, config = injected(tiny_llama())
     lora.save_adapter(tmp_path, random_adapter(config), config)
     peft = read_file(tmp_path / "adapter_config.json")
-    write_file(tmp_path / "adapter_config.json", peft | {name: NOT_PLAIN[name]})
-    refused(f"not a plain LoRA adapter: {name} is", lora.load_adapter, tmp_path)
-
-
-@pytest.mark.parametrize("change", [{"r": 0}, {"r": "8"}, {"lora_alpha": 0}, {"lora_alpha": None}])
-def test_ranks_and_scalings_are_numbers(tmp_path, change):
-    base, config = injected(tiny_llama())
-    lora.save_adapter(tmp_path, random_adapter(config), config)
-    peft = read_file(tmp_path / "adapter_config.json")
-    write_file(tmp_path / "adapter_config.json", peft | change)
-    refused("must be a number above 0", lora.load_adapter, tmp_path)
+    for name, value in NOT_PLAIN.items():
+        write_file(tmp_path / "adapter_config.json", peft | {name: value})
+        refused(f"not a plain LoRA adapter: {name} is", lora.load_adapter, tmp_path)
+    for change in {"r": 0}, {"r": "8"}, {"lora_alpha": None}:
+        write_file(tmp_path / "adapter_config.json", peft | change)
+        refused("must be a number above 0", lora.load_adapter, tmp_path)
 
 
 def test_what_does_not_fit_is_refused_in_words(tmp_path):
@@ -112,18 +79,6 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     refused("is missing", lora.load_adapter, tmp_path)
     write_file(tmp_path / "adapter_config.json", [{"peft_type": "LORA"}])
     refused("must hold a JSON object", lora.load_adapter, tmp_path)
-
-
-def test_a_name_of_several_places_or_shapes_is_told_apart():
-    def block(n: int) -> nn.ModuleDict:
-        return nn.ModuleDict({"attn": nn.ModuleDict({"out": nn.Linear(4, n)}), "out": nn.Linear(4, 4)})
-
-    base = nn.ModuleDict({"layers": nn.ModuleList([block(4), block(6)])})
-    refused("out is in several places; name one of them: attn.out, out", lora.find_targets, base, ["out"])
-    shapes = "attn.out has 2 shapes; name single layers, such as 0.attn.out"
-    refused(shapes, lora.find_targets, base, ["attn.out"])
-    targets = lora.find_targets(base, ["1.attn.out"])
-    assert targets == {"1.attn.out": lora.Target("layers.{}.attn.out", [1], 4, 6)}
 
 
 def test_two_stacks_of_layers_are_told_apart(tmp_path):
@@ -152,13 +107,10 @@ def test_peft_finds_the_tiny_base_model(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    tokenizer = AutoTokenizer.from_pretrained(
-        read_file(tmp_path / "adapter/adapter_config.json")["base_model_name_or_path"]
-    )
+    name = read_file(tmp_path / "adapter/adapter_config.json")["base_model_name_or_path"]
+    tokenizer = AutoTokenizer.from_pretrained(name)
     messages = [{"role": "user", "content": "cat red dog shirt"}]
     inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
     answer = base.generate(**inputs, max_new_tokens=8, do_sample=False)
-    assert (
-        tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        == "chat chien"
-    )
+    new = answer[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(new, skip_special_tokens=True).strip() == "chat chien"

@@ -16,20 +16,8 @@ from data import Example
 from extras import answers
 from support.files import read_file, write_file
 from tasks import load_tasks
-from tests.helpers import (
-    D2L,
-    TINY,
-    batch_of,
-    close,
-    command,
-    evaluate,
-    fit,
-    logits_of,
-    repeated,
-    run_of,
-    tiny_llama,
-    with_peft,
-)
+from tests.helpers import D2L, TINY, batch_of, close, command, evaluate, fit, logits_of, repeated, run_of
+from tests.helpers import tiny_llama, with_peft
 
 
 def test_the_perceivers_size():

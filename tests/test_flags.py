@@ -44,56 +44,32 @@ def test_every_file_of_flags_is_a_run(file, monkeypatch, tmp_path):
     assert args.dtype != "auto" and args.encoder != "preset"
 
 
-def test_only_leading_words_name_files_of_flags(tmp_path, monkeypatch):
-    (tmp_path / "a.args").write_text("@b.args\n--lr 2  # a comment\n--out_dir 'a b'\n")
-    (tmp_path / "b.args").write_text("--lr 1 --seed 3\n")
+def test_files_of_flags_stand_first_and_may_begin_with_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["@a.args", "--desc", "@ sign, please"]
-    expected = "--lr 1 --seed 3 --lr 2 --out_dir".split() + ["a b", "--desc", "@ sign, please"]
-    assert flags.expand(words) == expected
-
-
-RECON = ["--mode", "recon", "--oracles", "/nowhere"]
-UNUSED = [
-    ["--mode", "lora", "--offset_lr", "1"],
-    ["--mode", "lora", "--oracles", "/nowhere"],
-    ["--mode", "lora", "--encoder", "base"],
-    ["--mode", "lora", "--init_from", "out/x"],
-    ["--oracles", "/nowhere"],
-    ["--multi_task"],
-    ["--distill", "4"],
-    ["--n_heads", "4"],
-    [*RECON, "--l1", "1"],
-    [*RECON, "--label_smoothing", "0.1"],
-    [*RECON, "--rank", "4"],
-    [*RECON, "--shard"],
-    [*RECON, "--offset_lr", "1"],
-    [*D2L, "--instruction"],
-    [*D2L, "--label_smoothing", "0.1"],
-    [*D2L, "--encoder", "hash"],
-]
-
-
-@pytest.mark.parametrize("words", UNUSED, ids=" ".join)
-def test_a_flag_that_counts_for_nothing_is_refused(words, capsys):
-    assert command(train, *words) == 2
-    assert " is not a setting of --mode " in capsys.readouterr().err
-
-
-def test_words_of_a_file_of_flags(tmp_path):
-    text = """--tasks 'a#b' # comment with an apostrophe's end
+    text = """@b.args
+    --tasks 'a#b' # comment with an apostrophe's end
     #another
     --out_dir 'a # b' --x "it's"
     """
-    (tmp_path / "a.args").write_text(text)
-    expected = ["--tasks", "a#b", "--out_dir", "a # b", "--x", "it's"]
-    assert flags.expand([f"@{tmp_path / 'a.args'}"]) == expected
+    (tmp_path / "a.args").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "b.args").write_text("--lr 1 --seed 3\n")
+    found = flags.expand(["@a.args", "--desc", "@ sign, please"])
+    assert found[:4] == ["--lr", "1", "--seed", "3"] and found[-2:] == ["--desc", "@ sign, please"]
+    assert found[4:-2] == ["--tasks", "a#b", "--out_dir", "a # b", "--x", "it's"]
     (tmp_path / "a.args").write_text("--x 'a b")
-    refused("No closing quotation", flags.expand, [f"@{tmp_path / 'a.args'}"])
+    refused("No closing quotation", flags.expand, ["@a.args"])
 
 
-def test_a_byte_order_mark_is_skipped(tmp_path):
-    (tmp_path / "a.args").write_text("--lr 2\n", encoding="utf-8-sig")
-    assert flags.expand([f"@{tmp_path / 'a.args'}"]) == ["--lr", "2"]
+UNUSED = {  # flags that count for nothing in a kind of run
+    "--mode lora": ["--offset_lr 1", "--oracles x", "--encoder base", "--init_from x"],
+    "": ["--oracles x", "--multi_task", "--distill 4", "--n_heads 4"],
+    "--mode recon --oracles x": ["--l1 1", "--label_smoothing 0.1", "--rank 4", "--shard", "--offset_lr 1"],
+    "@config/d2l.args": ["--instruction", "--label_smoothing 0.1", "--encoder hash"],
+}
 
 
+@pytest.mark.parametrize("kind", UNUSED)
+def test_a_flag_that_counts_for_nothing_is_refused(kind, capsys):
+    for flag in UNUSED[kind]:
+        assert command(train, *kind.split(), *flag.split()) == 2
+        assert f"{flag.split()[0]} is not a setting of --mode " in capsys.readouterr().err

@@ -26,23 +26,8 @@ import train
 from support import processes
 from support.files import read_file, write_file
 from tasks import load_tasks
-from tests.helpers import (
-    D2L,
-    HERE,
-    LORA,
-    SAY,
-    SHORT,
-    TINY,
-    close,
-    command,
-    fit,
-    gradients,
-    losses_of,
-    needs_gpu,
-    refused,
-    run_of,
-    small_decoder,
-)
+from tests.helpers import D2L, HERE, LORA, SAY, SHORT, TINY, close, command, fit, gradients, losses_of
+from tests.helpers import needs_gpu, refused, run_of, small_decoder
 
 
 def free_port() -> int:

@@ -1,8 +1,6 @@
 """Chat templates, and what stands in prompts."""
 
-from transformers import (
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 import data
 import eval as evaluation

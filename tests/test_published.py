@@ -1,10 +1,9 @@
-"""Published checkpoints, rebuilt in their layouts, and the golden one."""
+"""Published checkpoints in their layouts, and numbers of the published implementations."""
 
-import collections
-import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -21,21 +20,8 @@ import lora
 import model
 import train
 from extras import published
-from support.files import UserError, read_file, write_file
-from tests.helpers import (
-    COMMIT,
-    HERE,
-    NAMES,
-    SCALING,
-    TINY,
-    close,
-    command,
-    golden,
-    logits_of,
-    one_layer,
-    refused,
-    small_config,
-)
+from support.files import read_file, write_file
+from tests.helpers import COMMIT, HERE, NAMES, SCALING, close, command, golden, logits_of, one_layer, refused
 
 SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
 RECON_FILES = [f"llama_{size}_recon_{loss}" for size in ("L", "M", "S", "Srot") for loss in ("z", "dw")]
@@ -52,209 +38,8 @@ def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES
     return folder
 
 
-def in_published_layout(net: hypernet.TextToLoRA, kind: str) -> dict[str, torch.Tensor]:
-    """The weights of one of our networks under the published names."""
-    weights = {}
-    for old, new in published.NAMES.items():
-        ours = {key: tensor for key, tensor in net.state_dict().items() if key.startswith(f"{new}.")}
-        weights |= {old + key[len(new) :]: tensor for key, tensor in ours.items()}
-    for m, name in enumerate(net.names):
-        for i, k in enumerate("AB"):
-            mean = net.offset[f"{name}_{k}"].data
-            offset = torch.full_like(mean, 0.25) if kind == "z_score" else mean
-            weights |= {f"AB_offset.{k}.{name}": offset, f"mean_recon_target.{k}.{name}": mean - offset}
-            weights[f"std_recon_target.{k}.{name}"] = net.std[f"{name}_{k}"].data.expand_as(mean)
-            if net.config.size != "large":
-                weights[f"out_emb.{name}.{k}"] = net.AB_emb[m, i].data
-    return weights
 
-
-@pytest.mark.parametrize("kind", ["sft", "z_score", "factorized", "delta_w"])
-@pytest.mark.parametrize("size", [*hypernet.SIZES, "rotary"])
-def test_published_layout_round_trip(tmp_path, size, kind):
-    changes = dict(rotary=size == "rotary", z_score=kind == "z_score", r=8)
-    net = hypernet.TextToLoRA(small_config("small" if size == "rotary" else size, **changes)).eval()
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.5)
-    for tensor in net.std.buffers():
-        tensor.fill_({"delta_w": 0.01, "z_score": 0.7}.get(kind, 1.0))
-    for tensor in net.offset.buffers():
-        tensor.zero_() if kind == "delta_w" else tensor.normal_(std=0.5)
-    args = dict(emb_model="some/one", factorized=kind != "delta_w", training_task="recon")
-    args |= {"training_task": "sft"} if kind == "sft" else {}
-    weights = in_published_layout(net, kind)
-    folder = published_folder(tmp_path, weights, base_model="google/gemma-2-2b-it", **args)
-    assert command(published, folder, tmp_path / "ours") == 0
-    again, emb = hypernet.load_hypernet(tmp_path / "ours"), torch.randn(2, 7)
-    close(again.write(emb), net.write(emb), 1e-5, 1e-6)
-    c = again.config
-    assert (c.size, c.encoder, c.full_stop, c.instruction) == (net.config.size, "some/one", True, True)
-    assert c.scaling == SCALING and c.targets == net.config.targets
-    swapped = published.convert(folder, NAMES[::-1]).write(emb)
-    published_folder(tmp_path, weights, order=NAMES[::-1], **args)  # named the other way round
-    close(published.convert(folder).write(emb)["q_proj"][0], swapped["q_proj"][0])
-    net.module_emb[0].weight.data = net.module_emb[0].weight.data.flip(0)
-    close(swapped["q_proj"][0], net.write(emb)["q_proj"][0], 1e-5, 1e-6)
-
-
-def test_broken_published_checkpoints_are_refused_in_words(tmp_path):
-    weights = in_published_layout(hypernet.TextToLoRA(small_config("medium", r=8)), "sft")
-    file, load = tmp_path / "hypermod.pt", published.convert
-    published_folder(tmp_path, weights)
-    refused("no published checkpoint", load, tmp_path, ["q_proj", "k_proj"])
-    published_folder(tmp_path, {k: t for k, t in weights.items() if "mixer" not in k})
-    refused("do not match their settings", load, tmp_path)
-    file.write_bytes(file.read_bytes()[:3000])
-    refused("no published checkpoint", load, tmp_path)
-    torch.save({"x": Path("/")}, file)  # a pickle that would have to call something
-    refused("no published checkpoint", load, tmp_path)
-    published_folder(tmp_path, weights)
-    (tmp_path / "args.yaml").write_text("training_task: !!python/object/apply:os.getcwd []\n")
-    refused("no published checkpoint", load, tmp_path)
-
-
-@torch.no_grad()
-def test_golden_published_document_checkpoint():
-    """From the published file and a document to A, B, logits and greedy answers."""
-    folder = Path(os.environ.get("T2L_GOLDEN", "")) / "d2l_published"
-    if not folder.exists():
-        pytest.skip("the golden checkpoint is not here")
-    tensors, info = load_file(folder / "golden.safetensors"), read_file(folder / "golden.json")
-    net = published.convert(folder / "small_d2l" / "checkpoint-80000")
-    base, tokenizer = model.load_base(str(folder / "tiny-gemma2"))
-    lora.inject(base, ["down_proj"])
-    assert net.config.scaling == pytest.approx(info["scaling"])
-    net.config.chunk_len = info["max_ctx_chunk_len"]
-    net.connect(base, tokenizer)
-    documents = net(info["documents"])["down_proj"]
-    assert net.encode(info["documents"])[1] == tensors["batch/n_ctx_chunks"].tolist()
-    close(documents, (tensors["batch/A/down_proj"], tensors["batch/B/down_proj"].mT))
-    for i in range(3):
-        adapter = lora.select({"down_proj": documents}, i)
-        for turn in ("plain", "system") if i == 0 else ("plain",):
-            logits = logits_of(base, tensors[f"question/{turn}/input_ids"], adapter, net.config.scaling)
-            close(logits, tensors[f"doc{i}/logits/{turn}"], 1e-4, 5e-4)
-
-
-class Settings:
-    """An object of a class of the published code."""
-
-    def __init__(self, **fields):
-        self.__dict__.update(fields)
-
-
-def published_doc_file(folder: Path, monkeypatch, **changes) -> tuple[dict, dict]:
-    """A golden Doc-to-LoRA network as the published code saves one; returns its content and tensors."""
-    path = golden("down_l2l", "d2l")
-    tensors, info = load_file(f"{path}.safetensors"), read_file(f"{path}.json")
-    shared = load_file(f"{golden('perceiver_shared', 'd2l')}.safetensors")
-    content = {key: tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float() for key in info["state_dict"]}
-    monkeypatch.setattr(Settings, "__module__", "ctx_to_lora")
-    monkeypatch.setitem(sys.modules, "ctx_to_lora", types.SimpleNamespace(Settings=Settings))
-    lora_config = Settings(r=8, lora_alpha=info["lora_forward_scaling"], target_modules={"down_proj"})
-    perceiver = Settings(feature_size=64, n_latent_queries=8, num_blocks=3, num_self_attn_per_block=0)
-    network = Settings(latent_size=64, num_pre_head_layers=1, use_per_rank_bias=False)
-    network.lora_config = lora_config
-    network.layer_indices, network.aggregator_config = torch.arange(4), perceiver
-    network.feature_sizes = (info["d_in"], info["d_out"])
-    content |= {"base_model_name_or_path": "google/gemma-2-2b-it", "hypernet_config": network}
-    content |= {"ctx_encoder_args": Settings(ctx_encoder_type="per_layer_activations")} | changes
-    torch.save(collections.OrderedDict(content), folder / "pytorch_model.bin")
-    return content, tensors
-
-
-@torch.no_grad()
-def test_a_published_document_checkpoint_is_read_without_its_code(tmp_path, monkeypatch):
-    _, tensors = published_doc_file(tmp_path, monkeypatch)
-    monkeypatch.delitem(sys.modules, "ctx_to_lora")
-    net = published.convert(tmp_path)
-    A, B = net.write_chunks(tensors["in/features"], tensors["in/attn_mask"])["down_proj"]
-    close((A, B), (tensors["out/A/down_proj"], tensors["out/B/down_proj"].mT))
-    assert net.config.base_model == "google/gemma-2-2b-it" and net.config.scaling == pytest.approx(2 * 8**1.5)
-
-
-class Hostile:
-    def __init__(self, call, *args):
-        self.call, self.args = call, args
-
-    def __reduce__(self):
-        return self.call, self.args
-
-
-def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch):
-    file, mark = tmp_path / "pytorch_model.bin", tmp_path / "mark"
-    program = f"open({str(mark)!r}, 'w')"
-    for call, *args in (os.system, f"touch {mark}"), (open, str(mark), "w"), (eval, program), (exec, program):
-        published_doc_file(tmp_path, monkeypatch, extra=Hostile(call, *args))
-        with contextlib.suppress(UserError):  # if it is read at all, as a record
-            published.convert(tmp_path)
-        published_doc_file(tmp_path, monkeypatch, hypernet_config=Hostile(call, *args))
-        refused("no published Doc-to-LoRA checkpoint", published.convert, tmp_path)
-        assert not mark.exists()
-    content, _ = published_doc_file(tmp_path, monkeypatch)
-    for missing in "hypernet_config", "head.weight", "ctx_encoder_args":
-        torch.save({key: value for key, value in content.items() if key != missing}, file)
-        refused("no published Doc-to-LoRA|do not match", published.convert, tmp_path)
-    published_doc_file(tmp_path, monkeypatch)
-    file.write_bytes(file.read_bytes()[:5000])
-    refused("no published Doc-to-LoRA checkpoint", published.convert, tmp_path)
-
-
-def test_a_checkpoint_that_asks_for_terabytes_is_refused_in_words(tmp_path, monkeypatch):
-    weights = in_published_layout(hypernet.TextToLoRA(small_config("large", r=8)), "sft")
-    for name in NAMES:  # a few bytes in the file
-        n_out = len(weights[f"heads.{name}.bias"])
-        weights[f"heads.{name}.weight"] = torch.zeros(1).expand(n_out, 10**12)
-    weights["mlp3.4.weight"] = torch.zeros(1).expand(10**12, 96)
-    weights["mlp3.4.bias"] = torch.zeros(1).expand(10**12)
-    published_folder(tmp_path, weights)
-    refused("that network would have .* parameters", published.convert, tmp_path)
-    (tmp_path / "hypermod.pt").unlink()
-    published_doc_file(tmp_path, monkeypatch, extra=Hostile(bytearray, 10**11))
-    refused("holds a bytearray", published.convert, tmp_path)
-    network = published_doc_file(tmp_path, monkeypatch)[0]["hypernet_config"]
-    network.layer_indices = torch.arange(10**5)
-    published_doc_file(tmp_path, monkeypatch, hypernet_config=network)
-    refused("100000 layers", published.convert, tmp_path)
-
-
-def test_a_published_hypernetwork_from_the_hub(tmp_path, server):
-    net = hypernet.load_hypernet(TINY / "sft_small")
-    weights = in_published_layout(net, "sft")
-    sent = published_folder(tmp_path / "sent", weights, emb_model="hash", order=net.names)
-    own = [file for file in sent.iterdir() if file.name in published.FILES]
-    files = {f"trained/tiny/{f.name}": f.read_bytes() for f in own} | {"trained/other/big.bin": b"x"}
-    tree = [dict(type="file", path=name, size=len(content), oid=COMMIT) for name, content in files.items()]
-    siblings = [{"rfilename": name} for name in files]
-    repo = {"id": "u/r", "sha": COMMIT, "siblings": siblings}
-    replies = {"/api/models/u/r/revision/main": repo, f"/api/models/u/r/tree/{COMMIT}": tree}
-    encoded = {path: json.dumps(reply).encode() for path, reply in replies.items()}
-    server.files = {path: (content, len(content)) for path, content in encoded.items()}
-    for name, content in files.items():
-        server.files[f"/u/r/resolve/{COMMIT}/{name}"] = (content, len(content))
-    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_HUB_DISABLE_XET": "1"}
-    env |= dict(HF_HOME=str(tmp_path / "home"), no_proxy="127.0.0.1", PYTHONPATH=str(HERE))
-    program = """if True:
-        import sys
-        from huggingface_hub import constants
-        from extras import published
-        from tests import helpers
-        for folder in sys.argv[1:]:
-            assert helpers.command(published, "u/r/trained/tiny", folder) == 0
-            constants.HF_HUB_OFFLINE = True  # now it is on this machine
-    """
-    words = [sys.executable, "-c", program, str(tmp_path / "first"), str(tmp_path / "again")]
-    env |= dict(HF_ENDPOINT=server.url)
-    run = subprocess.run(words, cwd=HERE, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    for name in ("first", "again"):
-        text_emb = torch.randn(2, 8192)
-        again = hypernet.load_hypernet(tmp_path / name)
-        close(again.write(text_emb)["q_proj"], net.write(text_emb)["q_proj"], 1e-4)
-    assert not any("other" in path for path in server.asked)
-
-
-# -------------------- Numbers of the published implementations --------------------
+# -------------------- Text-to-LoRA --------------------
 
 
 def golden_net(file: str, folder: Path) -> tuple[hypernet.TextToLoRA, dict, dict]:
@@ -332,24 +117,89 @@ def test_golden_reconstruction_losses(tmp_path, file):
     close(train.recon_loss(kind, adapter, target, std), tensors["recon/loss"][0], 1e-5, 5e-6)
 
 
-def golden_doc_net(file: str) -> tuple[hypernet.DocToLoRA, dict]:
-    """One golden Doc-to-LoRA file as (our network with its weights, its tensors)."""
+def test_what_the_files_of_a_checkpoint_say(tmp_path):
+    """No file says in which order the rows of the module embedding are."""
+    path = golden("llama_L_sft")
+    weights = {k[3:]: t for k, t in load_file(f"{path}.safetensors").items() if k.startswith("sd/")}
+    folder = published_folder(tmp_path / "theirs", weights, "google/gemma-2-2b-it", emb_model="some/one")
+    assert command(published, folder, tmp_path / "ours", "--module_order", "v_proj,q_proj") == 0
+    net, emb = hypernet.load_hypernet(tmp_path / "ours"), load_file(f"{path}.safetensors")["in/task_emb"]
+    c = net.config
+    assert (c.size, c.encoder, c.full_stop, c.instruction) == ("large", "some/one", True, True)
+    assert c.base_model == "google/gemma-2-2b-it" and c.scaling == SCALING and net.names == NAMES[::-1]
+    other = published.convert(folder)
+    other.module_emb[0].weight.data = other.module_emb[0].weight.data.flip(0)
+    close(net.write(emb)["q_proj"], other.write(emb)["q_proj"])
+    refused("no published checkpoint", published.convert, folder, ["q_proj", "k_proj"])
+    published_folder(folder, {k: t for k, t in weights.items() if "mixer" not in k})
+    refused("do not match their settings", published.convert, folder)
+    (folder / "args.yaml").write_text("training_task: !!python/object/apply:os.getcwd []\n")
+    refused("no published checkpoint", published.convert, folder)
+    for name in NAMES:  # terabytes, from a few bytes in the file
+        weights[f"heads.{name}.weight"] = torch.zeros(1).expand(len(weights[f"heads.{name}.bias"]), 10**12)
+    weights |= {"mlp3.4.weight": torch.zeros(1).expand(10**12, len(weights["mlp3.4.weight"][0]))}
+    weights |= {"mlp3.4.bias": torch.zeros(1).expand(10**12)}
+    refused("would have .* parameters", published.convert, published_folder(folder, weights))
+
+
+# -------------------- Doc-to-LoRA --------------------
+
+
+class Settings:
+    """An object of a class of the published code."""
+
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+
+class Hostile:
+    """Calls something when it is unpickled."""
+
+    def __init__(self, call, *args):
+        self.call, self.args = call, args
+
+    def __reduce__(self):
+        return self.call, self.args
+
+
+def document_folder(folder: Path, monkeypatch, file: str = "down_l2l", **changes) -> Path:
+    """A golden Doc-to-LoRA network as the published code saves one; its classes are not here afterwards."""
     path = golden(file, "d2l")
     tensors, info = load_file(f"{path}.safetensors"), read_file(f"{path}.json")
     shared = load_file(f"{golden('perceiver_shared', 'd2l')}.safetensors")
-    sizes = dict(targets=published.make_targets(4, info["d_in"], info["d_out"]), n_layers=4, alpha=128)
-    sizes |= dict(input_size=64, latent_size=64, n_blocks=3)
-    net = hypernet.DocToLoRA(hypernet.DocConfig(**sizes, early_exit=file == "down_flat")).eval()
-    weights = {key: tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float() for key in info["state_dict"]}
-    net.load_state_dict(published.doc_weights(weights))
-    close(torch.tensor(net.config.scaling), torch.tensor(info["lora_forward_scaling"]))
-    return net, tensors
+    content = {key: tensors.get(f"sd/{key}", shared.get(f"sd/{key}")).float() for key in info["state_dict"]}
+    network = Settings(latent_size=64, num_pre_head_layers=1, use_per_rank_bias=False)
+    network.feature_sizes, network.layer_indices = (info["d_in"], info["d_out"]), torch.arange(4)
+    network.lora_config = Settings(r=8, lora_alpha=info["lora_forward_scaling"])
+    network.aggregator_config = Settings(feature_size=64, n_latent_queries=8, num_self_attn_per_block=0)
+    kind = "early_exit" if file == "down_flat" else "per_layer_activations"
+    content |= {"base_model_name_or_path": "google/gemma-2-2b-it", "hypernet_config": network}
+    content |= {"ctx_encoder_args": Settings(ctx_encoder_type=kind)} | changes
+    with monkeypatch.context() as patch:
+        patch.setattr(Settings, "__module__", "ctx_to_lora")
+        patch.setitem(sys.modules, "ctx_to_lora", types.SimpleNamespace(Settings=Settings))
+        torch.save(content, folder / "pytorch_model.bin")
+    return folder
+
+
+def test_a_hostile_or_broken_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch):
+    mark = tmp_path / "mark"
+    for call, *args in (os.system, f"touch {mark}"), (exec, f"open({str(mark)!r}, 'w')"), (bytearray, 10**11):
+        document_folder(tmp_path, monkeypatch, hypernet_config=Hostile(call, *args))
+        refused("no published Doc-to-LoRA checkpoint", published.convert, tmp_path)
+        assert not mark.exists()
+    document_folder(tmp_path, monkeypatch, **{"head.weight": None})
+    refused("do not match their settings", published.convert, tmp_path)
+    file = document_folder(tmp_path, monkeypatch) / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:5000])
+    refused("no published Doc-to-LoRA checkpoint", published.convert, tmp_path)
 
 
 @pytest.mark.parametrize("file", ["down_l2l", "down_flat"])
 @torch.no_grad()
-def test_golden_documents(file):
-    net, tensors = golden_doc_net(file)
+def test_golden_documents(tmp_path, monkeypatch, file):
+    net = published.convert(document_folder(tmp_path, monkeypatch, file))
+    tensors = load_file(f"{golden(file, 'd2l')}.safetensors")
 
     def pair(key):
         return (tensors[f"{key}/A/down_proj"], tensors[f"{key}/B/down_proj"].mT)
@@ -386,3 +236,52 @@ def test_golden_documents(file):
         logits = base(tensors["e2e/input_ids"], attention_mask=tensors["e2e/attention_mask"]).logits
     close(logits[asked], tensors["e2e/logits"][asked], 1e-4, 5e-4)
     assert (tensors["e2e/logits"] - tensors["e2e/logits_base"])[asked].abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_golden_published_document_checkpoint():
+    """From the published file and a document to A, B, logits and greedy answers."""
+    folder = Path(os.environ.get("T2L_GOLDEN", "")) / "d2l_published"
+    if not folder.exists():
+        pytest.skip("the golden checkpoint is not here")
+    tensors, info = load_file(folder / "golden.safetensors"), read_file(folder / "golden.json")
+    net = published.convert(folder / "small_d2l" / "checkpoint-80000")
+    base, tokenizer = model.load_base(str(folder / "tiny-gemma2"))
+    lora.inject(base, ["down_proj"])
+    assert net.config.scaling == pytest.approx(info["scaling"])
+    net.config.chunk_len = info["max_ctx_chunk_len"]
+    net.connect(base, tokenizer)
+    documents = net(info["documents"])["down_proj"]
+    assert net.encode(info["documents"])[1] == tensors["batch/n_ctx_chunks"].tolist()
+    close(documents, (tensors["batch/A/down_proj"], tensors["batch/B/down_proj"].mT))
+    for i in range(3):
+        adapter = lora.select({"down_proj": documents}, i)
+        for turn in ("plain", "system") if i == 0 else ("plain",):
+            logits = logits_of(base, tensors[f"question/{turn}/input_ids"], adapter, net.config.scaling)
+            close(logits, tensors[f"doc{i}/logits/{turn}"], 1e-4, 5e-4)
+
+
+# -------------------- The hub --------------------
+
+
+def test_a_published_hypernetwork_from_the_hub(tmp_path, server):
+    """Only the files of its folder are downloaded, and once: the second call is offline."""
+    path = golden("llama_L_sft")
+    weights = {k[3:]: t for k, t in load_file(f"{path}.safetensors").items() if k.startswith("sd/")}
+    sent = published_folder(tmp_path / "sent", weights)
+    files = {f"trained/tiny/{name}": (sent / name).read_bytes() for name in published.FILES[:3]}
+    files["trained/other/big.bin"] = b"x"
+    tree = [dict(type="file", path=name, size=len(content), oid=COMMIT) for name, content in files.items()]
+    repo = {"id": "u/r", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+    replies = {"/api/models/u/r/revision/main": repo, f"/api/models/u/r/tree/{COMMIT}": tree}
+    contents = {path: json.dumps(reply).encode() for path, reply in replies.items()}
+    contents |= {f"/u/r/resolve/{COMMIT}/{name}": content for name, content in files.items()}
+    server.files = {path: (content, len(content)) for path, content in contents.items()}
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_HUB_DISABLE_XET": "1"}
+    env |= dict(HF_HOME=str(tmp_path / "home"), no_proxy="127.0.0.1", HF_ENDPOINT=server.url)
+    for variables in env, env | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:1"}:
+        words = [sys.executable, "-m", "extras.published", "u/r/trained/tiny", str(tmp_path / "ours")]
+        run = subprocess.run(words, cwd=HERE, env=variables, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        shutil.rmtree(tmp_path / "ours")
+    assert not any("other" in path for path in server.asked)

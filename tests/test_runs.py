@@ -22,20 +22,8 @@ from data import Example
 from support import state
 from support.files import read_file, write_file
 from tasks import checks, chores
-from tests.helpers import (
-    D2L,
-    HERE,
-    LORA,
-    SHORT,
-    command,
-    fit,
-    interrupted_in_call,
-    losses_of,
-    needs_time,
-    refused,
-    run_of,
-    small_config,
-)
+from tests.helpers import D2L, HERE, LORA, SHORT, command, fit, interrupted_in_call, losses_of, needs_time
+from tests.helpers import refused, run_of, small_config
 
 
 def test_learning_rates():
