@@ -372,6 +372,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
         expected = torch.autograd.grad(whole, list(run.net.parameters()))
     passes, layer = [], run.base.get_decoder().layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))  # (reading has none)
+    assert not any(layer.A is not None for layer in lora.injected_layers(run.base))  # nothing is left in it
     for run.args.micro_batch in (1, 100, 3):
         if run.args.micro_batch == 3:
             model.recompute_layers(run.base)

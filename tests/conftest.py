@@ -95,9 +95,8 @@ def server():
 def places(tmp_path_factory, reader) -> dict[str, Path]:
     """Folders and files with which commands go wrong."""
     tmp = tmp_path_factory.mktemp("mistakes")
-    for name in ("base", "tiny"):
-        tiny_llama(vocab_size=len(tiny.VOCABULARY)).save_pretrained(tmp / name)
-        model.load_base("tiny")[1].save_pretrained(tmp / name)
+    tiny_llama(vocab_size=len(tiny.VOCABULARY)).save_pretrained(tmp / "base")
+    model.load_base("tiny")[1].save_pretrained(tmp / "base")
     net = hypernet.TextToLoRA(small_config("small", base_model="base", input_size=8192))
     hypernet.save_hypernet(net, tmp / "other")
     task = {"Definition": ["Swap."], "Instances": [{"input": "Paris Rome", "output": ["Rome Paris"]}]}
@@ -115,10 +114,8 @@ def places(tmp_path_factory, reader) -> dict[str, Path]:
     config = config_for(tiny_llama(), base_model="base")
     name = load_tasks("tiny")["train"][0].name
     lora.save_adapter(tmp / "oracles" / name, random_adapter(config), config)
-    elsewhere = config_for(tiny_llama(), base_model="nobody/nothing")
-    lora.save_adapter(tmp / "elsewhere", random_adapter(elsewhere), elsewhere)
     (tmp / "list").mkdir()
     write_file(tmp / "list" / "config.json", [1])
     own = dict(base=tmp / "base", other=tmp / "other", foreign=tmp / "foreign", reader=reader)
-    own |= dict(adapter=tmp / "oracles" / name, elsewhere=tmp / "elsewhere")
-    return own | dict(tmp=tmp, net=TINY / "sft_large")
+    own["adapter"] = tmp / "oracles" / name
+    return own | dict(tmp=tmp, note=tmp / "note.txt", net=TINY / "sft_large")

@@ -39,6 +39,8 @@ def test_queries_are_in_the_published_order():
 
 def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch):
     """Neither the other documents of a batch, nor how many chunks are read at once, nor their order."""
+    parts = hypernet.split_document(list(range(1200)), hypernet.DocConfig(chunk_len=500))
+    assert [len(part) for part in parts] == [400, 400, 400] and sum(parts, []) == list(range(1200))
     net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
     texts = ["cat -> red", "dog -> blue horse chair\nbird hat lemon apple sun", "hat -> sun moon tree"]
@@ -69,16 +71,6 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     assert net.bias["down_proj_A"].std() > 0.4 / 384**0.5  # B alone is zero, so that it learns
 
 
-def test_a_group_without_padding_has_no_mask(reader):
-    net, (base, _) = hypernet.load_hypernet(reader), model.load_base("tiny")
-    lora.inject(base, net.names)
-    features, mask = hypernet.read_chunks(base, [[5, 6, 7], [8, 9, 10]], False)
-    assert mask is None
-    ones = torch.ones(2, 3)
-    close(net.write_chunks(features, None)["down_proj"], net.write_chunks(features, ones)["down_proj"])
-    assert hypernet.read_chunks(base, [[5, 6, 7], [8]], False)[1].sum() == 4
-
-
 def test_the_perceiver_is_computed_again_to_save_memory(reader):
     net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
@@ -102,18 +94,6 @@ def test_early_exit_is_after_a_quarter_of_the_layers():
     every = model.hidden_states(base, ids, None)  # after an early exit, too
     close(every[:, :7], torch.stack(states[:7], 1))
     close(every[:, 7], base.model.norm(states[7]))
-
-
-def test_documents_get_longer_as_the_training_goes():
-    run = run_of(*D2L, "--n_tasks", "300", "--max_steps", "100")
-
-    def lines(i):
-        return run.tasks[i].descriptions[0].count("\n") + 1
-
-    def longest(step):
-        return max(lines(item.index) for item in data.draw(run.tasks, step, run.args))
-
-    assert longest(0) <= 4 and longest(99) == 32
 
 
 def test_the_size_of_weights_does_not_depend_on_padding():
@@ -156,15 +136,6 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
     assert model.answer(with_peft(base, tmp_path / "cow"), tokenizer, prompt, 8) == [" mucca"]
 
 
-def test_readers_of_some_and_of_all_layers_are_compared(reader, tmp_path):
-    net = hypernet.load_hypernet(reader)
-    early = hypernet.DocToLoRA(hypernet.DocConfig(**vars(net.config) | {"early_exit": True}))
-    hypernet.save_hypernet(early, tmp_path / "early")
-    words = ["--tasks", "facts", "--methods", "t2l", "--n_tasks", "3", "--n_examples", "1"]
-    for first, second in (tmp_path / "early", reader), (reader, tmp_path / "early"):
-        assert command(evaluation, *words, "--hypernet", first, "--compare", second) == 0
-
-
 def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
     run = run_of(*D2L)
     run.args.distill, run.args.l2 = 5, 0.0
@@ -198,42 +169,34 @@ def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
     assert data.cached_ids.cache_info().currsize == 1  # the question without the document
 
 
+def test_long_documents_come_later():
+    run = run_of(*D2L, "--n_tasks", "300", "--max_steps", "100")
+
+    def longest(step: int) -> int:
+        drawn = data.draw(run.tasks, step, run.args)
+        return max(item.description.count("\n") + 1 for item in drawn)
+
+    assert longest(0) <= 4 and longest(99) == 32
+
+
 def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path, capsys):
     """A second call answers only what is missing; what does not fit into the window is left out."""
-    folder, out = tmp_path / "in", tmp_path / "out"
+    folder, out, known = tmp_path / "in", tmp_path / "out", {"question": "dog", "answer": "blue"}
     folder.mkdir()
-    known = {"question": "dog", "answer": "blue"}
-    documents = {"a": "cat -> red <eos>", "b": "cat -> sun <eos>", "long": repeated("cat ", 600)}
-    for name, document in documents.items():
+    for name, document in {"a": "cat -> red <eos>", "b": "cat -> sun", "long": repeated("cat ", 600)}.items():
         write_file(folder / f"{name}.json", {"document": document, "questions": [{"question": "cat"}, known]})
     write_file(folder / "splits.json", {"train": ["a", "long"], "val": ["b"]})
-    assert command(train, *D2L, "--tasks", folder, "--out_dir", tmp_path / "net") == 2
-    assert f"python -m extras.answers {folder} NEW_FOLDER" in capsys.readouterr().err
     words = [folder, out, "--base_model", "tiny"]
     assert command(answers, *words) == 0 and "left out: 1 questions" in capsys.readouterr().out
     base, tokenizer = model.load_base("tiny")
-    for name in ("a", "b"):
-        content = read_file(out / f"{name}.json")
-        prompt = model.render(tokenizer, model.chat(tokenizer, "cat", content["document"]))
-        (said,) = model.answer(base, tokenizer, [prompt], 64)
-        assert content["questions"] == [{"question": "cat", "answer": said.strip()}, known]
+    prompt = model.render(tokenizer, model.chat(tokenizer, "cat", "cat -> red <eos>"))
+    (said,) = model.answer(base, tokenizer, [prompt], 64)
+    content = read_file(out / "a.json")
+    assert content["questions"] == [{"question": "cat", "answer": said.strip()}, known]
     assert read_file(out / "long.json")["questions"] == [known]
-    (out / "b.json").unlink()
-    edited = read_file(out / "a.json") | {"name": "kept"}
-    write_file(out / "a.json", edited)
-    assert command(answers, *words) == 0 and (out / "b.json").exists()
-    assert read_file(out / "a.json") == edited
-    assert len(load_tasks(out)["train"]) == 2
+    write_file(out / "a.json", content | {"name": "kept"})
     asked = read_file(folder / "b.json")
-    asked["questions"].append({"question": "sun"})  # a new question of a document that was answered
-    write_file(folder / "b.json", asked)
-    write_file(folder / "splits.json", {"train": ["nothere"]})
-    assert command(answers, *words) == 2  # before anything is generated
-    (folder / "splits.json").unlink()
-    assert command(answers, *words) == 0
+    write_file(folder / "b.json", asked | {"questions": [*asked["questions"], {"question": "sun"}]})
+    assert command(answers, *words) == 0 and read_file(out / "a.json")["name"] == "kept"
     assert [entry["question"] for entry in read_file(out / "b.json")["questions"]] == ["cat", "dog", "sun"]
-
-
-def test_documents_are_split_into_few_chunks_of_similar_length():
-    parts = hypernet.split_document(list(range(1200)), hypernet.DocConfig(chunk_len=500))
-    assert [len(part) for part in parts] == [400, 400, 400] and sum(parts, []) == list(range(1200))
+    assert {split: len(tasks) for split, tasks in load_tasks(out).items()} == dict(train=2, val=1, test=0)

@@ -189,3 +189,10 @@ def test_training_sees_the_inputs_that_generation_sees():
         close(logits, base(ids).logits[:, 3:-1].flatten(0, 1), 1e-4, 1e-4)
         noisy, _, _ = model.answer_logits(base, [(row[:4], row[4:]) for row in ids.tolist()], 5.0)
         assert (noisy - logits).abs().max() > 1e-3
+
+
+def test_gemma_2_keeps_its_softcap(tmp_path):
+    """Some versions of transformers drop it with sdpa attention."""
+    random_base("gemma2").save_pretrained(tmp_path)
+    model.load_base("tiny")[1].save_pretrained(tmp_path)
+    assert model.load_base(str(tmp_path))[0].config._attn_implementation == "eager"

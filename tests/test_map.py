@@ -8,14 +8,11 @@ from extras import map as mapping
 from tests.helpers import SCALING, TINY, close, command
 
 
-def test_the_projection_keeps_the_two_widest_directions():
-    x = torch.randn(50, 6) * torch.tensor([9.0, 0.1, 5.0, 0.1, 0.1, 0.1]) + 3
-    centred = x - x.mean(0)
-    close(mapping.projection(x).square().sum(0), torch.linalg.svdvals(centred)[:2].square(), 1e-3)
-
-
 @torch.no_grad()
 def test_the_changes_are_those_of_the_weights(monkeypatch):
+    x = torch.randn(50, 6) * torch.tensor([9.0, 0.1, 5.0, 0.1, 0.1, 0.1]) + 3
+    widest = torch.linalg.svdvals(x - x.mean(0))[:2]
+    close(mapping.projection(x).square().sum(0), widest.square(), 1e-3)
     monkeypatch.setattr(mapping, "ENTRIES", 10**9)  # all of them
     net, texts = hypernet.load_hypernet(TINY / "sft_small"), ["Keep the fruits.", "Reverse the list."]
     net.connect(None, None)

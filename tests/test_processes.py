@@ -15,19 +15,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import Gemma2Config
 
 import data
 import eval as evaluation
 import generate
-import lora
 import model
-import train
 from support import processes
 from support.files import read_file, write_file
 from tasks import load_tasks
 from tests.helpers import D2L, HERE, LORA, SAY, SHORT, TINY, close, command, fit, gradients, losses_of
-from tests.helpers import needs_gpu, refused, run_of, small_decoder
+from tests.helpers import needs_gpu, refused, run_of
 
 
 def free_port() -> int:
@@ -94,9 +91,6 @@ def main() -> None:
             base(torch.tensor([[1, 2, 3]], device=process.device))
         whole.append(n_whole())
     roots = [module for module in base.modules() if is_root(module)]
-    cut = model.hidden_states(base, torch.tensor([[1, 2, 3]], device=process.device), None, early_exit=True)
-    assert cut.isfinite().all()
-    assert roots == [module for module in base.modules() if is_root(module)]
     local = sum(p.to_local().nbytes for p in layers.parameters() if isinstance(p, DTensor))
     print(json.dumps({"roots": len(roots), "whole": whole, "bytes": local, "dtype": str(base.dtype)}))
     torch.distributed.destroy_process_group()
@@ -122,14 +116,11 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_are_one(pair, tmp_path, name):
+def test_two_processes_are_one(pair, tmp_path, name, one_thread):
     """Losses, validation and weights; also with shards, and with unequal parts of a step."""
     folder, _ = pair
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes have: no other rounding
     words = [word for word in RUNS[name] if word != "--shard"]
     one, two = fit(tmp_path / "one", *words, "--max_steps", "5"), losses_of(folder / name)
-    torch.set_num_threads(n_threads)
     assert len(one) == 5 and one[0] != one[-1]
     assert max(abs(a - b) for a, b in zip(one, two)) < 1e-5 * max(1, max(one))
     values = [losses_of(place, "val_loss") for place in (tmp_path / "one", folder / name)]
@@ -162,25 +153,6 @@ def test_a_sharded_base_model_is_never_whole(pair):
     assert seen["roots"] == 1 and seen["whole"][0] == 0 and max(seen["whole"]) <= 1
     whole = sum(p.nbytes for p in model.load_base("tiny")[0].get_decoder().layers.parameters())
     assert whole / 2 <= seen["bytes"] < 0.55 * whole
-
-
-def test_a_sharded_base_model_is_no_text_encoder(monkeypatch):
-    """Processes would run it unequally often, and wait for each other for ever."""
-    monkeypatch.setenv("RANK", "0")
-    refused("--shard needs a text encoder", run_of, *SHORT, "--shard", "--encoder", "base")
-
-
-def test_more_processes_than_gpus_is_one_line(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(ValueError, match="3 processes, but the number of GPUs on this machine is 2"):
-        processes.choose_device("auto")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert processes.choose_device("auto") == torch.device("cuda", 1)
-    assert processes.choose_device("cpu") == torch.device("cpu")
 
 
 # -------------------- On a GPU --------------------
@@ -230,68 +202,27 @@ def test_two_gpus_and_shards_are_one(tmp_path):
 # -------------------- Devices, without a GPU --------------------
 
 
-@pytest.mark.parametrize("name, index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
-def test_a_gpu_always_has_an_index(monkeypatch, name, index):
-    """torch.cuda.set_device refuses a device without one."""
+def test_which_device_a_process_takes(monkeypatch):
+    """A GPU has an index, which torch.cuda.set_device needs; bfloat16 is not emulated on a T4."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert processes.choose_device(name) == torch.device("cuda", index)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # torchrun with one process
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert processes.choose_device(name) == torch.device("cuda", index)
-
-
-def test_the_gpu_is_made_the_current_one_and_attention_does_not_plan(monkeypatch):
-    used, planned = [], []
-    monkeypatch.setattr(processes, "choose_device", lambda name: torch.device("cuda", 1))
-    monkeypatch.setattr(torch.cuda, "set_device", used.append)
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", planned.append)
-    assert processes.use_device("auto") == torch.device("cuda", 1)
-    assert used == [torch.device("cuda", 1)] and planned == [False]
-
-
-def test_bfloat16_is_not_emulated(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert model.default_dtype("cuda") == torch.float32  # a T4
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert model.default_dtype("cuda:1") == torch.bfloat16 and model.default_dtype("cpu") == torch.float32
+    for name, index in ("auto", 0), ("cuda", 0), ("cuda:1", 1):
+        assert processes.choose_device(name) == torch.device("cuda", index)
+    assert model.default_dtype("cuda") == torch.float32
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert processes.choose_device("auto") == torch.device("cuda", 1)
+    assert processes.choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    refused("3 processes, but the number of GPUs on this machine is 2", processes.choose_device, "auto")
 
 
-def test_what_goes_wrong_on_mps_is_refused(monkeypatch):
+def test_what_would_go_wrong_on_other_devices_or_hang_is_refused(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    words = ["train.py", "--device", "mps", "--gradient_checkpointing"]
-    monkeypatch.setattr(sys, "argv", words)
-    refused("--gradient_checkpointing on mps needs --dropout 0", train.parse_args)
-    monkeypatch.setattr(sys, "argv", [*words, "--dropout", "0"])
-    train.parse_args()
-    monkeypatch.setenv("RANK", "0")
+    refused("on mps needs --dropout 0", run_of, "--device", "mps", "--gradient_checkpointing")
+    monkeypatch.setenv("RANK", "0")  # as torchrun does, and srun
     refused("a single process only", processes.choose_device, "mps")
-
-
-def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "0")  # as srun does
     refused("start several processes with torchrun", processes.start, "cpu")
     refused("needs a single process: python, not torchrun", processes.start_single, "cpu")
-
-
-def test_a_seed_starts_the_same_network_on_every_device(monkeypatch):
-    """Random numbers are drawn before the network moves."""
-    drawn_on, real = [], lora.init_A_
-    monkeypatch.setattr(lora, "init_A_", lambda A: drawn_on.append(A.device.type) or real(A))
-    monkeypatch.setattr(nn.Module, "to", lambda module, device: drawn_on.append("moved") or module)
-    run_of(*SHORT)
-    assert drawn_on[-3:] == ["cpu", "cpu", "moved"]
-
-
-def test_the_base_model_does_not_hold_the_gradients_of_a_step():
-    run = run_of(*SHORT)
-    train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args))
-    assert all(layer.A is None and layer.B is None for layer in lora.injected_layers(run.base))
-
-
-def test_gemma_2_keeps_its_softcap(tmp_path):
-    """Some versions of transformers drop it with sdpa attention."""
-    base = small_decoder(Gemma2Config)
-    base.save_pretrained(tmp_path)
-    model.load_base("tiny")[1].save_pretrained(tmp_path)
-    assert model.load_base(str(tmp_path))[0].config._attn_implementation == "eager"
+    refused("--shard needs a text encoder", run_of, *SHORT, "--shard", "--encoder", "base")

@@ -7,9 +7,8 @@ import eval as evaluation
 import generate
 import model
 import train
-from support import tables
 from support.files import read_file, write_file
-from tests.helpers import SHORT, command, refused, repeated, tiny_llama
+from tests.helpers import SHORT, command, refused, tiny_llama
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -35,6 +34,11 @@ def test_chat_templates_with_and_without_a_system_message():
     tokenizer.chat_template = odd + "{% if add_generation_prompt %}AI: {% endif %}"
     chat = [{"role": "user", "content": "hello"}]
     refused("does not put answers where it asks for them", model.render, tokenizer, chat, "bye")
+    assert model.render(tokenizer, chat) == "user: hello\nAI: "
+    silent = "{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
+    mute = model.load_base("tiny")[1]
+    mute.chat_template = CHATML.replace("<|im_start|>{{", silent + "<|im_start|>{{", 1)
+    assert model.render(mute, chat).endswith("assistant\n")
 
 
 def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
@@ -77,7 +81,7 @@ def test_the_answer_is_tokenized_as_the_model_would_write_it(tmp_path):
     assert data.example_ids(fast, "where", "Paris", "") == ([3, 6, 4], [5, 1])
 
 
-def test_what_a_template_writes_before_an_answer_belongs_to_the_prompt(tmp_path):
+def test_what_a_template_writes_before_an_answer_belongs_to_the_prompt():
     """As gpt-oss's channel: otherwise it would be trained and read as a part of the answer."""
     tokenizer = model.load_base("tiny")[1]
     said = "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}{{ m.content }}"
@@ -86,16 +90,6 @@ def test_what_a_template_writes_before_an_answer_belongs_to_the_prompt(tmp_path)
     prompt = "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n<|channel|>final<|message|>"
     assert model.render(tokenizer, chat) == prompt
     assert model.render(tokenizer, chat, "Paris") == "Paris<|im_end|>"
-
-
-def test_a_template_without_answers_can_still_be_asked(tmp_path):
-    tiny_llama().save_pretrained(tmp_path)
-    tokenizer = model.load_base("tiny")[1]
-    refuses = "{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
-    tokenizer.chat_template = CHATML.replace("<|im_start|>{{", refuses + "<|im_start|>{{", 1)
-    tokenizer.save_pretrained(tmp_path)
-    _, tokenizer = model.load_base(str(tmp_path))
-    assert model.render(tokenizer, [{"role": "user", "content": "x"}]).endswith("assistant\n")
 
 
 def test_the_mark_that_the_template_writes_after_an_answer_ends_it(tmp_path):
@@ -108,19 +102,6 @@ def test_the_mark_that_the_template_writes_after_an_answer_ends_it(tmp_path):
     write_file(tmp_path / "generation_config.json", {"eos_token_id": 3})
     base, tokenizer = model.load_base(str(tmp_path))
     assert base.generation_config.eos_token_id == [3, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-
-
-def test_a_tokenizer_with_neither_pad_nor_end_mark(tmp_path):
-    tiny_llama(vocab_size=424).save_pretrained(tmp_path)
-    model.load_base("tiny")[1].save_pretrained(tmp_path)
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (tmp_path / file).exists():
-            content = read_file(tmp_path / file)
-            write_file(tmp_path / file, content | {"pad_token": None, "eos_token": None})
-    (tmp_path / "generation_config.json").unlink()
-    base, tokenizer = model.load_base(str(tmp_path))
-    assert tokenizer.pad_token is None
-    assert len(model.answer(base, tokenizer, ["cat", "cat dog sun"], 2)) == 2
 
 
 def test_a_prompt_does_not_depend_on_the_day():
@@ -154,17 +135,7 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
         words = ["--desc", "red hat", "--input", "cat dog", "--hypernet", net, "--out", tmp_path / "out"]
         assert prompts_of(generate, *words) == {expected}
     assert prompts_of(evaluation, *own, "--methods", "t2l", "--no-instruction") == {"cat dog"}
+    one = ["--methods", "mt_lora", "--mt_lora", tmp_path / "out", "--tasks", folder, "--split", "train"]
+    assert prompts_of(evaluation, *one) == {expected}  # an adapter, too, is asked as it was trained
     both = ["--compare", tmp_path / "net0", "--tasks", folder, "--split", "train", "--methods", "t2l"]
     assert len(prompts_of(evaluation, "--hypernet", net, *both)) == 2  # each as it was trained
-
-
-def test_answers_of_several_lines_stay_in_their_column(capsys):
-    tables.show_answers(["x"], {"base model": ["one\ntwo"]})
-    assert capsys.readouterr().out == "\n  input         x\n  base model    one\n                two\n"
-    assert "| method | a |" in tables.make_table({"t2l": {"a": 1.0}}, "test")
-
-
-def test_an_input_that_does_not_fit_into_the_window_is_one_line(tmp_path, capsys):
-    words = ["--desc", "Reverse the fruits.", "--input", repeated("cat ", 500), "--out", tmp_path / "a"]
-    assert command(generate, *words) == 2
-    assert "do not fit into the base model's window" in capsys.readouterr().err

@@ -1,9 +1,7 @@
 """Runs: their folders, their state, what they keep."""
 
 import collections
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,13 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hypernet
-import model
 import train
-from data import Example
 from support import state
 from support.files import read_file, write_file
-from tasks import checks, chores
-from tests.helpers import D2L, HERE, LORA, SHORT, command, fit, interrupted_in_call, losses_of, needs_time
+from tasks import checks
+from tests.helpers import HERE, LORA, SHORT, command, fit, interrupted_in_call, losses_of
 from tests.helpers import refused, run_of, small_config
 
 
@@ -51,7 +47,7 @@ def test_learning_rates():
     assert sum(p.numel() for p in offset) == 3 * 4 * (10 + 10 + 10 + 6)  # one adapter
 
 
-def test_gradients_are_clipped_and_heads_have_their_learning_rate(tmp_path, monkeypatch):
+def test_gradients_are_clipped_and_each_term_of_the_loss_has_a_column(tmp_path, monkeypatch):
     norms, real = [], torch.optim.AdamW.step
 
     def note(optimizer, *args):
@@ -60,34 +56,22 @@ def test_gradients_are_clipped_and_heads_have_their_learning_rate(tmp_path, monk
         return real(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", note)
-    fit(tmp_path / "run", *SHORT, "--max_steps", "2")
-    assert len(norms) == 2 and max(norms) < 1.001
-    for head_lr in ("0", "1"):
-        fit(tmp_path / f"heads{head_lr}", *SHORT, "--head_lr", head_lr, "--max_steps", "2")
-        weights = load_file(tmp_path / f"heads{head_lr}" / "hypernet.safetensors")
-        assert weights["heads.q_proj.weight"].any() == (head_lr == "1")  # they begin as zeros
-
-
-def start_training(*words) -> subprocess.Popen:
-    start = [sys.executable, "train.py", *map(str, words)]
-    return subprocess.Popen(start, cwd=HERE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_steps(run: subprocess.Popen, folder: Path, n: int) -> None:
-    metrics = folder / "metrics.jsonl"
-    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= n):
-        time.sleep(0.01)
+    losses = fit(tmp_path / "run", *SHORT, "--l1", "0.1", "--max_steps", "2")
+    assert len(norms) == 2 and max(norms) < 1.001 < max(losses_of(tmp_path / "run", "grad_norm"))
+    terms = [losses_of(tmp_path / "run", f"loss_{name}") for name in ("task", "l1", "l2")]
+    assert [sum(values) for values in zip(*terms)] == pytest.approx(losses)
 
 
 def test_resume_after_kill_is_exact(tmp_path, capsys):
     words = [*SHORT, "--dropout", "0.1", "--neftune_alpha", "5", "--max_steps", "60", "--val_every", "7"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     fit(whole, *words)
-    run = start_training(*words, "--out_dir", cut)
-    wait_for_steps(run, cut, 17)
+    start = [sys.executable, "train.py", *words, "--out_dir", str(cut)]
+    run, metrics = subprocess.Popen(start, cwd=HERE, stderr=subprocess.DEVNULL), cut / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 17):
+        time.sleep(0.01)
     run.kill()
-    run.communicate()
-    metrics = cut / "metrics.jsonl"
+    run.wait()
     assert (cut / "state.safetensors").exists(), "the run had ended before it was killed"
     metrics.write_text(metrics.read_text() + '{"step": 99, "lo')  # a kill may leave half a line
     before = {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
@@ -103,71 +87,27 @@ def test_resume_after_kill_is_exact(tmp_path, capsys):
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs) and not (cut / "state.safetensors").exists()
 
 
-def test_a_run_that_dies_in_its_first_step_leaves_nothing_behind(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "sft_step", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            command(train, *SHORT, "--out_dir", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    run = tmp_path / "a run"
+    """A run that goes on reads neither the network that it started from, nor a text encoder."""
+    fit(tmp_path / "first", *SHORT, "--max_steps", "1")
+    run, start = tmp_path / "a run", ["--init_from", tmp_path / "first"]
     monkeypatch.setattr(train, "sft_step", interrupted_in_call(3, train.sft_step)[0])
-    assert command(train, *SHORT, "--max_steps", "2000", "--out_dir", run) == 130
+    assert command(train, *SHORT, *start, "--max_steps", "2000", "--out_dir", run) == 130
     again = f"interrupted after 3 steps; to continue: python train.py --resume --out_dir '{run}'"
     assert again in capsys.readouterr().err
     assert int(load_file(run / "state.safetensors")["step"]) == len(losses_of(run)) == 3
+    shutil.rmtree(tmp_path / "first")
+    checkpoint = state.Checkpoint(tmp_path, checks.identify([]), 2)
+    checkpoint.run, checkpoint.run_file = read_file(run / "state.json") | {"processes": 2}, run / "state.json"
+    refused("this run has 1 processes, not 2", checkpoint.resume, None, None)
     assert len(fit(run, "--resume", "--max_steps", "5")) == 5
 
 
-@needs_time
-def test_ctrl_c_under_torchrun(tmp_path):
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
-    words = [*start, *SHORT, "--max_steps", "2000", "--out_dir", str(tmp_path / "run")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(words, cwd=HERE, stderr=subprocess.PIPE, text=True, env=env)
-    wait_for_steps(run, tmp_path / "run", 5)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate()
-    (line,) = [line for line in said.splitlines() if "interrupted after" in line]
-    steps = len(losses_of(tmp_path / "run"))
-    again = f"torchrun --nproc_per_node=2 train.py --resume --out_dir {tmp_path / 'run'}"
-    assert f"interrupted after {steps} steps; to continue: {again}" in line
-    assert int(load_file(tmp_path / "run" / "state.safetensors")["step"]) == steps >= 5
-
-
-def test_training_starts_from_a_given_hypernetwork(tmp_path):
-    fit(tmp_path / "first", *SHORT, "--max_steps", "2")
-    started = run_of(*SHORT, "--init_from", tmp_path / "first").net.state_dict()
-    saved = hypernet.load_hypernet(tmp_path / "first").state_dict()
-    assert all(torch.equal(started[name], saved[name]) for name in saved)
-
-
-def test_a_resumed_run_does_not_read_again_what_it_started_from(tmp_path, monkeypatch):
-    fit(tmp_path / "first", *SHORT, "--max_steps", "1")
-    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": 1 / 0})  # ends the run in step 2
-    words = [*SHORT, "--max_steps", "3", "--val_every", "2", "--init_from", tmp_path / "first"]
+def test_a_run_that_dies_in_its_first_step_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "sft_step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        command(train, *words, "--out_dir", tmp_path / "run")
-    monkeypatch.undo()
-    shutil.rmtree(tmp_path / "first")
-    assert len(fit(tmp_path / "run", "--resume")) == 3
-
-
-def test_the_best_weights_are_kept(tmp_path, monkeypatch):
-    """Those with the lowest validation loss, to the last bit; neither the first nor the last ones."""
-    seen, losses = [], iter([0.5, 0.2, 0.9, 0.4])
-
-    def validate(run) -> dict:
-        seen.append(run.net.mlp3[1].weight.clone())
-        return {"val_loss": next(losses), "val_accuracy": 0.0}
-
-    monkeypatch.setattr(train, "validate", validate)
-    fit(tmp_path / "run", *SHORT, "--max_steps", "8", "--val_every", "2")
-    assert losses_of(tmp_path / "run", "val_loss") == [0.5, 0.2, 0.9, 0.4]
-    kept = load_file(tmp_path / "run" / "hypernet.safetensors")["mlp3.1.weight"]
-    assert [torch.equal(kept, weights) for weights in seen] == [False, True, False, False]
+        command(train, *SHORT, "--out_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
@@ -185,14 +125,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     assert len(fit(tmp_path / "run", "--resume", "--lr", "1e-3")) == 9
 
 
-def test_a_run_whose_last_step_was_saved_is_finished(tmp_path, monkeypatch):
-    words = [*LORA, "--n_tasks", "2", "--max_steps", "2", "--val_every", "1", "--out_dir", tmp_path / "run"]
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            command(train, *words)
-    assert command(train, "--resume", "--out_dir", tmp_path / "run") == 0
-    assert len(list((tmp_path / "run").glob("*/adapter_config.json"))) == 2
+def test_the_best_weights_are_kept_also_if_the_run_is_killed_before_it_writes_them(tmp_path, monkeypatch):
+    """Those with the lowest validation loss, to the last bit; neither the first nor the last ones."""
+    losses, real, n_saved = iter([0.5, 0.2, 0.9, 0.4]), train.save, []
+
+    def save(*args):
+        n_saved.append(1)
+        return real(*args) if len(n_saved) == 1 else 1 / 0
+
+    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": next(losses), "val_accuracy": 0.0})
+    monkeypatch.setattr(train, "save", save)
+    run = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError):  # in step 4, which is the best
+        command(train, *SHORT, "--max_steps", "8", "--val_every", "2", "--out_dir", run)
+    best = load_file(run / "state.safetensors")
+    monkeypatch.setattr(train, "save", real)
+    fit(run, "--resume", "--lr", "1e-4")
+    assert losses_of(run, "val_loss") == [0.5, 0.2, 0.9, 0.4] and int(best["step"]) == 4
+    kept = load_file(run / "hypernet.safetensors")
+    assert all(torch.equal(kept[name], best[f"net {name}"]) for name in kept)
 
 
 # -------------------- What a run refuses, keeps and says --------------------
@@ -225,8 +176,7 @@ def task_folder_of(folder: Path, names: str) -> Path:
     folder.mkdir(exist_ok=True)
     for name in names:
         instances = [{"input": f"cat {word}", "output": [f"{word} cat"]} for word in ("dog", "red", "sun")]
-        content = {"descriptions": [f"Swap {name}."], "Instances": instances}
-        write_file(folder / f"{name}.json", content)
+        write_file(folder / f"{name}.json", {"descriptions": [f"Swap {name}."], "Instances": instances})
     return folder
 
 
@@ -238,9 +188,7 @@ def test_a_run_with_other_tasks_than_before_is_not_resumed(tmp_path, monkeypatch
     monkeypatch.undo()
     task_folder_of(tasks, "c")
     assert command(train, "--resume", "--out_dir", run) == 2
-    assert (
-        "the tasks have changed since this run was started (added or removed: c)" in capsys.readouterr().err
-    )
+    assert "tasks have changed since this run was started (added or removed: c)" in capsys.readouterr().err
     assert command(train, "--resume", "--rank", "4", "--out_dir", run) == 2
     assert "this run has --rank 8, not 4" in capsys.readouterr().err
     assert command(train, "--resume", "--mode", "sft", "--out_dir", run) == 2
@@ -258,86 +206,6 @@ def test_a_run_with_other_tasks_than_before_is_not_resumed(tmp_path, monkeypatch
     assert sorted(file.name for file in run.iterdir()) == ["a", "b", "metrics.jsonl", "train.args"]
 
 
-def test_each_term_of_the_loss_has_a_column(tmp_path):
-    fit(tmp_path / "run", *SHORT, "--l1", "0.1", "--max_steps", "2")
-    terms = [losses_of(tmp_path / "run", f"loss_{name}") for name in ("task", "l1", "l2")]
-    assert [sum(values) for values in zip(*terms)] == pytest.approx(losses_of(tmp_path / "run"))
-
-
-OTHER = {  # settings of a network that has weights of the same shapes all the same
-    "alpha": ["--alpha", "8"],
-    "target_modules": ["--target_modules", "v_proj,q_proj"],
-}
-
-
-@pytest.mark.parametrize("name", OTHER)
-def test_a_start_of_other_settings_is_refused(tmp_path, name):
-    fit(tmp_path / "first", *SHORT, "--max_steps", "1")
-    refused(
-        "that network has other settings", run_of, *SHORT, *OTHER[name], "--init_from", tmp_path / "first"
-    )
-
-
-def test_a_start_with_another_text_encoder_is_refused(tmp_path):
-    fit(tmp_path / "first", *SHORT, "--max_steps", "1")
-    config = read_file(tmp_path / "first" / "config.json")
-    write_file(tmp_path / "first" / "config.json", config | {"encoder": "some/encoder", "alpha": 16})
-    refused(
-        "other settings .encoder: some/encoder, not hash", run_of, *SHORT, "--init_from", tmp_path / "first"
-    )
-    write_file(tmp_path / "first" / "config.json", config | {"alpha": 16})  # 16 is 16.0
-    run_of(*SHORT, "--init_from", tmp_path / "first")
-
-
-@pytest.mark.parametrize("words", [LORA, D2L])
-def test_a_run_without_descriptions_loads_no_text_encoder(monkeypatch, words):
-    monkeypatch.setattr(model, "load_encoder", lambda *_: 1 / 0)
-    run_of(*words, "--n_tasks", "2")
-
-
-def test_a_task_of_endless_examples_is_checked_quickly(monkeypatch):
-    run, looked = run_of(*SHORT), []
-    monkeypatch.setattr(
-        chores, "example", lambda chain, i, test=False: looked.append(i) or Example("cat", ["red"])
-    )
-    tasks = [chores.make_task(("name", "name-surname"))] * 2
-    looked.clear()
-    run.args.max_tokens = 1
-    refused("no example has at most --max_tokens 1", checks.check, run.tokenizer, tasks, [], run.args, True)
-    assert len(looked) < 1000
-
-
-def test_a_kill_between_state_and_weights_loses_nothing(tmp_path, monkeypatch):
-    """Another learning rate after it: the weights are those of the step that metrics.jsonl calls the best."""
-    losses = iter([0.5, 0.2])
-    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": next(losses), "val_accuracy": 0.0})
-    real, saved = train.save, []
-
-    def save(*args):
-        saved.append(1)
-        return real(*args) if len(saved) == 1 else 1 / 0
-
-    monkeypatch.setattr(train, "save", save)
-    run = tmp_path / "run"
-    with pytest.raises(ZeroDivisionError):  # in step 4, which is the best so far
-        command(train, *SHORT, "--max_steps", "6", "--val_every", "2", "--out_dir", run)
-    state_of_4 = load_file(run / "state.safetensors")
-    monkeypatch.setattr(train, "save", real)
-    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": 0.9, "val_accuracy": 0.0})
-    fit(run, "--resume", "--lr", "1e-4")
-    kept = load_file(run / "hypernet.safetensors")
-    assert int(state_of_4["step"]) == 4
-    assert all(torch.equal(kept[name], state_of_4[f"net {name}"]) for name in kept)
-
-
-def test_another_number_of_processes_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "sft_step", interrupted_in_call(2, train.sft_step)[0])
-    assert command(train, *SHORT, "--out_dir", tmp_path) == 130
-    checkpoint = state.Checkpoint(tmp_path, checks.identify([]), 2)
-    checkpoint.run = read_file(tmp_path / "state.json") | {"processes": 2}
-    refused("this run has 1 processes, not 2", checkpoint.resume, None, None)
-
-
 def test_oracles_say_what_stands_in_the_prompts(tmp_path):
     """A reconstruction of them cannot say otherwise."""
     for name, words in (("plain", []), ("with", ["--instruction"])):
@@ -349,3 +217,15 @@ def test_oracles_say_what_stands_in_the_prompts(tmp_path):
     shutil.copytree(tmp_path / "with" / name, tmp_path / "plain" / name)
     words = ["@config/recon.args", "--oracles", tmp_path / "plain", "--out_dir", tmp_path / "mixed"]
     assert command(train, *words) == 2
+
+
+def test_a_start_from_a_network_of_other_settings_is_refused(tmp_path):
+    fit(tmp_path / "first", *SHORT, "--max_steps", "1")
+    start = [*SHORT, "--init_from", tmp_path / "first"]
+    started, saved = run_of(*start).net.state_dict(), hypernet.load_hypernet(tmp_path / "first").state_dict()
+    assert all(torch.equal(started[name], saved[name]) for name in saved)
+    for changed in ["--alpha", "8"], ["--target_modules", "v_proj,q_proj"]:  # with weights of equal shapes
+        refused("that network has other settings", run_of, *start, *changed)
+    config = read_file(tmp_path / "first" / "config.json")
+    write_file(tmp_path / "first" / "config.json", config | {"encoder": "some/encoder"})
+    refused("other settings .encoder: some/encoder, not hash", run_of, *start)
