@@ -523,13 +523,21 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     return net.eval()
 
 
-MAY_DIFFER = ("instruction", "full_stop", "dropout", "input_dropout", "head_lr", "offset_lr")
+MAY_DIFFER = {"base_model", "instruction", "encoder", "full_stop"}  # from those of a network to start from
+MAY_DIFFER |= {"dropout", "input_dropout", "head_lr", "offset_lr"}
 
 
 def copy_weights(folder: str, net: nn.Module) -> None:
     """Start a network from the weights of another one, for the same base model and of the same settings."""
     start = load_hypernet(folder)
-    hub.check_same(vars(net.config), vars(start.config), MAY_DIFFER, f"--init_from {folder}")
+    ours, theirs = net.config, start.config
+    hub.check_base(ours.base_model, ours.base_shape, theirs.base_model, theirs.base_shape)
+    same_order = list(ours.targets) == list(theirs.targets)
+    for name, value in vars(ours).items():
+        other = getattr(theirs, name, None)
+        if name not in MAY_DIFFER and other != value or name == "targets" and not same_order:
+            message = f"--init_from {folder}: that network has other settings"
+            raise UserError(f"{message} ({name}: {other}, not {value})")
     net.load_state_dict(start.state_dict())
 
 

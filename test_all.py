@@ -1,12 +1,11 @@
 """The method, as tests. Everything else is in tests/: python -m pytest -q
 
 Numbers of the published implementations (assets/golden, and the folder that T2L_GOLDEN names) are matched in
-tests/test_published.py. PEFT is used where it is installed, a GPU where there is one, and real models where
+tests/test_published.py: what a network of each size writes, its losses and gradients. PEFT is used where it is installed, a GPU where there is one, and real models where
 T2L_BASE and T2L_ENCODER name their folders.
 """
 
 import ast
-import itertools
 import math
 import re
 import sys
@@ -31,7 +30,7 @@ from support.files import read_file, write_file
 from tasks import checks, load_tasks
 from tests.helpers import D2L, HERE, LORA, NAMES, SAY, SHORT, TINY, batch_of, close, command, config_for
 from tests.helpers import evaluate, fit, gradients, injected, logits_of, one_layer, random_adapter
-from tests.helpers import refused, repeated, run_of, small_config, small_decoder, tiny_llama
+from tests.helpers import refused, run_of, small_config, tiny_llama
 
 # -------------------- The rooms --------------------
 BELOW = {"support": set(), "lora": {"support"}}  # what each may import of the project
@@ -103,66 +102,6 @@ def test_rank_concatenation_adds_the_updates():
     one, two = random_adapter(config, r=3), random_adapter(config, r=5)
     for name, (A, B) in lora.concat_rank([one, two]).items():
         close(B @ A, one[name][1] @ one[name][0] + two[name][1] @ two[name][0])
-
-
-def naive_adapter(net: hypernet.TextToLoRA, emb: torch.Tensor, layer: int, m: int):
-    """A and B of one layer and module from the published description, one row, matrix and rank at a time."""
-    p, c = net.state_dict(), net.config
-
-    def lin(x, key):
-        return x @ p[f"{key}.weight"].T + p[f"{key}.bias"]
-
-    def norm(x):
-        return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
-
-    def ln(x, key):
-        return norm(x) * p[f"{key}.weight"] + p[f"{key}.bias"]
-
-    def silu(x):
-        return x * torch.sigmoid(x)
-
-    def two(x, a, b):
-        return silu(lin(silu(lin(x, a)), b))
-
-    task = ln(lin(emb / emb.norm() * math.sqrt(len(emb)), "task_encoder.0"), "task_encoder.1")
-    depth = ln(p["layer_emb.0.weight"][layer], "layer_emb.1")
-    kind = ln(p["module_emb.0.weight"][m], "module_emb.1")
-    x = two(torch.cat([task, depth, kind]), "mixer.1", "mixer.4")
-    x = x + two(ln(x, "mlp1.0"), "mlp1.1", "mlp1.4")
-
-    def mlp2(x):
-        return x + two(ln(x, "mlp2.0"), "mlp2.1", "mlp2.4")
-
-    name, r = net.names[m], c.r
-    n_in, n_out = c.targets[name].n_in, c.targets[name].n_out
-
-    def head(x):
-        return lin(two(ln(x, "mlp3.0"), "mlp3.1", "mlp3.4"), f"heads.{name}")
-
-    if c.size == "large":
-        o = head(mlp2(x))
-        A, B = o[: r * n_in].view(r, n_in), o[r * n_in :].view(r, n_out).T
-    else:
-        made, row = [], lambda y, i: head(y + mlp2(ln(p["rank_emb.0.weight"][i], "rank_emb.1")))
-        for k, n in ((0, n_in), (1, n_out)):
-            y = mlp2(x + ln(p["AB_emb"][m, k], "AB_norm"))
-            rows = [row(y, i)[:n] for i in range(r)] if c.size == "small" else head(y).view(r, -1)[:, :n]
-            made.append(torch.stack(list(rows)))
-        A, B = made[0], made[1].T
-    offset, std = (lambda k: p[f"offset.{name}_{k}"][layer]), (lambda k: p[f"std.{name}_{k}"])
-    return offset("A") + std("A") * A, offset("B") + std("B") * B
-
-
-@pytest.mark.parametrize("size", hypernet.SIZES)
-def test_hypernet_equals_one_row_at_a_time(size):
-    net = hypernet.TextToLoRA(small_config(size)).eval()
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.5)
-    emb = torch.randn(2, 7)
-    adapter = net.write(emb)
-    for i, layer, m in itertools.product(range(2), range(3), range(2)):
-        A, B = adapter[NAMES[m]]
-        close((A[i, layer], B[i, layer]), naive_adapter(net, emb[i], layer, m), 1e-4)
 
 
 @pytest.mark.parametrize("size", hypernet.SIZES)
@@ -267,7 +206,7 @@ def test_what_a_step_draws():
 
 def test_too_long_examples_and_tasks_are_left_out(capsys):
     run = run_of(*SHORT)
-    short, long = Example("cat", ["red"]), Example(repeated("cat dog cow sun ", 9), ["red"])
+    short, long = Example("cat", ["red"]), Example("cat dog cow sun " * 9, ["red"])
     mixed, too_long = data.Task("mixed", ["x"], [long, short], []), data.Task("long", ["x"], [long], [])
     run.args.max_tokens = 12
     capsys.readouterr()
@@ -283,7 +222,7 @@ def test_too_long_examples_and_tasks_are_left_out(capsys):
 
 
 def test_answer_loss_equals_the_naive_one():
-    base, smoothing, examples, naive = small_decoder(LlamaConfig), 0.2, [], []
+    base, smoothing, examples, naive = tiny_llama(), 0.2, [], []
     for n, k in ((9, 4), (5, 2), (7, 6)):  # tokens, of which prompt
         ids = torch.randint(1, 50, (n,)).tolist()
         logp = base(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -296,7 +235,7 @@ def test_answer_loss_equals_the_naive_one():
 def test_neftune_noise_has_the_published_size():
     """In units of the embeddings: those of Gemma are multiplied by the square root of its width."""
     for make, size in ((LlamaConfig, 1.0), (GemmaConfig, 32**0.5)):
-        base, seen = small_decoder(make), []
+        base, seen = tiny_llama(make, vocab_size=50, hidden_size=32), []
         base.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         ids = torch.randint(1, 50, (2, 25))
         examples = [(row[:5], row[5:]) for row in ids.tolist()]

@@ -564,7 +564,6 @@ def train(run: Run, folder: Path) -> bool:
         n_parameters = sum(p.numel() for p in run.net.parameters())
         where = f"{process.count} x {processes.name_of(process.device)}, in {args.dtype}"
         print(f"{args.mode}: {n_parameters:,} parameters, on {where}, into {folder}/", flush=True)
-    n_examples = (args.tasks_per_batch or len(run.tasks)) * args.examples_per_task  # of a step
     measured, interrupted = {}, False  # by the last validation
     bar = tqdm(total=args.max_steps, initial=n_done, disable=not is_first, desc=args.mode)
     while n_done < args.max_steps and not interrupted:
@@ -583,8 +582,7 @@ def train(run: Run, folder: Path) -> bool:
                 checkpoint.save_state(n_done, run.net, optimizer)
             if is_best:  # after the state, so that `resume` can do it again
                 save(run, folder)
-            speed = f"{(bar.format_dict['rate'] or 0) * n_examples:.1f}"
-            bar.set_postfix({"loss": row["loss"]} | measured | {"examples/s": speed}, refresh=False)
+            bar.set_postfix({"loss": row["loss"]} | measured, refresh=False)
             bar.update()
     bar.close()
     if n_done < args.max_steps:
@@ -597,8 +595,7 @@ def train(run: Run, folder: Path) -> bool:
         if not checkpoint.best:
             save(run, folder)
         checkpoint.close()
-        reads = hypernet.ARCHS[args.arch].reads
-        print(f"kept {checkpoint.what_was_kept(n_done)}\nto go on: python {state.next_command(args, reads)}")
+        print(f"{folder}/ holds the weights of step {checkpoint.best_step() or n_done}")
     return True
 
 

@@ -22,34 +22,39 @@ from support import flags, hub
 from support.files import UserError, command, read_object
 
 FILES = ["hypermod.pt", "args.yaml", "adapter_config.json", "pytorch_model.bin"]
-MOST_LAYERS = 1000  # of a base model, and blocks of a Perceiver
-MOST_PARAMETERS = 10**10  # a small file can ask for more, since torch stores a repeated number once
-Checkpoint = tuple[str, dict[str, Any], dict[str, Tensor]]  # architecture, fields of its config, weights
+MOST_LAYERS = 1000  # of a base model
+MOST_NUMBERS = 10**10  # a small file can ask for more, since torch stores a repeated number once
 
 
 def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
-    """The network of a published checkpoint. Raises UserError if its files are broken."""
-    if (folder / "pytorch_model.bin").exists():
-        arch, fields, weights = read_doc_to_lora(folder)
-    elif (folder / "hypermod.pt").exists():
-        arch, fields, weights = read_text_to_lora(folder, module_order)
-    else:
-        raise UserError(f"{folder} holds no published checkpoint: neither hypermod.pt nor pytorch_model.bin")
-    net_class = hypernet.ARCHS[arch]
+    """The network of a published checkpoint. Raises UserError if its files are broken or of another layout.
+
+    `module_order` names the target modules in the order of the rows of the module embedding. The published
+    code numbers them by iterating over a Python set, so the order depends on the hash seed of the training
+    process, and no file records it. The default is the order of adapter_config.json, where PEFT wrote that
+    set.
+    """
     try:
-        with torch.device("meta"):  # only shapes, so that nothing is allocated before they are compared
-            net = net_class(net_class.config_class(**fields))
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"{folder}: the settings make no network: {e}") from None
-    expected = {key: tensor.shape for key, tensor in net.state_dict().items()}
-    found = {key: tensor.shape for key, tensor in weights.items()}
-    if found != expected:
-        differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-        raise UserError(f"{folder}: the weights do not match their settings: {', '.join(differing[:5])}")
-    n_parameters = sum(tensor.numel() for tensor in weights.values())
-    if n_parameters > MOST_PARAMETERS:
-        raise UserError(f"{folder}: that network would have {n_parameters:,} parameters")
-    net.load_state_dict({key: tensor.float().contiguous() for key, tensor in weights.items()}, assign=True)
+        if (folder / "pytorch_model.bin").exists():
+            content = read_pickle(folder / "pytorch_model.bin")
+            arch, fields, weights = "d2l", doc_fields(content), doc_weights(content)
+        else:
+            import yaml  # comes with transformers; nothing else needs it
+
+            peft = read_object(folder / "adapter_config.json")
+            args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
+            content = read_pickle(folder / "hypermod.pt")
+            fields = text_fields(peft, args, content, module_order or list(peft["target_modules"]))
+            arch, weights = "t2l", our_weights(content, fields, args)
+        n_numbers = sum(tensor.numel() for tensor in weights.values())
+        if n_numbers > MOST_NUMBERS:
+            raise ValueError(f"that network would have {n_numbers:,} parameters")
+        with torch.device("meta"):  # only shapes
+            net = hypernet.ARCHS[arch](hypernet.ARCHS[arch].config_class(**fields))
+        weights = {key: tensor.float().contiguous() for key, tensor in weights.items()}
+        net.load_state_dict(weights, assign=True)
+    except Exception as e:  # broken files raise arbitrary exceptions
+        raise UserError(f"{folder} holds no published checkpoint, or --module_order is wrong: {e!r}") from None
     return net.eval()
 
 
@@ -75,9 +80,6 @@ class Record:
 
     def __new__(cls, *args):
         return super().__new__(cls)
-
-    def __init__(self, *args):
-        self.args = args
 
     def __setstate__(self, fields: dict) -> None:
         self.__dict__.update(fields)
@@ -109,26 +111,6 @@ NAMES = {  # published name: our name
     "pos_emb": "rank_emb",
     "heads": "heads",
 }
-
-
-def read_text_to_lora(folder: Path, module_order: list[str] | None = None) -> Checkpoint:
-    """Read a published checkpoint (hypermod.pt, args.yaml, adapter_config.json), of SFT or reconstruction.
-
-    `module_order` names the target modules in the order of the rows of the module embedding. The published
-    code numbers them by iterating over a Python set, so the order depends on the hash seed of the training
-    process, and no file records it. The default is the order of adapter_config.json, where PEFT wrote that
-    set. Raises UserError if the files are broken or of another layout.
-    """
-    import yaml  # comes with transformers; nothing else needs it
-
-    peft = read_object(folder / "adapter_config.json")
-    try:
-        args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
-        weights = read_pickle(folder / "hypermod.pt")
-        fields = text_fields(peft, args, weights, module_order or list(peft["target_modules"]))
-        return "t2l", fields, our_weights(weights, fields, args)
-    except Exception as e:  # broken files raise arbitrary exceptions
-        raise UserError(f"{folder} is no published checkpoint, or --module_order is wrong: {e!r}") from None
 
 
 def text_fields(peft: dict, args: dict, weights: dict[str, Tensor], names: list[str]) -> dict[str, Any]:
@@ -224,15 +206,6 @@ DOC_NAMES = [  # (published part of a name, our part), to be replaced in this or
 ]
 
 
-def read_doc_to_lora(folder: Path) -> Checkpoint:
-    """Read a published checkpoint (pytorch_model.bin). Everything that is needed is in the file."""
-    try:
-        content = read_pickle(folder / "pytorch_model.bin")
-        return "d2l", doc_fields(content), doc_weights(content)
-    except Exception as e:  # broken files raise arbitrary exceptions
-        raise UserError(f"{folder} is no published Doc-to-LoRA checkpoint: {e!r}") from None
-
-
 def doc_fields(content: dict[str, Any]) -> dict[str, Any]:
     """The fields of our config, from the records in the file."""
     network, reader = content["hypernet_config"], content["ctx_encoder_args"]
@@ -241,8 +214,6 @@ def doc_fields(content: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("this variant of the network was not published")
     in_features, out_features = network.feature_sizes
     n_blocks = sum("encoder.layers" in key and key.endswith("q_proj.weight") for key in content)
-    if n_blocks > MOST_LAYERS:
-        raise ValueError(f"{n_blocks} blocks")
     return {
         "base_model": content["base_model_name_or_path"],
         "n_layers": len(network.layer_indices),

@@ -25,10 +25,9 @@ def command(main) -> None:
     message = ""
     try:
         for word in sys.argv:
-            if any("\ud800" <= letter <= "\udfff" for letter in word):
-                raise UserError(f"the command line is not valid UTF-8: {word!r}")
+            word.encode()
         main()
-    except (UserError, OSError, SafetensorError) as e:
+    except (UserError, OSError, SafetensorError, UnicodeEncodeError) as e:
         message = " ".join(str(e).split())
     except RuntimeError as e:  # of a GPU's memory, or of the machine's
         if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):

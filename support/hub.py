@@ -62,13 +62,6 @@ def preset_encoder(base_model: str) -> str:
     return PRESETS[preset][1] if preset else "base"
 
 
-def may_be_same(name: str, other: str) -> bool:
-    """Whether two names may mean one model. Hub ids are compared; a folder may hold any model."""
-    if Path(name).is_dir() or Path(other).is_dir():
-        return True
-    return name.lower() == other.lower()
-
-
 def base_shape(config) -> list[int]:
     """[layers, hidden size, vocabulary]: identifies a base model that is stored in a folder."""
     text = config.get_text_config()
@@ -89,20 +82,6 @@ def check_base(name: str, shape: list[int], trained_for: str, trained_shape: lis
     if not same:
         message = f"what was trained for {trained_for} cannot be used with {name}"
         raise UserError(f"{message} (layers, hidden size, vocabulary: {trained_shape} and {shape})")
-
-
-def check_same(ours: dict, theirs: dict, may_differ: tuple[str, ...], what: str) -> None:
-    """Raise UserError if the config of a network to start from differs from ours in other fields."""
-    check_base(ours["base_model"], ours["base_shape"], theirs["base_model"], theirs["base_shape"])
-    compared = [name for name in ours if name not in (*may_differ, "base_model", "base_shape", "encoder")]
-    differing = [name for name in compared if ours[name] != theirs.get(name)]
-    if list(ours["targets"]) != list(theirs["targets"]):  # their order counts, too
-        differing.append("targets")
-    if not may_be_same(ours.get("encoder", ""), theirs.get("encoder", "")):
-        differing.append("encoder")
-    for name in differing:
-        message = f"{what}: that network has other settings"
-        raise UserError(f"{message} ({name}: {theirs.get(name)}, not {ours[name]})")
 
 
 def fetch(name: str, files: list[str] = MODEL_FILES, flag: str = "--base_model") -> Path:

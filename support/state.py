@@ -3,9 +3,9 @@
 import json
 import math
 import os
-import shlex
+import shutil
 import signal
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,29 +41,17 @@ def reserved(folder: Path, settings: str, resumes: bool):
     Raises UserError if it is not empty, unless the run `resumes`, or if a run is going on there. A run that
     fails before it saves anything gives the folder back.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        if not resumes and any(folder.iterdir()):
+            raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
         try:
-            files = {file.name for file in folder.iterdir()}
-            # what a run leaves that was killed in its first step is overwritten
-            metrics = folder / "metrics.jsonl"
-            n_rows = len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0
-            is_used = n_rows > 1 or not files <= {"train.args", "metrics.jsonl", "state.json"}
-            if not resumes and is_used:
-                advice = "choose another, or --resume an interrupted run"
-                raise UserError(f"--out_dir {folder} is in use; {advice}")
             if not resumes:
-                for name in files:
-                    (folder / name).unlink()
                 write_file(folder / "train.args", settings)
             yield
         finally:
-            if {file.name for file in folder.iterdir()} == {"train.args"}:
-                (folder / "train.args").unlink()
-                with suppress(OSError):  # another run may have made a folder beside it
-                    for path in made:
-                        path.rmdir()
+            if [file.name for file in folder.iterdir()] == ["train.args"]:
+                shutil.rmtree(folder)
 
 
 def recorded_words(folder: str) -> list[str]:
@@ -105,14 +93,6 @@ class Checkpoint:
         """The step of the best weights; 0 if there was no validation."""
         return self.best["step"] if self.best else 0
 
-    def what_was_kept(self, last_step: int) -> str:
-        """Which weights lie in the folder, in words."""
-        if not self.best:
-            return f"the weights of the last step, {last_step}"
-        step, loss, accuracy = self.best["step"], self.best["val_loss"], self.best["val_accuracy"]
-        measured = f"loss {loss:.4f}, right answers {accuracy:.2f}"
-        return f"the weights of step {step}, with the lowest validation loss ({measured})"
-
     def save_state(self, step: int, net: nn.Module, optimizer) -> None:
         """Write what --resume needs."""
         if not self.run_file.exists():
@@ -142,19 +122,6 @@ class Checkpoint:
         """Remove the state of a finished run."""
         self.state_file.unlink()
         self.run_file.unlink()
-
-
-def next_command(args, reads: str) -> str:
-    """A command that uses what a run has trained."""
-    folder = shlex.quote(args.out_dir)
-    if args.mode == "lora":
-        models = f"--base_model {shlex.quote(args.base_model)} --tasks {shlex.quote(args.tasks)}"
-        tasks = f"--split {args.split} --n_tasks {args.n_tasks} --methods base,icl"
-        if args.multi_task:
-            return f"eval.py {models} --methods base,icl,mt_lora --mt_lora {folder}"
-        return f"eval.py {models} {tasks},oracle --oracles {folder}"
-    text = "--doc FILE" if reads == "documents" else '--desc "..."'
-    return f'generate.py --hypernet {folder} {text} --input "..."'
 
 
 def save_state(path: Path, step: int, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -53,7 +53,10 @@ def reader(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def server():
-    """Serves server.files {path: (content, announced length)}; notes the paths asked for in server.asked."""
+    """Serves server.files {path: (content, announced length)}; notes the paths asked for in server.asked.
+
+    Before that it sends server.replies [(content, status)], whatever is asked for.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         """Answers as the hub does: HEAD tells commit, checksum and length, GET sends the content too."""
@@ -64,23 +67,22 @@ def server():
             pass
 
         def do_HEAD(self):
-            """Send the headers. Returns the content, None with 404."""
+            """Send the headers. Returns the content."""
             self.server.asked.append(self.path)
-            content, length = self.server.files.get(self.path.split("?")[0], (None, 0))
-            status = 404 if content is None else 200
-            if self.server.replies:  # in this order, whatever is asked for
+            content, length = self.server.files.get(self.path.split("?")[0], (b"", 0))
+            status = 200 if content else 404
+            if self.server.replies:
                 content, status = self.server.replies.pop(0)
                 length = len(content)
             self.send_response(status)
-            self.send_header("Retry-After", "7")
-            headers = {"Content-Length": str(length), "X-Repo-Commit": COMMIT, "Connection": "close"}
-            for name, value in (headers | {"ETag": f'"{zlib.crc32(content or b""):040d}"'}).items():
-                self.send_header(name, value)
+            headers = {"Content-Length": length, "X-Repo-Commit": COMMIT, "ETag": f'"{zlib.crc32(content):040d}"'}
+            for name, value in (headers | {"Connection": "close", "Retry-After": 7}).items():
+                self.send_header(name, str(value))
             self.end_headers()
             return content
 
         def do_GET(self):
-            self.wfile.write(self.do_HEAD() or b"")
+            self.wfile.write(self.do_HEAD())
             self.close_connection = True
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -61,32 +61,16 @@ def golden(file: str, folder: str = "t2l") -> Path:
     pytest.skip(f"{file} is not here")
 
 
-def repeated(text: str, n: int) -> str:
-    """The text n times, one after another."""
-    return "".join(n * [text])
-
-
 def close(a, b, rtol=1e-5, atol=1e-5):
     torch.testing.assert_close(a, b, rtol=rtol, atol=float(atol))
 
 
-def tiny_llama(**changes) -> nn.Module:
-    """A random Llama with grouped key-value heads and a head size that is not hidden / heads."""
+def tiny_llama(make=LlamaConfig, **changes) -> nn.Module:
+    """A random Llama, or Gemma, with grouped key-value heads and a head size that is not hidden / heads."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=3, head_dim=8)
-    config = LlamaConfig(**sizes | dict(num_attention_heads=4, num_key_value_heads=2) | changes)
+    config = make(**sizes | dict(num_attention_heads=4, num_key_value_heads=2) | changes)
     return AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
-
-
-def small_decoder(make) -> nn.Module:
-    """A random Llama or Gemma, with grouped key-value heads and a head size not hidden / heads."""
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=50, head_dim=12)
-    sizes |= dict(num_hidden_layers=2, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    base = AutoModelForCausalLM.from_config(make(**sizes))
-    for p in base.requires_grad_(False).eval().parameters():
-        p.data *= 3
-    return base
 
 
 def config_for(base: nn.Module, names=NAMES, base_model: str = "x", **settings) -> lora.LoRAConfig:
@@ -126,6 +110,7 @@ def logits_of(base: nn.Module, ids: torch.Tensor, adapter=None, scaling: float =
 
 
 def one_layer(linear: nn.Linear, name: str = "q_proj") -> nn.ModuleDict:
+    """As much of a model as has one linear layer."""
     return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({name: linear})])})
 
 

@@ -16,7 +16,7 @@ from data import Example
 from extras import answers
 from support.files import read_file, write_file
 from tasks import load_tasks
-from tests.helpers import D2L, TINY, batch_of, close, command, evaluate, fit, logits_of, repeated, run_of
+from tests.helpers import D2L, TINY, batch_of, close, command, evaluate, fit, logits_of, run_of
 from tests.helpers import tiny_llama, with_peft
 
 
@@ -162,7 +162,7 @@ def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
     run.args.distill, run.args.max_tokens = 5, 12
     data.cached_ids.cache_clear()
     batch = [data.DrawnTask(0, "cat -> red <eos>", [Example("cat", ["red"])])]
-    batch.append(data.DrawnTask(1, repeated("cat dog cow pig\n", 9), [Example("cat", ["red"])]))
+    batch.append(data.DrawnTask(1, "cat dog cow pig\n" * 9, [Example("cat", ["red"])]))
     kept = batch_of(run, batch)
     assert kept.tasks == batch[:1] and [row.task for row in kept.examples] == [0]
     assert len(kept.examples[0].teacher_prompt) > len(kept.examples[0].prompt)
@@ -183,7 +183,7 @@ def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path,
     """A second call answers only what is missing; what does not fit into the window is left out."""
     folder, out, known = tmp_path / "in", tmp_path / "out", {"question": "dog", "answer": "blue"}
     folder.mkdir()
-    for name, document in {"a": "cat -> red <eos>", "b": "cat -> sun", "long": repeated("cat ", 600)}.items():
+    for name, document in {"a": "cat -> red <eos>", "b": "cat -> sun", "long": "cat " * 600}.items():
         write_file(folder / f"{name}.json", {"document": document, "questions": [{"question": "cat"}, known]})
     write_file(folder / "splits.json", {"train": ["a", "long"], "val": ["b"]})
     words = [folder, out, "--base_model", "tiny"]

@@ -17,7 +17,7 @@ import hypernet
 import model
 import train
 from support.files import write_file
-from tests.helpers import SHORT, close, fit, repeated, run_of
+from tests.helpers import SHORT, close, fit, run_of
 
 
 def bert_folder(folder: Path) -> nn.Module:
@@ -150,7 +150,7 @@ def test_the_positions_of_roberta_begin_later_and_of_t5_the_encoder_is_loaded(tm
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     config = RobertaConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=1, **sizes)
     RobertaModel(config).save_pretrained(tmp_path)
-    longest = model.load_encoder(str(tmp_path))([repeated("one two three four ", 9)])
+    longest = model.load_encoder(str(tmp_path))(["one two three four " * 9])
     assert longest.shape == (1, 16) and longest.isfinite().all()
     config = T5Config(vocab_size=10, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, pad_token_id=0)
     network = T5EncoderModel(config).eval()
@@ -165,7 +165,7 @@ def test_a_description_that_is_cut_is_mentioned_once(tmp_path, capsys):
     encode(["one two"])
     assert not capsys.readouterr().err
     for _ in range(2):
-        encode([repeated("one two three four ", 200)])
+        encode(["one two three four " * 200])
     assert capsys.readouterr().err.count("reads 512 tokens of a description, not more: one two") == 1
 
 

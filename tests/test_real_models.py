@@ -13,7 +13,7 @@ import data
 import generate
 import train
 from support.files import read_file, write_file
-from tests.helpers import command, losses_of, repeated, run_of
+from tests.helpers import command, losses_of, run_of
 
 BASES = {"gemma": os.environ.get("T2L_GEMMA"), "qwen": os.environ.get("T2L_QWEN")}
 PEOPLE = ["Ada Lovelace", "Grace Hopper", "Alan Turing", "Mary Shelley", "Carl Gauss", "Emmy Noether"]
@@ -64,7 +64,7 @@ def test_the_loss_falls_and_the_description_is_followed(trained, base_model, tmp
 
 def test_a_step_of_doc_to_lora(base_model, tmp_path):
     question = {"question": "Who?", "answer": "Ada"}
-    document = repeated("Ada wrote the first program. ", 9)
+    document = "Ada wrote the first program. " * 9
     write_file(tmp_path / "a.json", {"document": document, "questions": [question]})
     words = "--arch d2l --target_modules down_proj --latent_size 32 --n_blocks 1 --n_heads 4 --chunk_len 32"
     words += " --tasks_per_batch 1 --max_steps 2 --distill 4 --l2 0"

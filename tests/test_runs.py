@@ -157,14 +157,7 @@ def test_two_runs_into_one_folder_do_not_mix(tmp_path):
             refused("a run is going on there", state.reserved(folder, "--lr 2\n", resumes).__enter__)
         assert (folder / "train.args").read_text() == "--lr 1\n"
     assert not folder.exists()  # nothing was saved
-    folder.mkdir()
-    for name in ("train.args", "metrics.jsonl"):  # of a run that was killed while it started
-        (folder / name).touch()
-    (folder / "metrics.jsonl").write_text("{}\n{}\n")  # of a run that was finished
-    refused("is in use; choose another", state.reserved(folder, "--lr 1\n", False).__enter__)
-    (folder / "metrics.jsonl").write_text("{}\n")
     with state.reserved(folder, "--lr 1\n", False):
-        assert not (folder / "metrics.jsonl").exists()
         (folder / "state.safetensors").touch()
     refused("is in use; choose another", state.reserved(folder, "--lr 1\n", False).__enter__)
     with state.reserved(folder, "--lr 2\n", True):
@@ -199,10 +192,7 @@ def test_a_run_with_other_tasks_than_before_is_not_resumed(tmp_path, monkeypatch
     assert "their texts are different" in capsys.readouterr().err
     write_file(tasks / "a.json", content)
     assert command(train, "--resume", "--max_steps", "4", "--out_dir", run) == 0
-    said = capsys.readouterr().out
-    assert "changed: --max_steps 4 (before: 50)" in said
-    again = f"eval.py --base_model tiny --tasks {tasks} --split train --n_tasks 0 --methods base,icl,oracle"
-    assert f"to go on: python {again}" in said
+    assert "changed: --max_steps 4 (before: 50)" in capsys.readouterr().out
     assert sorted(file.name for file in run.iterdir()) == ["a", "b", "metrics.jsonl", "train.args"]
 
 
@@ -226,6 +216,3 @@ def test_a_start_from_a_network_of_other_settings_is_refused(tmp_path):
     assert all(torch.equal(started[name], saved[name]) for name in saved)
     for changed in ["--alpha", "8"], ["--target_modules", "v_proj,q_proj"]:  # with weights of equal shapes
         refused("that network has other settings", run_of, *start, *changed)
-    config = read_file(tmp_path / "first" / "config.json")
-    write_file(tmp_path / "first" / "config.json", config | {"encoder": "some/encoder"})
-    refused("other settings .encoder: some/encoder, not hash", run_of, *start)

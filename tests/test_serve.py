@@ -1,10 +1,10 @@
 """Descriptions as names of models, with a stand-in for vLLM and with vLLM (T2L_VLLM names its python)."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -93,24 +93,28 @@ def test_a_network_that_needs_the_prompt_is_refused(tmp_path, stand_in, capsys):
     assert "with the description in the prompt, too" in capsys.readouterr().err
 
 
-# -------------------- With vLLM --------------------
+@pytest.fixture
+def vllm():
+    """Starts a server, which ends with the test; its address."""
+    started = []
 
-def start_server(*words: str) -> tuple[subprocess.Popen, str]:
-    """(a server, its address)"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    start = [os.environ["T2L_VLLM"], "-m", "extras.serve", "--port", port, "--api-key", "secret"]
-    start += ["--max-model-len", "128", "--dtype", "float32", "--enforce-eager", "--max-loras", "4", *words]
-    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(HERE)}
-    server, url = subprocess.Popen(start, cwd=HERE, env=env), f"http://127.0.0.1:{port}"
-    while server.poll() is None:
-        try:
-            urllib.request.urlopen(f"{url}/health")
-            return server, url
-        except OSError:
+    def start(*words: str) -> str:
+        port = str(20_000 + os.getpid() % 10_000 + len(started))
+        words = [*words, "--port", port, "--api-key", "secret", "--max-model-len", "128", "--dtype", "float32"]
+        env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(HERE)}
+        python = [os.environ["T2L_VLLM"], "-m", "extras.serve", "--enforce-eager", "--max-loras", "4"]
+        started.append(subprocess.Popen([*python, *words], cwd=HERE, env=env))
+        while started[-1].poll() is None:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                return f"http://127.0.0.1:{port}/v1/chat/completions"
             time.sleep(1)
-    raise AssertionError("vLLM has ended")
+        raise AssertionError("vLLM has ended")
+
+    yield start
+    for server in started:
+        server.terminate()
+        server.wait()
 
 
 def ask(url: str, name: str, text: str, key: str = "secret"):
@@ -118,44 +122,33 @@ def ask(url: str, name: str, text: str, key: str = "secret"):
     messages = [{"role": "user", "content": text}]
     content = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 8}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(content).encode(), headers)
     try:
-        with urllib.request.urlopen(request) as response:
-            return json.loads(response.read())["choices"][0]["message"]["content"].strip()
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(content).encode(), headers)) as reply:
+            return json.loads(reply.read())["choices"][0]["message"]["content"].strip()
     except urllib.error.HTTPError as e:
         return e.code
 
 
-def random_network(folder: Path) -> None:
-    """A network for the real base model, whose adapters say something else for each description."""
+@pytest.mark.skipif("T2L_VLLM" not in os.environ, reason="T2L_VLLM names no python with vllm")
+@needs_models
+def test_twenty_descriptions_on_two_servers(tmp_path, capsys, vllm):
+    """A random network for the real base model, whose adapters say something else for each description."""
     base, _ = model.load_base(os.environ["T2L_BASE"])
     config = config_for(base, base_model=os.environ["T2L_BASE"])
     net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), input_size=model.HASH_WIDTH))
     net.start_as_lora()
     for head in net.heads.values():
         nn.init.normal_(head.weight, std=0.05)
-    hypernet.save_hypernet(net, folder)
-
-
-@pytest.mark.skipif("T2L_VLLM" not in os.environ, reason="T2L_VLLM names no python with vllm")
-@needs_models
-def test_twenty_descriptions_two_servers_and_a_restart(tmp_path, capsys):
-    random_network(tmp_path / "net")
+    hypernet.save_hypernet(net, tmp_path / "net")
     own = ["--base_model", os.environ["T2L_BASE"], "--hypernet", str(tmp_path / "net")]
     text, texts = "What is the capital of France?", [f"{word} it" for word in tiny.VOCABULARY[100:120]]
     words = [word for description in texts for word in ("--desc", description)]
     words += ["--input", text, "--out", tmp_path / "a", "--max_new_tokens", "8", "--dtype", "float32"]
     assert command(generate, *own, *words) == 0
     right = re.findall(r"with adapter  (.*)", capsys.readouterr().out)
-    servers = [start_server(*own), start_server(*own)]
-    for _ in range(2):
-        for _, url in servers:
-            with ThreadPoolExecutor(4) as four:
-                said = list(four.map(lambda description: ask(url, f"t2l: {description}", text), texts))
-            assert [answer.split("\n")[0] for answer in said] == right and len(set(right)) > 9
-            assert ask(url, "typo", text) == ask(url, "t2l:", text) == 404
-            assert ask(url, f"t2l: {texts[0]}", text, key="wrong") == 401
-        for server, _ in servers:
-            server.terminate()
-            server.wait()
-        servers = [start_server(*own)] if len(servers) == 2 else []
+    for url in [vllm(*own), vllm(*own)] * 2:
+        with ThreadPoolExecutor(4) as four:
+            said = list(four.map(lambda description: ask(url, f"t2l: {description}", text), texts))
+        assert [answer.split("\n")[0] for answer in said] == right and len(set(right)) > 9
+        assert ask(url, "typo", text) == ask(url, "t2l:", text) == 404
+        assert ask(url, f"t2l: {texts[0]}", text, key="wrong") == 401
