@@ -1,9 +1,9 @@
 """Fixtures of the tests."""
 
-import http.server
+import io
 import json
-import threading
-import zlib
+import types
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,10 @@ from torch import nn
 import hypernet
 import lora
 import model
+from support import files
 from support.files import write_file
 from tasks import load_tasks, tiny
-from tests.helpers import COMMIT, TINY, config_for, needs_gpu, random_adapter, small_config, tiny_llama
+from tests.helpers import TINY, config_for, needs_gpu, random_adapter, small_config, tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -52,45 +53,21 @@ def reader(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def server():
-    """Serves server.files {path: (content, announced length)}; notes the paths asked for in server.asked.
+def server(monkeypatch, tmp_path):
+    """Sends server.replies [(content, status)] one after another; notes addresses and waits in server."""
+    server = types.SimpleNamespace(replies=[], asked=[], waits=[])
 
-    Before that it sends server.replies [(content, status)], whatever is asked for.
-    """
+    def urlopen(url: str, timeout: int):
+        server.asked.append(url)
+        content, status = server.replies.pop(0)
+        if status != 200:
+            raise urllib.error.HTTPError(url, status, "no", {"Retry-After": "7"}, None)
+        return io.BytesIO(content)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        """Answers as the hub does: HEAD tells commit, checksum and length, GET sends the content too."""
-
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_):
-            pass
-
-        def do_HEAD(self):
-            """Send the headers. Returns the content."""
-            self.server.asked.append(self.path)
-            content, length = self.server.files.get(self.path.split("?")[0], (b"", 0))
-            status = 200 if content else 404
-            if self.server.replies:
-                content, status = self.server.replies.pop(0)
-                length = len(content)
-            self.send_response(status)
-            headers = {"Content-Length": length, "X-Repo-Commit": COMMIT, "ETag": f'"{zlib.crc32(content):040d}"'}
-            for name, value in (headers | {"Connection": "close", "Retry-After": 7}).items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            return content
-
-        def do_GET(self):
-            self.wfile.write(self.do_HEAD())
-            self.close_connection = True
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.replies, server.files, server.asked = [], {}, []
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    yield server
-    server.shutdown()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(files, "urlopen", urlopen)
+    monkeypatch.setattr(files.time, "sleep", server.waits.append)
+    return server
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,10 @@ import hypernet
 import lora
 import model
 import train
-from data import Example
 from extras import answers
 from support.files import read_file, write_file
 from tasks import load_tasks
-from tests.helpers import D2L, TINY, batch_of, close, command, evaluate, fit, logits_of, run_of
+from tests.helpers import D2L, TINY, close, command, evaluate, fit, logits_of, run_of
 from tests.helpers import tiny_llama, with_peft
 
 
@@ -69,21 +68,6 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     net.start_as_lora()
     assert all(not (B @ A).any() for A, B in net(texts).values())
     assert net.bias["down_proj_A"].std() > 0.4 / 384**0.5  # B alone is zero, so that it learns
-
-
-def test_the_perceiver_is_computed_again_to_save_memory(reader):
-    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
-    lora.inject(base, net.names)
-    found, calls = [], []
-    net.connect(base, tokenizer)
-    net.perceiver.register_forward_hook(lambda *_: calls.append(1))
-    for net.recompute in (False, True):
-        A, B = net(["cat -> red"])["down_proj"]
-        loss, parameters = (B @ A).square().sum(), list(net.parameters())
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        found.append([gradient for gradient in gradients if gradient is not None])
-    close(*found)
-    assert len(calls) == 1 + 2
 
 
 def test_early_exit_is_after_a_quarter_of_the_layers():
@@ -155,18 +139,6 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     assert expected > 0.1
     run.args.distill = 10**6  # more than the base model has tokens
     assert train.sft_step(run, run.net, [data.DrawnTask(0, document, [example])])["task"].isfinite()
-
-
-def test_the_teachers_prompt_counts_for_max_tokens_and_is_not_kept():
-    run = run_of(*D2L)
-    run.args.distill, run.args.max_tokens = 5, 12
-    data.cached_ids.cache_clear()
-    batch = [data.DrawnTask(0, "cat -> red <eos>", [Example("cat", ["red"])])]
-    batch.append(data.DrawnTask(1, "cat dog cow pig\n" * 9, [Example("cat", ["red"])]))
-    kept = batch_of(run, batch)
-    assert kept.tasks == batch[:1] and [row.task for row in kept.examples] == [0]
-    assert len(kept.examples[0].teacher_prompt) > len(kept.examples[0].prompt)
-    assert data.cached_ids.cache_info().currsize == 1  # the question without the document
 
 
 def test_long_documents_come_later():

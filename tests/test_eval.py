@@ -133,20 +133,6 @@ def test_an_answer_may_be_as_long_as_the_right_one():
     assert evaluation.answer_tokens(tokenizer, question, args) == 7
 
 
-def test_what_has_been_scored_is_written_if_a_later_method_fails(tmp_path, monkeypatch):
-    real, calls = evaluation.score, []
-
-    def score(*args):
-        calls.append(1)
-        return real(*args) if len(calls) < 3 else 1 / 0
-
-    monkeypatch.setattr(evaluation, "score", score)
-    words = ["--n_tasks", "2", "--n_examples", "2", "--methods", "base,icl,t2l", "--out", tmp_path / "r.json"]
-    with pytest.raises(ZeroDivisionError):
-        command(evaluation, *words)
-    assert list(read_file(tmp_path / "r.json")["results"]) == ["base", "icl"]
-
-
 def test_the_mean_adapter_is_that_of_the_training_tasks():
     tasks = load_tasks("tiny")["train"][:3]
     args = types.SimpleNamespace(training_tasks=tasks, base_model=None, encoder=None, hypernet="x")

@@ -15,7 +15,7 @@ import lora
 import model
 from support import hub
 from support.files import read_file, write_file
-from tests.helpers import DESC, HERE, NAMES, SAY, TINY, command, refused, tiny_llama
+from tests.helpers import DESC, HERE, SAY, TINY, command, refused, tiny_llama
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -100,16 +100,6 @@ def test_a_base_model_that_is_not_whole_is_one_line(tmp_path):
     for broken in config | {"intermediate_size": 64}, [1]:
         write_file(tmp_path / "config.json", broken)
         refused("cannot be loaded", model.load_base, str(tmp_path))
-
-
-def test_an_adapter_folder_says_whether_prompts_need_the_instruction(tmp_path):
-    base = tiny_llama()
-    config = lora.config_for(base, lora.find_targets(base, NAMES), "x", instruction=True)
-    lora.save_adapter(tmp_path, lora.LoRABank(config, 1)(0), config)
-    assert lora.load_adapter(tmp_path)[1].instruction
-    shutil.copytree(tmp_path, tmp_path / "of_peft")
-    (tmp_path / "of_peft" / "prompt.json").unlink()  # PEFT writes none
-    assert not lora.load_adapter(tmp_path / "of_peft")[1].instruction
 
 
 def test_what_only_shards_need_is_not_imported():

@@ -16,7 +16,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-import data
 import eval as evaluation
 import generate
 import model
@@ -129,24 +128,6 @@ def test_two_processes_are_one(pair, tmp_path, name, one_thread):
     assert max((files[0][key] - files[1][key]).abs().max() for key in files[0]) < 1e-4
 
 
-def test_parts_of_a_step_are_unequal_where_that_is_tested():
-    run = run_of(*LONG)
-
-    def part(drawn, rank: int) -> data.Batch:
-        return data.make_batch(run.tokenizer, run.tasks, drawn, run.args, rank, 2)
-
-    parts = []
-    for step in range(5):
-        drawn = data.draw(run.tasks, step, run.args)
-        parts.append((part(drawn, 0), part(drawn, 1)))
-    assert any(len(one.examples) != len(two.examples) for one, two in parts)
-    for one, two in parts:
-        assert one.most_examples == two.most_examples == max(len(one.examples), len(two.examples))
-    alone = data.draw(run.tasks, 0, run_of(*ALONE).args)
-    idle = part(alone, 1)
-    assert idle.tasks == alone and idle.task_fraction == idle.example_fraction == 0
-
-
 def test_a_sharded_base_model_is_never_whole(pair):
     """After a forward pass at most one layer is gathered; each process keeps half of the bytes."""
     seen = json.loads(pair[1]["layers"].splitlines()[0])
@@ -182,21 +163,6 @@ def test_every_command_on_cuda(tmp_path):
     assert command(evaluation, *methods) == 0
     long = ["--tasks", "facts", "--split", "long", "--n_tasks", "3", "--n_examples", "3"]
     assert command(evaluation, *long, "--hypernet", TINY / "d2l") == 0
-
-
-@needs_gpu
-def test_two_gpus_and_shards_are_one(tmp_path):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("there is one GPU")
-    commands, float32 = {}, ["--max_steps", "5", "--dtype", "float32", "--dropout", "0"]
-    for name, words in {"plain": SHORT, "sharded": [*SHORT, "--shard"]}.items():
-        commands[name] = ["train", *words, *float32, "--out_dir", tmp_path / name]
-    commands["layers"] = ["tests.test_processes"]
-    said = on_two_processes(tmp_path, commands)
-    one = fit(tmp_path / "one", *SHORT, *float32)
-    for name in ("plain", "sharded"):
-        assert losses_of(tmp_path / name) == pytest.approx(one, rel=1e-3)
-    assert json.loads(said["layers"].splitlines()[0])["whole"] == [0, 0, 0]
 
 
 # -------------------- Devices, without a GPU --------------------

@@ -3,8 +3,6 @@
 import itertools
 import json
 import os
-import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -20,8 +18,9 @@ import lora
 import model
 import train
 from extras import published
+from support import hub
 from support.files import read_file, write_file
-from tests.helpers import COMMIT, HERE, NAMES, SCALING, close, command, golden, logits_of, one_layer, refused
+from tests.helpers import NAMES, SCALING, close, command, golden, logits_of, one_layer, refused
 
 SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
 RECON_FILES = [f"llama_{size}_recon_{loss}" for size in ("L", "M", "S", "Srot") for loss in ("z", "dw")]
@@ -264,24 +263,16 @@ def test_golden_published_document_checkpoint():
 # -------------------- The hub --------------------
 
 
-def test_a_published_hypernetwork_from_the_hub(tmp_path, server):
-    """Only the files of its folder are downloaded, and once: the second call is offline."""
+def test_a_published_hypernetwork_from_the_hub(tmp_path, monkeypatch):
+    """Only the files of its folder are downloaded."""
     path = golden("llama_L_sft")
     weights = {k[3:]: t for k, t in load_file(f"{path}.safetensors").items() if k.startswith("sd/")}
-    sent = published_folder(tmp_path / "sent", weights)
-    files = {f"trained/tiny/{name}": (sent / name).read_bytes() for name in published.FILES[:3]}
-    files["trained/other/big.bin"] = b"x"
-    tree = [dict(type="file", path=name, size=len(content), oid=COMMIT) for name, content in files.items()]
-    repo = {"id": "u/r", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
-    replies = {"/api/models/u/r/revision/main": repo, f"/api/models/u/r/tree/{COMMIT}": tree}
-    contents = {path: json.dumps(reply).encode() for path, reply in replies.items()}
-    contents |= {f"/u/r/resolve/{COMMIT}/{name}": content for name, content in files.items()}
-    server.files = {path: (content, len(content)) for path, content in contents.items()}
-    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_HUB_DISABLE_XET": "1"}
-    env |= dict(HF_HOME=str(tmp_path / "home"), no_proxy="127.0.0.1", HF_ENDPOINT=server.url)
-    for variables in env, env | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:1"}:
-        words = [sys.executable, "-m", "extras.published", "u/r/trained/tiny", str(tmp_path / "ours")]
-        run = subprocess.run(words, cwd=HERE, env=variables, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        shutil.rmtree(tmp_path / "ours")
-    assert not any("other" in path for path in server.asked)
+    published_folder(tmp_path / "trained" / "tiny", weights)
+
+    def snapshot_download(repo: str, allow_patterns, **_) -> str:
+        assert repo == "u/r" and set(allow_patterns) == {f"trained/tiny/{name}" for name in published.FILES}
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert command(published, "u/r/trained/tiny", tmp_path / "ours") == 0
+    assert hypernet.load_hypernet(tmp_path / "ours").config.base_model == "tiny"

@@ -1,7 +1,6 @@
 """Descriptions as names of models, with a stand-in for vLLM and with vLLM (T2L_VLLM names its python)."""
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -93,46 +92,10 @@ def test_a_network_that_needs_the_prompt_is_refused(tmp_path, stand_in, capsys):
     assert "with the description in the prompt, too" in capsys.readouterr().err
 
 
-@pytest.fixture
-def vllm():
-    """Starts a server, which ends with the test; its address."""
-    started = []
-
-    def start(*words: str) -> str:
-        port = str(20_000 + os.getpid() % 10_000 + len(started))
-        words = [*words, "--port", port, "--api-key", "secret", "--max-model-len", "128", "--dtype", "float32"]
-        env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(HERE)}
-        python = [os.environ["T2L_VLLM"], "-m", "extras.serve", "--enforce-eager", "--max-loras", "4"]
-        started.append(subprocess.Popen([*python, *words], cwd=HERE, env=env))
-        while started[-1].poll() is None:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                return f"http://127.0.0.1:{port}/v1/chat/completions"
-            time.sleep(1)
-        raise AssertionError("vLLM has ended")
-
-    yield start
-    for server in started:
-        server.terminate()
-        server.wait()
-
-
-def ask(url: str, name: str, text: str, key: str = "secret"):
-    """The answer of a model, or the status of an error."""
-    messages = [{"role": "user", "content": text}]
-    content = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 8}
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(content).encode(), headers)) as reply:
-            return json.loads(reply.read())["choices"][0]["message"]["content"].strip()
-    except urllib.error.HTTPError as e:
-        return e.code
-
-
 @pytest.mark.skipif("T2L_VLLM" not in os.environ, reason="T2L_VLLM names no python with vllm")
 @needs_models
-def test_twenty_descriptions_on_two_servers(tmp_path, capsys, vllm):
-    """A random network for the real base model, whose adapters say something else for each description."""
+def test_vllm_answers_as_generate_does(tmp_path, capsys):
+    """Twenty descriptions, four at a time, with a random network for the real base model."""
     base, _ = model.load_base(os.environ["T2L_BASE"])
     config = config_for(base, base_model=os.environ["T2L_BASE"])
     net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), input_size=model.HASH_WIDTH))
@@ -140,15 +103,37 @@ def test_twenty_descriptions_on_two_servers(tmp_path, capsys, vllm):
     for head in net.heads.values():
         nn.init.normal_(head.weight, std=0.05)
     hypernet.save_hypernet(net, tmp_path / "net")
-    own = ["--base_model", os.environ["T2L_BASE"], "--hypernet", str(tmp_path / "net")]
+    own = ["--base_model", os.environ["T2L_BASE"], "--hypernet", str(tmp_path / "net"), "--dtype", "float32"]
     text, texts = "What is the capital of France?", [f"{word} it" for word in tiny.VOCABULARY[100:120]]
     words = [word for description in texts for word in ("--desc", description)]
-    words += ["--input", text, "--out", tmp_path / "a", "--max_new_tokens", "8", "--dtype", "float32"]
+    words += ["--input", text, "--out", tmp_path / "a", "--max_new_tokens", "8"]
     assert command(generate, *own, *words) == 0
     right = re.findall(r"with adapter  (.*)", capsys.readouterr().out)
-    for url in [vllm(*own), vllm(*own)] * 2:
+    start = [os.environ["T2L_VLLM"], "-m", "extras.serve", *own, "--port", "8123", "--api-key", "secret"]
+    start += ["--max-model-len", "128", "--enforce-eager", "--max-loras", "4"]
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(HERE)}
+    server = subprocess.Popen(start, cwd=HERE, env=env)
+
+    def ask(name: str, key: str = "secret"):
+        """The answer of a model, or the status of an error; waits for the server."""
+        messages = [{"role": "user", "content": text}]
+        content = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 8}
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        url = "http://127.0.0.1:8123/v1/chat/completions"
+        request = urllib.request.Request(url, json.dumps(content).encode(), headers)
+        while server.poll() is None:
+            try:
+                with urllib.request.urlopen(request) as reply:
+                    return json.loads(reply.read())["choices"][0]["message"]["content"].strip()
+            except urllib.error.HTTPError as e:
+                return e.code
+            except OSError:
+                time.sleep(1)
+
+    try:
+        assert ask("typo") == ask("t2l:") == 404 and ask(f"t2l: {texts[0]}", key="wrong") == 401
         with ThreadPoolExecutor(4) as four:
-            said = list(four.map(lambda description: ask(url, f"t2l: {description}", text), texts))
+            said = list(four.map(lambda description: ask(f"t2l: {description}"), texts))
         assert [answer.split("\n")[0] for answer in said] == right and len(set(right)) > 9
-        assert ask(url, "typo", text) == ask(url, "t2l:", text) == 404
-        assert ask(url, f"t2l: {texts[0]}", text, key="wrong") == 401
+    finally:
+        server.terminate()

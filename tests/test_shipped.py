@@ -1,6 +1,7 @@
 """Shipped weights, and real models."""
 
 import itertools
+import os
 import re
 import warnings
 
@@ -90,15 +91,19 @@ def test_the_program_for_peft(tmp_path, capsys):
     assert capsys.readouterr().out == "Lovelace\n"
 
 
-@needs_models
-def test_a_real_model(tmp_path):
+@pytest.mark.parametrize("name", ["T2L_BASE", "T2L_GEMMA", "T2L_QWEN"])
+def test_a_real_model_learns_and_stops(name, tmp_path, capsys):
+    """SmolLM2-135M; Gemma-3-270m: sliding windows, no chat template; Qwen2.5-Coder-0.5B: biases."""
+    if name not in os.environ:
+        pytest.skip(f"{name} names no folder")
     pairs = itertools.product(("red", "blue", "green"), ("cat", "dog", "cow"))
     instances = [{"input": f"{a} {b}", "output": [f"{b} {a}"]} for a, b in pairs]
     write_file(tmp_path / "swap.json", {"descriptions": ["Swap the two words."], "Instances": instances})
-    words = "--size small --dropout 0 --lr 3e-3 --max_steps 12".split()
-    words += [*REAL, "--tasks", tmp_path, "--examples_per_task", "4", "--tasks_per_batch", "1"]
+    own = ["--base_model", os.environ[name], "--encoder", "base"]
+    words = "--dropout 0 --lr 1e-3 --head_lr 1 --max_steps 25 --neftune_alpha 5".split()
+    words += [*own, "--tasks", tmp_path, "--examples_per_task", "8", "--tasks_per_batch", "1"]
     losses = fit(tmp_path / "net", *words)
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
     words = ["--desc", "Swap the two words.", "--hypernet", tmp_path / "net", "--input", "red cat"]
-    words += ["--max_new_tokens", "8", "--out", tmp_path / "adapter"]
-    assert command(generate, *words) == 0
+    assert command(generate, *own, *words, "--out", tmp_path / "adapter") == 0
+    assert "with adapter  cat red\n" in capsys.readouterr().out  # and nothing after the end mark

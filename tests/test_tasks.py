@@ -1,6 +1,5 @@
 """Sources of tasks."""
 
-import copy
 import json
 import random
 import re
@@ -12,8 +11,6 @@ import data
 import eval as evaluation
 import model
 from data import Example
-from extras import pretrain
-from support import files
 from support.files import UserError, read_file
 from tasks import benchmarks, chores, load_tasks, lots_of_loras, tiny
 from tests.helpers import command, refused
@@ -29,68 +26,30 @@ def test_held_out_tasks_are_nowhere_in_training():
     assert not held_out & {task.name for task in load_tasks("tiny")["train"]}
 
 
-def test_the_tiny_base_model_is_trained_on_what_the_chat_template_writes():
-    held_out = set(tiny.splits()["val"] + tiny.splits()["test"])
-    assert not held_out & set(pretrain.TASKS)
-    texts = [text for step in range(2000, 20_000, 2000) for text in pretrain.draw(step, 20_000)]
-    assert {len(example.input.split()) for text in texts for example in text} == {1, 2, 3, 4}
-    _, tokenizer = model.load_base("tiny")
-    for step in (8, 10_000, 10_001):  # lines to go on with, a task, and facts that are looked up
-        for text in pretrain.draw(step, 20_000)[:3]:
-            ids, labels = pretrain.tokenize(text)
-            shots = [(example.input, example.answers[0]) for example in text[:-1]]
-            chat = model.chat(tokenizer, text[-1].input, "", shots)
-            prompt, answer = model.render(tokenizer, chat), model.render(tokenizer, chat, text[-1].answers[0])
-            assert ids == model.tokenize(tokenizer, prompt) + model.tokenize(tokenizer, answer)
-            n_answer_tokens = sum(len(example.answers[0].split()) + 1 for example in text)
-            assert sum(label != -100 for label in labels) == n_answer_tokens
-
-
 def test_tiny_answers_are_right_and_tell_tasks_apart():
-    rng, words = random.Random(0), "cat red dog shirt".split()
+    rng = random.Random(0)
     rules = {  # by hand
         ("animals", "french", "reversed"): "chien chat",
         ("all", "capitals", "joined"): "CAT and RED and DOG and SHIRT",
         ("clothes", "italian", "numbered"): "1. camicia",
         ("animals", "initial", "counted"): "c d (2)",
     }
-
-    def keep(words, chosen):
-        return [w for w in words if chosen == "all" or w in tiny.CATEGORIES[chosen]]
-
-    def write(kept, change, layout):
-        return " ".join(tiny.LAYOUTS[layout]([tiny.FORMS[w][change] for w in kept]))
-
-    for (chosen, change, layout), right in rules.items():
-        assert write(keep(words, chosen), change, layout) == right
-    for parts in rng.sample(tiny.splits()["train"], 60):  # another part gives another answer
-        chosen, change, layout = parts
-        for _ in range(5):
-            question, (answer,) = tiny.example(parts, rng)
-            ours = keep(question.split(), chosen)
-            assert answer == write(ours, change, layout) and len(set(question.split())) == 4
-            assert all(other == change or answer != write(ours, other, layout) for other in tiny.MAPS)
-            for other in tiny.LAYOUTS if len(ours) > 1 and change != "initial" else ():
-                assert other == layout or answer != write(ours, change, other)
+    for parts, right in rules.items():
+        assert tiny.right_answer(parts, "cat red dog shirt".split()) == right
+    for parts in rng.sample(tiny.splits()["train"], 60):  # another change of the words gives another answer
+        (category, change, layout), (question, (answer,)) = parts, tiny.example(parts, rng)
+        for other in set(tiny.MAPS) - {change}:
+            assert answer != tiny.right_answer((category, other, layout), question.split())
 
 
-def test_reworded_descriptions_are_new(monkeypatch):
+def test_reworded_descriptions_are_new():
     tasks = load_tasks("tiny")
-    train_words = {d for task in tasks["train"] for d in task.descriptions}
+    train_descriptions = {text for task in tasks["train"] for text in task.descriptions}
     for task in tasks["test"]:
-        assert len(task.descriptions) == 128 and not train_words & set(task.reworded)
-    for part, styles in tiny.WORLD["say"].items():
+        assert len(task.descriptions) == 128 and not train_descriptions & set(task.reworded)
+    for styles in tiny.WORLD["say"].values():
         for style in ("instruction", "phrase"):
-            seen, withheld = styles[style]["seen"], styles[style]["withheld"]
-            assert not set(seen) & set(withheld) and len(seen) + len(withheld) >= 14, part
-    assert tiny.task(tiny.splits()["test"][0]) in tasks["test"]
-    withheld_only = copy.deepcopy(tiny.WORLD)
-    for styles in withheld_only["say"].values():
-        for style in styles.values():
-            style["seen"] = []
-    monkeypatch.setattr(tiny, "WORLD", withheld_only)
-    rng = random.Random(0)
-    assert all(tiny.describe(parts, rng, reworded=True) for parts in tiny.splits()["test"])
+            assert not set(styles[style]["seen"]) & set(styles[style]["withheld"])
 
 
 @pytest.mark.parametrize("chain, question, answer", [
@@ -134,22 +93,16 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     assert len(seen) > 8000 and not withheld & seen
 
 
-def test_lots_of_loras_is_downloaded_once_and_whole(tmp_path, monkeypatch, server):  # noqa: F811
+def test_lots_of_loras_is_downloaded_once_and_whole(server):
     splits = read_file(lots_of_loras.NAMES)
     assert [len(splits[k]) for k in ("train", "val")] == [479, 11]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(lots_of_loras, "URL", server.url)
-    task = {"Definition": ["Do it."], "Instances": [{"id": "1", "input": "a", "output": ["b"]}] * 5}
-    task = json.dumps(task).encode()
-    server.files = {f"/{name}.json": (task, len(task)) for names in splits.values() for name in names}
-    first, second = (f"/{name}.json" for name in splits["train"][:2])
-    server.files[second] = (task[:-9], len(task))  # cut off
-    refused(f"of 490 task files are not in .*{server.url}{second}", load_tasks, "lots-of-loras")
-    server.files[second] = (task, len(task))
+    task = json.dumps({"Definition": ["Do it."], "Instances": [{"input": "a", "output": ["b"]}] * 5}).encode()
+    server.replies = [(task, 200), (task[:-9], 200)]  # the second one is cut off
+    refused("of 490 task files are not in .* cannot be read", load_tasks, "lots-of-loras")
+    server.replies = [(task, 200)] * 489
     tasks = load_tasks("lots-of-loras")
     assert [t.name for t in tasks["train"]] == splits["train"] and tasks["val"][0].definition == "Do it."
-    assert server.asked.count(first) == 1 and server.asked.count(second) == 2
-    assert load_tasks("lots-of-loras") == tasks and server.asked.count(first) == 1
+    assert load_tasks("lots-of-loras") == tasks and len(server.asked) == 491
 
 
 # files of one's own, and what the one line of error says
@@ -220,32 +173,21 @@ def test_a_benchmarks_row_as_prompt_and_score(name):
         assert metric(Example("", ["5"]), "between 3-5.") and not metric(Example("", ["5"]), "It is -5.")
 
 
-def test_benchmarks_are_downloaded_once_and_whole(tmp_path, monkeypatch, server):  # noqa: F811
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(benchmarks, "ROWS_SERVICE", server.url + "/rows")
+def test_benchmarks_are_downloaded_once_and_whole(server, monkeypatch):
     monkeypatch.setitem(benchmarks.BENCHMARKS, "piqa", benchmarks.BENCHMARKS["piqa"]._replace(n_records=150))
-    waits, entry = [], {"row": ROWS["piqa"][0]}
 
-    def page(n, total=150):
-        return {"num_rows_total": total, "rows": [entry] * n}
+    def page(n: int, total: int = 150) -> tuple[bytes, int]:
+        content = {"num_rows_total": total, "rows": [{"row": ROWS["piqa"][0]}] * n}
+        return json.dumps(content).encode(), 200
 
-    monkeypatch.setattr(files.time, "sleep", waits.append)
-
-    def send(content, status=200):
-        return server.replies.append((json.dumps(content).encode(), status))
-
-    cut, wrong, short = (json.dumps(page(100)).encode()[:-9], 200), page(100, 151), page(99)
-    server.replies = [cut]
-    send(wrong), send(short)
-    for _ in range(3):  # cut off, of another length, too short
-        with pytest.raises(UserError, match=f"rows 0 to 100 of 150 are not in {tmp_path}"):
-            benchmarks.load(["piqa"])
-    send({}, 429), send(page(100)), send({}, 500)
-    with pytest.raises(UserError, match="rows 100 to 150 of 150"):
-        benchmarks.load(["piqa"])
-    send(page(50))
+    for wrong in (page(100)[0][:-9], 200), page(100, 151), page(99):  # cut off, of another length, too short
+        server.replies = [wrong]
+        refused("rows 0 to 100 of 150 are not in", benchmarks.load, ["piqa"])
+    server.replies = [(b"", 429), page(100), (b"", 500)]
+    refused("rows 100 to 150 of 150", benchmarks.load, ["piqa"])
+    server.replies = [page(50)]
     (task,) = benchmarks.load(["piqa"])["test"]
-    assert waits == [7] and not server.replies and len(task.test) == 150 and len(task.descriptions) == 3
+    assert server.waits == [7] and len(task.test) == 150 and len(task.descriptions) == 3
     assert [re.search(r"offset=(\d+)", path)[1] for path in server.asked] == ["0"] * 5 + ["100"] * 2
     assert benchmarks.load(["piqa"])["test"] == [task] and len(server.asked) == 7
 
