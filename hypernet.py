@@ -543,7 +543,7 @@ def copy_weights(folder: str, net: nn.Module) -> None:
 
 # -------------------- A new network --------------------
 #
-# Write an nn.Module with these members, as in tests/test_fork.py, and add it to ARCHS.
+# Write an nn.Module with these members, as in tests/test_extras.py, and add it to ARCHS.
 #
 #     net_class.reads      "descriptions" or "documents": the tasks that it is trained on
 #     net_class.modes      how train.py may train it: "sft", "recon"

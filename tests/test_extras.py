@@ -1,0 +1,388 @@
+"""The commands in extras, and a network of one's own.
+
+Optional: gradio, selenium and Chromium for the page (T2L_PAGE=assets/web.png draws the README's picture), gguf,
+matplotlib, and a python with vLLM that T2L_VLLM names.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import types
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
+
+import data
+import generate
+import hypernet
+import lora
+import model
+import train
+from extras import gguf as converter
+from extras import map as mapping
+from extras import one_page, serve, web
+from support.files import read_file, write_file
+from support.flags import setting
+from tasks import tiny
+from tests.helpers import close, command, config_for, DESC, fit, HERE, LORA, needs_models, random_adapter
+from tests.helpers import refused, run_of, SCALING, TINY
+from tests.test_models import CHATML
+
+# -------------------- The method on one page is that of the scripts --------------------
+
+
+def test_shipped_weights_load_and_write_the_same_adapters():
+    net, ours = one_page.TextToLoRA().eval(), hypernet.load_hypernet(TINY / "sft_large")
+    ours.connect(None, None)
+    weights = read_file(TINY / "sft_large" / "hypernet.safetensors")
+    weights = {key: tensor.float() for key, tensor in weights.items()}
+    missing, others = net.load_state_dict(weights, strict=False)
+    constants = [key for key in others if key.startswith("deviation.") or key.endswith("_B")]
+    assert not missing and others == constants
+    texts = ["Keep only the animals, in French.", "The fruits; last first!"]
+    for name, pair in net(texts).items():
+        close(pair, ours(texts)[name], 1e-6, 1e-6)
+
+
+def test_its_first_losses_are_those_of_train(monkeypatch):
+    """On the examples that it draws, without dropout."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    monkeypatch.setattr(F, "dropout", lambda x, *_, **__: x)
+    run = run_of("--lr", str(one_page.LR), "--max_steps", str(one_page.STEPS), "--l2", "0")
+    run.args.tasks_per_batch = one_page.BATCH
+    seen, texts, real, real_forward = [], [], one_page.task_loss, one_page.TextToLoRA.forward
+
+    def forward(self, descriptions):
+        if not texts:  # the same start
+            run.net.load_state_dict(run.net.state_dict() | self.state_dict())
+        texts.append(descriptions)
+        return real_forward(self, descriptions)
+
+    def task_loss(base, tokenizer, examples):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append((examples, real(base, tokenizer, examples)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(one_page.TextToLoRA, "forward", forward)
+    monkeypatch.setattr(one_page, "task_loss", task_loss)
+    with pytest.raises(KeyboardInterrupt):
+        one_page.main()
+    optimizer = train.make_optimizer(run.net, run.args)
+    for step, (examples, loss) in enumerate(seen):
+        drawn = [data.DrawnTask(0, text, [example]) for text, example in zip(texts[step], examples)]
+        monkeypatch.setattr(data, "draw", lambda *_: drawn)
+        close(torch.tensor(train.update(run, run.net, optimizer, step)["loss"]), loss.detach(), 1e-4)
+
+
+# -------------------- A new network: all that the end of hypernet.py lists --------------------
+
+
+@dataclass
+class ScaledConfig(hypernet.HypernetConfig):
+    width: int = setting(16, "numbers per description", least=1)
+    dropout: float = 0.0  # has the name of a flag
+
+
+class Scaled(nn.Module):
+    """One LoRA for all tasks, times a number that depends on the description."""
+
+    reads, modes, config_class = "descriptions", ("sft", "recon"), ScaledConfig
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.ranks, self.lr_factors = config, config.r, {"scale": 2.0}
+        self.bank = lora.LoRABank(config, 1)
+        self.scale = nn.Sequential(nn.Linear(model.HASH_WIDTH, config.width), nn.Linear(config.width, 1))
+
+    def connect(self, base, tokenizer):
+        self.encoder = model.load_encoder("hash")
+
+    def forward(self, texts):
+        scale = self.scale(self.encoder(texts))[..., None, None]  # [n, 1, 1, 1]
+        return {name: (A * (1 + scale), B * (1 + scale)) for name, (A, B) in self.bank([0]).items()}
+
+    def start_as_lora(self):
+        pass
+
+    def start_at(self, mean, std):
+        for name in self.config.targets:
+            self.bank.A[name].data[0], self.bank.B[name].data[0] = mean[name]
+
+
+def test_a_new_network_is_trained_both_ways_and_used(tmp_path, monkeypatch):
+    monkeypatch.setitem(hypernet.ARCHS, "scaled", Scaled)
+    words = ["--arch", "scaled", "--n_tasks", "4", "--tasks_per_batch", "4", "--width", "8"]
+    fit(tmp_path / "sft", *words, "--max_steps", "8", "--dropout", "0.25")
+    fit(tmp_path / "oracles", *LORA, "--n_tasks", "4", "--tasks_per_batch", "4", "--max_steps", "4")
+    recon = ["--mode", "recon", "--oracles", tmp_path / "oracles", "--max_steps", "8"]
+    losses = fit(tmp_path / "recon", *words, *recon)
+    assert losses[-1] < losses[0]
+    for name in ("sft", "recon"):
+        net = hypernet.load_hypernet(tmp_path / name)
+        assert net.config.width == 8
+        net.connect(None, None)
+        with torch.no_grad():
+            (first, _), (again, _) = net(["Swap them."])["q_proj"], net(["Swap them."])["q_proj"]
+        close(first, again, 0, 0)
+    assert hypernet.load_hypernet(tmp_path / "sft").config.dropout == 0.25
+    out = ["--hypernet", tmp_path / "sft", "--desc", "Swap them.", "--out", tmp_path / "adapter"]
+    assert command(generate, *out) == 0 and lora.load_adapter(tmp_path / "adapter")[1].r == 8
+
+
+# -------------------- Descriptions as names of models --------------------
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """What serve.py needs of vLLM. Its main() asks the resolver for each name in `asked`."""
+    vllm = types.SimpleNamespace(asked=[], found={}, resolvers={})
+
+    def main() -> None:
+        vllm.words = sys.argv
+        (resolver,) = vllm.resolvers.values()
+
+        async def ask():
+            return await asyncio.gather(*(resolver.resolve_lora("tiny", name) for name in vllm.asked))
+
+        for name, request in zip(vllm.asked, asyncio.run(ask())):
+            vllm.found[name] = request and lora.load_adapter(request[2])
+        vllm.template = Path(sys.argv[sys.argv.index("--chat-template") + 1]).read_text()
+        vllm.folder = Path(request[2])
+
+    registry = types.SimpleNamespace(register_resolver=vllm.resolvers.__setitem__)
+    monkeypatch.setattr(serve.runpy, "run_module", lambda *_, **__: main())
+    monkeypatch.setattr(serve, "find_spec", lambda _: True)
+    modules = {}
+    modules["vllm.lora.request"] = dict(LoRARequest=lambda *fields: fields)
+    modules["vllm.lora.resolver"] = dict(LoRAResolver=object, LoRAResolverRegistry=registry)
+    for name, members in modules.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
+    return vllm
+
+
+def test_a_description_is_the_name_of_its_adapter(stand_in, monkeypatch):
+    monkeypatch.setattr(serve, "MOST", 3)
+    texts = ["Keep the fruits.", "Reverse the animals.", "Shout the colours."]
+    names = [f"t2l: {text}" for text in texts]
+    stand_in.asked = ["typo", "t2l: ", *names, *names, "t2l: more", "t2l:" + texts[0]]
+    assert command(serve, "--port", "8123") == 0
+    assert stand_in.words[-2:] == ["--port", "8123"] and "--enable-lora" in stand_in.words
+    net = hypernet.load_hypernet(TINY / "sft_large")
+    net.connect(None, None)
+    for name in ("typo", "t2l: ", "t2l: more"):
+        assert stand_in.found[name] is None
+    for text in texts:
+        adapter, _ = stand_in.found[f"t2l: {text}"]
+        close(adapter["q_proj"], lora.select(net([text]), 0)["q_proj"])
+    assert not stand_in.folder.exists()  # it went with the server
+
+
+def test_prompts_are_those_of_training():
+    tokenizer = model.load_base("tiny")[1]
+    said = "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}{{ m.content }}"
+    dated = "{{ strftime_now('%d') }}{{ date_string }}{{ enable_thinking }}" + CHATML
+    for template in (tokenizer.chat_template, dated, CHATML.replace("\n{{ m.content }}", "\n" + said)):
+        tokenizer.chat_template = template
+        asked = [{"role": "user", "content": "cat dog"}]
+        settings = dict(add_generation_prompt=True, tokenize=False)
+        settings["chat_template"] = serve.served_template(tokenizer)
+        ours = model.render(tokenizer, model.chat(tokenizer, "cat dog"))
+        assert tokenizer.apply_chat_template(asked, **settings) == ours
+
+
+def test_a_network_that_needs_the_prompt_is_refused(tmp_path, stand_in, capsys):
+    hypernet.save_hypernet(hypernet.load_hypernet(TINY / "sft_small"), tmp_path)
+    write_file(tmp_path / "config.json", read_file(tmp_path / "config.json") | {"instruction": True})
+    assert command(serve, "--hypernet", tmp_path) == 2
+    assert "with the description in the prompt, too" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("T2L_VLLM" not in os.environ, reason="T2L_VLLM names no python with vllm")
+@needs_models
+def test_vllm_answers_as_generate_does(tmp_path, capsys):
+    """Twenty descriptions, four at a time, with a random network for the real base model."""
+    base, _ = model.load_base(os.environ["T2L_BASE"])
+    config = config_for(base, base_model=os.environ["T2L_BASE"])
+    net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), input_size=model.HASH_WIDTH))
+    net.start_as_lora()
+    for head in net.heads.values():
+        nn.init.normal_(head.weight, std=0.05)
+    hypernet.save_hypernet(net, tmp_path / "net")
+    own = ["--base_model", os.environ["T2L_BASE"], "--hypernet", str(tmp_path / "net"), "--dtype", "float32"]
+    text, texts = "What is the capital of France?", [f"{word} it" for word in tiny.VOCABULARY[100:120]]
+    words = [word for description in texts for word in ("--desc", description)]
+    words += ["--input", text, "--out", tmp_path / "a", "--max_new_tokens", "8"]
+    assert command(generate, *own, *words) == 0
+    right = re.findall(r"with adapter  (.*)", capsys.readouterr().out)
+    start = [os.environ["T2L_VLLM"], "-m", "extras.serve", *own, "--port", "8123", "--api-key", "secret"]
+    start += ["--max-model-len", "128", "--enforce-eager", "--max-loras", "4"]
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(HERE)}
+    server = subprocess.Popen(start, cwd=HERE, env=env)
+
+    def ask(name: str, key: str = "secret"):
+        """The answer of a model, or the status of an error; waits for the server."""
+        messages = [{"role": "user", "content": text}]
+        content = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 8}
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        url = "http://127.0.0.1:8123/v1/chat/completions"
+        request = urllib.request.Request(url, json.dumps(content).encode(), headers)
+        while server.poll() is None:
+            try:
+                with urllib.request.urlopen(request) as reply:
+                    return json.loads(reply.read())["choices"][0]["message"]["content"].strip()
+            except urllib.error.HTTPError as e:
+                return e.code
+            except OSError:
+                time.sleep(1)
+
+    try:
+        assert ask("typo") == ask("t2l:") == 404 and ask(f"t2l: {texts[0]}", key="wrong") == 401
+        with ThreadPoolExecutor(4) as four:
+            said = list(four.map(lambda description: ask(f"t2l: {description}"), texts))
+        assert [answer.split("\n")[0] for answer in said] == right and len(set(right)) > 9
+    finally:
+        server.terminate()
+
+
+# -------------------- Adapters for llama.cpp --------------------
+
+
+@pytest.mark.parametrize("make, permuted", [(LlamaConfig, True), (Gemma2Config, False), (Qwen3Config, False)])
+def test_the_file_holds_the_adapter(tmp_path, capsys, make, permuted):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=50)
+    config = make(**sizes, num_hidden_layers=2, num_key_value_heads=2, head_dim=8)
+    config.save_pretrained(tmp_path / "base")
+    base, names = AutoModelForCausalLM.from_config(config), ["q_proj", "k_proj", "o_proj", "down_proj"]
+    config = config_for(base, names, str(tmp_path / "base"), r=4)
+    adapter = random_adapter(config, r=4)
+    lora.save_adapter(tmp_path / "adapter", adapter, config)
+    assert command(converter, tmp_path / "adapter", tmp_path / "new" / "a.gguf") == 0
+    reader = gguf.GGUFReader(tmp_path / "new" / "a.gguf")
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    assert len(tensors) == 2 * 2 * 4 and reader.fields["general.type"].contents() == "adapter"
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "o_proj": "attn_output", "down_proj": "ffn_down"}
+    for name, (A, B) in adapter.items():
+        for layer in range(2):
+            key = f"blk.{layer}.{names[name]}.weight.lora"
+            ours, rank = B[layer], A.shape[-2]
+            if permuted and name in ("q_proj", "k_proj"):  # llama.cpp rotates neighbours, transformers halves
+                heads = ours.view(-1, 2, 4, rank)  # [heads, half, place in it, r]
+                ours = torch.stack([heads[:, 0], heads[:, 1]], 2).reshape(-1, rank)
+            theirs = alpha / rank * tensors[f"{key}_b"] @ tensors[f"{key}_a"]
+            torch.testing.assert_close(theirs, config.scaling * ours @ A[layer], rtol=1e-4, atol=1e-5)
+    GPTNeoXConfig(num_hidden_layers=2).save_pretrained(tmp_path / "base")
+    assert command(converter, tmp_path / "adapter", tmp_path / "b.gguf") == 2
+    assert "no GGUF adapters for gpt_neox, but for llama" in capsys.readouterr().err
+    assert not (tmp_path / "b.gguf").exists()
+
+
+# -------------------- The map of what was learned --------------------
+
+
+@torch.no_grad()
+def test_the_changes_are_those_of_the_weights(monkeypatch):
+    x = torch.randn(50, 6) * torch.tensor([9.0, 0.1, 5.0, 0.1, 0.1, 0.1]) + 3
+    widest = torch.linalg.svdvals(x - x.mean(0))[:2]
+    close(mapping.projection(x).square().sum(0), widest.square(), 1e-3)
+    monkeypatch.setattr(mapping, "ENTRIES", 10**9)  # all of them
+    net, texts = hypernet.load_hypernet(TINY / "sft_small"), ["Keep the fruits.", "Reverse the list."]
+    net.connect(None, None)
+    embeddings, changes = mapping.vectors_of(net, texts)
+    A, B = net(texts)["q_proj"]
+    close(changes[:, : 4 * 128 * 128], SCALING * (B @ A).flatten(1), 1e-4, 1e-4)
+    close(embeddings, net.embed_task(net.encode(texts)))
+
+
+def test_the_map_of_the_tiny_world(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "new" / "map.png"
+    assert command(mapping, "--n_tasks", "40", "--out", out) == 0
+    assert out.stat().st_size > 5000 and "40 tasks" in capsys.readouterr().out
+    assert command(mapping, "--hypernet", TINY / "d2l", "--out", out) == 2
+    assert "reads documents, not descriptions" in capsys.readouterr().err
+
+
+# -------------------- The page in a browser --------------------
+
+
+@pytest.fixture
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in paths:
+        pytest.skip("there is no Chromium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    flags = "headless=new no-sandbox disable-gpu disable-background-networking disable-sync"
+    for flag in f"{flags} window-size=1500,680".split():
+        options.add_argument(f"--{flag}")
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
+    yield browser
+    browser.quit()
+
+
+def test_a_missing_hypernetwork_is_named():
+    args = argparse.Namespace(hypernet="/nope", base_model=None, encoder=None)
+    refused("/nope is neither a folder", web.load_nets, args, "cpu")
+    args.hypernet = None
+    assert [net.reads for net in web.load_nets(args, "cpu")] == ["descriptions", "documents"]
+
+
+def test_the_page_in_a_browser(browser, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "-m", "extras.web", "--port", str(port)]
+    server = subprocess.Popen(start, cwd=HERE, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "0"})
+
+    def wait_for(find):
+        for _ in range(300):
+            with contextlib.suppress(Exception):
+                if found := find():
+                    return found
+            time.sleep(0.1)
+        raise AssertionError("not found in the page")
+
+    def shown(selector: str) -> list:
+        return [found for found in browser.find_elements("css selector", selector) if found.is_displayed()]
+
+    def ask(text: str, inputs: str, answer: str):
+        for box, typed in zip(wait_for(lambda: shown("textarea")), (text, inputs)):
+            box.clear()
+            box.send_keys(typed)
+        wait_for(lambda: [b for b in shown("button") if "Write an adapter" in b.text])[0].click()
+        wait_for(lambda: answer in browser.page_source)
+
+    try:
+        wait_for(lambda: browser.get(f"http://127.0.0.1:{port}") is None)
+        inputs = "skirt cat bird shirt\nflower bear mouse stone\nbird knee horse nose"
+        ask("Write the animals in Spanish, back to front.", inputs, "pájaro gato")
+        assert "Written in" in browser.page_source and "adapter.zip" in browser.page_source
+        if "T2L_PAGE" in os.environ:
+            browser.save_screenshot(os.environ["T2L_PAGE"])
+        ask(DESC, "a unicorn", "no token for")  # an error is shown in the page
+        wait_for(lambda: [b for b in shown("button") if b.text == "Document"])[0].click()
+        ask("cat lamp <eos>", "cat", "lamp")
+    finally:
+        server.kill()
