@@ -1,6 +1,5 @@
 """Commands: their flags, what users do wrong, files, runs."""
 
-import collections
 import importlib
 import json
 import os
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -94,14 +92,12 @@ def test_a_flag_that_counts_for_nothing_is_refused(kind, capsys):
 
 MISTAKES = """
 generate | | one of these: --desc
-generate | --desc x --doc {note} | one of these: --desc
+generate | --desc caf\udce9 | 'utf-8' codec can't encode
 generate | --desc x --desc ' ' | --desc number 2 is empty
 generate | --desc x --input '' | --input is empty
-generate | --desc x --out '' | is no new folder
 generate | --desc x --out {foreign} | did not write it
 generate | --desc x --out {note} | is a file
 generate | --desc x --merge {foreign} | is no new folder
-generate | --desc x --out {tmp}/m --merge {tmp}/m | is no new folder
 generate | --desc x --desc y --merge {tmp}/m | takes a single --desc
 generate | --desc x --base_model {adapter} | not a model
 generate | --desc x --base_model mistral-7b | no hypernetwork for mistral-7b
@@ -118,7 +114,6 @@ generate | --desc x --device gpu | --device gpu: there are auto
 generate | --desc x --max_new_tokens 0 | must be at least 1
 generate | --adapter {adapter} --base_model {base} --input '{long}' | do not fit into the base model's window
 generate | --doc {tmp}/none.txt | cannot be read as text
-generate | --doc {net}/hypernet.safetensors | cannot be read as text
 generate | --doc {note} --hypernet {net} | reads descriptions
 generate | --doc {note} --instruction | goes with --desc
 eval | --methods t2l,magic | there is no method 'magic'
@@ -133,7 +128,6 @@ eval | --out {foreign} | must end in .json
 eval | --out {note}/r.json | note.txt
 train | --base_model ./nowhere | is neither a folder, a preset
 train | --depth 3 | is not a setting of --mode sft --arch t2l
-train | --lr 1 @x.args | @x.args is not a setting
 train | @config/none.args | config/none.args
 train | @{tmp}/self.args | it names itself
 train | --arch t3l | invalid choice: 't3l'
@@ -177,11 +171,6 @@ def test_bad_input_is_one_line_and_exit_code_2(places, monkeypatch, capsys, line
     assert sorted(places["tmp"].rglob("*")) == before and not [*tmp_path.rglob("*.*")]
 
 
-def test_a_broken_text_on_the_command_line_is_one_line(capsys):
-    assert command(generate, "--desc", "caf\udce9") == 2  # what Python makes of a byte of Latin-1
-    assert "'utf-8' codec can't encode" in capsys.readouterr().err
-
-
 def test_out_of_memory_is_one_line_and_a_later_process_says_which_it_is(capsys, monkeypatch):
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
@@ -211,25 +200,17 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_mode == file.stat().st_mode
 
 
-def test_two_models_of_one_shape_are_told_apart_by_their_ids():
-    hub.check_base("User/a", [1, 2, 3], "user/A", [1, 2, 3])
-    hub.check_base("./some/folder", [1, 2, 3], "user/b", [])
-    refused("cannot be used with", hub.check_base, "u/a", [1, 2, 3], "u/b", [1, 2, 3])
-
-
-@pytest.mark.parametrize("flag", ["--out", "--merge"])
-def test_a_users_folder_is_never_taken_for_one_of_ours(tmp_path, flag):
+def test_a_users_folder_is_never_taken_for_one_of_ours(tmp_path):
     """An adapter of somebody else has the same names, but no description.txt."""
     oracle = ["adapter_config.json", "definition.txt"]
     for i, names in enumerate((["description.txt", "notes.md"], ["adapter_config.json"], oracle)):
         mine = tmp_path / str(i)
-        mine.mkdir()
         for name in names:
+            mine.mkdir(exist_ok=True)
             (mine / name).write_text("mine")
-        words = [*SAY, "--out", tmp_path / "out"] if flag == "--merge" else SAY
-        assert command(generate, *words, flag, mine) == 2
-        assert sorted(file.name for file in mine.iterdir()) == sorted(names)
-        assert all(file.read_text() == "mine" for file in mine.iterdir())
+        assert command(generate, *SAY, "--out", mine) == 2
+        assert command(generate, *SAY, "--out", tmp_path / "out", "--merge", mine) == 2
+        assert {file.name: file.read_text() for file in mine.iterdir()} == dict.fromkeys(names, "mine")
 
 
 def test_what_the_last_call_wrote_is_replaced(tmp_path, monkeypatch):
@@ -296,17 +277,14 @@ def test_learning_rates():
     args.schedule = "cosine"
     rates = [train.learning_rate(step, args) for step in range(101)]
     assert abs(rates[55] - 1.0) < 1e-6 and rates[100] == pytest.approx(1e-7)
-    assert rates == rates[:10] + sorted(rates[10:])[::-1]
     args.schedule, args.warmup = "late", 0.3
     rates = [train.learning_rate(step, args) for step in range(100)]
     assert rates[30:67] == [2.0] * 37 and abs(rates[83] - 1.0) < 0.05 and rates[99] < 0.1
     args.weight_decay = 0.01
     net = hypernet.TextToLoRA(small_config("large", head_lr=0.5))
     groups = train.make_optimizer(net, args).param_groups
-    kinds = collections.Counter((group["lr_factor"], group["weight_decay"]) for group in groups)
-    assert set(kinds) == {(0.5, 0.01), (0.5, 0.0), (1.0, 0.01), (1.0, 0.0)}
-    assert len(groups) == 4  # one for each kind
-
+    kinds = sorted((group["lr_factor"], group["weight_decay"]) for group in groups)
+    assert kinds == [(0.5, 0.0), (0.5, 0.01), (1.0, 0.0), (1.0, 0.01)]
     net = hypernet.TextToLoRA(small_config("large", offset_lr=3.0))
     groups = train.make_optimizer(net, args).param_groups
     (offset,) = [group["params"] for group in groups if group["lr_factor"] == 3.0]
@@ -369,13 +347,6 @@ def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, monkeypatch, 
     assert len(fit(run, "--resume", "--max_steps", "5")) == 5
 
 
-def test_a_run_that_dies_in_its_first_step_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "sft_step", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        command(train, *SHORT, "--out_dir", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     words = [*SHORT, "--max_steps", "9", "--val_every", "2", "--out_dir", tmp_path / "run"]
     real, calls = train.task_loss, []
@@ -427,29 +398,23 @@ def test_two_runs_into_one_folder_do_not_mix(tmp_path):
         assert (folder / "train.args").read_text() == "--lr 1\n"  # until the state has been read
 
 
-def task_folder_of(folder: Path, names: str) -> Path:
-    """A folder of tasks that swap two words, with one of each name."""
-    folder.mkdir(exist_ok=True)
-    for name in names:
-        instances = [{"input": f"cat {word}", "output": [f"{word} cat"]} for word in ("dog", "red", "sun")]
-        write_file(folder / f"{name}.json", {"descriptions": [f"Swap {name}."], "Instances": instances})
-    return folder
-
-
-def test_a_run_with_other_tasks_than_before_is_not_resumed(tmp_path, monkeypatch, capsys):
-    tasks, run = task_folder_of(tmp_path / "tasks", "ab"), tmp_path / "run"
+def test_a_run_with_other_tasks_or_settings_is_not_resumed(tmp_path, monkeypatch, capsys):
+    tasks, run = tmp_path / "tasks", tmp_path / "run"
+    tasks.mkdir()
+    instances = [{"input": f"cat {word}", "output": [f"{word} cat"]} for word in ("dog", "red", "sun")]
+    content = {"descriptions": ["Swap."], "Instances": instances}
+    for name in "ab":
+        write_file(tasks / f"{name}.json", content)
     words = [*LORA, "--tasks", tasks, "--max_steps", "50", "--out_dir", run]
     monkeypatch.setattr(train, "sft_step", interrupted_in_call(2, train.sft_step)[0])
     assert command(train, *words) == 130
     monkeypatch.undo()
-    task_folder_of(tasks, "c")
+    write_file(tasks / "c.json", content)
     assert command(train, "--resume", "--out_dir", run) == 2
     assert "tasks have changed since this run was started (added or removed: c)" in capsys.readouterr().err
     assert command(train, "--resume", "--rank", "4", "--out_dir", run) == 2
     assert "this run has --rank 8, not 4" in capsys.readouterr().err
-    assert command(train, "--resume", "--mode", "sft", "--out_dir", run) == 2
     (tasks / "c.json").unlink()
-    content = read_file(tasks / "a.json")
     write_file(tasks / "a.json", content | {"descriptions": ["Swap them."]})
     assert command(train, "--resume", "--out_dir", run) == 2
     assert "their texts are different" in capsys.readouterr().err
@@ -460,16 +425,12 @@ def test_a_run_with_other_tasks_than_before_is_not_resumed(tmp_path, monkeypatch
 
 
 def test_oracles_say_what_stands_in_the_prompts(tmp_path):
-    """A reconstruction of them cannot say otherwise."""
-    for name, words in (("plain", []), ("with", ["--instruction"])):
-        fit(tmp_path / name, *LORA, *words, "--n_tasks", "2", "--tasks_per_batch", "2", "--max_steps", "1")
-    fit(tmp_path / "net", "@config/recon.args", "--oracles", tmp_path / "with", "--max_steps", "1")
+    fit(tmp_path / "with", *LORA, "--instruction", *"--n_tasks 2 --tasks_per_batch 2 --max_steps 1".split())
+    recon = ["@config/recon.args", "--oracles", tmp_path / "with", "--max_steps", "1"]
+    fit(tmp_path / "net", *recon)
     assert read_file(tmp_path / "net" / "config.json")["instruction"] is True
-    (name,) = [file.name for file in (tmp_path / "with").iterdir() if file.is_dir()][:1]
-    shutil.rmtree(tmp_path / "plain" / name)
-    shutil.copytree(tmp_path / "with" / name, tmp_path / "plain" / name)
-    words = ["@config/recon.args", "--oracles", tmp_path / "plain", "--out_dir", tmp_path / "mixed"]
-    assert command(train, *words) == 2
+    write_file(next((tmp_path / "with").glob("*/prompt.json")), {"instruction": False})
+    assert command(train, *recon, "--out_dir", tmp_path / "mixed") == 2  # they differ
 
 
 def test_a_start_from_a_network_of_other_settings_is_refused(tmp_path):
@@ -479,3 +440,5 @@ def test_a_start_from_a_network_of_other_settings_is_refused(tmp_path):
     assert all(torch.equal(started[name], saved[name]) for name in saved)
     for changed in ["--alpha", "8"], ["--target_modules", "v_proj,q_proj"]:  # with weights of equal shapes
         refused("that network has other settings", run_of, *start, *changed)
+    hub.check_base("User/a", [1, 2, 3], "user/A", [1, 2, 3])
+    refused("cannot be used with", hub.check_base, "u/a", [1, 2, 3], "u/b", [1, 2, 3])  # two ids, one shape

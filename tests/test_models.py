@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, CONFIG_MAPPING
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel, T5Config, T5EncoderModel
 
 import data
@@ -25,7 +25,7 @@ from support import text_models
 from support.files import read_file, write_file
 from support.processes import Process
 from tests.helpers import close, command, config_for, fit, injected, logits_of, NAMES, one_layer
-from tests.helpers import random_adapter, refused, run_of, SAY, SCALING, SHORT, tiny_llama, with_peft
+from tests.helpers import random_adapter, refused, run_of, SCALING, SHORT, tiny_llama, with_peft
 
 # -------------------- Adapters, as PEFT and merged weights have them --------------------
 
@@ -103,22 +103,6 @@ def test_two_stacks_of_layers_are_told_apart():
     base, names = nn.ModuleDict(stacks), ["blocks.{}.to_q", "single_blocks.{}.to_q"]
     refused(re.escape(f"name one of them: {', '.join(names)}"), lora.find_targets, base, ["to_q"])
     assert [len(target.layers) for target in lora.find_targets(base, names).values()] == [2, 3]
-
-
-def test_peft_finds_the_tiny_base_model(tmp_path):
-    """The adapter names a folder that exists, and its tokenizer brings the chat template."""
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    assert command(generate, *SAY, "--out", tmp_path / "adapter") == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        base = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    name = read_file(tmp_path / "adapter/adapter_config.json")["base_model_name_or_path"]
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    messages = [{"role": "user", "content": "cat red dog shirt"}]
-    inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
-    answer = base.generate(**inputs, max_new_tokens=8, do_sample=False)
-    new = answer[0, inputs["input_ids"].shape[1] :]
-    assert tokenizer.decode(new, skip_special_tokens=True).strip() == "chat chien"
 
 
 # -------------------- Base models of many families, as small random ones --------------------
@@ -367,16 +351,6 @@ def test_the_positions_of_roberta_begin_later_and_of_t5_the_encoder_is_loaded(tm
     network.save_pretrained(tmp_path)
     hidden = network(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
     close(model.load_encoder(str(tmp_path))(["one"])[0], F.normalize(hidden.mean(0), dim=0), 1e-5, 1e-6)
-
-
-def test_a_frozen_encoder_reads_each_text_once_and_alone(tmp_path):
-    bert_folder(tmp_path)
-    encode, read = model.load_encoder(str(tmp_path)), []
-    encode.embed.model.register_forward_hook(lambda *_: read.append(1))
-    assert encode.embed_once.cache_info().maxsize * 16 == model.CACHED_NUMBERS  # bounded by memory
-    first = encode(["one", "two three", "one"])
-    assert torch.equal(first[0], first[2]) and len(read) == 2
-    assert torch.equal(encode(["two three"])[0], first[1]) and len(read) == 2
 
 
 def test_a_lora_on_the_text_encoder_is_trained_and_used(tmp_path):
