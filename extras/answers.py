@@ -1,8 +1,8 @@
 """Generate missing answers about documents: python -m extras.answers FOLDER OUT_DIR --base_model NAME
 
 FOLDER holds documents with questions, see the README. Questions without an answer are answered by the base
-model with the document in its prompt, as published. OUT_DIR is a new folder of the same files with all
-answers; a second call generates only what is missing.
+model with the document in its prompt, as published. OUT_DIR gets the same files with all answers; a second
+call goes on with files that are not there yet.
 """
 
 from pathlib import Path
@@ -12,44 +12,29 @@ from tqdm import tqdm
 import model
 from support import flags, hub, processes
 from support.files import UserError, command, read_object, write_file
-from tasks.folder import read_splits, read_task, task_files
+from tasks.folder import read_task, task_files
 
 ANSWER_TOKENS = 64  # the longest answer
-PROMPT_TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
+AT_ONCE = 16  # prompts
 
 
 def answer_file(base, tokenizer, content: dict) -> int:
-    """Answer the open questions of one file, in place. Returns how many did not fit into the window."""
-    open_entries, prompts, longest = [], [], 0
+    """Answer the open questions of one file, in place, and drop the others. Returns how many are dropped."""
+    asked = []  # (entry, prompt)
     for entry in content["questions"]:
-        if "answer" in entry:
-            continue
         chat = model.chat(tokenizer, entry["question"].strip(), content["document"])
         prompt = model.render(tokenizer, chat)
-        n_tokens = len(model.tokenize(tokenizer, prompt))
-        if n_tokens + ANSWER_TOKENS <= hub.window_of(base):
-            open_entries.append(entry)
-            prompts.append(prompt)
-            longest = max(longest, n_tokens)
-    n_at_once = max(1, PROMPT_TOKENS_AT_ONCE // max(1, longest))
-    for i in range(0, len(prompts), n_at_once):
-        answers = model.answer(base, tokenizer, prompts[i : i + n_at_once], ANSWER_TOKENS)
-        for entry, answer in zip(open_entries[i : i + n_at_once], answers):
+        n_tokens = len(model.tokenize(tokenizer, prompt)) + ANSWER_TOKENS
+        if "answer" not in entry and n_tokens <= hub.window_of(base):
+            asked.append((entry, prompt))
+    for i in range(0, len(asked), AT_ONCE):
+        entries, prompts = zip(*asked[i : i + AT_ONCE])
+        for entry, answer in zip(entries, model.answer(base, tokenizer, list(prompts), ANSWER_TOKENS)):
             entry["answer"] = answer.strip()
     answered = [entry for entry in content["questions"] if entry.get("answer")]
-    n_left_out = len(content["questions"]) - len(answered)
+    n_dropped = len(content["questions"]) - len(answered)
     content["questions"] = answered
-    return n_left_out
-
-
-def known_answers(target: Path, document: str) -> dict[str, str]:
-    """{question: answer} that an earlier call has written about a document."""
-    if not target.exists():
-        return {}
-    earlier = read_object(target)
-    if earlier.get("document") != document:
-        raise UserError(f"{target} is a file of somebody else; choose another folder")
-    return {entry["question"]: entry["answer"] for entry in earlier["questions"]}
+    return n_dropped
 
 
 def main() -> None:
@@ -65,30 +50,21 @@ def main() -> None:
     for path in paths.values():
         if not read_task(path).is_document:
             raise UserError(f"{path} is a task; only documents can have open questions")
-    in_out = {path.stem for path in args.out_dir.glob("*")} - {"splits"}
-    if args.out_dir.resolve() == args.folder.resolve() or not in_out <= set(paths):
+    if not {path.stem for path in args.out_dir.glob("*")} <= {*paths, "splits"}:
         raise UserError(f"{args.out_dir} is in use; choose another folder")
-    splits = {}
-    if (args.folder / "splits.json").exists():
-        splits = read_splits(args.folder / "splits.json", list(paths))
     device = processes.start_single(args.device)
     base, tokenizer = model.load_base(args.base_model, device)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     n_left_out = 0
     for path in tqdm(paths.values(), desc="documents", unit="file"):
-        target = args.out_dir / path.name
-        content = read_object(path)
-        known = known_answers(target, content["document"])
-        for entry in content["questions"]:
-            if entry["question"] in known:
-                entry.setdefault("answer", known[entry["question"]])
-        n_left_out += answer_file(base, tokenizer, content)
-        if {entry["question"] for entry in content["questions"]} != set(known):
-            write_file(target, content)
-    if splits:
-        kept = task_files(args.out_dir)
-        for split, names in splits.items():
-            splits[split] = [name for name in names if name in kept]
+        if not (args.out_dir / path.name).exists():
+            content = read_object(path)
+            n_left_out += answer_file(base, tokenizer, content)
+            if content["questions"]:
+                write_file(args.out_dir / path.name, content)
+    if (args.folder / "splits.json").exists():
+        splits, kept = read_object(args.folder / "splits.json"), task_files(args.out_dir)
+        splits = {split: [name for name in names if name in kept] for split, names in splits.items()}
         write_file(args.out_dir / "splits.json", splits)
     if n_left_out:
         print(f"left out: {n_left_out} questions; the document is too long, or the answer was empty")

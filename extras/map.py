@@ -19,6 +19,7 @@ import generate
 import model
 from support import flags, processes
 from support.files import UserError, check_name, command
+from support.tables import pyplot
 from tasks import load_tasks
 
 ENTRIES = 4096  # of each layer's change of the weights: a strided sample
@@ -60,13 +61,7 @@ def vectors_of(net, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     args = parse_args()
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the map needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     torch.manual_seed(0)
     device = processes.start_single(args.device)
     net = generate.load_net(args.hypernet, "descriptions", args, device)

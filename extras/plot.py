@@ -7,6 +7,7 @@ from pathlib import Path
 
 from support import flags
 from support.files import UserError, check_name, command, read_object
+from support.tables import pyplot
 
 
 def main() -> None:
@@ -15,13 +16,6 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the picture to write, a PNG file")
     args = parser.parse_args()
     check_name(args.out, ".png")
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("a plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     content = read_object(args.results)
     if not content.get("results"):
         raise UserError(f"{args.results} holds no scores: eval.py --out writes them")
@@ -29,7 +23,7 @@ def main() -> None:
     names = next(iter(results.values()))["per_task"]
     are_lengths = len(names) > 1 and all(name.endswith(" lines") for name in names)
     height = 3.6 if are_lengths else 0.8 + 0.34 * len(results)
-    fig, ax = plt.subplots(figsize=(7, height), layout="constrained")
+    fig, ax = pyplot().subplots(figsize=(7, height), layout="constrained")
     if are_lengths:
         for method, scores in results.items():
             points = sorted((int(name.split()[0]), score) for name, score in scores["per_task"].items())

@@ -40,14 +40,8 @@ def draw(step: int, steps: int) -> list[list[Example]]:
     if step % 2:
         n_facts = 2 ** rng.randint(0, min(5, int(10 * done) + 1))
         return [questions(rng, n_facts) for _ in range(TEXTS)]
-    if done < 0.2:
-        shortest, longest = 1, 2
-    elif done < 0.3:
-        shortest, longest = 2, 3
-    elif done < 0.4:
-        shortest, longest = 2, 4
-    else:
-        shortest, longest = 3, 4
+    lengths = {0.2: (1, 2), 0.3: (2, 3), 0.4: (2, 4), 2: (3, 4)}
+    shortest, longest = next(lengths[end] for end in lengths if done < end)
     texts = []
     for parts in rng.choices(TASKS, WEIGHTS, k=TEXTS):
         texts.append([tiny.example(parts, rng, rng.randint(shortest, longest)) for _ in range(EXAMPLES)])
@@ -129,9 +123,8 @@ def train(net: LlamaForCausalLM, steps: int) -> Iterator[float]:
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup = max(1, round(WARMUP * steps))
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = LR * min(
-            (step + 1) / warmup, (steps - step) / max(1, steps - warmup)
-        )
+        rises, falls = (step + 1) / warmup, (steps - step) / max(1, steps - warmup)
+        optimizer.param_groups[0]["lr"] = LR * min(rises, falls)
         texts = [tokenize(text) for text in draw(step, steps)]
         ids = model.pad([ids for ids, _ in texts], IDS["<pad>"]).to(net.device)  # [texts, T]
         labels = model.pad([labels for _, labels in texts], -100).to(net.device)

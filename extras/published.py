@@ -54,14 +54,8 @@ def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
         weights = {key: tensor.float().contiguous() for key, tensor in weights.items()}
         net.load_state_dict(weights, assign=True)
     except Exception as e:  # broken files raise arbitrary exceptions
-        raise UserError(f"{folder} holds no published checkpoint, or --module_order is wrong: {e!r}") from None
+        raise UserError(f"{folder} is no published checkpoint, or --module_order is wrong: {e!r}") from None
     return net.eval()
-
-
-def path_of(name: str) -> str:
-    """Where a target module is in the published base models."""
-    block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    return f"model.layers.{{}}.{block}.{name}"
 
 
 def make_targets(n_layers: int, in_features: dict[str, int], out_features: dict[str, int]) -> dict[str, dict]:
@@ -70,8 +64,9 @@ def make_targets(n_layers: int, in_features: dict[str, int], out_features: dict[
         raise ValueError(f"{n_layers} layers")
     targets = {}
     for name in in_features:
-        shape = {"n_in": in_features[name], "n_out": out_features[name]}
-        targets[name] = {"path": path_of(name), "layers": list(range(n_layers)), **shape}
+        block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        path, layers = f"model.layers.{{}}.{block}.{name}", list(range(n_layers))
+        targets[name] = dict(path=path, layers=layers, n_in=in_features[name], n_out=out_features[name])
     return targets
 
 

@@ -31,6 +31,7 @@ import model
 from pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
 from support import flags, processes
 from support.files import UserError, command, read_file, write_file
+from support.tables import pyplot
 from support.state import load_state, on_ctrl_c, save_state
 
 HERE = Path(__file__).parent
@@ -284,10 +285,8 @@ def sources_for(description: str) -> np.ndarray:
 
 def read_picture(path: str) -> np.ndarray:
     """One's own source picture, six times. [6, 24, 24, 3]"""
-    from matplotlib.image import imread
-
     try:
-        picture = imread(path)  # of a PNG: numbers from 0 to 1
+        picture = pyplot().imread(path)  # of a PNG: numbers from 0 to 1
     except (OSError, SyntaxError, ValueError) as e:
         raise UserError(f"--input {path} cannot be read as a picture: {e}") from None
     if picture.dtype != np.float32 or picture.ndim != 3 or picture.shape[:2] != (SIZE, SIZE):
@@ -298,13 +297,7 @@ def read_picture(path: str) -> np.ndarray:
 @torch.no_grad()
 def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, out: str, device) -> None:
     """For each description: sources, what the base model makes of them, and the same with the adapter."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the strip needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     base, net = load_base(folder, device), load_hypernet(folder, device)
     adapters = net(descriptions)
     columns = min(2, len(descriptions))

@@ -1,8 +1,10 @@
-"""Scores as a table in markdown."""
+"""Scores as a table in markdown, answers in columns, pictures."""
 
 import random
 import re
 import statistics
+
+from support.files import UserError
 
 Scores = dict[str, float]  # {task: share of right answers}
 
@@ -48,3 +50,15 @@ def show_answers(inputs: list[str], answers: dict[str, list[str]]) -> None:
         for label in answers:
             lines = answers[label][i].replace("\n", f"\n{'':16}")
             print(f"  {label:12}  {lines}")
+
+
+def pyplot():
+    """matplotlib.pyplot, without a screen. Raises UserError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

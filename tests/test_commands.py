@@ -153,7 +153,7 @@ train | --size small --latent_size 32 --init_from {net} | has other settings
 extras.pretrain | {foreign} | is in use; choose another folder
 extras.answers | {tmp}/tasks {tmp}/new --base_model {base} | only documents can have open
 extras.answers | {tmp}/open {foreign} --base_model {base} | is in use
-extras.published | {foreign} {tmp}/new | holds no published checkpoint
+extras.published | {foreign} {tmp}/new | is no published checkpoint
 extras.published | {foreign} {foreign} | is in use
 """.strip().splitlines()
 

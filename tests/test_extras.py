@@ -1,7 +1,7 @@
 """The commands in extras, and a network of one's own.
 
-Optional: gradio, selenium and Chromium for the page (T2L_PAGE=assets/web.png draws the README's picture), gguf,
-matplotlib, and a python with vLLM that T2L_VLLM names.
+Optional: gradio, selenium and Chromium for the page (T2L_PAGE=assets/web.png draws the README's picture),
+gguf, matplotlib, and a python with vLLM that T2L_VLLM names.
 """
 
 import argparse
