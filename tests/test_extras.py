@@ -1,23 +1,19 @@
 """The commands in extras, and a network of one's own.
 
-Optional: gradio, selenium and Chromium for the page (T2L_PAGE=assets/web.png draws the README's picture),
-gguf, matplotlib, and a python with vLLM that T2L_VLLM names.
+Optional: gguf, matplotlib, and a python with vLLM that T2L_VLLM names.
 """
 
-import argparse
 import asyncio
-import contextlib
 import json
 import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
 import time
 import types
 import urllib.error
 import urllib.request
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +36,8 @@ from extras import one_page, serve, web
 from support.files import read_file, write_file
 from support.flags import setting
 from tasks import tiny
-from tests.helpers import close, command, config_for, DESC, fit, HERE, LORA, needs_models, random_adapter
-from tests.helpers import refused, run_of, SCALING, TINY
+from tests.helpers import close, command, config_for, fit, HERE, LORA, needs_models, random_adapter
+from tests.helpers import DESC, run_of, SCALING, TINY
 from tests.test_models import CHATML
 
 # -------------------- The method on one page is that of the scripts --------------------
@@ -322,67 +318,42 @@ def test_the_map_of_the_tiny_world(tmp_path, capsys):
     assert "reads documents, not descriptions" in capsys.readouterr().err
 
 
-# -------------------- The page in a browser --------------------
+# -------------------- The page --------------------
 
 
-@pytest.fixture
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    pytest.importorskip("gradio", reason="gradio is not installed")
-    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if None in paths:
-        pytest.skip("there is no Chromium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = paths[0]
-    flags = "headless=new no-sandbox disable-gpu disable-background-networking disable-sync"
-    for flag in f"{flags} window-size=1500,680".split():
-        options.add_argument(f"--{flag}")
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
-    yield browser
-    browser.quit()
+class Gradio(types.SimpleNamespace):
+    """A stand-in for gradio: `Interface` notes the function of each tab, everything else is nothing."""
+
+    class Error(Exception):
+        def __init__(self, message: str, print_exception: bool):
+            super().__init__(message)
+
+    def Interface(self, function, *_, api_name: str, **__):
+        self.functions[api_name] = function
+
+    def __getattr__(self, name: str):
+        return self
+
+    def __call__(self, *_, **__):
+        return self
 
 
-def test_a_missing_hypernetwork_is_named():
-    args = argparse.Namespace(hypernet="/nope", base_model=None, encoder=None)
-    refused("/nope is neither a folder", web.load_nets, args, "cpu")
-    args.hypernet = None
-    assert [net.reads for net in web.load_nets(args, "cpu")] == ["descriptions", "documents"]
+def test_the_page_answers(monkeypatch):
+    """The functions of its tabs, while it is up."""
+    gradio, shown = Gradio(functions={}), []
 
+    def launch(*_, **__):
+        table, said, archive = gradio.functions["description"](DESC, "cat red dog shirt")
+        shown.extend(table)
+        assert re.fullmatch(r"Written in \d+\.\d ms\.", said)
+        assert set(zipfile.ZipFile(archive).namelist()) >= set(lora.ADAPTER_FILES)
+        for text, message in (" ", "Both boxes"), ("a <unicorn>", "no token for &lt;unicorn&gt;;"):
+            with pytest.raises(Gradio.Error, match=message):
+                gradio.functions["description"]("x", text)
+        shown.extend(gradio.functions["document"]("cat lamp <eos>", "cat")[0])
 
-def test_the_page_in_a_browser(browser, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = [sys.executable, "-m", "extras.web", "--port", str(port)]
-    server = subprocess.Popen(start, cwd=HERE, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "0"})
-
-    def wait_for(find):
-        for _ in range(300):
-            with contextlib.suppress(Exception):
-                if found := find():
-                    return found
-            time.sleep(0.1)
-        raise AssertionError("not found in the page")
-
-    def shown(selector: str) -> list:
-        return [found for found in browser.find_elements("css selector", selector) if found.is_displayed()]
-
-    def ask(text: str, inputs: str, answer: str):
-        for box, typed in zip(wait_for(lambda: shown("textarea")), (text, inputs)):
-            box.clear()
-            box.send_keys(typed)
-        wait_for(lambda: [b for b in shown("button") if "Write an adapter" in b.text])[0].click()
-        wait_for(lambda: answer in browser.page_source)
-
-    try:
-        wait_for(lambda: browser.get(f"http://127.0.0.1:{port}") is None)
-        inputs = "skirt cat bird shirt\nflower bear mouse stone\nbird knee horse nose"
-        ask("Write the animals in Spanish, back to front.", inputs, "pájaro gato")
-        assert "Written in" in browser.page_source and "adapter.zip" in browser.page_source
-        if "T2L_PAGE" in os.environ:
-            browser.save_screenshot(os.environ["T2L_PAGE"])
-        ask(DESC, "a unicorn", "no token for")  # an error is shown in the page
-        wait_for(lambda: [b for b in shown("button") if b.text == "Document"])[0].click()
-        ask("cat lamp <eos>", "cat", "lamp")
-    finally:
-        server.kill()
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    monkeypatch.setattr(Gradio, "launch", launch, raising=False)
+    assert command(web) == 0
+    assert [row[0] for row in shown] == ["cat red dog shirt", "cat"]
+    assert [row[2] for row in shown] == ["chat chien", "lamp"]
