@@ -33,7 +33,8 @@ DATA = read_file(Path(__file__).parent / "chores.json")
 WRITTEN = read_file(Path(__file__).parent / "chores_descriptions.json")
 N_VAL, N_TEST = 32, 100  # chains to validate and to test
 N_EXAMPLES = 10  # test examples of a task
-WEIGHT = 8  # a single chore is drawn as often as eight chains, since chains are learnt from single ones
+WEIGHT = 40  # a single chore is drawn as often as so many chains, since chains are learnt from single ones
+WEIGHT_ANY = 4  # of a chore for any text, which has a task for each sort of input
 
 # -------------------- Values --------------------
 
@@ -351,8 +352,7 @@ def load() -> Splits:
     val, test, train = double[:N_VAL], double[N_VAL : N_VAL + N_TEST], double[N_VAL + N_TEST :]
     single_tasks = [make_task(chain) for chain in single]
     for chain, task in zip(single, single_tasks):
-        if not chain[1].startswith("any"):  # those have a task for each sort of input already
-            task.weight = WEIGHT
+        task.weight = WEIGHT_ANY if chain[1].startswith("any") else WEIGHT
     splits = {
         "train": single_tasks + [make_task(chain) for chain in train],
         "val": [make_task(chain) for chain in val],
