@@ -336,7 +336,7 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     fit(tmp_path / "mt", "@config/mt_lora.args", *"--n_tasks 4 --tasks_per_batch 4 --max_steps 3".split())
     A, B = lora.load_adapter(tmp_path / "mt")[0]["q_proj"]
     assert A.shape == (4, 8, 128) and B.abs().max() > 0
-    words = ["@config/recon.args", "--oracles", oracles, "--tasks_per_batch", "16", "--max_steps", "300"]
+    words = ["@config/recon.args", "--oracles", oracles, "--tasks_per_batch", "16", "--max_steps", "200"]
     losses = fit(tmp_path / "recon", *words, "--n_tasks", "4")
     assert losses[-1] < 0.1 * losses[0]
     net = hypernet.load_hypernet(tmp_path / "recon")

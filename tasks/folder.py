@@ -5,6 +5,14 @@ from pathlib import Path
 from data import Example, Splits, Task
 from support.files import UserError, read_file
 
+SPLITS = ("train", "val", "test")
+
+
+def expect(is_so: bool, message: str) -> None:
+    """Raise UserError with a message if something is not so."""
+    if not is_so:
+        raise UserError(message)
+
 
 def load_folder(folder: Path) -> Splits:
     """Read NAME.json files, split as splits.json says; without it all are training tasks.
@@ -12,26 +20,20 @@ def load_folder(folder: Path) -> Splits:
     Raises UserError for a mistake in a file, with the file's name and what to write instead.
     """
     files = task_files(folder)
-    if not files:
-        raise UserError(f"--tasks {folder}: the folder holds no NAME.json files")
+    expect(files, f"--tasks {folder}: the folder holds no NAME.json files")
     names = {"train": list(files)}
     if (folder / "splits.json").exists():
         names = read_splits(folder / "splits.json", list(files))
-    splits = {split: [] for split in SPLITS}
-    file_of = {}  # of each task
+    splits, file_of = {split: [] for split in SPLITS}, {}  # {name of a task: its file}
     for split in SPLITS:
         for name in names.get(split, []):
-            task = read_task(files[name])
-            if task.name in file_of:
-                raise UserError(f'{file_of[task.name]} and {files[name]} have the same "name": {task.name}')
-            file_of[task.name] = files[name]
+            task, file = read_task(files[name]), files[name]
+            first = file_of.setdefault(task.name, file)
+            expect(first == file, f'{first} and {file} have the same "name": {task.name}')
             splits[split].append(task)
-    if len({task.is_document for tasks in splits.values() for task in tasks}) > 1:
-        raise UserError(f"{folder} holds both documents and tasks; make two folders")
+    kinds = {task.is_document for tasks in splits.values() for task in tasks}
+    expect(len(kinds) < 2, f"{folder} holds both documents and tasks; make two folders")
     return splits
-
-
-SPLITS = ("train", "val", "test")
 
 
 def task_files(folder: Path) -> dict[str, Path]:
@@ -51,21 +53,17 @@ def summary(source: str, splits: Splits) -> str:
 def read_splits(file: Path, existing: list[str]) -> dict[str, list[str]]:
     """The names in splits.json, checked."""
     content, seen = read_file(file), {}
-    if not isinstance(content, dict):
-        raise UserError(f'{file} must be {{"train": [...], "val": [...], "test": [...]}}')
+    expect(isinstance(content, dict), f'{file} must be {{"train": [...], "val": [...], "test": [...]}}')
     for split, names in content.items():
-        if split not in SPLITS:
-            raise UserError(f'{file}: there is no split "{split}", but train, val and test')
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f'{file}: "{split}" must be a list of file names without .json')
+        expect(split in SPLITS, f'{file}: there is no split "{split}", but train, val and test')
+        are_texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        expect(are_texts, f'{file}: "{split}" must be a list of file names without .json')
         for name in names:
-            if name.endswith(".json"):
-                raise UserError(f'{file}: write "{name.removesuffix(".json")}" instead of "{name}"')
-            if name not in existing:
-                raise UserError(f'{file}: "{split}" names {name}, but {file.parent / name}.json is missing')
-            if name in seen:
-                raise UserError(f"{file}: {name} is both in {seen[name]} and in {split}; keep one")
-            seen[name] = split
+            bare, first = name.removesuffix(".json"), seen.setdefault(name, split)
+            expect(bare == name, f'{file}: write "{bare}" instead of "{name}"')
+            missing = f'{file}: "{split}" names {name}, but {file.parent / name}.json is missing'
+            expect(name in existing, missing)
+            expect(first == split, f"{file}: {name} is both in {first} and in {split}; keep one")
     return content
 
 
@@ -76,12 +74,11 @@ def read_task(path: Path) -> Task:
     fifth is the test part; or {"document", "questions": [{"question", "answer" if known}, ...]}.
     """
     content = read_file(path)
-    if not isinstance(content, dict):
-        raise UserError(f'{path} must be {{"descriptions": [...], "Instances": [...]}}')
+    expect(isinstance(content, dict), f'{path} must be {{"descriptions": [...], "Instances": [...]}}')
     task = read_document(content, path) if "document" in content else read_instances(content, path)
     task.name = content.get("name", path.stem)
-    if not isinstance(task.name, str) or not can_name_a_folder(task.name):
-        raise UserError(f'{path}: "name" must be a text that can name a folder')
+    can_be = isinstance(task.name, str) and can_name_a_folder(task.name)
+    expect(can_be, f'{path}: "name" must be a text that can name a folder')
     return task
 
 
@@ -95,47 +92,44 @@ def can_name_a_folder(name: str) -> bool:
 def as_texts(value, where: str) -> list[str]:
     """A text, or a list of texts, as a list. Raises UserError for anything else, and for empty texts."""
     texts = [value] if isinstance(value, str) else value
-    is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-    if not is_list or not texts or not all(text.strip() for text in texts):
-        raise UserError(f"{where} must be a text or a list of texts, none of them empty")
+    are_texts = isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
+    expect(texts and are_texts, f"{where} must be a text or a list of texts, none of them empty")
     return texts
 
 
 def as_text(value, where: str) -> str:
     """A text, stripped; it may be empty. Raises UserError for anything else."""
-    if not isinstance(value, str):
-        raise UserError(f"{where} must be a text, not {value!r}")
+    expect(isinstance(value, str), f"{where} must be a text, not {value!r}")
     return value.strip()
 
 
 def as_objects(content: dict, key: str, path: Path, example: str) -> list[dict]:
     """The list of objects under a key. Raises UserError if it is anything else."""
-    objects = content.get(key)
-    if not isinstance(objects, list) or not objects or not all(isinstance(entry, dict) for entry in objects):
-        message = f'{path}: "{key}" must be a list such as [{example}, ...]'
-        raise UserError(message if key in content else f"{message}; the file has {', '.join(content)}")
+    objects, found = content.get(key), "" if key in content else f"; the file has {', '.join(content)}"
+    are_objects = isinstance(objects, list) and all(isinstance(entry, dict) for entry in objects)
+    expect(objects and are_objects, f'{path}: "{key}" must be a list such as [{example}, ...]{found}')
     return objects
 
 
 def read_instances(content: dict, path: Path) -> Task:
     """The task of a file in the format of Natural Instructions."""
-    if "descriptions" not in content and "Definition" not in content:
-        keys = ", ".join(content) or "nothing"
-        raise UserError(f'{path}: "descriptions" is missing, texts that say what the task is; it has {keys}')
     key = "descriptions" if "descriptions" in content else "Definition"
+    keys = ", ".join(content) or "nothing"
+    message = f'{path}: "descriptions" is missing, texts that say what the task is; it has {keys}'
+    expect(key in content, message)
     descriptions = as_texts(content[key], f'{path}: "{key}"')
     definition = ""
     if content.get("Definition"):
         definition = as_texts(content["Definition"], f'{path}: "Definition"')[0]
     examples = []
     for i, entry in enumerate(as_objects(content, "Instances", path, '{"input": "a", "output": ["b"]}')):
-        text, answers = as_text(entry.get("input"), f'{path}: "input" of instance {i}'), entry.get("output")
-        if not answers or not isinstance(answers, (str, list)):
-            raise UserError(f'{path}: "output" of instance {i} must be a list of right answers')
+        where, answers = f"of instance {i}", entry.get("output")
+        text = as_text(entry.get("input"), f'{path}: "input" {where}')
         answers = [answers] if isinstance(answers, str) else answers
-        answers = [as_text(answer, f'{path}: an "output" of instance {i}') for answer in answers]
-        if not answers[0]:
-            raise UserError(f'{path}: the first "output" of instance {i} is empty')
+        is_list = isinstance(answers, list) and answers
+        expect(is_list, f'{path}: "output" {where} must be a list of right answers')
+        answers = [as_text(answer, f'{path}: an "output" {where}') for answer in answers]
+        expect(answers[0], f'{path}: the first "output" {where} is empty')
         examples.append(Example(text, answers))
     n_train = len(examples) - len(examples) // 5
     return Task("", descriptions, examples[:n_train], examples[n_train:], definition=definition)

@@ -97,11 +97,9 @@ def main() -> None:
 
 DOCS = [*D2L, *"--n_tasks 200 --tasks_per_batch 4 --latent_size 32 --l1 0.1 --l2 0.1".split()]
 LONG = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpointing"]  # leaves some out
-ODD = [*SHORT, "--tasks_per_batch", "3"]
 ALONE = [*SHORT, "--tasks_per_batch", "1"]  # there is nothing for the second process
 RUNS = {"sft": SHORT, "sharded": [*SHORT, "--shard"], "documents": [*DOCS, "--shard"], "long": LONG}
-RUNS |= {"long_sharded": [*LONG, "--shard"], "odd": ODD, "alone": ALONE}
-RUNS |= {"offset": [*SHORT, "--offset_lr", "2"]}
+RUNS |= {"long_sharded": [*LONG, "--shard"], "alone": [*ALONE, "--offset_lr", "2"]}
 
 
 @pytest.fixture(scope="module")
