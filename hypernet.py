@@ -523,7 +523,7 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     return net.eval()
 
 
-MAY_DIFFER = {"base_model", "instruction", "encoder", "full_stop"}  # from those of a network to start from
+MAY_DIFFER = {"base_model", "base_shape", "instruction", "encoder", "full_stop"}  # in a network to start from
 MAY_DIFFER |= {"dropout", "input_dropout", "head_lr", "offset_lr"}
 
 

@@ -15,7 +15,7 @@ from support.files import UserError, command, read_object, write_file
 from tasks.folder import read_task, task_files
 
 ANSWER_TOKENS = 64  # the longest answer
-AT_ONCE = 16  # prompts
+AT_ONCE = 4  # prompts
 
 
 def answer_file(base, tokenizer, content: dict) -> int:
