@@ -9,7 +9,7 @@ import torch
 
 import lora
 from pictures import pictures
-from pictures.edits import EDITS, TEST, Edit, apply, describe, draw_scene, render
+from pictures.edits import EDITS, TEST, TRAIN, Edit, apply, describe, draw_scene, render
 from support import processes
 from support.files import command, read_file
 
@@ -60,6 +60,10 @@ def main() -> None:
         "meaningless text": net(meaningless),
         "base model": {},
     }
+    mean, _ = lora.statistics(write(TRAIN))
+    for name, pair in mean.items():
+        mean[name] = [matrix.to(device).float().expand(len(TEST), *matrix.shape) for matrix in pair]
+    rows["the mean over training edits"] = mean
     for mode, index in (("one", len(TEST) * [0]), ("oracles", list(range(len(TEST))))):
         file = folder / f"{mode}.safetensors"
         if file.exists():

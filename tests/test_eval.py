@@ -50,7 +50,7 @@ def test_scores_and_their_interval(monkeypatch):
     base, tokenizer = model.load_base("tiny")
 
     def goes_on(base, tokenizer, prompts, n):
-        return [" ".join("red cat sun moon".split()[:n])]
+        return len(prompts) * [" ".join("red cat sun moon".split()[:n])]
 
     assert data.exact_match(Example("x", [" a b "]), "a b")
     monkeypatch.setattr(model, "answer", goes_on)
@@ -58,11 +58,12 @@ def test_scores_and_their_interval(monkeypatch):
     models.has_instruction, models.use_adapters = lambda *_: False, lambda *_: contextlib.nullcontext()
     args = types.SimpleNamespace(n_examples=None, batch_size=8, contains=False, max_new_tokens=None)
 
-    def score(right: str) -> float:
-        task = data.Task("x", ["d"], [], [Example("cat dog", [right])])
+    def score(*right: str) -> float:
+        task = data.Task("x", ["d"], [], [Example("cat dog", [answer]) for answer in right])
         return evaluation.score(models, [task], "base", evaluation.METHODS["base"], args)["x"]
 
     assert score("red cat sun moon") == 1 and score("red") == 0  # an answer that goes on is wrong
+    assert score("red cat sun moon", "moon", "red cat sun moon", "red cat sun moon") == 0.75
     args.contains = True
     assert score("red") == 1
 

@@ -45,20 +45,14 @@ def test_peft_reads_our_adapter(tmp_path, rslora, rank):
         close(logits_of(base, ids, ours, its_config.scaling), theirs)
 
 
-def peft_adapter(folder: Path, **settings) -> nn.Module:
-    """A random adapter that PEFT has made and written; its model."""
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": r".*\.[qv]_proj"}])
+def test_we_read_pefts_adapter(tmp_path, settings):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     settings = dict(r=4, lora_alpha=8, target_modules=NAMES, init_lora_weights=False) | settings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**settings)).eval()
-    theirs.save_pretrained(folder)
-    return theirs
-
-
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": r".*\.[qv]_proj"}])
-def test_we_read_pefts_adapter(tmp_path, settings):
-    theirs = peft_adapter(tmp_path, **settings)
+    theirs.save_pretrained(tmp_path)
     adapter, config = lora.load_adapter(tmp_path)
     base, ids = lora.inject(tiny_llama(), list(config.targets)), torch.randint(160, (2, 9))
     close(logits_of(base, ids, adapter, config.scaling), theirs(ids).logits)
@@ -106,7 +100,6 @@ def test_two_stacks_of_layers_are_told_apart():
 
 
 # -------------------- Base models of many families, as small random ones --------------------
-
 
 MIXED, SLIDING = ["linear_attention", "full_attention"] * 2, ["sliding_attention", "full_attention"] * 2
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=4)
