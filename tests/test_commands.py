@@ -307,7 +307,7 @@ def test_gradients_are_clipped_and_each_term_of_the_loss_has_a_column(tmp_path, 
 
 
 def test_resume_after_kill_is_exact(tmp_path, capsys):
-    words = [*SHORT, "--dropout", "0.1", "--neftune_alpha", "5", "--max_steps", "60", "--val_every", "7"]
+    words = [*SHORT, "--dropout", "0.1", "--neftune_alpha", "5", "--max_steps", "45", "--val_every", "7"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     fit(whole, *words)
     start = [sys.executable, "train.py", *words, "--out_dir", str(cut)]

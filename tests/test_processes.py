@@ -98,7 +98,7 @@ def main() -> None:
 DOCS = [*D2L, *"--n_tasks 200 --tasks_per_batch 4 --latent_size 32 --l1 0.1 --l2 0.1".split()]
 LONG = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpointing"]  # leaves some out
 ALONE = [*SHORT, "--tasks_per_batch", "1"]  # there is nothing for the second process
-RUNS = {"sft": SHORT, "sharded": [*SHORT, "--shard"], "documents": [*DOCS, "--shard"], "long": LONG}
+RUNS = {"sft": SHORT, "documents": [*DOCS, "--shard"], "long": LONG}
 RUNS |= {"long_sharded": [*LONG, "--shard"], "alone": [*ALONE, "--offset_lr", "2"]}
 
 
