@@ -80,7 +80,9 @@ class DrawnTask(NamedTuple):
 def draw(tasks: list[Task], step: int, args) -> list[DrawnTask]:
     """The tasks of a step: --tasks_per_batch of them (0: all), and a description and examples of each."""
     rng = random.Random(f"{args.seed} {step}")
-    candidates = [i for i, task in enumerate(tasks) for _ in range(task.weight)]
+    candidates = list(range(len(tasks)))
+    if args.tasks_per_batch:
+        candidates = [i for i in candidates for _ in range(tasks[i].weight)]
     if args.short_first:  # (sorted by `prepare`) the shortest sixth at first, all from half-way on
         fraction = min(1, 1 / 6 + 5 / 3 * step / args.max_steps)
         candidates = candidates[: math.ceil(len(candidates) * fraction)]

@@ -523,7 +523,7 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     return net.eval()
 
 
-MAY_DIFFER = {"base_model", "base_shape", "instruction", "encoder", "full_stop"}  # in a network to start from
+MAY_DIFFER = {"base_model", "base_shape", "instruction", "full_stop"}  # in a network to start from
 MAY_DIFFER |= {"dropout", "input_dropout", "head_lr", "offset_lr"}
 
 
@@ -532,10 +532,12 @@ def copy_weights(folder: str, net: nn.Module) -> None:
     start = load_hypernet(folder)
     ours, theirs = net.config, start.config
     hub.check_base(ours.base_model, ours.base_shape, theirs.base_model, theirs.base_shape)
-    same_order = list(ours.targets) == list(theirs.targets)
     for name, value in vars(ours).items():
         other = getattr(theirs, name, None)
-        if name not in MAY_DIFFER and other != value or name == "targets" and not same_order:
+        differs = other != value or (name == "targets" and list(other) != list(value))
+        if name == "encoder":  # a folder may hold any
+            differs = differs and not Path(value).is_dir() and not Path(other).is_dir()
+        if differs and name not in MAY_DIFFER:
             message = f"--init_from {folder}: that network has other settings"
             raise UserError(f"{message} ({name}: {other}, not {value})")
     net.load_state_dict(start.state_dict())

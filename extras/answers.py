@@ -12,23 +12,26 @@ from tqdm import tqdm
 import model
 from support import flags, hub, processes
 from support.files import UserError, command, read_object, write_file
-from tasks.folder import read_task, task_files
+from tasks.folder import read_splits, read_task, task_files
 
 ANSWER_TOKENS = 64  # the longest answer
-AT_ONCE = 4  # prompts
+PROMPT_TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
 
 
 def answer_file(base, tokenizer, content: dict) -> int:
     """Answer the open questions of one file, in place, and drop the others. Returns how many are dropped."""
-    asked = []  # (entry, prompt)
+    asked, longest = [], 1  # (entry, prompt)
     for entry in content["questions"]:
-        chat = model.chat(tokenizer, entry["question"].strip(), content["document"])
-        prompt = model.render(tokenizer, chat)
-        n_tokens = len(model.tokenize(tokenizer, prompt)) + ANSWER_TOKENS
-        if "answer" not in entry and n_tokens <= hub.window_of(base):
-            asked.append((entry, prompt))
-    for i in range(0, len(asked), AT_ONCE):
-        entries, prompts = zip(*asked[i : i + AT_ONCE])
+        if "answer" not in entry:
+            chat = model.chat(tokenizer, entry["question"].strip(), content["document"])
+            prompt = model.render(tokenizer, chat)
+            n_tokens = len(model.tokenize(tokenizer, prompt))
+            if n_tokens + ANSWER_TOKENS <= hub.window_of(base):
+                asked.append((entry, prompt))
+                longest = max(longest, n_tokens)
+    at_once = max(1, PROMPT_TOKENS_AT_ONCE // longest)
+    for i in range(0, len(asked), at_once):
+        entries, prompts = zip(*asked[i : i + at_once])
         for entry, answer in zip(entries, model.answer(base, tokenizer, list(prompts), ANSWER_TOKENS)):
             entry["answer"] = answer.strip()
     answered = [entry for entry in content["questions"] if entry.get("answer")]
@@ -50,8 +53,12 @@ def main() -> None:
     for path in paths.values():
         if not read_task(path).is_document:
             raise UserError(f"{path} is a task; only documents can have open questions")
-    if not {path.stem for path in args.out_dir.glob("*")} <= {*paths, "splits"}:
+    in_out = {path.stem for path in args.out_dir.glob("*")}
+    if args.out_dir.resolve() == args.folder.resolve() or not in_out <= {*paths, "splits"}:
         raise UserError(f"{args.out_dir} is in use; choose another folder")
+    splits = {}
+    if (args.folder / "splits.json").exists():
+        splits = read_splits(args.folder / "splits.json", list(paths))
     device = processes.start_single(args.device)
     base, tokenizer = model.load_base(args.base_model, device)
     args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -62,8 +69,8 @@ def main() -> None:
             n_left_out += answer_file(base, tokenizer, content)
             if content["questions"]:
                 write_file(args.out_dir / path.name, content)
-    if (args.folder / "splits.json").exists():
-        splits, kept = read_object(args.folder / "splits.json"), task_files(args.out_dir)
+    if splits:
+        kept = task_files(args.out_dir)
         splits = {split: [name for name in names if name in kept] for split, names in splits.items()}
         write_file(args.out_dir / "splits.json", splits)
     if n_left_out:

@@ -34,6 +34,7 @@ def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
     process, and no file records it. The default is the order of adapter_config.json, where PEFT wrote that
     set.
     """
+    hint = ""
     try:
         if (folder / "pytorch_model.bin").exists():
             content = read_pickle(folder / "pytorch_model.bin")
@@ -41,6 +42,7 @@ def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
         else:
             import yaml  # comes with transformers; nothing else needs it
 
+            hint = ", or --module_order is wrong"
             peft = read_object(folder / "adapter_config.json")
             args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
             content = read_pickle(folder / "hypermod.pt")
@@ -49,12 +51,17 @@ def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
         n_numbers = sum(tensor.numel() for tensor in weights.values())
         if n_numbers > MOST_NUMBERS:
             raise ValueError(f"that network would have {n_numbers:,} parameters")
-        with torch.device("meta"):  # only shapes
+        with torch.device("meta"):  # only shapes, so that nothing is allocated before they are compared
             net = hypernet.ARCHS[arch](hypernet.ARCHS[arch].config_class(**fields))
+        expected = {key: tensor.shape for key, tensor in net.state_dict().items()}
+        found = {key: tensor.shape for key, tensor in weights.items()}
+        if found != expected:
+            differing = sorted(key for key in found | expected if found.get(key) != expected.get(key))
+            raise ValueError(f"weights of other names or shapes: {', '.join(differing[:5])}")
         weights = {key: tensor.float().contiguous() for key, tensor in weights.items()}
         net.load_state_dict(weights, assign=True)
     except Exception as e:  # broken files raise arbitrary exceptions
-        raise UserError(f"{folder} is no published checkpoint, or --module_order is wrong: {e!r}") from None
+        raise UserError(f"{folder} is no published checkpoint{hint}: {e!r}") from None
     return net.eval()
 
 

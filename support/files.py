@@ -24,10 +24,10 @@ def command(main) -> None:
     """Run a command's main(). An error that a user can fix is one line on stderr, with exit code 2."""
     message = ""
     try:
-        for word in sys.argv:
-            word.encode()
+        if any("\ud800" <= letter <= "\udfff" for letter in " ".join(sys.argv)):
+            raise UserError("the command line is not valid UTF-8")
         main()
-    except (UserError, OSError, SafetensorError, UnicodeEncodeError) as e:
+    except (UserError, OSError, SafetensorError) as e:
         message = " ".join(str(e).split())
     except RuntimeError as e:  # of a GPU's memory, or of the machine's
         if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):

@@ -3,9 +3,8 @@
 import json
 import math
 import os
-import shutil
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -44,14 +43,17 @@ def reserved(folder: Path, settings: str, resumes: bool):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not resumes and any(folder.iterdir()):
-            raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
+            advice = "choose another, delete it, or --resume an interrupted run"
+            raise UserError(f"--out_dir {folder} is in use; {advice}")
         try:
             if not resumes:
                 write_file(folder / "train.args", settings)
             yield
         finally:
             if [file.name for file in folder.iterdir()] == ["train.args"]:
-                shutil.rmtree(folder)
+                (folder / "train.args").unlink()
+                with suppress(OSError):  # a link, or the current folder
+                    folder.rmdir()
 
 
 def recorded_words(folder: str) -> list[str]:

@@ -15,7 +15,7 @@ places and words is for test examples only.
 
 chores_descriptions.json holds descriptions that were written one by one, from inputs and outputs alone. Each
 writer had a voice of its own: 17 for training, and 8 for chains alone; for validation; and for testing
-(`reworded`) three of each chore: terse, a full sentence, put differently.
+(`reworded`, and all descriptions of `unseen`) three of each chore: terse, a full sentence, put differently.
 """
 
 import json

@@ -59,11 +59,12 @@ def read_splits(file: Path, existing: list[str]) -> dict[str, list[str]]:
         are_texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
         expect(are_texts, f'{file}: "{split}" must be a list of file names without .json')
         for name in names:
-            bare, first = name.removesuffix(".json"), seen.setdefault(name, split)
+            bare = name.removesuffix(".json")
             expect(bare == name, f'{file}: write "{bare}" instead of "{name}"')
             missing = f'{file}: "{split}" names {name}, but {file.parent / name}.json is missing'
             expect(name in existing, missing)
-            expect(first == split, f"{file}: {name} is both in {first} and in {split}; keep one")
+            expect(name not in seen, f"{file}: {name} is both in {seen.get(name)} and in {split}; keep one")
+            seen[name] = split
     return content
 
 

@@ -25,7 +25,6 @@ from support.files import UserError, read_file
 from tasks import chores, facts, tiny
 
 HERE, TINY = Path(__file__).parents[1], hub.CHECKPOINTS / "tiny"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of every file that the fixture `server` has
 NAMES, SCALING = ["q_proj", "v_proj"], 16 / 8**0.5
 DESC = "Keep only the animals and translate them into French."
 SAY = ["--desc", DESC]

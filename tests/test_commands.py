@@ -92,7 +92,7 @@ def test_a_flag_that_counts_for_nothing_is_refused(kind, capsys):
 
 MISTAKES = """
 generate | | one of these: --desc
-generate | --desc caf\udce9 | 'utf-8' codec can't encode
+generate | --desc caf\udce9 | the command line is not valid UTF-8
 generate | --desc x --desc ' ' | --desc number 2 is empty
 generate | --desc x --input '' | --input is empty
 generate | --desc x --out {foreign} | did not write it
@@ -332,7 +332,7 @@ def test_resume_after_kill_is_exact(tmp_path, capsys):
 
 
 def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    """A run that goes on reads neither the network that it started from, nor a text encoder."""
+    """A run that goes on does not read the network that it started from."""
     fit(tmp_path / "first", *SHORT, "--max_steps", "1")
     run, start = tmp_path / "a run", ["--init_from", tmp_path / "first"]
     monkeypatch.setattr(train, "sft_step", interrupted_in_call(3, train.sft_step)[0])
@@ -440,5 +440,8 @@ def test_a_start_from_a_network_of_other_settings_is_refused(tmp_path):
     assert all(torch.equal(started[name], saved[name]) for name in saved)
     for changed in ["--alpha", "8"], ["--target_modules", "v_proj,q_proj"]:  # with weights of equal shapes
         refused("that network has other settings", run_of, *start, *changed)
+    config = read_file(tmp_path / "first" / "config.json")
+    write_file(tmp_path / "first" / "config.json", config | {"encoder": "some/encoder"})
+    refused("other settings .encoder: some/encoder, not hash", run_of, *start)
     hub.check_base("User/a", [1, 2, 3], "user/A", [1, 2, 3])
     refused("cannot be used with", hub.check_base, "u/a", [1, 2, 3], "u/b", [1, 2, 3])  # two ids, one shape

@@ -152,7 +152,7 @@ def test_long_documents_come_later():
 
 
 def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path, capsys):
-    """A second call answers only what is missing; what does not fit into the window is left out."""
+    """A second call answers only files that are not there; what does not fit into the window is left out."""
     folder, out, known = tmp_path / "in", tmp_path / "out", {"question": "dog", "answer": "blue"}
     folder.mkdir()
     for name, document in {"a": "cat -> red <eos>", "b": "cat -> sun", "long": 600 * "cat "}.items():

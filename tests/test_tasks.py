@@ -112,6 +112,7 @@ splits.json | {"train": "a"} | "train" must be a list of file names
 splits.json | {"train": ["a.json"]} | write "a" instead of "a.json"
 splits.json | {"dev": ["a"]} | there is no split "dev", but train, val and test
 splits.json | {"train": ["a"], "val": ["a"]} | a is both in train and in val
+splits.json | {"train": ["a", "a"]} | a is both in train and in train
 splits.json | {"train": ["b"]} | b.json is missing
 b.json | {"name": "a", "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | the same "name": a
 b.json | {"document": "x", "questions": [{"question": "q"}]} | both documents and tasks
