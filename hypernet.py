@@ -536,7 +536,7 @@ def copy_weights(folder: str, net: nn.Module) -> None:
         other = getattr(theirs, name, None)
         differs = other != value or (name == "targets" and list(other) != list(value))
         if name == "encoder":  # a folder may hold any
-            differs = differs and not Path(value).is_dir() and not Path(other).is_dir()
+            differs = differs and not Path(value).is_dir() and not Path(str(other)).is_dir()
         if differs and name not in MAY_DIFFER:
             message = f"--init_from {folder}: that network has other settings"
             raise UserError(f"{message} ({name}: {other}, not {value})")

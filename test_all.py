@@ -27,8 +27,8 @@ import train
 from data import Example
 from support import processes
 from support.files import read_file, write_file
-from tasks import checks, load_tasks
-from tests.helpers import D2L, HERE, LORA, NAMES, SAY, SHORT, TINY, batch_of, close, command, config_for
+from tasks import checks, chores, load_tasks
+from tests.helpers import D2L, HERE, LORA, NAMES, SAY, SHORT, TINY, close, command, config_for
 from tests.helpers import evaluate, fit, gradients, injected, logits_of, one_layer, random_adapter
 from tests.helpers import refused, run_of, small_config, tiny_llama
 
@@ -97,13 +97,6 @@ def test_a_layer_that_gets_the_tokens_of_some_experts_is_refused():
         refused("tokens without their example", holder["layers"][0]["q_proj"], torch.randn(6, 4))
 
 
-def test_rank_concatenation_adds_the_updates():
-    config = config_for(tiny_llama())
-    one, two = random_adapter(config, r=3), random_adapter(config, r=5)
-    for name, (A, B) in lora.concat_rank([one, two]).items():
-        close(B @ A, one[name][1] @ one[name][0] + two[name][1] @ two[name][0])
-
-
 @pytest.mark.parametrize("size", hypernet.SIZES)
 def test_sft_starts_as_a_fresh_lora_and_learns(size):
     net = hypernet.TextToLoRA(small_config(size))
@@ -137,28 +130,6 @@ def test_hypernet_files(tmp_path, size):
     assert all(torch.equal(a, b) for k in NAMES for a, b in zip(net.write(emb)[k], again.write(emb)[k]))
     write_file(tmp_path / "config.json", read_file(tmp_path / "config.json") | {"latent_size": 32})
     refused("do not match their settings", hypernet.load_hypernet, tmp_path)
-
-
-@pytest.mark.parametrize("size", hypernet.SIZES)
-def test_the_papers_sizes(size):
-    """The number of trained parameters for the paper's base models, rank 8 on q_proj and v_proj."""
-    i = ["large", "medium", "small"].index(size)
-    mistral = [[55_424_000, 55_317_504], [34_412_288, 34_346_752], [4_996_096, 4_987_904]][i]
-    gemma = [[137_706_752, 137_645_312], [87_353_600, 87_316_736], [21_266_176, 21_261_568]][i]
-
-    def trained(net):
-        return sum(p.numel() for p in net.parameters())
-
-    def counts(L: int, d: int, q: int, v: int, latent: int, head_in: int) -> list[int]:
-        targets = {name: lora.Target("", list(range(L)), d, n) for name, n in (("q_proj", q), ("v_proj", v))}
-        sizes = dict(n_layers=L, size=size, r=8, input_size=1024, latent_size=latent, head_in_size=head_in)
-        configs = [small_config(**sizes, targets=targets, z_score=z_score) for z_score in (False, True)]
-        with torch.device("meta"):
-            nets = [hypernet.TextToLoRA(config) for config in configs]
-        return [sum(p.numel() for p in nets[0].offset.buffers()), *map(trained, nets)]
-
-    assert counts(32, 4096, 4096, 1024, 128, 512) == [3_407_872, *mistral]
-    assert counts(26, 2304, 2048, 1024, 512, 2048) == [1_597_440, *gemma]
 
 
 def test_a_batch_of_answers_is_that_of_each_prompt_alone():
@@ -200,6 +171,9 @@ def test_what_a_step_draws():
     assert again == data.draw(tasks, 7, args) != data.draw(tasks, 8, args)
     args.seed = 1
     assert again != data.draw(tasks, 7, args)
+    args.short_first = True
+    assert {item.index for item in data.draw(tasks, 0, args)} == {0}
+    assert len({item.index for step in range(40, 50) for item in data.draw(tasks, step, args)}) == 6
     few, more, every = (data.pick({"train": list(range(20))}, "train", n) for n in (3, 9, 0))
     assert few == more[:3] == every[:3]
 
@@ -215,10 +189,15 @@ def test_too_long_examples_and_tasks_are_left_out(capsys):
     refused("no example has at most", checks.check, run.tokenizer, [too_long], [], run.args, True)
     run.tasks = [mixed, too_long]
     drawn = [data.DrawnTask(0, "x", [long, short]), data.DrawnTask(1, "x", [long])]
-    batch = batch_of(run, drawn)
+    batch = data.make_batch(run.tokenizer, run.tasks, drawn, run.args)
     assert batch.tasks == drawn[:1] and len(batch.examples) == 1 and batch.example_fraction == 1
-    batch = batch_of(run, drawn[1:])
+    batch = data.make_batch(run.tokenizer, run.tasks, drawn[1:], run.args)
     assert len(batch.examples) == 1  # the shortest, if all are too long
+    endless = chores.LazyList(lambda i: Example("cat", ["red"]) if i < 99 else 1 / 0)
+    checks.check(run.tokenizer, [data.Task("endless", ["x"], endless, [])], [], run.args, True)
+    run.args.max_tokens, run.tokenizer.chat_template = 75, 80 * "cat " + run.tokenizer.chat_template
+    other = data.Task("other", ["x"], [Example("dog", ["red"])], [])
+    refused("no example has at most", checks.check, run.tokenizer, [other], [], run.args, True)
 
 
 def test_neftune_noise_has_the_published_size():
@@ -290,7 +269,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
     for p in run.net.parameters():  # away from B = 0
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     drawn = data.draw(run.tasks, 0, run.args)
-    rows = batch_of(run, drawn).examples
+    rows = data.make_batch(run.tokenizer, run.tasks, drawn, run.args).examples
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     assert lengths == sorted(lengths)
     written = run.net(train.inputs_of(run, drawn))
@@ -396,6 +375,8 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
         with lora.use(base, adapter, config.scaling):
             assert said() == answers[2 * i : 2 * i + 2]
     assert answers[:2] == ["chat chien", "ours loup"]
+    named = read_file(tmp_path / "two" / "0" / "adapter_config.json")["base_model_name_or_path"]
+    assert named == str(TINY)  # where PEFT finds it
     words = ["--adapter", tmp_path / "two" / "0", "--input", inputs[0]]
     assert command(generate, *words) == 0 and "with adapter  chat chien" in capsys.readouterr().out
 

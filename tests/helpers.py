@@ -139,11 +139,6 @@ def run_of(*words, device="cpu") -> train.Run:
     return train.prepare(args, processes.Process(torch.device(device)))
 
 
-def batch_of(run: train.Run, drawn: list[data.DrawnTask]) -> data.Batch:
-    """What a single process computes for these tasks."""
-    return data.make_batch(run.tokenizer, run.tasks, drawn, run.args)
-
-
 def gradients(run: train.Run, step: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss and the gradients that a training step leaves in the network."""
     run.net.zero_grad()

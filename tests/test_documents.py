@@ -6,7 +6,6 @@ import re
 import torch
 
 import data
-import eval as evaluation
 import generate
 import hypernet
 import lora
@@ -15,8 +14,8 @@ import train
 from extras import answers
 from support.files import read_file, write_file
 from tasks import load_tasks
-from tests.helpers import D2L, TINY, close, command, evaluate, fit, logits_of, run_of
-from tests.helpers import tiny_llama, with_peft
+from tests.helpers import D2L, close, command, evaluate, fit, logits_of, run_of
+from tests.helpers import tiny_llama
 
 
 def test_the_perceivers_size():
@@ -80,15 +79,6 @@ def test_early_exit_is_after_a_quarter_of_the_layers():
     close(every[:, 7], base.model.norm(states[7]))
 
 
-def test_the_size_of_weights_does_not_depend_on_padding():
-    """A short document's penalty is the same beside a long one as alone."""
-    A, B = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 4)
-    A[0, :, 2:], B[0, ..., 2:] = 0, 0
-    together = train.weight_size({"x": (A, B)}, torch.tensor([2, 4]), torch.abs)
-    means = [A[0, :, :2].abs().mean() + B[0, ..., :2].abs().mean(), A[1].abs().mean() + B[1].abs().mean()]
-    close(together, sum(means) / 2)
-
-
 def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys):
     """Trained on documents with one fact each, the hypernetwork writes adapters that know them."""
     facts, docs, net = {"cat": "gatto", "dog": "cane", "cow": "mucca"}, tmp_path / "docs", tmp_path / "net"
@@ -113,11 +103,6 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
     words = ["--tasks", docs, "--split", "train", "--hypernet", net, "--methods", "base,t2l,t2l_shuffled"]
     results = evaluate(tmp_path / "e.json", *words)
     assert [results[k]["mean"] for k in ("base", "t2l", "t2l_shuffled")] == [0, 1, 0]
-    words = ["--tasks", docs, "--split", "train", "--methods", "t2l", "--hypernet", TINY / "sft_large"]
-    assert command(evaluation, *words) == 2 and "reads descriptions, not documents" in capsys.readouterr().err
-    base, tokenizer = model.load_base("tiny")
-    prompt = [model.render(tokenizer, model.chat(tokenizer, "horse"))]
-    assert model.answer(with_peft(base, tmp_path / "cow"), tokenizer, prompt, 8) == [" mucca"]
 
 
 def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
@@ -139,16 +124,6 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     assert expected > 0.1
     run.args.distill = 10**6  # more than the base model has tokens
     assert train.sft_step(run, run.net, [data.DrawnTask(0, document, [example])])["task"].isfinite()
-
-
-def test_long_documents_come_later():
-    run = run_of(*D2L, "--n_tasks", "300", "--max_steps", "100")
-
-    def longest(step: int) -> int:
-        drawn = data.draw(run.tasks, step, run.args)
-        return max(item.description.count("\n") + 1 for item in drawn)
-
-    assert longest(0) <= 4 and longest(99) == 32
 
 
 def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path, capsys):

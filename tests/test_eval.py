@@ -148,3 +148,6 @@ def test_the_mean_adapter_is_that_of_the_training_tasks():
     args.training_tasks = []
     lacks = evaluation.what_is_missing(evaluation.METHODS["t2l_mean"], args, tasks)
     assert lacks == "needs descriptions of training tasks"
+    assert evaluation.what_is_missing(evaluation.METHODS["t2l_shuffled"], args, tasks[:1])
+    args.hypernet, args.base_model = None, "mistral-7b"
+    assert "no hypernetwork" in evaluation.what_is_missing(evaluation.METHODS["t2l"], args, tasks)

@@ -104,15 +104,3 @@ def test_the_command_repeats_its_first_steps(mode, tmp_path, monkeypatch, one_th
     assert command(pictures, "--train", mode, "--weights", tmp_path, "--device", "cpu") == 130
     again, shipped = [losses_of(folder, file=f"{mode}.jsonl") for folder in (tmp_path, pictures.HERE)]
     close(again[:20], shipped[:20], 1e-3)
-
-
-def test_mistakes_are_one_line(tmp_path, capsys):
-    for words, message in {
-        "": "what should be drawn?",
-        "--train hypernet --weights nowhere": "is missing",
-        "--train base": "is there already",
-        "--train base --steps 0": "--steps: must be at least 1",
-    }.items():
-        assert command(pictures, *words.split()) == 2
-        error = capsys.readouterr().err
-        assert message in error and "Traceback" not in error

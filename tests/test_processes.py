@@ -96,7 +96,8 @@ def main() -> None:
 
 
 DOCS = [*D2L, *"--n_tasks 200 --tasks_per_batch 4 --latent_size 32 --l1 0.1 --l2 0.1".split()]
-LONG = [*SHORT, "--max_tokens", "10", "--micro_batch", "1", "--gradient_checkpointing"]  # leaves some out
+LONG = [*SHORT, "--tasks_per_batch", "3", "--max_tokens", "10", "--micro_batch", "1"]  # leaves some out
+LONG += ["--gradient_checkpointing"]
 ALONE = [*SHORT, "--tasks_per_batch", "1"]  # there is nothing for the second process
 RUNS = {"sft": SHORT, "documents": [*DOCS, "--shard"], "long": LONG}
 RUNS |= {"long_sharded": [*LONG, "--shard"], "alone": [*ALONE, "--offset_lr", "2"]}
@@ -174,6 +175,8 @@ def test_which_device_a_process_takes(monkeypatch):
     for name, index in ("auto", 0), ("cuda", 0), ("cuda:1", 1):
         assert processes.choose_device(name) == torch.device("cuda", index)
     assert model.default_dtype("cuda") == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert model.default_dtype("cuda:1") == torch.bfloat16 and model.default_dtype("cpu") == torch.float32
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert processes.choose_device("auto") == torch.device("cuda", 1)

@@ -20,7 +20,7 @@ import train
 from extras import published
 from support import hub
 from support.files import read_file, write_file
-from tests.helpers import NAMES, SCALING, close, command, golden, logits_of, one_layer, refused
+from tests.helpers import NAMES, SCALING, close, command, golden, logits_of, refused
 
 SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
 RECON_FILES = [f"llama_{size}_recon_{loss}" for size in ("L", "M", "S", "Srot") for loss in ("z", "dw")]
@@ -69,6 +69,7 @@ def test_golden_adapters(tmp_path, file):
         key = f"out{i}/base_model.model.model.layers.{layer}.self_attn.{name}.lora_"
         close(adapter[name][0][i, layer], tensors[f"{key}A.weight"])
         close(adapter[name][1][i, layer], tensors[f"{key}B.weight"])
+    assert net.config.targets == lora.find_targets(golden_base(), NAMES)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert trainable == info["param_count"]["trainable_requires_grad"]
 
@@ -116,12 +117,18 @@ def test_golden_reconstruction_losses(tmp_path, file):
     close(train.recon_loss(kind, adapter, target, std), tensors["recon/loss"][0], 1e-5, 5e-6)
 
 
-def test_what_the_files_of_a_checkpoint_say(tmp_path):
-    """No file says in which order the rows of the module embedding are."""
+def test_what_the_files_of_a_checkpoint_say(tmp_path, monkeypatch):
+    """From the hub, where only its files are downloaded. No file says the order of the module embedding."""
     path = golden("llama_L_sft")
     weights = {k[3:]: t for k, t in load_file(f"{path}.safetensors").items() if k.startswith("sd/")}
-    folder = published_folder(tmp_path / "theirs", weights, "google/gemma-2-2b-it", emb_model="some/one")
-    assert command(published, folder, tmp_path / "ours", "--module_order", "v_proj,q_proj") == 0
+    folder = published_folder(tmp_path / "t2l", weights, "google/gemma-2-2b-it", emb_model="some/one")
+
+    def snapshot_download(repo: str, allow_patterns, **_) -> Path:
+        assert repo == "u/r" and set(allow_patterns) == {f"t2l/{name}" for name in published.FILES}
+        return tmp_path
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert command(published, "u/r/t2l", tmp_path / "ours", "--module_order", "v_proj,q_proj") == 0
     net, emb = hypernet.load_hypernet(tmp_path / "ours"), load_file(f"{path}.safetensors")["in/task_emb"]
     c = net.config
     assert (c.size, c.encoder, c.full_stop, c.instruction) == ("large", "some/one", True, True)
@@ -129,9 +136,7 @@ def test_what_the_files_of_a_checkpoint_say(tmp_path):
     other = published.convert(folder)
     other.module_emb[0].weight.data = other.module_emb[0].weight.data.flip(0)
     close(net.write(emb)["q_proj"], other.write(emb)["q_proj"])
-    refused("no published checkpoint", published.convert, folder, ["q_proj", "k_proj"])
-    published_folder(folder, {k: t for k, t in weights.items() if "mixer" not in k})
-    refused("no published checkpoint", published.convert, folder)
+    assert published.convert(published_folder(folder, weights, order=NAMES[::-1])).names == NAMES[::-1]
     (folder / "args.yaml").write_text("training_task: !!python/object/apply:os.getcwd []\n")
     refused("no published checkpoint", published.convert, folder)
     for name in NAMES:  # terabytes, from a few bytes in the file
@@ -209,21 +214,9 @@ def test_golden_documents(tmp_path, monkeypatch, file):
     expected = pair("combine/n123")
     layers = [2] if expected[0].shape[1] == 1 else range(4)
     close([x[:, layers] for x in documents], list(expected))
-    features, mask = tensors["in/features"], tensors["in/attn_mask"]
-    alone = net.write_chunks(features[1:2, ..., :7, :], mask[1:2, :7])["down_proj"]
-    close(alone[0][0], chunks["down_proj"][0][1])  # without its padding
-    # one linear layer with two, one and one questions about three documents
-    linear = nn.Linear(112, 64)
-    linear.load_state_dict({k: tensors[f"lora_forward/down_proj/{k}"] for k in ("weight", "bias")})
-    holder = lora.inject(one_layer(linear, "down_proj"), ["down_proj"])
-    third = {"down_proj": tuple(x[:, 2:3] for x in documents)}  # the fixture's are of layer 2
-    with lora.use(holder, lora.select(third, [0, 0, 1, 2]), net.config.scaling):
-        y = holder["layers"][0]["down_proj"](tensors["lora_forward/down_proj/x"])
-    expected = tensors["lora_forward/down_proj/y"]
-    close(y, expected, 1e-5, 1e-5 * expected.abs().max())  # sums of large terms
-
     # from token ids to logits
     base, mask = golden_base(), tensors["e2e/ctx_attn_mask"]
+    assert net.config.targets == lora.find_targets(base, ["down_proj"])
     features = model.hidden_states(base, tensors["e2e/ctx_ids"], mask, net.config.early_exit)
     real = mask.bool()
     close(features.movedim(-2, 1)[real], tensors["e2e/features"].movedim(-2, 1)[real], 1e-4, 1e-4)
@@ -258,21 +251,3 @@ def test_golden_published_document_checkpoint():
         for turn in ("plain", "system") if i == 0 else ("plain",):
             logits = logits_of(base, tensors[f"question/{turn}/input_ids"], adapter, net.config.scaling)
             close(logits, tensors[f"doc{i}/logits/{turn}"], 1e-4, 5e-4)
-
-
-# -------------------- The hub --------------------
-
-
-def test_a_published_hypernetwork_from_the_hub(tmp_path, monkeypatch):
-    """Only the files of its folder are downloaded."""
-    path = golden("llama_L_sft")
-    weights = {k[3:]: t for k, t in load_file(f"{path}.safetensors").items() if k.startswith("sd/")}
-    published_folder(tmp_path / "trained" / "tiny", weights)
-
-    def snapshot_download(repo: str, allow_patterns, **_) -> str:
-        assert repo == "u/r" and set(allow_patterns) == {f"trained/tiny/{name}" for name in published.FILES}
-        return str(tmp_path)
-
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    assert command(published, "u/r/trained/tiny", tmp_path / "ours") == 0
-    assert hypernet.load_hypernet(tmp_path / "ours").config.base_model == "tiny"

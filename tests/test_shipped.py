@@ -7,7 +7,9 @@ import warnings
 
 import pytest
 
+import data
 import generate
+import model
 import train
 from extras import pretrain
 from support.files import write_file
@@ -33,9 +35,12 @@ def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path):
 N_REPEATED = 20  # steps
 
 
-def test_the_command_of_the_base_model_repeats_its_first_steps(one_thread):
+def test_the_command_of_the_base_model_repeats_its_first_steps(one_thread, tmp_path):
     losses = itertools.islice(pretrain.train(pretrain.make_model(), 20_000), N_REPEATED)
     close(list(losses), losses_of(TINY)[:N_REPEATED], 1e-3)
+    assert command(pretrain, tmp_path / "base", "--steps", 1, "--device", "cpu") == 0
+    ids, answer = data.example_ids(model.load_base(str(tmp_path / "base"))[1], "cat", "red", "")
+    assert pretrain.tokenize([data.Example("cat", ["red"])])[0] == ids + answer
 
 
 SLOW = [pytest.param("sft_small", marks=needs_time)]

@@ -11,6 +11,7 @@ import data
 import eval as evaluation
 import model
 from data import Example
+from extras import pretrain
 from support.files import UserError, read_file
 from tasks import benchmarks, chores, load_tasks, lots_of_loras, tiny
 from tests.helpers import command, refused
@@ -23,6 +24,7 @@ def test_held_out_tasks_are_nowhere_in_training():
     for kind, parts in enumerate((tiny.FILTERS, tiny.MAPS, tiny.LAYOUTS)):
         assert {task[kind] for task in splits["train"]} == set(parts)
     held_out = {"-".join(parts) for parts in splits["val"] + splits["test"]}
+    assert not set(pretrain.TASKS) & {*splits["val"], *splits["test"]}
     assert not held_out & {task.name for task in load_tasks("tiny")["train"]}
 
 
@@ -42,7 +44,7 @@ def test_tiny_answers_are_right_and_tell_tasks_apart():
             assert answer != tiny.right_answer((category, other, layout), question.split())
 
 
-def test_reworded_descriptions_are_new():
+def test_reworded_descriptions_are_new(monkeypatch):
     tasks = load_tasks("tiny")
     train_descriptions = {text for task in tasks["train"] for text in task.descriptions}
     for task in tasks["test"]:
@@ -50,6 +52,9 @@ def test_reworded_descriptions_are_new():
     for styles in tiny.WORLD["say"].values():
         for style in ("instruction", "phrase"):
             assert not set(styles[style]["seen"]) & set(styles[style]["withheld"])
+            monkeypatch.setitem(styles[style], "seen", [])
+    rng = random.Random(0)
+    assert all(tiny.describe(parts, rng, reworded=True) for parts in tiny.splits()["test"])
 
 
 @pytest.mark.parametrize("chain, question, answer", [
@@ -81,12 +86,10 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     for task in splits["val"][:64]:
         assert len(chains[task.name.removesuffix("-voice")]) == 3
     assert not any(unseen & set(chains[name]) for name in train) and not unseen & set(chores.WRITTEN["train"])
-    surnames = next(task.train for task in splits["train"] if task.name == "name-surname")
-    assert not {example.answers[0] for example in surnames[:500]} & set(chores.pool("last", True))
-    for task in splits["train"][:300]:
-        assert [example.input for example in task.test] != [example.input for example in task.train[:10]]
-        if task.name == "name-surname":
-            assert {example.answers[0] for example in task.test} <= set(chores.pool("last", True))
+    last_names = set(chores.pool("last", True))
+    assert not {example.answers[0] for example in surname.train[:500]} & last_names
+    assert {example.answers[0] for example in surname.test} <= last_names
+    assert len(data.sample(random.Random(0), surname.train, 50)) == 50
     assert len(splits["open"]) == 162 and all(len(task.test) == 4 for task in splits["open"])
     assert all(task.reworded for task in splits["test"] + splits["single"] + splits["unseen"])
     seen, withheld = [set(sum(chores.WRITTEN[part].values(), [])) for part in ("train", "test")]
