@@ -29,7 +29,7 @@ from support import processes
 from support.files import read_file, write_file
 from tasks import checks, chores, load_tasks
 from tests.helpers import D2L, HERE, LORA, NAMES, SAY, SHORT, TINY, close, command, config_for
-from tests.helpers import evaluate, fit, gradients, injected, logits_of, one_layer, random_adapter
+from tests.helpers import evaluate, fit, gradients, logits_of, one_layer, random_adapter
 from tests.helpers import refused, run_of, small_config, tiny_llama
 
 # -------------------- The rooms --------------------
@@ -70,7 +70,8 @@ def test_injected_layer_is_the_equation_and_so_are_its_gradients():
 
 
 def test_one_adapter_per_row_equals_a_loop_over_rows():
-    base, config = injected(tiny_llama())
+    base = lora.inject(tiny_llama(), NAMES)
+    config = config_for(base)
     assert list(base.state_dict()) == list(tiny_llama().state_dict())
     batch, ids = random_adapter(config, 3), torch.randint(160, (6, 7))
     together = logits_of(base, ids, batch)  # six rows, three adapters: rows 0 and 1 have the first

@@ -88,12 +88,6 @@ def random_adapter(config: lora.LoRAConfig, *batch: int, r: int = 8) -> lora.Ada
     return adapter
 
 
-def injected(base: nn.Module, names=NAMES) -> tuple[nn.Module, lora.LoRAConfig]:
-    """The base model, ready for adapters of these modules, and their configuration."""
-    config = config_for(base, names)
-    return lora.inject(base, names), config
-
-
 def with_peft(base: nn.Module, folder: Path) -> nn.Module:
     """The base model with the adapter of a folder, as PEFT reads it."""
     peft = pytest.importorskip("peft", reason="peft is not installed")

@@ -24,7 +24,7 @@ from data import Example, Task
 from support import text_models
 from support.files import read_file, write_file
 from support.processes import Process
-from tests.helpers import close, command, config_for, fit, injected, logits_of, NAMES, one_layer
+from tests.helpers import close, command, config_for, fit, logits_of, NAMES, one_layer
 from tests.helpers import random_adapter, refused, run_of, SCALING, SHORT, tiny_llama, with_peft
 
 # -------------------- Adapters, as PEFT and merged weights have them --------------------
@@ -63,7 +63,7 @@ NOT_PLAIN |= {"use_dora": True, "loftq_config": {"bits": 4}, "bias": "all", "som
 
 
 def test_what_is_not_plain_is_refused_by_name(tmp_path):
-    base, config = injected(tiny_llama())
+    config = config_for(tiny_llama())
     lora.save_adapter(tmp_path, random_adapter(config), config)
     peft = read_file(tmp_path / "adapter_config.json")
     for name, value in NOT_PLAIN.items():

@@ -32,29 +32,6 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def on_two_processes(folder: Path, commands: dict[str, list], **variables: str) -> dict[str, str]:
-    """Run commands {name: [module, words ...]}, each on the same two processes; what the first one prints.
-
-    They are started as torchrun would start them, once for all commands, since that takes most of the time.
-    """
-    write_file(folder / "commands.json", {name: [*map(str, words)] for name, words in commands.items()})
-    write_file(folder / "ports.json", [free_port() for _ in commands])
-    env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)} | variables
-    start = [sys.executable, "-c", "from tests.test_processes import work; work()", str(folder)]
-    ranks = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-    running = [subprocess.Popen(start, cwd=HERE, env=rank) for rank in ranks]
-    try:
-        assert [process.wait(150) for process in running] == [0, 0]
-    finally:
-        for process in running:
-            process.kill()
-    said = {name: (folder / f"{name}-0.txt").read_text() for name in commands}
-    for name in commands:
-        assert "exit code 0" in said[name], said[name] + (folder / f"{name}-1.txt").read_text()
-    return said
-
-
 def work() -> None:
     """One of the two processes."""
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
@@ -91,7 +68,7 @@ def main() -> None:
         whole.append(n_whole())
     roots = [module for module in base.modules() if is_root(module)]
     local = sum(p.to_local().nbytes for p in layers.parameters() if isinstance(p, DTensor))
-    print(json.dumps({"roots": len(roots), "whole": whole, "bytes": local, "dtype": str(base.dtype)}))
+    print(json.dumps({"roots": len(roots), "whole": whole, "bytes": local}))
     torch.distributed.destroy_process_group()
 
 
@@ -105,12 +82,29 @@ RUNS |= {"long_sharded": [*LONG, "--shard"], "alone": [*ALONE, "--offset_lr", "2
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """(folder, what each command has printed) of everything that is tested on two processes."""
-    folder, commands = tmp_path_factory.mktemp("pair"), {}
+    """(folder, what the first process has printed about layers): RUNS and `main` on the same two processes.
+
+    They are started as torchrun would start them, once for all commands, since that takes most of the time.
+    """
+    folder, commands = tmp_path_factory.mktemp("pair"), {"layers": ["tests.test_processes"]}
     for name, words in RUNS.items():
-        commands[name] = ["train", *words, "--max_steps", "5", "--out_dir", folder / name]
-    commands["layers"] = ["tests.test_processes"]
-    return folder, on_two_processes(folder, commands, CUDA_VISIBLE_DEVICES="")
+        commands[name] = ["train", *words, "--max_steps", "5", "--out_dir", str(folder / name)]
+    write_file(folder / "commands.json", commands)
+    write_file(folder / "ports.json", [free_port() for _ in commands])
+    env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
+    start = [sys.executable, "-c", "from tests.test_processes import work; work()", str(folder)]
+    ranks = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    running = [subprocess.Popen(start, cwd=HERE, env=rank) for rank in ranks]
+    try:
+        assert [process.wait(150) for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
+    for name in commands:
+        said = [(folder / f"{name}-{rank}.txt").read_text() for rank in (0, 1)]
+        assert "exit code 0" in said[0], said
+    return folder, json.loads((folder / "layers-0.txt").read_text().splitlines()[0])
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -129,7 +123,7 @@ def test_two_processes_are_one(pair, tmp_path, name, one_thread):
 
 def test_a_sharded_base_model_is_never_whole(pair):
     """After a forward pass at most one layer is gathered; each process keeps half of the bytes."""
-    seen = json.loads(pair[1]["layers"].splitlines()[0])
+    _, seen = pair
     assert seen["roots"] == 1 and seen["whole"][0] == 0 and max(seen["whole"]) <= 1
     whole = sum(p.nbytes for p in model.load_base("tiny")[0].get_decoder().layers.parameters())
     assert whole / 2 <= seen["bytes"] < 0.55 * whole
