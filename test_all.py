@@ -28,6 +28,7 @@ from data import Example
 from support import processes
 from support.files import read_file, write_file
 from tasks import checks, chores, load_tasks
+from tests.helpers import repeated
 from tests.helpers import D2L, HERE, LORA, NAMES, SAY, SHORT, TINY, close, command, config_for
 from tests.helpers import evaluate, fit, gradients, logits_of, one_layer, random_adapter
 from tests.helpers import refused, run_of, small_config, tiny_llama
@@ -181,7 +182,7 @@ def test_what_a_step_draws():
 
 def test_too_long_examples_and_tasks_are_left_out(capsys):
     run = run_of(*SHORT)
-    short, long = Example("cat", ["red"]), Example("cat dog cow sun " * 9, ["red"])
+    short, long = Example("cat", ["red"]), Example(repeated("cat dog cow sun ", 9), ["red"])
     mixed, too_long = data.Task("mixed", ["x"], [long, short], []), data.Task("long", ["x"], [long], [])
     run.args.max_tokens = 12
     capsys.readouterr()
@@ -196,7 +197,7 @@ def test_too_long_examples_and_tasks_are_left_out(capsys):
     assert len(batch.examples) == 1  # the shortest, if all are too long
     endless = chores.LazyList(lambda i: Example("cat", ["red"]) if i < 99 else 1 / 0)
     checks.check(run.tokenizer, [data.Task("endless", ["x"], endless, [])], [], run.args, True)
-    run.args.max_tokens, run.tokenizer.chat_template = 75, 80 * "cat " + run.tokenizer.chat_template
+    run.args.max_tokens, run.tokenizer.chat_template = 75, repeated("cat ", 80) + run.tokenizer.chat_template
     other = data.Task("other", ["x"], [Example("dog", ["red"])], [])
     refused("no example has at most", checks.check, run.tokenizer, [other], [], run.args, True)
 

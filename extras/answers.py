@@ -71,7 +71,8 @@ def main() -> None:
                 write_file(args.out_dir / path.name, content)
     if splits:
         kept = task_files(args.out_dir)
-        splits = {split: [name for name in names if name in kept] for split, names in splits.items()}
+        for split, names in splits.items():
+            splits[split] = [name for name in names if name in kept]
         write_file(args.out_dir / "splits.json", splits)
     if n_left_out:
         print(f"left out: {n_left_out} questions; the document is too long, or the answer was empty")

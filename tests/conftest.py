@@ -58,6 +58,7 @@ def server(monkeypatch, tmp_path):
     server = types.SimpleNamespace(replies=[], asked=[], waits=[])
 
     def urlopen(url: str, timeout: int):
+        """The next reply, in place of that of urllib."""
         server.asked.append(url)
         content, status = server.replies.pop(0)
         if status != 200:

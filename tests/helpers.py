@@ -60,6 +60,11 @@ def golden(file: str, folder: str = "t2l") -> Path:
     pytest.skip(f"{file} is not here")
 
 
+def repeated(text: str, n: int) -> str:
+    """The text n times, one after another."""
+    return text * n
+
+
 def close(a, b, rtol=1e-5, atol=1e-5):
     torch.testing.assert_close(a, b, rtol=rtol, atol=float(atol))
 

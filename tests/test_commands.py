@@ -25,6 +25,7 @@ import train
 from support import files, flags, hub, state
 from support.files import read_file, write_file
 from tasks import checks
+from tests.helpers import repeated
 from tests.helpers import command, DESC, fit, HERE, interrupted_in_call, LORA, losses_of, refused, run_of
 from tests.helpers import SAY, SHORT, small_config, TINY, tiny_llama
 
@@ -168,7 +169,7 @@ def test_bad_input_is_one_line_and_exit_code_2(places, monkeypatch, capsys, line
     module, words, message = map(str.strip, line.split("|"))
     monkeypatch.chdir(tmp_path)  # what a default would write is seen, and a user's out/ not in the way
     before = sorted(places["tmp"].rglob("*"))
-    words = [word.format(**places, long=2100 * "cat ") for word in shlex.split(words)]
+    words = [word.format(**places, long=repeated("cat ", 2100)) for word in shlex.split(words)]
     assert command(importlib.import_module(module), *words) == 2
     error = capsys.readouterr().err
     lines = [said for said in error.strip().splitlines() if said.startswith("error:") or " error: " in said]

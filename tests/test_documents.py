@@ -14,6 +14,7 @@ import train
 from extras import answers
 from support.files import read_file, write_file
 from tasks import load_tasks
+from tests.helpers import repeated
 from tests.helpers import D2L, close, command, evaluate, fit, logits_of, run_of
 from tests.helpers import tiny_llama
 
@@ -130,7 +131,7 @@ def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path,
     """A second call answers only files that are not there; what does not fit into the window is left out."""
     folder, out, known = tmp_path / "in", tmp_path / "out", {"question": "dog", "answer": "blue"}
     folder.mkdir()
-    for name, document in {"a": "cat -> red <eos>", "b": "cat -> sun", "long": 600 * "cat "}.items():
+    for name, document in {"a": "cat -> red <eos>", "b": "cat -> sun", "long": repeated("cat ", 600)}.items():
         write_file(folder / f"{name}.json", {"document": document, "questions": [{"question": "cat"}, known]})
     write_file(folder / "splits.json", {"train": ["a", "long"], "val": ["b"]})
     words = [folder, out, "--base_model", "tiny"]

@@ -15,6 +15,7 @@ from extras import plot
 from support import tables
 from support.files import read_file, write_file
 from tasks import checks, load_tasks
+from tests.helpers import repeated
 from tests.helpers import TINY, command, refused
 
 
@@ -126,7 +127,7 @@ def test_scores_are_drawn(tmp_path, names):
 def test_an_answer_may_be_as_long_as_the_right_one():
     """More than the 64 tokens that generate.py writes."""
     _, tokenizer = model.load_base("tiny")
-    task = data.Task("x", ["d"], [], [Example("cat", ["cat " * 99])])
+    task = data.Task("x", ["d"], [], [Example("cat", [repeated("cat ", 99)])])
     question = evaluation.Question(task, task.test[0], "", "", [])
     args = types.SimpleNamespace(contains=False, max_new_tokens=None)
     assert evaluation.answer_tokens(tokenizer, question, args) == 101

@@ -38,7 +38,7 @@ from support.flags import setting
 from tasks import tiny
 from tests.helpers import close, command, config_for, fit, HERE, LORA, needs_models, random_adapter
 from tests.helpers import DESC, run_of, SCALING, TINY
-from tests.test_models import CHATML
+from tests.test_texts import CHATML
 
 # -------------------- The method on one page is that of the scripts --------------------
 
