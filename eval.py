@@ -356,7 +356,8 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
             question = row.question
             is_right = question.task.metric(question.example, answer)
             if args.contains and question.task.metric is data.exact_match:
-                is_right = any(right.strip() in answer for right in question.example.answers)
+                rights = [right.strip() for right in question.example.answers]
+                is_right = any(right and right in answer for right in rights)
             hits.setdefault(question.task.name, []).append(is_right)
         bar.update(len(batch))
     bar.close()
@@ -365,7 +366,7 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
 
 def answer_tokens(tokenizer, question: Question, args) -> int:
     """How long an answer may get."""
-    if args.contains:
+    if args.contains and question.task.metric is data.exact_match:
         return args.max_new_tokens or 64
     longest = question.task.answer_tokens
     if not longest:  # two more than the right one has: a longer answer is wrong anyway

@@ -41,26 +41,33 @@ def parse_args() -> argparse.Namespace:
         raise UserError('one of these: --desc "Translate the animals.", --doc FILE or --adapter DIR')
     if args.merge and len(args.desc or []) > 1:
         raise UserError("--merge takes a single --desc")
-    if args.doc and args.instruction:
-        raise UserError("--instruction goes with --desc")
+    if not args.desc and (args.encoder or args.doc and args.instruction):
+        raise UserError("--encoder and --instruction go with --desc")
     for flag, texts in (("--desc", args.desc), ("--input", args.input)):
         for i, text in enumerate(texts or [], 1):
             if not text.strip():
                 raise UserError(f"{flag} is empty" if len(texts) == 1 else f"{flag} number {i} is empty")
     if not args.adapter:
         check_folder(args.out, OUR_FILES, "description.txt")
-    if args.merge is not None and (not args.merge or Path(args.merge).exists() or args.merge == args.out):
-        raise UserError(f"--merge {args.merge!r} is no new folder; choose another")
+    if args.merge is not None:
+        merged, out = Path(args.merge).resolve(), Path(args.out).resolve()
+        if merged.exists() or merged in (out, *out.parents):
+            raise UserError(f"--merge {args.merge!r} is no new folder; choose another")
     return args
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which models answer, and how; eval.py has them, too."""
+def add_net_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which hypernetwork writes adapters, and for which base model."""
     add = parser.add_argument
     add("--base_model", help=f"{', '.join(hub.PRESETS)}, a hub id or a folder; default: the net's")
     add("--hypernet", help="a folder, or USER/REPO/FOLDER on the hub; default: the shipped one")
     add("--encoder", help="path or id of the text encoder, if it has moved since training")
-    switch = argparse.BooleanOptionalAction
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which models answer, and how; eval.py has them, too."""
+    add_net_flags(parser)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--instruction", action=switch, help="put the description before inputs; default: as in training")
     add("--max_new_tokens", type=flags.at_least(1), help="longest answer; default: 64, in eval.py as needed")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")

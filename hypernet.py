@@ -52,7 +52,6 @@ class TextConfig(HypernetConfig):
     full_stop: bool = True  # descriptions that end in a letter get one, as published (not with "hash")
     rotary: bool = False  # small, of published checkpoints alone: rank positions are rotations, no table
     dropout: float = 0.1  # in the trunk; that of --dropout, as published
-    encoder_targets: dict[str, Target] = field(default_factory=dict)  # with encoder_rank: its linear layers
     size: str = setting("large", "what one pass through a head writes", choices=SIZES)
     latent_size: int = setting(128, "width of the trunk; half of it is the task embedding", least=4)
     head_in_size: int = setting(256, "width of the input of the heads", least=1)
@@ -60,6 +59,7 @@ class TextConfig(HypernetConfig):
     head_lr: float = setting(1 / 16, "factor on lr for the heads")
     encoder_rank: int = setting(0, "rank of a LoRA on the text encoder (0: none)", runs="text")
     offset_lr: float = setting(0.0, "factor on lr for the offset that tasks share (0: fixed)", runs="text")
+    encoder_targets: dict[str, Target] = field(default_factory=dict)  # with encoder_rank: its linear layers
 
     def __post_init__(self):
         super().__post_init__()
@@ -183,7 +183,10 @@ class TextToLoRA(nn.Module):
         c, device = self.config, next(self.parameters()).device
         self.encoder = model.load_encoder(c.encoder, device, base, tokenizer, c.full_stop)
         if c.encoder_rank:
-            lora.inject_targets(self.encoder.embed.model, c.encoder_targets)
+            network = getattr(self.encoder.embed, "model", None)  # "hash" and "base" have none
+            if network is None or all_targets(network) != c.encoder_targets:
+                raise UserError(f"--encoder {c.encoder}: this hypernetwork has a LoRA for another one")
+            lora.inject_targets(network, c.encoder_targets)
 
     def forward(self, texts: list[str]) -> Adapter:
         """n descriptions -> A [n, L, r, in], B [n, L, out, r]."""
@@ -524,7 +527,7 @@ def load_hypernet(folder: str | Path) -> nn.Module:
 
 
 MAY_DIFFER = {"base_model", "base_shape", "instruction", "full_stop"}  # in a network to start from
-MAY_DIFFER |= {"dropout", "input_dropout", "head_lr", "offset_lr"}
+MAY_DIFFER |= {"dropout", "input_dropout", "head_lr", "offset_lr", "chunk_len"}
 
 
 def copy_weights(folder: str, net: nn.Module) -> None:
@@ -538,6 +541,8 @@ def copy_weights(folder: str, net: nn.Module) -> None:
         if name == "encoder":  # a folder may hold any
             differs = differs and not Path(value).is_dir() and not Path(str(other)).is_dir()
         if differs and name not in MAY_DIFFER:
+            if isinstance(value, dict):  # of targets
+                other, value = ", ".join(other), ", ".join(value)
             message = f"--init_from {folder}: that network has other settings"
             raise UserError(f"{message} ({name}: {other}, not {value})")
     net.load_state_dict(start.state_dict())

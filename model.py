@@ -257,7 +257,6 @@ class TextEncoder:
         with torch.autocast(self.device.type, enabled=False):
             return torch.stack([self.embed_once(text) for text in texts])
 
-
     def prepare(self, texts: list[str]) -> list[str]:
         """Texts as they are read."""
         texts = [text.strip() for text in texts]

@@ -122,6 +122,25 @@ def test_an_offset_is_trained_with_what_is_written():
 
 
 @pytest.mark.parametrize("size", hypernet.SIZES)
+def test_the_papers_sizes(size):
+    """The number of trained parameters for the paper's base models, rank 8 on q_proj and v_proj."""
+    i = hypernet.SIZES.index(size)
+    mistral = [[55_424_000, 55_317_504], [34_412_288, 34_346_752], [4_996_096, 4_987_904]][i]
+    gemma = [[137_706_752, 137_645_312], [87_353_600, 87_316_736], [21_266_176, 21_261_568]][i]
+
+    def counts(L: int, d: int, q: int, v: int, latent: int, head_in: int) -> list[int]:
+        targets = {name: lora.Target("", list(range(L)), d, n) for name, n in (("q_proj", q), ("v_proj", v))}
+        sizes = dict(n_layers=L, r=8, input_size=1024, latent_size=latent, head_in_size=head_in)
+        with torch.device("meta"):
+            configs = [small_config(size, **sizes, targets=targets, z_score=z) for z in (False, True)]
+            nets = [hypernet.TextToLoRA(config) for config in configs]
+        return [sum(p.numel() for p in net.parameters()) for net in nets]
+
+    assert counts(32, 4096, 4096, 1024, 128, 512) == mistral
+    assert counts(26, 2304, 2048, 1024, 512, 2048) == gemma
+
+
+@pytest.mark.parametrize("size", hypernet.SIZES)
 def test_hypernet_files(tmp_path, size):
     net = hypernet.TextToLoRA(small_config(size)).eval()
     for p in net.parameters():

@@ -32,7 +32,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", default="all", help="train, val, test, or all")
     parser.add_argument("--n_tasks", type=flags.at_least(3), default=512, help="at most so many of them")
     parser.add_argument("--out", default="map.png", help="the picture to write")
-    generate.add_model_flags(parser)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
+    generate.add_net_flags(parser)
     args = parser.parse_args()
     check_name(Path(args.out), ".png")
     return args

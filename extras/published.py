@@ -139,7 +139,6 @@ def text_fields(peft: dict, args: dict, weights: dict[str, Tensor], names: list[
         "rslora": peft.get("use_rslora", False),
         "encoder": args.get("emb_model") or "base",
         "input_size": task_encoder.shape[1],
-        "full_stop": True,
         "instruction": True,
         "z_score": f"heads.{names[0]}.bias" not in weights,
         "size": size,
@@ -147,7 +146,7 @@ def text_fields(peft: dict, args: dict, weights: dict[str, Tensor], names: list[
         "head_in_size": head.shape[1],
         "dropout": 0.05,
         "input_dropout": 0.0,
-        "rotary": "pos_emb.0.weight" not in weights,
+        "rotary": size == "small" and "pos_emb.0.weight" not in weights,
     }
 
 
@@ -221,7 +220,7 @@ def doc_fields(content: dict[str, Any]) -> dict[str, Any]:
         "n_layers": len(network.layer_indices),
         "targets": make_targets(len(network.layer_indices), in_features, out_features),
         "r": r,
-        "alpha": network.lora_config.lora_alpha * r**0.5,  # there the scaling is lora_alpha itself
+        "alpha": round(network.lora_config.lora_alpha * r**0.5, 6),  # there lora_alpha is the scaling itself
         "input_size": aggregator.feature_size,
         "early_exit": reader.ctx_encoder_type == "early_exit",
         "latent_size": network.latent_size,

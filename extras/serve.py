@@ -15,10 +15,12 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from transformers import AutoConfig
+
 import generate
 import lora
 import model
-from support import flags, templates
+from support import flags, hub, templates
 from support.files import UserError, command
 
 PREFIX, MOST = "t2l:", 1000  # descriptions of one server: files stay, because vLLM may read them again
@@ -55,8 +57,7 @@ def served_template(tokenizer) -> str:
 
 def main() -> None:
     parser = flags.Parser(__doc__)
-    for name in ("base_model", "hypernet", "encoder"):
-        parser.add_argument(f"--{name}", help="as for generate.py")
+    generate.add_net_flags(parser)
     args, of_vllm = parser.parse_known_args()
     if not find_spec("vllm"):
         raise UserError("this needs vllm; https://docs.vllm.ai says how to install it")
@@ -67,6 +68,8 @@ def main() -> None:
     if net.config.instruction:
         raise UserError("this network was trained with the description in the prompt, too")
     name = args.base_model or net.config.base_model
+    shape = hub.base_shape(hub.from_pretrained(AutoConfig, name))
+    hub.check_base(name, shape, net.config.base_model, net.config.base_shape)
     tokenizer = model.load_tokenizer(name)
     net.connect(model.load_base(name)[0] if net.config.encoder == "base" else None, tokenizer)
 

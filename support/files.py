@@ -112,7 +112,7 @@ def check_folder(out: str, ours: set[str], mark: str) -> None:
         raise UserError(f"--out {out} is a file; choose a folder")
     if folder.exists():
         found = {path.name for path in folder.rglob("*") if path.is_file()}
-    if not out.strip() or not found <= ours or (found and mark not in found):
+    if Path(out.strip()).name in ("", "..") or not found <= ours or (found and mark not in found):
         raise UserError(f"--out {out!r} is no new folder, and generate.py did not write it; choose another")
 
 

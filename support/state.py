@@ -59,8 +59,9 @@ def reserved(folder: Path, settings: str, resumes: bool):
 def recorded_words(folder: str) -> list[str]:
     """The settings of an interrupted run, as words. Raises UserError if there is none in this folder."""
     if not Path(folder, "state.safetensors").exists():
-        advice = f"; if it is finished, train further with --init_from {folder}"
-        raise UserError(f"--resume: {folder} holds no interrupted run{advice}")
+        is_finished = Path(folder, "hypernet.safetensors").exists()
+        advice = f"train further with --init_from {folder}" if is_finished else "start it in a new folder"
+        raise UserError(f"--resume: {folder} holds no interrupted run; {advice}")
     return [*flags.expand([f"@{folder}/train.args"]), "--out_dir", folder]
 
 
@@ -143,7 +144,7 @@ def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> 
     step = int(tensors["step"])
     net.load_state_dict({name: tensors[f"net {name}"] for name in net.state_dict()})
     for name, p in net.named_parameters():
-        if p.requires_grad and step > 0:
+        if p.requires_grad:
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 optimizer.state[p][key] = tensors[f"{key} {name}"].to(p.device)
     return step

@@ -101,6 +101,8 @@ generate | --desc x --desc ' ' | --desc number 2 is empty
 generate | --desc x --input '' | --input is empty
 generate | --desc x --out {note} | is a file
 generate | --desc x --merge {foreign} | is no new folder
+generate | --desc x --out {tmp}/n/a --merge {tmp}/other/../n | is no new folder
+generate | --desc x --out . | is no new folder
 generate | --desc x --desc y --merge {tmp}/m | takes a single --desc
 generate | --desc x --base_model {adapter} | not a model
 generate | --desc x --base_model mistral-7b | no hypernetwork for mistral-7b
@@ -118,7 +120,7 @@ generate | --desc x --max_new_tokens 0 | must be at least 1
 generate | --adapter {adapter} --base_model {base} --input '{long}' | do not fit into the base model's window
 generate | --doc {tmp}/none.txt | cannot be read as text
 generate | --doc {note} --hypernet {net} | reads descriptions
-generate | --doc {note} --instruction | goes with --desc
+generate | --doc {note} --instruction | go with --desc
 eval | --methods t2l,magic | there is no method 'magic'
 eval | --methods oracle | needs --oracles DIR
 eval | --tasks facts --methods t2l_reworded | needs descriptions that these tasks do not

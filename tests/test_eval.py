@@ -133,6 +133,8 @@ def test_an_answer_may_be_as_long_as_the_right_one():
     assert evaluation.answer_tokens(tokenizer, question, args) == 101
     args.max_new_tokens = 7
     assert evaluation.answer_tokens(tokenizer, question, args) == 7
+    args.contains, args.max_new_tokens, task.metric, task.answer_tokens = True, None, max, 256
+    assert evaluation.answer_tokens(tokenizer, question, args) == 256  # of a benchmark
 
 
 def test_the_mean_adapter_is_that_of_the_training_tasks():

@@ -125,6 +125,8 @@ def test_a_lora_on_the_text_encoder_is_trained_and_used(tmp_path):
     assert len(net.config.encoder_targets["encoder.layer.{}.attention.self.query"].layers) == 2
     net.connect(None, None)
     assert (net.encode(texts) - first).abs().max() > 1e-3
+    net.config.encoder = "hash"
+    refused("has a LoRA for another one", net.connect, None, None)
 
 
 # -------------------- Chat templates, and what stands in prompts --------------------
