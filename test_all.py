@@ -28,10 +28,9 @@ from data import Example
 from support import processes
 from support.files import read_file, write_file
 from tasks import checks, chores, load_tasks
-from tests.helpers import repeated
 from tests.helpers import D2L, HERE, LORA, NAMES, SAY, SHORT, TINY, close, command, config_for
 from tests.helpers import evaluate, fit, gradients, logits_of, one_layer, random_adapter
-from tests.helpers import refused, run_of, small_config, tiny_llama
+from tests.helpers import refused, repeated, run_of, small_config, tiny_llama
 
 # -------------------- The rooms --------------------
 BELOW = {"support": set(), "lora": {"support"}}  # what each may import of the project

@@ -25,9 +25,8 @@ import train
 from support import files, flags, hub, state
 from support.files import read_file, write_file
 from tasks import checks
-from tests.helpers import repeated
-from tests.helpers import command, DESC, fit, HERE, interrupted_in_call, LORA, losses_of, refused, run_of
-from tests.helpers import SAY, SHORT, small_config, TINY, tiny_llama
+from tests.helpers import command, DESC, fit, HERE, interrupted_in_call, LORA, losses_of, refused, repeated
+from tests.helpers import run_of, SAY, SHORT, small_config, TINY, tiny_llama
 
 # -------------------- Flags --------------------
 

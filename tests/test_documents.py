@@ -14,9 +14,7 @@ import train
 from extras import answers
 from support.files import read_file, write_file
 from tasks import load_tasks
-from tests.helpers import repeated
-from tests.helpers import D2L, close, command, evaluate, fit, logits_of, run_of
-from tests.helpers import tiny_llama
+from tests.helpers import D2L, close, command, evaluate, fit, logits_of, repeated, run_of, tiny_llama
 
 
 def test_the_perceivers_size():

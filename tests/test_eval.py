@@ -15,8 +15,7 @@ from extras import plot
 from support import tables
 from support.files import read_file, write_file
 from tasks import checks, load_tasks
-from tests.helpers import repeated
-from tests.helpers import TINY, command, refused
+from tests.helpers import TINY, command, refused, repeated
 
 
 def test_which_descriptions_a_method_is_given():

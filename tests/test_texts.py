@@ -19,9 +19,7 @@ import model
 import train
 from support import text_models
 from support.files import read_file, write_file
-from tests.helpers import repeated
-from tests.helpers import close, command, fit
-from tests.helpers import refused, run_of, SHORT, tiny_llama
+from tests.helpers import close, command, fit, refused, repeated, run_of, SHORT, tiny_llama
 
 # -------------------- Text encoders --------------------
 
@@ -151,6 +149,12 @@ def test_chat_templates_with_and_without_a_system_message():
     thinks = CHATML.replace(content, "{% if m.role == 'assistant' %}" + think + content)
     tokenizer.chat_template = thinks + "{% if add_generation_prompt and not enable_thinking %}" + think
     assert model.render(tokenizer, model.chat(tokenizer, "hello"), "bye") == "bye<|im_end|>"
+    # what a template writes before an answer, as gpt-oss's channel, belongs to the prompt
+    channel = "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}"
+    other = model.load_base("tiny")[1]
+    other.chat_template = CHATML.replace(content, channel + content)
+    assert model.render(other, chat).endswith("<|im_start|>assistant\n<|channel|>final<|message|>")
+    assert model.render(other, chat, "bye") == "bye<|im_end|>"
     odd = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.chat_template = odd + "{% if add_generation_prompt %}AI: {% endif %}"
     chat = [{"role": "user", "content": "hello"}]
@@ -200,17 +204,6 @@ def test_the_answer_is_tokenized_as_the_model_would_write_it(tmp_path):
     fast.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
     assert fast(" Paris</s>")["input_ids"] == [2, 5, 1]  # alone
     assert data.example_ids(fast, "where", "Paris", "") == ([3, 6, 4], [5, 1])
-
-
-def test_what_a_template_writes_before_an_answer_belongs_to_the_prompt():
-    """As gpt-oss's channel: otherwise it would be trained and read as a part of the answer."""
-    tokenizer = model.load_base("tiny")[1]
-    said = "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}{{ m.content }}"
-    tokenizer.chat_template = CHATML.replace("\n{{ m.content }}", "\n" + said)
-    chat = [{"role": "user", "content": "x"}]
-    prompt = "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n<|channel|>final<|message|>"
-    assert model.render(tokenizer, chat) == prompt
-    assert model.render(tokenizer, chat, "Paris") == "Paris<|im_end|>"
 
 
 def test_the_mark_that_the_template_writes_after_an_answer_ends_it(tmp_path):
