@@ -77,9 +77,6 @@ def test_one_adapter_per_row_equals_a_loop_over_rows():
     together = logits_of(base, ids, batch)  # six rows, three adapters: rows 0 and 1 have the first
     for row in range(6):
         close(together[row], logits_of(base, ids[row : row + 1], lora.select(batch, row // 2))[0])
-    repeated = logits_of(base, ids[:1].expand(3, -1), lora.select(batch, [2, 0, 0]))
-    close(repeated[1], repeated[2], 0, 0)
-    assert (repeated[0] - repeated[1]).abs().max() > 0.01
 
 
 def test_dropout_is_on_the_lora_branch_in_training_only():
@@ -89,7 +86,6 @@ def test_dropout_is_on_the_lora_branch_in_training_only():
     with lora.use(holder, {"q_proj": (torch.eye(50)[None], torch.eye(50)[None])}, 1.0):
         assert set((layer(x) - plain).round(decimals=3).unique().tolist()) == {0.0, 2.0}
         close(layer.eval()(x) - plain, torch.ones(1, 50))
-    close(layer(x), plain, 0, 0)  # outside the block the layer is as it was
 
 
 def test_a_layer_that_gets_the_tokens_of_some_experts_is_refused():
@@ -324,6 +320,8 @@ def test_validation_measures_what_greedy_answers_give():
             answers = model.answer(run.base, run.tokenizer, prompts)
         hits += [task.metric(example, answer) for example, answer in zip(task.test, answers)]
     assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
+    run.args.micro_batch = 5
+    assert train.validate(run) == pytest.approx(measured)
 
 
 def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
@@ -332,6 +330,12 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     fit(oracles, *LORA, "--n_tasks", "4", "--max_steps", "10")
     targets, _ = lora.load_adapters([oracles / task.name for task in tasks])
     assert all(B.abs().amax((1, 2, 3)).min() > 0 for _, B in targets.values())
+    run = run_of(*LORA, "--n_tasks", "4")
+    run.net.B["q_proj"].data[2] = 1
+    train.save(run, tmp_path / "saved")
+    assert lora.load_adapter(tmp_path / "saved" / tasks[2].name)[0]["q_proj"][1].min() == 1
+    train.sft_step(run, run.net, [data.DrawnTask(2, "", tasks[2].train[:1])])
+    assert run.net.B["v_proj"].grad.flatten(1).any(1).tolist() == [False, False, True, False]
     fit(tmp_path / "mt", "@config/mt_lora.args", *"--n_tasks 4 --tasks_per_batch 4 --max_steps 3".split())
     A, B = lora.load_adapter(tmp_path / "mt")[0]["q_proj"]
     assert A.shape == (4, 8, 128) and B.abs().max() > 0

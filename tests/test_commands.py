@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +59,9 @@ def test_every_file_of_flags_is_a_run(file, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py", f"@{tmp_path / 'train.args'}"])
     assert vars(train.parse_args()) == vars(args) and args.lr < 1
     assert args.dtype != "auto" and args.encoder != "preset"
+    if file.parent == TINY / "sft_large":  # it has the defaults
+        monkeypatch.setattr(sys, "argv", ["train.py", *words, "--max_steps", "3000"])
+        assert vars(train.parse_args()) | {"as_text": args.as_text} == vars(args)
 
 
 def test_files_of_flags_stand_first_and_may_begin_with_others(tmp_path, monkeypatch):
@@ -218,6 +222,7 @@ def test_a_users_folder_is_never_taken_for_one_of_ours(tmp_path):
         assert command(generate, *SAY, "--out", mine) == 2
         assert command(generate, *SAY, "--out", tmp_path / "out", "--merge", mine) == 2
         assert {file.name: file.read_text() for file in mine.iterdir()} == dict.fromkeys(names, "mine")
+    assert command(generate, *SAY, "--out", tmp_path) == 2 and (tmp_path / "0" / "notes.md").exists()
 
 
 def test_what_the_last_call_wrote_is_replaced(tmp_path, monkeypatch):
@@ -311,6 +316,9 @@ def test_gradients_are_clipped_and_each_term_of_the_loss_has_a_column(tmp_path, 
     assert len(norms) == 2 and max(norms) < 1.001 < max(losses_of(tmp_path / "run", "grad_norm"))
     terms = [losses_of(tmp_path / "run", f"loss_{name}") for name in ("task", "l1", "l2")]
     assert [sum(values) for values in zip(*terms)] == pytest.approx(losses)
+    for flag, value in ("--label_smoothing", "0.5"), ("--neftune_alpha", "5"):  # each changes the loss
+        other = fit(tmp_path / flag, *SHORT, "--l1", "0.1", flag, value, "--max_steps", "1")
+        assert abs(other[0] - losses[0]) > 1e-3
 
 
 def test_resume_after_kill_is_exact(tmp_path, capsys):
@@ -328,7 +336,6 @@ def test_resume_after_kill_is_exact(tmp_path, capsys):
     before = {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
     assert command(train, *words, "--out_dir", cut) == command(train, *words, "--out_dir", whole) == 2
     assert command(train, "--out_dir", cut, "--resume", "--max_steps", "3") == 2  # it is past that
-    assert command(train, "--out_dir", cut, "--resume", "--latent_size", "64") == 2  # another network
     assert command(train, "--out_dir", whole, "--resume") == 2  # it is finished
     assert f"train further with --init_from {whole}" in capsys.readouterr().err
     assert before == {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
@@ -346,6 +353,8 @@ def test_ctrl_c_saves_the_state_and_says_how_to_continue(tmp_path, monkeypatch, 
     assert command(train, *SHORT, *start, "--max_steps", "2000", "--out_dir", run) == 130
     again = f"interrupted after 3 steps; to continue: python train.py --resume --out_dir '{run}'"
     assert again in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # the next one ends it at once
+    assert callable(signal.getsignal(signal.SIGTERM))
     assert int(load_file(run / "state.safetensors")["step"]) == len(losses_of(run)) == 3
     shutil.rmtree(tmp_path / "first")
     checkpoint = state.Checkpoint(tmp_path, checks.identify([]), 2)
@@ -367,6 +376,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     assert int(load_file(tmp_path / "run" / "state.safetensors")["step"]) == 4
     monkeypatch.setattr(train, "task_loss", real)
     assert len(fit(tmp_path / "run", "--resume", "--lr", "1e-3")) == 9
+    assert "--lr 0.001\n" in (tmp_path / "run" / "train.args").read_text()
 
 
 def test_the_best_weights_are_kept_also_if_the_run_is_killed_before_it_writes_them(tmp_path, monkeypatch):

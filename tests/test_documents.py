@@ -43,6 +43,8 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     texts = ["cat -> red", "dog -> blue horse chair\nbird hat lemon apple sun", "hat -> sun moon tree"]
 
     net.connect(base, tokenizer)
+    chunks, _ = hypernet.split_documents(net.config, texts, tokenizer)
+    assert {chunk[-1] for chunk in chunks} == set(model.tokenize(tokenizer, "->"))  # a turn each
 
     def delta(documents):
         return (lambda A, B: B @ A)(*net(documents)["down_proj"])
@@ -96,6 +98,9 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
         shown = capsys.readouterr().out
         assert f"with adapter  {fact}\n" in shown and "14 tokens" in shown and "rank 8 on down_proj" in shown
         assert "in context" in shown and re.search(r"with adapter \d+ ms", shown)
+    (tmp_path / "long.txt").write_text(repeated("cat ", 500))  # more than fits into the prompt
+    words = ["--doc", tmp_path / "long.txt", "--hypernet", net, "--input", "horse", "--out", tmp_path / "l"]
+    assert command(generate, *words) == 0
     both = ["--doc", tmp_path / "cat.txt", "--doc", tmp_path / "dog.txt"]  # one adapter
     assert command(generate, *both, "--hypernet", net, "--out", tmp_path / "both") == 0
     assert lora.load_adapter(tmp_path / "both")[0]["down_proj"][0].shape[-2] == 2 * 7  # six chunks, a bias

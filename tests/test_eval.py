@@ -32,6 +32,7 @@ def test_which_descriptions_a_method_is_given():
     known = {text for task in tasks for text in [*task.descriptions, *task.reworded]}
     assert not known & {question.description for question in used("t2l_random")}
     assert len(used("t2l")) == 75
+    assert all(question.instruction == question.description for question in used("prompt"))
     for question in used("t2l_shuffled", True):  # the task's own instruction
         assert question.instruction in [model.instruct(text) for text in question.task.descriptions]
     for name in ("t2l", "t2l_reworded"):  # the prompt says what the network reads
@@ -50,16 +51,18 @@ def test_scores_and_their_interval(monkeypatch):
     base, tokenizer = model.load_base("tiny")
 
     def goes_on(base, tokenizer, prompts, n):
+        assert all(prompt.endswith("-> so") for prompt in prompts)
         return len(prompts) * [" ".join("red cat sun moon".split()[:n])]
 
-    assert data.exact_match(Example("x", [" a b "]), "a b")
+    assert data.exact_match(Example("x", ["c", " a b "]), "a b")
     monkeypatch.setattr(model, "answer", goes_on)
     models = types.SimpleNamespace(tokenizer=tokenizer, base=base)
     models.has_instruction, models.use_adapters = lambda *_: False, lambda *_: contextlib.nullcontext()
     args = types.SimpleNamespace(n_examples=None, batch_size=8, contains=False, max_new_tokens=None)
 
     def score(*right: str) -> float:
-        task = data.Task("x", ["d"], [], [Example("cat dog", [answer]) for answer in right])
+        examples = [Example("cat dog", [answer]) for answer in right]
+        task = data.Task("x", ["d"], [], examples, start=lambda example: " so")
         return evaluation.score(models, [task], "base", evaluation.METHODS["base"], args)["x"]
 
     assert score("red cat sun moon") == 1 and score("red") == 0  # an answer that goes on is wrong

@@ -43,10 +43,12 @@ def test_we_read_pefts_adapter(tmp_path, settings):
     settings = dict(r=4, lora_alpha=8, target_modules=NAMES, init_lora_weights=False) | settings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**settings)).eval()
+        many = tiny_llama(num_hidden_layers=11)  # so that their order is not that of the letters
+        theirs = peft.get_peft_model(many, peft.LoraConfig(**settings)).eval()
     theirs.save_pretrained(tmp_path)
     adapter, config = lora.load_adapter(tmp_path)
-    base, ids = lora.inject(tiny_llama(), list(config.targets)), torch.randint(160, (2, 9))
+    base, ids = tiny_llama(num_hidden_layers=11), torch.randint(160, (2, 9))
+    lora.inject(base, list(config.targets))
     close(logits_of(base, ids, adapter, config.scaling), theirs(ids).logits)
 
 
@@ -207,6 +209,7 @@ def test_networks_write_for_layers_that_differ(family, reads, args):
         net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config) | sizes))
     else:
         sizes = dict(input_size=32, latent_size=16, n_blocks=1, n_heads=4, chunk_len=9)
+        sizes["early_exit"] = family == "llama"
         net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(config) | sizes))
         for p in net.bias.values():
             nn.init.normal_(p, std=0.1)
@@ -215,8 +218,7 @@ def test_networks_write_for_layers_that_differ(family, reads, args):
     run = train.Run(args, Process(torch.device("cpu")), tasks, [], base, tokenizer, net)
     net.connect(base, tokenizer)
     drawn = [data.DrawnTask(i, task.descriptions[0], examples) for i, task in enumerate(tasks)]
-    losses = train.sft_step(run, net, drawn)
-    assert sum(losses.values()).isfinite()
+    train.sft_step(run, net, drawn)
     for name, p in net.named_parameters():
         assert p.grad.isfinite().all(), name
         assert name.endswith("bias") or p.grad.abs().max() > 0, name

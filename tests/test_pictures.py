@@ -93,6 +93,8 @@ def test_training_on_pictures_is_resumed(tmp_path, monkeypatch, capsys):
     assert command(pictures, *words) == 0 and len(calls) == 4
     weights = [load_file(tmp_path / name / "base.safetensors") for name in "ab"]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert command(pictures, "--train", "hypernet", "--steps", "1", "--weights", tmp_path / "a") == 0
+    assert pictures.load_hypernet(tmp_path / "a").config.r == 4
 
 
 @pytest.mark.parametrize("mode", ["base", "hypernet"])

@@ -163,6 +163,10 @@ ROWS = {  # a row of each kind of benchmark, an answer that is right and one tha
 }
 
 
+CHOICES = {"arc_easy": "A. two\nB. one", "hellaswag": "0. a\n1. b\n", "piqa": "0. on a chair\n1. on air"}
+CHOICES["winogrande"] = "1. Al\n2. Bo"
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_benchmarks_row_as_prompt_and_score(name):
     row, right, wrong = ROWS[name]
@@ -170,6 +174,7 @@ def test_a_benchmarks_row_as_prompt_and_score(name):
     metric = benchmarks.BENCHMARKS[name].metric
     texts = {value for value in row.values() if isinstance(value, str) and value in example.input}
     assert texts and metric(example, right) and not metric(example, wrong)
+    assert CHOICES.get(name, "") in example.input
     assert metric is benchmarks.passes_tests or metric(example, shown)
     if name == "humaneval":
         assert benchmarks.with_head(example) == "```python\ndef f(x):\n"
@@ -178,7 +183,8 @@ def test_a_benchmarks_row_as_prompt_and_score(name):
 
 
 def test_benchmarks_are_downloaded_once_and_whole(server, monkeypatch):
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "piqa", benchmarks.BENCHMARKS["piqa"]._replace(n_records=150))
+    piqa = benchmarks.BENCHMARKS["piqa"]._replace(n_records=150, start=benchmarks.with_steps)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "piqa", piqa)
 
     def page(n: int, total: int = 150) -> tuple[bytes, int]:
         content = {"num_rows_total": total, "rows": [{"row": ROWS["piqa"][0]}] * n}
@@ -192,6 +198,8 @@ def test_benchmarks_are_downloaded_once_and_whole(server, monkeypatch):
     server.replies = [page(50)]
     (task,) = benchmarks.load(["piqa"])["test"]
     assert server.waits == [7] and len(task.test) == 150 and len(task.descriptions) == 3
+    assert (task.metric, task.start, task.answer_tokens) == (piqa.metric, piqa.start, 8)
+    assert task.n_scored is None and not task.has_instruction
     assert [re.search(r"offset=(\d+)", path)[1] for path in server.asked] == ["0"] * 5 + ["100"] * 2
     assert benchmarks.load(["piqa"])["test"] == [task] and len(server.asked) == 7
 
