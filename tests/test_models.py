@@ -76,6 +76,8 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
             return 2 * super().forward(x)
 
     refused("q_proj is Quantised: quantised", lora.inject, one_layer(Quantised(4, 4)), ["q_proj"])
+    twice = ["q_proj", "self_attn.q_proj"]
+    refused("would belong to two targets", lora.inject, tiny_llama(), twice)
     adapter = random_adapter(config_for(tiny_llama(hidden_size=32)))
     refused("for another model", lora.use(lora.inject(tiny_llama(), NAMES), adapter, 1.0).__enter__)
     refused("is missing", lora.load_adapter, tmp_path)

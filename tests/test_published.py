@@ -74,6 +74,12 @@ def test_golden_adapters(tmp_path, file):
     assert trainable == info["param_count"]["trainable_requires_grad"]
 
 
+def test_ranks_are_rotated():
+    """Position 2 of 3: by 2 in the first pair of entries, by 0.02 in the second."""
+    x = hypernet.rotate(torch.tensor([1.0, 1.0, 0.0, 0.0]), 3)[2]
+    close(x, torch.tensor([2.0, 0.02, 2.0 - torch.pi / 2, 0.02 - torch.pi / 2]).cos())
+
+
 @pytest.mark.parametrize("file", SFT_FILES)
 def test_golden_sft_losses_and_gradients(tmp_path, file):
     net, tensors, _ = golden_net(file, tmp_path)

@@ -13,7 +13,7 @@ import model
 from data import Example
 from extras import pretrain
 from support.files import UserError, read_file
-from tasks import benchmarks, chores, load_tasks, lots_of_loras, tiny
+from tasks import benchmarks, checks, chores, load_tasks, lots_of_loras, tiny
 from tests.helpers import command, refused
 
 
@@ -94,6 +94,8 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     assert all(task.reworded for task in splits["test"] + splits["single"] + splits["unseen"])
     seen, withheld = [set(sum(chores.WRITTEN[part].values(), [])) for part in ("train", "test")]
     assert len(seen) > 8000 and not withheld & seen
+    tested = splits["single"] + splits["test"] + splits["unseen"]
+    assert checks.identify(tested)["checksum"] == 3458819480  # otherwise scores are of other tasks
 
 
 def test_lots_of_loras_is_downloaded_once_and_whole(server):
