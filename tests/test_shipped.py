@@ -3,21 +3,29 @@
 import itertools
 import os
 import re
+import subprocess
+import sys
+import time
 import warnings
 
 import pytest
+import torch
 
 import data
 import generate
+import hypernet
+import lora
 import model
 import train
 from extras import pretrain
+from support import hub
 from support.files import write_file
 from tasks import facts
 from tasks.documents import make_documents
 from tests.helpers import HERE, REAL, TINY, close, command, evaluate, fit, interrupted_in_call, losses_of
 from tests.helpers import needs_models, needs_time
 
+SMOLLM2 = hub.CHECKPOINTS / "smollm2-135m"
 README_SCORES = {"sft_large": 0.99, "sft_small": 0.98}
 README_FACTS = {4: 0.97, 16: 0.80}  # by the number of facts
 
@@ -68,17 +76,34 @@ def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path, monkeypatch)
 
 
 @needs_models
-def test_the_shipped_hypernetwork_follows_the_description(tmp_path, capsys):
-    words = [*REAL, "--out", tmp_path / "a"]
-    asked = {
-        "just the family name please": ("Ada Lovelace", "Lovelace"),
-        "what comes after the at sign?": ("ada.lovelace@engine.org", "engine.org"),
-        "throw away the dashes": ("WR-9625-W", "WR9625W"),
-    }
-    for description, (text, _) in asked.items():
-        assert command(generate, *words, "--desc", description, "--input", text) == 0
-    said = re.findall(r"with adapter  (.*)", capsys.readouterr().out)
-    assert said == [answer for _, answer in asked.values()]
+@torch.no_grad()
+def test_the_card_shows_what_the_network_does():
+    """Its rows of a visitor's description, an input and the answer, right or wrong."""
+    rows = re.findall(r"^\| (.+) \| `(.+)` \| `(.+)` \|", (SMOLLM2 / "README.md").read_text(), re.M)
+    texts, inputs, shown = zip(*rows)
+    net, (base, tokenizer) = hypernet.load_hypernet(SMOLLM2 / "sft_large"), model.load_base(REAL[1])
+    net.config.encoder = REAL[3]
+    lora.inject(base, list(net.config.targets))
+    net.connect(base, tokenizer)
+    prompts = [model.render(tokenizer, model.chat(tokenizer, text)) for text in inputs]
+    with lora.use(base, net(list(texts)), net.config.scaling):
+        said = model.answer(base, tokenizer, prompts, 48)
+    assert len(rows) == 12 and [text.strip() for text in said] == list(shown)
+
+
+@needs_models
+@needs_time
+def test_the_command_for_a_real_model_repeats_its_first_steps(tmp_path):
+    """On two processes, as on the card; some seconds for each step."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py"]
+    start += [f"@{SMOLLM2}/sft_large/train.args", *REAL, "--device", "cpu", "--out_dir", tmp_path / "again"]
+    run = subprocess.Popen(start, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "again" / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+        time.sleep(0.1)
+    run.terminate()
+    run.wait()
+    close(losses_of(tmp_path / "again")[:5], losses_of(SMOLLM2 / "sft_large")[:5], 1e-3)
 
 
 @needs_models
