@@ -123,13 +123,16 @@ def test_the_papers_sizes(size):
     mistral = [[55_424_000, 55_317_504], [34_412_288, 34_346_752], [4_996_096, 4_987_904]][i]
     gemma = [[137_706_752, 137_645_312], [87_353_600, 87_316_736], [21_266_176, 21_261_568]][i]
 
+    def trained(net) -> int:
+        return sum(p.numel() for p in net.parameters())
+
     def counts(L: int, d: int, q: int, v: int, latent: int, head_in: int) -> list[int]:
         targets = {name: lora.Target("", list(range(L)), d, n) for name, n in (("q_proj", q), ("v_proj", v))}
         sizes = dict(n_layers=L, r=8, input_size=1024, latent_size=latent, head_in_size=head_in)
         with torch.device("meta"):
             configs = [small_config(size, **sizes, targets=targets, z_score=z) for z in (False, True)]
             nets = [hypernet.TextToLoRA(config) for config in configs]
-        return [sum(p.numel() for p in net.parameters()) for net in nets]
+        return list(map(trained, nets))
 
     assert counts(32, 4096, 4096, 1024, 128, 512) == mistral
     assert counts(26, 2304, 2048, 1024, 512, 2048) == gemma
