@@ -3,7 +3,7 @@
     python eval.py                                                  # the shipped hypernetwork on unseen tasks
     python eval.py --oracles DIR --mt_lora DIR --recon DIR --out results.json
     python eval.py --tasks facts --split long                                           # Doc-to-LoRA
-    python eval.py --tasks benchmarks --base_model gemma-2-2b --hypernet DIR            # the paper's table
+    python eval.py --tasks benchmarks --base_model gemma-2-2b --hypernet DIR --run_code # the paper's table
 
 The methods:
 
@@ -244,8 +244,7 @@ def choose_methods(args, tasks: list[Task]) -> dict[str, Method]:
 def what_is_missing(method: Method, args, tasks: list[Task]) -> str:
     """What a method needs and does not have; "" if it has all."""
     try:
-        if method.source:
-            method.folder_in(args, tasks)
+        method.folder_in(args, tasks)
     except UserError as e:
         return str(e)
     if method.of_training and not args.training_tasks:
@@ -336,8 +335,8 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
         prompt = model.render(tokenizer, chat) + question.task.start(question.example)
         n_tokens = answer_tokens(tokenizer, question, args)
         if len(model.tokenize(tokenizer, prompt)) + n_tokens <= window:
-            rank = len(question.description) if question.task.is_document else 0  # of Doc-to-LoRA's adapters
-            asked.append(Asked(question, prompt, n_tokens, (rank, n_tokens, len(prompt))))
+            length = len(question.description) if question.task.is_document else 0  # the rank goes by it
+            asked.append(Asked(question, prompt, n_tokens, (length, n_tokens, len(prompt))))
         else:
             n_too_long += 1
     if n_too_long:

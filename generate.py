@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import nn
@@ -33,12 +34,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--doc", action="append", help="text file to read; several make one adapter")
     parser.add_argument("--adapter", help="use the adapter in this folder; nothing is written")
     parser.add_argument("--input", action="append", help="a text to answer; may be given several times")
-    parser.add_argument("--out", default="out/adapter", help="adapter folder; for several: 0, 1, ... in it")
+    parser.add_argument("--out", help="adapter folder (default: out/adapter); for several: 0, 1, ... in it")
     parser.add_argument("--merge", help="new folder for a base model with merged weights")
     add_model_flags(parser)
     args = parser.parse_args()
     if len([source for source in (args.desc, args.doc, args.adapter) if source]) != 1:
         raise UserError('one of these: --desc "Translate the animals.", --doc FILE or --adapter DIR')
+    if args.adapter and (args.hypernet or args.out):
+        raise UserError("--hypernet and --out go with --desc or --doc")
+    if args.out is None:
+        args.out = "out/adapter"
     if args.merge and len(args.desc or []) > 1:
         raise UserError("--merge takes a single --desc")
     if not args.desc and (args.encoder or args.doc and args.instruction):
@@ -212,7 +217,8 @@ def main() -> None:
         print("note: prompts of this adapter begin with an instruction; --input needs it", file=sys.stderr)
     for i, (text, folder) in enumerate(zip(texts, folders)):
         n_tokens = len(model.tokenize(tokenizer, text))
-        print(f"\n{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else f"\n{text}".rstrip())
+        shown = f"{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else shorten(text, 500)
+        print(f"\n{shown}".rstrip())
         rank = next(iter(adapters.values()))[0].shape[-2]
         where = f"{', '.join(adapters)} in {len(config.adapted_layers())} layers"
         print(f"  adapter: {folder}/ (rank {rank} on {where})")

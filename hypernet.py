@@ -57,8 +57,8 @@ class TextConfig(HypernetConfig):
     head_in_size: int = setting(256, "width of the input of the heads", least=1)
     input_dropout: float = setting(0.3, "dropout of the text encoder's output (not published)", most=1)
     head_lr: float = setting(1 / 16, "factor on lr for the heads")
-    encoder_rank: int = setting(0, "rank of a LoRA on the text encoder (0: none)", runs="text")
-    offset_lr: float = setting(0.0, "factor on lr for the offset that tasks share (0: fixed)", runs="text")
+    encoder_rank: int = setting(0, "rank of a LoRA on the text encoder (0: none)", kinds="text")
+    offset_lr: float = setting(0.0, "factor on lr for the offset that tasks share (0: fixed)", kinds="text")
     encoder_targets: dict[str, Target] = field(default_factory=dict)  # with encoder_rank: its linear layers
 
     def __post_init__(self):
@@ -163,7 +163,7 @@ class TextToLoRA(nn.Module):
         for name, target in c.targets.items():
             larger = max(target.n_in, target.n_out)
             widths = {"large": c.r * (target.n_in + target.n_out), "medium": c.r * larger, "small": larger}
-            self.heads[lora.key(name)] = nn.Linear(c.head_in_size, widths[c.size], bias=not c.z_score)
+            self.heads[lora.no_dots(name)] = nn.Linear(c.head_in_size, widths[c.size], bias=not c.z_score)
 
         # matrix = offset + std * (output of the head)
         #     SFT:       the offset is LoRA's initialisation, std is 1
@@ -173,13 +173,13 @@ class TextToLoRA(nn.Module):
         for name, target in c.targets.items():
             L = len(target.layers)
             for matrix, shape in (("A", (L, c.r, target.n_in)), ("B", (L, target.n_out, c.r))):
-                offset[f"{lora.key(name)}_{matrix}"] = torch.zeros(shape)
-                std[f"{lora.key(name)}_{matrix}"] = torch.ones(shape if c.z_score else ())
+                offset[f"{lora.no_dots(name)}_{matrix}"] = torch.zeros(shape)
+                std[f"{lora.no_dots(name)}_{matrix}"] = torch.ones(shape if c.z_score else ())
         self.offset = nn.ParameterDict(offset) if c.offset_lr else Buffers(offset)
         self.std = Buffers(std)
 
     def connect(self, base: nn.Module | None, tokenizer) -> None:
-        """Load the text encoder; it may be the base model."""
+        """Load the text encoder, maybe the base model. (It is no nn.Module, so no part of the network.)"""
         c, device = self.config, next(self.parameters()).device
         self.encoder = model.load_encoder(c.encoder, device, base, tokenizer, c.full_stop)
         if c.encoder_rank:
@@ -250,7 +250,7 @@ class TextToLoRA(nn.Module):
 
     def write_module(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """The head of one module. x [n, L, ..., head_in] -> A [n, L, r, in], B [n, L, out, r]."""
-        c, key = self.config, lora.key(name)
+        c, key = self.config, lora.no_dots(name)
         n, L = x.shape[:2]
         n_in, n_out = c.targets[name].n_in, c.targets[name].n_out
         out = self.heads[key](x)  # [n, L, width]; medium [n, L, 2, width]; small [n, L, 2, r, width]
@@ -273,9 +273,9 @@ class TextToLoRA(nn.Module):
         would start as A^T. We store the initialisation in the offset instead, and B = 0 in all sizes.
         """
         for name in self.names:
-            nn.init.zeros_(self.heads[lora.key(name)].weight)
-            nn.init.zeros_(self.heads[lora.key(name)].bias)
-            lora.init_A_(self.offset[f"{lora.key(name)}_A"])
+            nn.init.zeros_(self.heads[lora.no_dots(name)].weight)
+            nn.init.zeros_(self.heads[lora.no_dots(name)].bias)
+            lora.init_A_(self.offset[f"{lora.no_dots(name)}_A"])
 
     @torch.no_grad()
     def start_at(self, mean: Adapter, std: Adapter) -> None:
@@ -283,8 +283,8 @@ class TextToLoRA(nn.Module):
         if self.config.z_score:  # for delta_w it starts from random weights, as published
             for name in self.names:
                 for i, matrix in enumerate("AB"):
-                    self.offset[f"{lora.key(name)}_{matrix}"].copy_(mean[name][i])
-                    self.std[f"{lora.key(name)}_{matrix}"].copy_(std[name][i])
+                    self.offset[f"{lora.no_dots(name)}_{matrix}"].copy_(mean[name][i])
+                    self.std[f"{lora.no_dots(name)}_{matrix}"].copy_(std[name][i])
 
 
 # -------------------- Doc-to-LoRA (arXiv 2602.15902): split, read, write, join --------------------
@@ -322,7 +322,7 @@ def split_document(ids: Chunk, config: DocConfig) -> list[Chunk]:
 def split_documents(config: DocConfig, documents: list, tokenizer):
     """n documents, each a text or a list of texts -> (chunks, how many of them each document has).
 
-    Each chunk is a turn of the chat.
+    With config.chat each chunk is a turn of the chat.
     """
     before, after = model.around_document(tokenizer) if config.chat else ("", "")
     before_ids, after_ids = model.tokenize(tokenizer, before), model.tokenize(tokenizer, after)
@@ -389,7 +389,7 @@ class DocToLoRA(nn.Module):
         # A and B of a chunk are multiplied by a scaler; the bias is one more adapter, added once per document
         self.scaler, self.bias = nn.ParameterDict(), nn.ParameterDict()
         for name in self.names:
-            target, key = c.targets[name], lora.key(name)
+            target, key = c.targets[name], lora.no_dots(name)
             n_layers = len(target.layers)
             self.scaler[f"{key}_A"] = nn.Parameter(torch.ones(n_layers, c.r, 1))
             self.scaler[f"{key}_B"] = nn.Parameter(torch.ones(n_layers, 1, c.r))
@@ -400,9 +400,9 @@ class DocToLoRA(nn.Module):
     def start_as_lora(self) -> None:
         """Change nothing at first, as published: the bias is LoRA's initialisation, and B of chunks is 0."""
         for name in self.names:
-            lora.init_A_(self.bias[f"{lora.key(name)}_A"])
-            self.bias[f"{lora.key(name)}_B"].zero_()
-            self.scaler[f"{lora.key(name)}_B"].zero_()
+            lora.init_A_(self.bias[f"{lora.no_dots(name)}_A"])
+            self.bias[f"{lora.no_dots(name)}_B"].zero_()
+            self.scaler[f"{lora.no_dots(name)}_B"].zero_()
 
     def connect(self, base: nn.Module, tokenizer) -> None:
         """What reads documents is the base model itself. (In a tuple, it is no part of the network.)"""
@@ -468,7 +468,7 @@ class DocToLoRA(nn.Module):
         x = torch.einsum("nlmrd,lmdw->nlmrw", x, self.head)  # [n, L, M, r, width]
         adapter = {}
         for m, name in enumerate(self.names):
-            target, key = c.targets[name], lora.key(name)
+            target, key = c.targets[name], lora.no_dots(name)
             out = x[:, self.positions[name], m]  # [n, L, r, width], of the layers that have it
             A, B = out[..., : target.n_in], out[..., target.n_in : target.n_in + target.n_out].mT
             adapter[name] = (self.scaler[f"{key}_A"] * A, self.scaler[f"{key}_B"] * B)
@@ -482,7 +482,7 @@ class DocToLoRA(nn.Module):
         """
         bias = {}
         for name in self.names:
-            bias[name] = (self.bias[f"{lora.key(name)}_A"], self.bias[f"{lora.key(name)}_B"])
+            bias[name] = (self.bias[f"{lora.no_dots(name)}_A"], self.bias[f"{lora.no_dots(name)}_B"])
         # without the padding; read by the loss of the weights' size
         self.ranks = (1 + torch.tensor(counts, device=self.head.device)) * self.config.r  # [documents]
         singles, documents = lora.unbind(chunks), []

@@ -53,9 +53,9 @@ class LoRALinear(nn.Linear):
         if self.A is None:
             return y
         n = len(self.A)
-        assert len(x) % n == 0, f"a batch of {len(x)} cannot be split among {n} adapters"
         if n > 1 and x.dim() == 2:
             raise UserError(f"{self.name} gets tokens without their example (an expert?): adapt other layers")
+        assert len(x) % n == 0, f"a batch of {len(x)} cannot be split among {n} adapters"
         x = self.dropout(x.to(self.A.dtype))
         x = x.reshape(n, -1, self.in_features)  # [n, batch/n * T, in]: neighbours share an adapter
         update = self.scaling * (x @ self.A.mT) @ self.B.mT  # [n, batch/n * T, out]
@@ -72,7 +72,7 @@ class LoRAConfig:
     base_model: str = ""  # a Hugging Face id, a folder, or "tiny"
     base_shape: list[int] = field(default_factory=list)  # its layers, hidden size and vocabulary
     n_layers: int = 0  # of the decoder
-    targets: dict[str, Target] = field(default_factory=dict)
+    targets: dict[str, Target] = field(default_factory=dict)  # of each: paths, layers, n_in, n_out
     r: int = 8
     alpha: float = 16.0
     rslora: bool = True  # rank-stabilised scaling (arXiv 2312.03732), as published
@@ -87,10 +87,7 @@ class LoRAConfig:
 
     def adapted_layers(self) -> list[int]:
         """The numbers of the decoder layers that have any target."""
-        layers = set()
-        for target in self.targets.values():
-            layers.update(target.layers)
-        return sorted(layers)
+        return sorted({layer for target in self.targets.values() for layer in target.layers})
 
     def positions(self, name: str) -> slice | list[int]:
         """Where the layers of a target are among `adapted_layers`."""
@@ -247,7 +244,7 @@ def statistics(batch: Adapter) -> tuple[Adapter, Adapter]:
     return mean, std
 
 
-def key(name: str) -> str:
+def no_dots(name: str) -> str:
     """The name of a target as torch takes it for a parameter: without dots."""
     return name.replace(".", "_")
 
@@ -255,7 +252,7 @@ def key(name: str) -> str:
 class LoRABank(nn.Module):
     """Ordinary LoRAs, all from the same random A; one optimizer trains them as a batch.
 
-    Called with the numbers of n of them it gives these, with an integer one.
+    bank([3, 5]) is a batch of two of them, bank(3) is one.
     """
 
     def __init__(self, config: LoRAConfig, n: int):
@@ -265,11 +262,12 @@ class LoRABank(nn.Module):
         for name, target in config.targets.items():
             L = len(target.layers)
             A = init_A_(torch.empty(L, config.r, target.n_in))
-            self.A[key(name)] = nn.Parameter(A.repeat(n, 1, 1, 1))  # [n, L, r, in]
-            self.B[key(name)] = nn.Parameter(torch.zeros(n, L, target.n_out, config.r))
+            self.A[no_dots(name)] = nn.Parameter(A.repeat(n, 1, 1, 1))  # [n, L, r, in]
+            self.B[no_dots(name)] = nn.Parameter(torch.zeros(n, L, target.n_out, config.r))
 
     def forward(self, index: int | list[int]) -> Adapter:
-        return {name: (self.A[key(name)][index], self.B[key(name)][index]) for name in self.config.targets}
+        keys = {name: no_dots(name) for name in self.config.targets}
+        return {name: (self.A[key][index], self.B[key][index]) for name, key in keys.items()}
 
 
 # -------------------- Adapter folders, in PEFT's format --------------------

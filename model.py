@@ -129,7 +129,7 @@ def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
 
 @torch.no_grad()
 def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
-    """Greedy answers to rendered prompts, in one batch, with the adapters in use, as they are written.
+    """Greedy answers to rendered prompts, in one batch, with the adapters in use, spaces included.
 
     Some tokenizers drop the first space of a text, so prompt and answer are decoded together.
     """
@@ -225,13 +225,13 @@ def encoder_width(name: str, base: nn.Module) -> int:
 
 def load_encoder(name: str, device="cpu", base=None, tokenizer=None, full_stop=False) -> "TextEncoder":
     """The text encoder of this name: "hash", "base" (the base model), a hub id or a folder."""
+    width = encoder_width(name, base)
     if name == "hash":
-        embed, width = hash_encoder, HASH_WIDTH
+        embed = hash_encoder
     elif name == "base":
-        embed, width = partial(base_encoder, base, tokenizer), encoder_width(name, base)
+        embed = partial(base_encoder, base, tokenizer)
     else:
         embed = TransformerEncoder(name, device)
-        width = embed.model.config.hidden_size
     return TextEncoder(name, embed, width, device, full_stop)
 
 

@@ -44,8 +44,7 @@ from tasks import SOURCES, checks
 # -------------------- Settings --------------------
 
 DTYPES = ("auto", "float32", "bfloat16")
-SOURCE_NAMES = ", ".join(source for source in SOURCES if source != "benchmarks")
-NETWORKS, THROUGH_BASE = "recon text document", "lora text document"  # kinds of runs, see below
+NETWORKS, THROUGH_BASE = "recon text document", "lora text document"  # kinds of runs
 
 
 @dataclass
@@ -53,53 +52,53 @@ class Settings:
     """The settings of a run: default (for the tiny world), meaning, and values that are allowed.
 
     There are four kinds of runs: ordinary LoRAs (lora), reconstruction (recon), and SFT of a network that
-    reads descriptions (text) or documents (document). `runs` are the kinds that use a setting, by default
+    reads descriptions (text) or documents (document). `kinds` are the kinds that use a setting, by default
     all; others do not accept the flag.
     """
 
     # what is trained
     mode: str = setting("sft", "what is trained, see above", choices=("lora", "recon", "sft"))
-    arch: str = setting("t2l", "the network, see hypernet.py", choices=hypernet.ARCHS, runs=NETWORKS)
+    arch: str = setting("t2l", "the network, see hypernet.py", choices=hypernet.ARCHS, kinds=NETWORKS)
     base_model: str = setting("tiny", f"{', '.join(hub.PRESETS)}, a hub id or a folder")
-    encoder: str = setting("preset", "preset's, hash, base, a hub id or a folder", runs="recon text")
-    init_from: str = setting("", "start from the weights of this hypernetwork", runs=NETWORKS)
-    multi_task: bool = setting(False, "one adapter for all tasks", runs="lora")
-    oracles: str = setting("", "the folder that --mode lora wrote", runs="recon")
+    encoder: str = setting("preset", "preset's, hash, base, a hub id or a folder", kinds="recon text")
+    init_from: str = setting("", "start from the weights of this hypernetwork", kinds=NETWORKS)
+    multi_task: bool = setting(False, "one adapter for all tasks", kinds="lora")
+    oracles: str = setting("", "the folder that --mode lora wrote", kinds="recon")
     # tasks
-    tasks: str = setting("tiny", f"{SOURCE_NAMES}, or a folder of task files")
+    tasks: str = setting("tiny", f"{', '.join(SOURCES)}, or a folder of task files")
     split: str = setting("train", "tasks to train on", choices=("train", "val", "test"))
     n_tasks: int = setting(0, "use only so many of these tasks (0: all)")
-    instruction: bool = setting(False, "definition before the input", runs="lora text")
+    instruction: bool = setting(False, "definition before the input", kinds="lora text")
     # adapters
-    target_modules: str = setting("q_proj,v_proj", "linear layers, by ends of their paths", runs=THROUGH_BASE)
-    rank: int = setting(8, "rank of an adapter; of each chunk", least=1, most=4096, runs=THROUGH_BASE)
-    alpha: float = setting(16.0, "scaling is alpha / sqrt(rank)", least=1e-3, runs=THROUGH_BASE)
+    target_modules: str = setting("q_proj,v_proj", "linear layers, by the ends of paths", kinds=THROUGH_BASE)
+    rank: int = setting(8, "rank of an adapter; of each chunk", least=1, most=4096, kinds=THROUGH_BASE)
+    alpha: float = setting(16.0, "scaling is alpha / sqrt(rank)", least=1e-3, kinds=THROUGH_BASE)
     dropout: float = setting(0.1, "dropout on the input of adapters, and in Text-to-LoRA's trunk", most=1)
     # steps
     max_steps: int = setting(1000, "training steps", least=1)
     tasks_per_batch: int = setting(128, "tasks of a step, over all processes (0: all)")
-    examples_per_task: int = setting(1, "examples of each of these tasks", least=1, runs=THROUGH_BASE)
-    micro_batch: int = setting(64, "examples at once, on each process", least=1, runs=THROUGH_BASE)
-    max_tokens: int = setting(512, "longer examples are left out", least=1, runs=THROUGH_BASE)
-    short_first: bool = setting(False, "short documents first, all from half-way on", runs="document")
+    examples_per_task: int = setting(1, "examples of each of these tasks", least=1, kinds=THROUGH_BASE)
+    micro_batch: int = setting(64, "examples at once, on each process", least=1, kinds=THROUGH_BASE)
+    max_tokens: int = setting(512, "longer examples are left out", least=1, kinds=THROUGH_BASE)
+    short_first: bool = setting(False, "short documents first, all from half-way on", kinds="document")
     # optimizer: AdamW (betas 0.9, 0.999; eps 1e-8); gradients are clipped to length 1
     lr: float = setting(3e-3, "highest learning rate")
     warmup: float = setting(0.1, "fraction of the steps in which the learning rate rises", most=1)
     schedule: str = setting("linear", "decay; late: in the last third", choices=("linear", "late", "cosine"))
     weight_decay: float = setting(1e-2, "weight decay, not on scales, biases, norms and latents")
     # loss
-    label_smoothing: float = setting(0.0, "label smoothing", most=1, runs="lora text")
-    neftune_alpha: float = setting(0.0, "noise on the input embeddings (NEFTune)", runs=THROUGH_BASE)
-    l1: float = setting(0.0, "weight of the mean absolute value of the A and B", runs=THROUGH_BASE)
-    l2: float = setting(1e-3, "weight of the mean square of the A and B", runs=THROUGH_BASE)
-    distill: int = setting(0, "learn k tokens of the base model with the document", runs="document")
-    recon_loss: str = setting("z_score", "of A and B, or B A", choices=("z_score", "delta_w"), runs="recon")
+    label_smoothing: float = setting(0.0, "label smoothing", most=1, kinds="lora text")
+    neftune_alpha: float = setting(0.0, "noise on the input embeddings (NEFTune)", kinds=THROUGH_BASE)
+    l1: float = setting(0.0, "weight of the mean absolute value of the A and B", kinds=THROUGH_BASE)
+    l2: float = setting(1e-3, "weight of the mean square of the A and B", kinds=THROUGH_BASE)
+    distill: int = setting(0, "learn the base model's top k tokens with the document", kinds="document")
+    recon_loss: str = setting("z_score", "of A and B, or B A", choices=("z_score", "delta_w"), kinds="recon")
     # the run
     seed: int = setting(0, "seed of all randomness")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")
     dtype: str = setting("auto", "auto: bfloat16 on a GPU, not for recon", choices=DTYPES)
-    gradient_checkpointing: bool = setting(False, "save memory: activations twice", runs=THROUGH_BASE)
-    shard: bool = setting(False, "shard the base model over the processes", runs=THROUGH_BASE)
+    gradient_checkpointing: bool = setting(False, "compute activations twice, for memory", kinds=THROUGH_BASE)
+    shard: bool = setting(False, "shard the base model over the processes", kinds=THROUGH_BASE)
     val_every: int = setting(250, "steps between two validations, or saves of the state", least=1)
     out_dir: str = setting("out/run", "a new folder")
 
@@ -144,7 +143,7 @@ def parse_args() -> argparse.Namespace:
     if args.encoder == "preset":
         args.encoder = hub.preset_encoder(args.base_model)
     if args.dtype == "auto":
-        dtype = model.default_dtype(processes.choose_device(args.device))
+        dtype = processes.default_dtype(processes.choose_device(args.device))
         is_float32 = dtype == torch.float32 or kind == "recon"  # recon: as published
         args.dtype = "float32" if is_float32 else "bfloat16"
     if args.help:
@@ -171,8 +170,6 @@ def check_settings(args: argparse.Namespace, net_class, kind: str) -> None:
         raise UserError("--shard needs a text encoder beside the sharded base model: --encoder ID or DIR")
     if args.gradient_checkpointing and args.dropout and processes.choose_device(args.device).type == "mps":
         raise UserError("--gradient_checkpointing on mps needs --dropout 0: another mask would be drawn")
-    if args.tasks == "benchmarks":
-        raise UserError("--tasks benchmarks are for eval.py: there is nothing to train on")
     if not args.out_dir.strip():
         raise UserError("--out_dir is empty")
 
@@ -286,10 +283,10 @@ def task_loss(run: Run, examples: list[data.TokenizedExample], teacher: Tensor |
 
 
 def micro_batches(batch: data.Batch, args) -> Iterator[tuple[float, list]]:
-    """(weight, examples) of each micro-batch: --micro_batch examples of similar length.
+    """(share, examples) of each micro-batch: --micro_batch examples of similar length.
 
-    The weights add up to `batch.example_fraction`. With --shard all processes need equally many. Those that
-    have no examples left repeat one, with weight 0.
+    The shares add up to `batch.example_fraction`. With --shard all processes need equally many. Those that
+    have no examples left repeat one, with a share of 0.
     """
     n_examples = batch.most_examples if args.shard else len(batch.examples)
     for i in range(0, n_examples, args.micro_batch):
@@ -330,11 +327,11 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str,
     # 3. The examples go through the base model, a few of similar length at a time. Each backward pass frees
     #    the activations, so the memory of a step is that of one micro-batch.
     losses["task"] = torch.zeros((), device=run.base.device)
-    for weight, examples in micro_batches(batch, args):
+    for share, examples in micro_batches(batch, args):
         teacher = teacher_logits(run, examples) if args.distill else None  # of the same answer tokens
         # (with --gradient_checkpointing the backward pass runs the layers again, with their adapters)
         with lora.use(run.base, adapters_of(leaves, examples), scaling):
-            loss = task_loss(run, examples, teacher) * weight
+            loss = task_loss(run, examples, teacher) * share
             loss.backward()
         losses["task"] += loss.detach()
 
@@ -375,9 +372,7 @@ def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
         lr_factor = net.lr_factors.get(name.split(".")[0], 1.0)
         decays = p.dim() > 1 and not any(word in name for word in NO_DECAY)
         groups.setdefault((lr_factor, args.weight_decay if decays else 0.0), []).append(p)
-    settings = []
-    for (lr_factor, weight_decay), parameters in groups.items():
-        settings.append({"params": parameters, "lr_factor": lr_factor, "weight_decay": weight_decay})
+    settings = [dict(params=p, lr_factor=lr, weight_decay=decay) for (lr, decay), p in groups.items()]
     return torch.optim.AdamW(settings, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
 
@@ -470,8 +465,8 @@ def prepare(args, process: Process) -> Run:
     config = lora.config_for(base, base.lora_targets, hub.full_name(args.base_model), **scale)
     if args.mode == "lora":
         net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(process.device)
-        return Run(args, process, tasks, val_tasks, base, tokenizer, net)
-    net = make_hypernet(args, config, base, tokenizer, process)
+    else:
+        net = make_hypernet(args, config, base, tokenizer, process)
     return Run(args, process, tasks, val_tasks, base, tokenizer, net)
 
 
@@ -564,7 +559,7 @@ def train(run: Run, folder: Path) -> bool:
         n_parameters = sum(p.numel() for p in run.net.parameters())
         where = f"{process.count} x {processes.name_of(process.device)}, in {args.dtype}"
         print(f"{args.mode}: {n_parameters:,} parameters, on {where}, into {folder}/", flush=True)
-    measured, interrupted = {}, False  # by the last validation
+    interrupted, measured = False, {}  # by the last validation
     bar = tqdm(total=args.max_steps, initial=n_done, disable=not is_first, desc=args.mode)
     while n_done < args.max_steps and not interrupted:
         row = update(run, net, optimizer, n_done)
@@ -574,8 +569,8 @@ def train(run: Run, folder: Path) -> bool:
             measured = validate(run)
             row |= measured
         # all processes stop after the same step
-        said = torch.tensor(float(len(interrupts)), device=process.device)
-        interrupted = bool(processes.total(process, said))
+        n_interrupts = torch.tensor(float(len(interrupts)), device=process.device)
+        interrupted = bool(processes.total(process, n_interrupts))
         if is_first:
             is_best = checkpoint.add(row)
             if is_due or interrupted or n_done == first_step:  # the first shows early that the disk has room
@@ -588,8 +583,8 @@ def train(run: Run, folder: Path) -> bool:
     if n_done < args.max_steps:
         if is_first:
             again = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
-            say = f"interrupted after {n_done} steps; to continue: {processes.launcher()} {again}"
-            print(say, file=sys.stderr)
+            continued = f"to continue: {processes.launcher()} {again}"
+            print(f"interrupted after {n_done} steps; {continued}", file=sys.stderr)
         return False
     if is_first:
         if not checkpoint.best:

@@ -72,8 +72,8 @@ def main() -> None:
     chosen = splits if args.split == "all" else {args.split: data.pick(splits, args.split)}
     tasks = {task.name: task for split in chosen.values() for task in split}
     tasks = list(tasks.values())[: args.n_tasks]
-    if len(tasks) < 3:
-        raise UserError(f"a map needs at least three tasks, not {len(tasks)}")
+    if len(tasks) < 3 or tasks[0].is_document:
+        raise UserError("a map needs at least three tasks, with descriptions")
     base, tokenizer = None, None
     if net.config.encoder == "base":
         base, tokenizer = model.load_base(args.base_model or net.config.base_model, device)

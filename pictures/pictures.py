@@ -335,12 +335,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     args = parser.parse_args()
     device = processes.start_single(args.device)
-    if args.train:
+    if args.train and not (args.desc or args.input):
         train(args.train, args.weights, args.steps or STEPS[args.train], device)
-    elif args.desc and all(text.strip() for text in args.desc):
+    elif args.desc and all(text.strip() for text in args.desc) and not (args.train or args.steps):
         draw_strip(args.weights, args.desc, args.input, args.out, device)
     else:
-        raise UserError("what should be drawn? Give --desc a description, see --help")
+        raise UserError("what should be drawn? Give --desc a description, without --train; see --help")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Setting(NamedTuple):
     least: float = 0
     most: float = math.inf
     choices: tuple[str, ...] = ()
-    runs: str = ""  # kinds of runs, such as "lora recon"; "" is all
+    kinds: str = ""  # kinds of runs, such as "lora recon"; "" is all
 
     def number(self, text: str) -> int | float:
         """The value of a number, checked."""
@@ -43,9 +43,9 @@ class Setting(NamedTuple):
         return value
 
 
-def setting(default, meaning: str, least=0, most=math.inf, choices=(), runs=""):
+def setting(default, meaning: str, least=0, most=math.inf, choices=(), kinds=""):
     """A field of a dataclass that is also a flag. The arguments are those of `Setting`."""
-    return dataclasses.field(default=default, metadata={"flag": (meaning, least, most, choices, runs)})
+    return dataclasses.field(default=default, metadata={"flag": (meaning, least, most, choices, kinds)})
 
 
 def settings_of(config_class) -> list[Setting]:
@@ -61,7 +61,7 @@ def used_by(kind: str, settings: Iterable[Setting]) -> tuple[list[Setting], list
     """Settings that a kind of run uses, and the others."""
     used, unused = [], []
     for item in settings:
-        is_used = not item.runs or kind in item.runs.split()
+        is_used = not item.kinds or kind in item.kinds.split()
         (used if is_used else unused).append(item)
     return used, unused
 

@@ -100,7 +100,7 @@ def fetch(name: str, files: list[str] = MODEL_FILES, flag: str = "--base_model")
         folder = snapshot_download(f"{user}/{repo}", allow_patterns=patterns, ignore_patterns=NOT_NEEDED)
     except (OSError, ValueError, HTTPError) as e:
         message = f"{name} is not a folder here, and cannot be downloaded: {first_line(e)}"
-        raise UserError(f"{message}; if it is on this machine, pass its folder: {flag} DIR") from None
+        raise UserError(f"{message}; if it is on this machine, pass its folder as {flag}") from None
     return Path(folder, *subfolders)
 
 

@@ -7,7 +7,7 @@ from data import Splits
 from support.files import UserError
 from tasks.folder import load_folder
 
-NO_SOURCES = {"__init__", "checks", "documents", "folder"}
+NO_SOURCES = {"__init__", "benchmarks", "checks", "documents", "folder"}
 SOURCES = sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - NO_SOURCES)
 
 

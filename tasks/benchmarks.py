@@ -294,7 +294,8 @@ def beside_published(results: dict[str, dict[str, float]], preset: str) -> dict[
         if all_measured:  # otherwise the averages are not comparable
             measured.add("average")
         scores = {name: percents[name] / 100 for name in percents if name in measured}
-        table[f"{method} (published)"] = scores
+        if scores:
+            table[f"{method} (published)"] = scores
     return table
 
 

@@ -298,7 +298,7 @@ class LazyList(Sequence):
 
 def example(chain: Chain, i: int, test: bool = False) -> Example:
     """Example i of a task."""
-    text = MAKE[chain[0]](Draw(f"{name_of(chain)} {i}", test))
+    text = MAKE[chain[0]](Draw(f"{name_of(chain)} {i}", test=test))
     return Example(text, [answer(chain, text)])
 
 

@@ -110,7 +110,7 @@ generate | --desc x --desc y --merge {tmp}/m | takes a single --desc
 generate | --desc x --base_model {adapter} | not a model
 generate | --desc x --base_model mistral-7b | no hypernetwork for mistral-7b
 generate | --desc x --hypernet {tmp}/none | is neither a folder nor USER/REPO
-generate | --desc x --hypernet nobody/nothing/sub | pass its folder: --hypernet DIR
+generate | --desc x --hypernet nobody/nothing/sub | pass its folder as --hypernet
 generate | --desc x --hypernet {adapter} | holds an adapter, not a hypernetwork
 generate | --desc x --hypernet {tmp}/list | must hold a JSON object
 generate | --desc x --hypernet {net} --base_model {base} | cannot be used with
@@ -121,6 +121,7 @@ generate | --desc x --input 'cat unicorn gnu' | no token for gnu, unicorn; it kn
 generate | --desc x --device gpu | --device gpu: there are auto
 generate | --desc x --max_new_tokens 0 | must be at least 1
 generate | --adapter {adapter} --base_model {base} --input '{long}' | do not fit into the base model's window
+generate | --adapter {adapter} --out {tmp}/m | --out go with --desc or --doc
 generate | --doc {tmp}/none.txt | cannot be read as text
 generate | --doc {note} --hypernet {net} | reads descriptions
 generate | --doc {note} --instruction | go with --desc
@@ -130,7 +131,7 @@ eval | --tasks facts --methods t2l_reworded | needs descriptions that these task
 eval | --oracles {tmp}/oracles | holds adapters of 0 of these 25 tasks
 eval | --tasks {tmp}/tasks --split train | has no test part
 eval | --tasks {tmp}/tasks | but: train (--split train)
-eval | --tasks {tmp}/none | neither benchmarks, chores
+eval | --tasks {tmp}/none | neither chores, facts
 eval | --tasks facts --instruction | into the prompt
 eval | --out {foreign} | must end in .json
 eval | --out {note}/r.json | note.txt
@@ -151,7 +152,7 @@ train | --tasks {tmp}/tasks | no token for Paris, Rome
 train | --arch d2l --tasks {tmp}/open | python -m extras.answers
 train | --tasks facts | cannot be used with --arch t2l
 train | --mode lora --tasks facts | tasks of equal names
-train | --tasks benchmarks | are for eval.py
+train | --tasks benchmarks | neither chores, facts
 train | --mode recon | needs --oracles
 train | --mode recon --oracles {foreign} | holds no adapters of the train
 train | --mode recon --oracles {tmp}/oracles | another model
@@ -273,8 +274,9 @@ def test_a_base_model_that_is_not_whole_is_one_line(tmp_path):
 
 
 def test_what_only_shards_need_is_not_imported():
-    """It takes most of a second."""
-    program = "import sys, generate; sys.exit('torch.distributed.fsdp' in sys.modules)"
+    """It takes most of a second. (Some versions of transformers import it themselves.)"""
+    program = "import sys; from transformers import AutoModelForCausalLM; before = {*sys.modules}; import generate"
+    program += "; sys.exit('torch.distributed.fsdp' in {*sys.modules} - before)"
     assert subprocess.run([sys.executable, "-c", program], cwd=HERE).returncode == 0
 
 

@@ -168,9 +168,10 @@ def test_which_device_a_process_takes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     for name, index in ("auto", 0), ("cuda", 0), ("cuda:1", 1):
         assert processes.choose_device(name) == torch.device("cuda", index)
-    assert model.default_dtype("cuda") == torch.float32
+    assert processes.default_dtype("cuda") == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert model.default_dtype("cuda:1") == torch.bfloat16 and model.default_dtype("cpu") == torch.float32
+    assert processes.default_dtype("cuda:1") == torch.bfloat16
+    assert processes.default_dtype("cpu") == torch.float32
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert processes.choose_device("auto") == torch.device("cuda", 1)
