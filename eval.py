@@ -27,6 +27,7 @@ import math
 import random
 import statistics
 import string
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -295,7 +296,8 @@ class Asked(NamedTuple):
 
     question: Question
     prompt: str
-    n_tokens: int  # the longest answer
+    n_prompt: int  # its tokens
+    n_tokens: int  # of the longest answer
     size: tuple[int, int, int]  # those of similar size are answered together
 
 
@@ -323,7 +325,7 @@ def make_questions(tasks: list[Task], method: Method, with_instruction: bool, ar
 
 
 def score(models: Models, tasks: list[Task], name: str, method: Method, args) -> Scores:
-    """The scores of one method. Documents of equal names count as one task.
+    """The scores of one method, which are printed. Documents of equal names count as one task.
 
     Questions whose prompt does not fit into the base model's window are left out.
     """
@@ -333,10 +335,10 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
     for question in make_questions(tasks, method, models.has_instruction(name, args), args):
         chat = model.chat(tokenizer, question.example.input, question.instruction, question.shots)
         prompt = model.render(tokenizer, chat) + question.task.start(question.example)
-        n_tokens = answer_tokens(tokenizer, question, args)
-        if len(model.tokenize(tokenizer, prompt)) + n_tokens <= window:
+        n_prompt, n_tokens = len(model.tokenize(tokenizer, prompt)), answer_tokens(tokenizer, question, args)
+        if n_prompt + n_tokens <= window:
             length = len(question.description) if question.task.is_document else 0  # the rank goes by it
-            asked.append(Asked(question, prompt, n_tokens, (length, n_tokens, len(prompt))))
+            asked.append(Asked(question, prompt, n_prompt, n_tokens, (length, n_tokens, len(prompt))))
         else:
             n_too_long += 1
     if n_too_long:
@@ -344,13 +346,15 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
     templates.check_known(tokenizer, [row.question.example.input for row in asked])
     asked.sort(key=lambda row: row.size)  # a batch takes as long as the longest of it
 
-    hits = {}
+    hits, seconds = {}, 0.0
     bar = tqdm(total=len(asked), desc=name, unit="answer", leave=False)
     for i in range(0, len(asked), args.batch_size):
         batch = asked[i : i + args.batch_size]
         n_tokens = max(row.n_tokens for row in batch)
         with models.use_adapters(name, [row.question for row in batch]):
+            started = time.perf_counter()  # without the writing of adapters
             answers = model.answer(models.base, tokenizer, [row.prompt for row in batch], n_tokens)
+            seconds += time.perf_counter() - started
         for row, answer in zip(batch, answers):
             question = row.question
             is_right = question.task.metric(question.example, answer)
@@ -360,7 +364,12 @@ def score(models: Models, tasks: list[Task], name: str, method: Method, args) ->
             hits.setdefault(question.task.name, []).append(is_right)
         bar.update(len(batch))
     bar.close()
-    return {name: statistics.fmean(hits[name]) for name in hits}
+    scores = {task: statistics.fmean(its_hits) for task, its_hits in hits.items()}
+    if asked:
+        mean_prompt = statistics.fmean(row.n_prompt for row in asked)
+        cost = f"{mean_prompt:.0f} tokens in a prompt, {1000 * seconds / len(asked):.0f} ms for an answer"
+        print(f"{name:24} {statistics.fmean(scores.values()):.3f}   {cost}", flush=True)
+    return scores
 
 
 def answer_tokens(tokenizer, question: Question, args) -> int:
@@ -387,7 +396,6 @@ def main() -> None:
         scores = score(models, tasks, name, method, args)
         if scores:
             results[name] = scores
-            print(f"{name:24} {statistics.fmean(scores.values()):.3f}", flush=True)
             write_results(args.out, settings, results)
     if benchmark_names:
         results = benchmarks.beside_published(results, hub.preset_of(models.base_model))
