@@ -275,8 +275,8 @@ def test_a_base_model_that_is_not_whole_is_one_line(tmp_path):
 
 def test_what_only_shards_need_is_not_imported():
     """It takes most of a second. (Some versions of transformers import it themselves.)"""
-    program = "import sys; from transformers import AutoModelForCausalLM; before = {*sys.modules}; import generate"
-    program += "; sys.exit('torch.distributed.fsdp' in {*sys.modules} - before)"
+    program = "import sys; from transformers import AutoModelForCausalLM; before = {*sys.modules}"
+    program += "; import generate; sys.exit('torch.distributed.fsdp' in {*sys.modules} - before)"
     assert subprocess.run([sys.executable, "-c", program], cwd=HERE).returncode == 0
 
 

@@ -110,7 +110,8 @@ def test_eval_writes_the_promised_json_and_table(tmp_path, capsys, monkeypatch):
         mean = sum(values) / 12
         assert len(values) == 12 and abs(scores["mean"] - mean) < 1e-9
         assert f"| {row} | {mean:.3f} | {tables.interval(values)} | {min(values):.2f} |" in shown
-    lengths = dict(re.findall(r"^(\S+) +[.\d]+   (\d+) tokens in a prompt, \d+ ms for an answer", shown, re.M))
+    cost = r"^(\S+) +[.\d]+   (\d+) tokens in a prompt, \d+ ms for an answer"
+    lengths = dict(re.findall(cost, shown, re.M))
     assert lengths["t2l"] == lengths["base"] == "5"  # four words and a mark
     assert int(lengths["icl"]) > 4 * 5
     results = {"t2l": {"16 lines": 0.5, "3-digit sums": 1.0}, "base": {"3-digit sums": 0}}
