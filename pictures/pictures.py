@@ -326,21 +326,22 @@ def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, ou
 
 def main() -> None:
     parser = flags.Parser(__doc__)
-    parser.add_argument("--desc", action="append", help="description of an edit; may be given several times")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--desc", action="append", help="description of an edit; may be given several times")
+    task.add_argument("--train", choices=list(STEPS), help="base, hypernet; oracles, one: ordinary LoRAs")
     parser.add_argument("--out", default="strip.png", help="the picture to write")
     parser.add_argument("--input", help=f"a PNG of {SIZE} x {SIZE} pixels in place of random sources")
-    parser.add_argument("--train", choices=list(STEPS), help="base, hypernet; oracles, one: ordinary LoRAs")
     parser.add_argument("--steps", type=flags.at_least(1), help="training steps")
     parser.add_argument("--weights", type=Path, default=HERE, help="folder of the weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     args = parser.parse_args()
     device = processes.start_single(args.device)
-    if args.train and not (args.desc or args.input):
+    if args.train:
         train(args.train, args.weights, args.steps or STEPS[args.train], device)
-    elif args.desc and all(text.strip() for text in args.desc) and not (args.train or args.steps):
+    elif all(text.strip() for text in args.desc):
         draw_strip(args.weights, args.desc, args.input, args.out, device)
     else:
-        raise UserError("what should be drawn? Give --desc a description, without --train; see --help")
+        raise UserError("--desc is empty")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,9 @@ train | --mode recon --oracles {foreign} | holds no adapters of the train
 train | --mode recon --oracles {tmp}/oracles | another model
 train | --mode recon --oracles {tmp}/oracles --arch d2l | is trained with --mode sft
 train | --target_modules down_proj --alpha 128 --init_from {reader} | has other settings
-pictures.pictures | | what should be drawn?
+pictures.pictures | | one of the arguments --desc --train is required
+pictures.pictures | --desc ' ' | --desc is empty
+pictures.pictures | --desc x --train base | not allowed with
 pictures.pictures | --train hypernet --weights nowhere | is missing
 pictures.pictures | --train base | is there already
 extras.pretrain | {foreign} | is in use; choose another folder
