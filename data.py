@@ -8,11 +8,11 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import model
-from support.files import UserError
+from support import UserError, say
 
 
 class Example(NamedTuple):
@@ -22,18 +22,9 @@ class Example(NamedTuple):
     answers: list[str]  # the first one is learnt
 
 
-def exact_match(example: Example, answer: str) -> bool:
-    """Whether an answer is one of the right ones."""
-    return answer.strip() in [right.strip() for right in example.answers]
-
-
-def no_start(example: Example) -> str:
-    return ""
-
-
 @dataclass
 class Task:
-    """Descriptions and examples, and how it is scored. A document is a Task with is_document."""
+    """Descriptions and examples, and how answers are scored. A document is a Task with is_document."""
 
     name: str
     descriptions: Sequence[str]  # of a document: its text
@@ -43,13 +34,32 @@ class Task:
     definition: str = ""  # the instruction of Natural Instructions, if there is one
     is_document: bool = False
     weight: int = 1  # how often it is among the tasks from which a step draws
-    # how eval.py asks and scores
-    metric: Callable[[Example, str], bool] = exact_match
-    start: Callable[[Example], str] = no_start  # how the answer starts, if that is given
-    n_scored: int | None = 25  # test examples; None is all
-    n_descriptions: int = 1  # how many descriptions each of them is asked with
-    answer_tokens: int | None = None  # the longest answer; None goes by the right one
-    has_instruction: bool = True  # False: its inputs say what to do, so eval.py adds no instruction
+
+    # how eval.py asks and scores; tasks/benchmarks.py has other ways
+
+    def asked(self, texts: Sequence[str], n: int | None) -> list[tuple[int, str]]:
+        """The first n test examples (25), by number, each with one of the texts in turn."""
+        n = len(self.test[: n or 25])
+        return [(i, texts[i % len(texts)]) for i in range(n)]
+
+    def instruction(self, text: str) -> str:
+        """The instruction before an input, where training had one; `text` is a description."""
+        return model.instruct(self.definition or text)
+
+    def start(self, example: Example) -> str:
+        """How the answer starts, if that is given."""
+        return ""
+
+    def most_tokens(self, tokenizer, example: Example) -> int:
+        """How long an answer may get: two tokens more than the right ones have, since longer ones are wrong."""
+        return 2 + max(len(model.tokenize(tokenizer, right)) for right in example.answers)
+
+    def is_right(self, example: Example, answer: str, ended: bool, contains: bool = False) -> bool:
+        """Whether an answer is one of the right ones, and the model has ended it itself; or contains one."""
+        rights = [right.strip() for right in example.answers]
+        if contains:
+            return any(right and right in answer for right in rights)
+        return ended and answer.strip() in rights
 
 
 Splits = dict[str, list[Task]]  # {"train": [...], "val": [...], "test": [...]}
@@ -59,17 +69,17 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     """The first n tasks of a split (0: all) in one fixed shuffled order, so fewer are a subset of more."""
     if not splits.get(split):
         existing = [name for name, tasks in splits.items() if tasks]
-        message = f'there is no split "{split}" with tasks, but: {", ".join(existing) or "none at all"}'
-        raise UserError(f"{message} (--split {existing[0]})" if existing else message)
+        message = f'there is no split "{split}" with tasks, but: '
+        raise UserError(message + (", ".join(existing) or "none at all"))
     tasks = list(splits[split])
     random.Random(0).shuffle(tasks)
     return tasks[:n_tasks] if n_tasks else tasks
 
 
-# -------------------- The batch of a training step --------------------
+# -------------------- The examples of a training step --------------------
 
 
-class DrawnTask(NamedTuple):
+class Drawn(NamedTuple):
     """A task drawn for a step, with one of its descriptions and some of its examples."""
 
     index: int  # of the task in the list that it was drawn from
@@ -77,20 +87,31 @@ class DrawnTask(NamedTuple):
     examples: list[Example]
 
 
-def draw(tasks: list[Task], step: int, args) -> list[DrawnTask]:
-    """The tasks of a step: --tasks_per_batch of them (0: all), and a description and examples of each."""
+def draw(tasks: list[Task], step: int, args, tokenizer) -> list[Drawn]:
+    """The tasks of a step: --tasks_per_batch of them, or all if there are no more (or it is 0).
+
+    Each has a description and --examples_per_task examples. In place of examples that are longer than
+    --max_tokens others of the same task are drawn.
+    """
     rng = random.Random(f"{args.seed} {step}")
-    candidates = list(range(len(tasks)))
-    if args.tasks_per_batch:
+    candidates, n = list(range(len(tasks))), min(args.tasks_per_batch or len(tasks), len(tasks))
+    if n < len(tasks):
         candidates = [i for i in candidates for _ in range(tasks[i].weight)]
-    if args.short_first:  # (sorted by `prepare`) the shortest sixth at first, all from half-way on
+    if args.short_first:  # (sorted by train.prepare) the shortest sixth at first, all from half-way on
         fraction = min(1, 1 / 6 + 5 / 3 * step / args.max_steps)
         candidates = candidates[: math.ceil(len(candidates) * fraction)]
-    indices = sample(rng, candidates, args.tasks_per_batch or len(candidates))
     drawn = []
-    for i in indices:
-        description = rng.choice(tasks[i].descriptions)
-        drawn.append(DrawnTask(i, description, sample(rng, tasks[i].train, args.examples_per_task)))
+    for i in sample(rng, candidates, n):
+        task = tasks[i]
+        description = rng.choice(task.descriptions)
+        examples = sample(rng, task.train, args.examples_per_task)
+        if not all(fits(tokenizer, task, description, example, args) for example in examples):
+            places = rng.sample(range(len(task.train)), len(task.train))  # of all examples, in another order
+            others = (task.train[k] for k in places)
+            fitting = (other for other in others if fits(tokenizer, task, description, other, args))
+            fitting = list(islice(fitting, args.examples_per_task))
+            examples = sample(rng, fitting or examples, args.examples_per_task)
+        drawn.append(Drawn(i, description, examples))
     return drawn
 
 
@@ -99,10 +120,24 @@ def sample(rng: random.Random, values: Sequence, n: int) -> list:
     return rng.sample(values, n) if n <= len(values) else rng.choices(values, k=n)
 
 
-class TokenizedExample(NamedTuple):
-    """One example as token ids."""
+def fits(tokenizer, task: Task, description: str, example: Example, args) -> bool:
+    """Whether an example has at most --max_tokens tokens. Each has at least one byte, so few are counted."""
+    if tokenizer is None:  # reconstruction: no example is used
+        return True
+    text = example.input + example.answers[0]
+    if args.instruction or args.distill:
+        text += model.instruct(task.definition + description)
+    of_template = sum(len(ids) for ids in model.example_ids(tokenizer, "", ""))
+    if of_template + len(text.encode()) <= args.max_tokens:
+        return True
+    (row,) = tokenize(tokenizer, [task], [Drawn(0, description, [example])], args)
+    return row.n_tokens <= args.max_tokens
 
-    task: int  # place of its task among those that are drawn, then in the batch: that of its adapter
+
+class Row(NamedTuple):
+    """An example as token ids."""
+
+    task: int  # the place of its task among those drawn, and so of its adapter
     prompt: list[int]
     answer: list[int]  # up to the end mark
     teacher_prompt: list[int]  # for --distill: with the document in it
@@ -112,74 +147,39 @@ class TokenizedExample(NamedTuple):
         return max(len(self.prompt), len(self.teacher_prompt)) + len(self.answer)
 
 
-class Batch(NamedTuple):
-    """What one process computes in a step.
-
-    All processes draw the same tasks, and each takes every n-th of those that have examples left. A mean over
-    all processes is the sum of fraction * (mean over mine): each computes such a part of the loss, and the
-    gradients of the parts are added up.
-    """
-
-    tasks: list[DrawnTask]
-    examples: list[TokenizedExample]  # of these tasks, the shortest first
-    task_fraction: float  # these tasks, divided by those of all processes
-    example_fraction: float
-    most_examples: int  # of one process, for --shard
-
-
-def tokenize_drawn(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args) -> list[TokenizedExample]:
-    """The examples of a step as token ids, the shortest first, at most --max_tokens long.
-
-    If all are too long, the shortest is kept.
-    """
-    examples = []
-    for k, item in enumerate(drawn):
+def tokenize(tokenizer, tasks: list[Task], drawn: list[Drawn], args) -> list[Row]:
+    """All examples of the tasks that were drawn, the shortest first."""
+    rows = []
+    for place, item in enumerate(drawn):
         instruction = ""
         if args.instruction:
             instruction = model.instruct(tasks[item.index].definition or item.description)
         for example in item.examples:
-            question, right = example.input, example.answers[0]
-            prompt, answer = cached_ids(tokenizer, question, right, instruction)
-            teacher_prompt = []
+            question, right, teacher_prompt = example.input, example.answers[0], []
+            prompt, answer = model.example_ids(tokenizer, question, right, instruction)
             if args.distill:
-                teacher_prompt, _ = example_ids(tokenizer, question, right, item.description)
-            examples.append(TokenizedExample(k, prompt, answer, teacher_prompt))
-    examples.sort(key=lambda example: example.n_tokens)
-    return [example for example in examples if example.n_tokens <= args.max_tokens] or examples[:1]
+                teacher_prompt, _ = model.example_ids(tokenizer, question, right, item.description)
+            rows.append(Row(place, prompt, answer, teacher_prompt))
+    return sorted(rows, key=lambda row: row.n_tokens)
 
 
-def make_batch(tokenizer, tasks: list[Task], drawn: list[DrawnTask], args, rank=0, count=1) -> Batch:
-    """The batch of one process of `count` in a step.
-
-    With two processes and examples left of the drawn tasks 0, 2 and 3, the first one takes 0 and 3.
-    """
-    kept = tokenize_drawn(tokenizer, tasks, drawn, args)
-    with_examples = sorted({example.task for example in kept})  # places in `drawn`
-    n_examples = [0] * count  # of each process
-    for example in kept:
-        n_examples[with_examples.index(example.task) % count] += 1
-    mine = with_examples[rank::count]
-    is_idle = not mine  # more processes than tasks: this one repeats the first task, with weight 0
-    mine = mine or with_examples[:1]
-    place = {k: i for i, k in enumerate(mine)}  # in the batch
-    examples = [example._replace(task=place[example.task]) for example in kept if example.task in place]
-    task_fraction = 0.0 if is_idle else len(mine) / len(with_examples)
-    example_fraction = 0.0 if is_idle else len(examples) / len(kept)
-    return Batch([drawn[k] for k in mine], examples, task_fraction, example_fraction, max(n_examples))
-
-
-def example_ids(tokenizer, question: str, answer: str, instruction: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of its answer.
-
-    They are tokenized together, if the prompt's tokens stay the same: tokenized alone, the answer may begin
-    with a different token from the one that the model generates.
-    """
-    messages = model.chat(tokenizer, question, instruction)
-    prompt, target = model.render(tokenizer, messages), model.render(tokenizer, messages, answer)
-    prompt_ids, whole = model.tokenize(tokenizer, prompt), model.tokenize(tokenizer, prompt + target)
-    if whole[: len(prompt_ids)] == prompt_ids:
-        return prompt_ids, whole[len(prompt_ids) :]
-    return prompt_ids, model.tokenize(tokenizer, target)
-
-
-cached_ids = lru_cache(2**14)(example_ids)  # rendering a chat template takes a millisecond
+def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Task]:
+    """The tasks with an example of at most --max_tokens. UserError for examples that cannot be learnt."""
+    texts, kept = set(), []
+    for task in tasks + val_tasks:
+        # (a lazy sequence makes its examples when they are asked for)
+        for example in [*(task.train if isinstance(task.train, list) else task.train[:8]), *task.test]:
+            if not example.answers:
+                advice = f"python -m extras.answers {args.tasks} NEW_FOLDER --base_model {args.base_model}"
+                raise UserError(f"{task.name} has questions without an answer; generate it: {advice}")
+            texts.update((example.input, example.answers[0]))
+    model.check_known(tokenizer, list(texts))
+    for task in tasks:
+        if any(fits(tokenizer, task, task.descriptions[0], example, args) for example in task.train):
+            kept.append(task)
+    if not kept:
+        raise UserError(f"no example has at most --max_tokens {args.max_tokens} tokens")
+    if len(kept) < len(tasks):
+        n = len(tasks) - len(kept)
+        say(f"{n} of {len(tasks)} tasks are left out: too long for --max_tokens {args.max_tokens}")
+    return kept

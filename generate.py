@@ -9,54 +9,53 @@ The adapter is a folder that PEFT loads. The base model's answers stand beside t
 """
 
 import argparse
+import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 import hypernet
 import lora
 import model
 from lora import Adapter
-from support import flags, hub, processes, templates
-from support.files import UserError, check_folder, command, read_texts, whole_folder, write_file
-from support.tables import show_answers
+from support import UserError, command, make_parser, read_json, write_file
 
 
 def parse_args() -> argparse.Namespace:
     """The flags, checked as far as that goes without a model."""
-    parser = flags.Parser(__doc__)
-    parser.add_argument("--desc", action="append", help="what to do, in words; several make several adapters")
-    parser.add_argument("--doc", action="append", help="text file to read; several make one adapter")
-    parser.add_argument("--adapter", help="use the adapter in this folder; nothing is written")
-    parser.add_argument("--input", action="append", help="a text to answer; may be given several times")
+    parser = make_parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--desc", action="append", help="what to do, in words; several make several adapters")
+    source.add_argument("--doc", action="append", help="text file to read; several make one adapter")
+    source.add_argument("--adapter", help="use the adapter in this folder; nothing is written")
+    parser.add_argument("--input", action="append", default=[], help="a text to answer; may occur several times")
     parser.add_argument("--out", help="adapter folder (default: out/adapter); for several: 0, 1, ... in it")
     parser.add_argument("--merge", help="new folder for a base model with merged weights")
     add_model_flags(parser)
     args = parser.parse_args()
-    if len([source for source in (args.desc, args.doc, args.adapter) if source]) != 1:
-        raise UserError('one of these: --desc "Translate the animals.", --doc FILE or --adapter DIR')
     if args.adapter and (args.hypernet or args.out):
         raise UserError("--hypernet and --out go with --desc or --doc")
-    if args.out is None:
-        args.out = "out/adapter"
+    if args.doc and (args.encoder or args.instruction) or args.adapter and args.encoder:
+        raise UserError("--encoder and --instruction go with --desc")
     if args.merge and len(args.desc or []) > 1:
         raise UserError("--merge takes a single --desc")
-    if not args.desc and (args.encoder or args.doc and args.instruction):
-        raise UserError("--encoder and --instruction go with --desc")
-    for flag, texts in (("--desc", args.desc), ("--input", args.input)):
-        for i, text in enumerate(texts or [], 1):
-            if not text.strip():
-                raise UserError(f"{flag} is empty" if len(texts) == 1 else f"{flag} number {i} is empty")
+    for flag, texts in (("--desc", args.desc or []), ("--input", args.input)):
+        if not all(text.strip() for text in texts):
+            raise UserError(f"a text of {flag} is empty")
+    args.out = Path(args.out or "out/adapter")
     if not args.adapter:
-        check_folder(args.out, OUR_FILES, "description.txt")
+        check_out(args.out)
     if args.merge is not None:
-        merged, out = Path(args.merge).resolve(), Path(args.out).resolve()
-        if merged.exists() or merged in (out, *out.parents):
+        merged = Path(args.merge).resolve()
+        in_way = [] if args.adapter else [args.out.resolve(), *args.out.resolve().parents]
+        if merged.exists() or merged in in_way:
             raise UserError(f"--merge {args.merge!r} is no new folder; choose another")
     return args
 
@@ -64,7 +63,7 @@ def parse_args() -> argparse.Namespace:
 def add_net_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which hypernetwork writes adapters, and for which base model."""
     add = parser.add_argument
-    add("--base_model", help=f"{', '.join(hub.PRESETS)}, a hub id or a folder; default: the net's")
+    add("--base_model", help=f"{', '.join(model.PRESETS)}, a hub id or a folder; default: the net's")
     add("--hypernet", help="a folder, or USER/REPO/FOLDER on the hub; default: the shipped one")
     add("--encoder", help="path or id of the text encoder, if it has moved since training")
 
@@ -74,7 +73,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_net_flags(parser)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--instruction", action=switch, help="put the description before inputs; default: as in training")
-    add("--max_new_tokens", type=flags.at_least(1), help="longest answer; default: 64, in eval.py as needed")
+    add("--max_new_tokens", type=int, help="longest answer; default: 64, in eval.py as needed")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU that has it")
 
@@ -82,10 +81,23 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 # -------------------- Loading what was trained --------------------
 
 
-def load_net(name: str | None, reads: str, args, device: torch.device, flag="--hypernet") -> nn.Module:
+def shipped_hypernet(base_model: str, reads: str) -> str:
+    """The folder of the hypernetwork in checkpoints/ for a base model; UserError if there is none."""
+    shape = None
+    if Path(base_model).is_dir():
+        shape = lora.base_shape(AutoConfig.from_pretrained(base_model))
+    name = "d2l" if reads == "documents" else "sft_large"
+    for file in Path(lora.TINY).parent.glob(f"*/{name}/config.json"):
+        config = read_json(file)
+        same_name = config["base_model"].lower() == model.full_name(base_model).lower()
+        if same_name or config["base_shape"] == shape:
+            return str(file.parent)
+    raise UserError(f"no hypernetwork for {base_model} is shipped; train one and pass it with --hypernet")
+
+
+def load_net(folder: str | None, reads: str, args, device) -> nn.Module:
     """The hypernetwork of a folder, here or on the hub; by default the shipped one. `connect` it next."""
-    folder = name or str(hub.shipped_hypernet(args.base_model or "tiny", reads))
-    folder = hub.fetch(folder, hypernet.FILES, flag)
+    folder = model.fetch(folder or shipped_hypernet(args.base_model or "tiny", reads), hypernet.FILES)
     net = hypernet.load_hypernet(folder).to(device)
     if net.reads != reads:
         raise UserError(f"the hypernetwork in {folder} reads {net.reads}, not {reads}")
@@ -94,14 +106,14 @@ def load_net(name: str | None, reads: str, args, device: torch.device, flag="--h
     return net
 
 
-def load_base_for(configs: list[lora.LoRAConfig], args, device: torch.device):
+def load_base_for(configs: list[lora.LoRAConfig], args, device):
     """The base model of these configs, or --base_model, with LoRA layers for their targets; its tokenizer."""
     base_model = args.base_model or (configs[0].base_model if configs else "tiny")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     base, tokenizer = model.load_base(base_model, device, dtype)
     names = []
     for config in configs:
-        hub.check_base(base_model, hub.base_shape(base.config), config.base_model, config.base_shape)
+        model.check_base(base_model, lora.base_shape(base.config), config.base_model, config.base_shape)
         names += config.targets
     lora.inject(base, list(dict.fromkeys(names)))
     return base, tokenizer
@@ -128,12 +140,13 @@ def ask(base, tokenizer, inputs: list[str], adapter: Adapter, scaling: float, in
     """The answers to some inputs with an adapter; {} is none. Raises UserError if one is too long."""
     prompts = [model.render(tokenizer, model.chat(tokenizer, text, instruction)) for text in inputs]
     longest = max(len(model.tokenize(tokenizer, prompt)) for prompt in prompts)
-    n_new, window = args.max_new_tokens or 64, hub.window_of(base)
+    n_new, window = args.max_new_tokens or 64, model.window_of(base)
     if longest + n_new > window:
         message = f"a prompt of {longest} tokens and an answer of {n_new}"
         raise UserError(f"{message} do not fit into the base model's window of {window}")
     with lora.use(base, adapter, scaling):
-        return [text.strip() for text in model.answer(base, tokenizer, prompts, n_new)]
+        answers, _ = model.answer(base, tokenizer, prompts, n_new)
+    return [text.strip() for text in answers]
 
 
 def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: str, args) -> None:
@@ -145,7 +158,7 @@ def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: 
     rows = {"base model": ({}, instruction)}
     longest = max(len(model.tokenize(tokenizer, question)) for question in inputs)
     n_tokens = len(model.tokenize(tokenizer, text)) + longest + (args.max_new_tokens or 64) + 64  # template
-    if args.doc and n_tokens < hub.window_of(base):
+    if args.doc and n_tokens < model.window_of(base):
         rows["in context"] = ({}, text)
     rows["with adapter"] = (adapter, instruction)
     answers, times = {}, {}
@@ -153,7 +166,11 @@ def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: 
         started = time.perf_counter()
         answers[label] = ask(base, tokenizer, inputs, its_adapter, config.scaling, its_instruction, args)
         times[label] = f"{label} {(time.perf_counter() - started) * 1000:.0f} ms"
-    show_answers(inputs, answers)
+    for i, question in enumerate(inputs):
+        print(f"\n  {'input':12}  {question}")
+        for label in answers:
+            lines = answers[label][i].replace("\n", f"\n{'':16}")
+            print(f"  {label:12}  {lines}")
     if args.doc:
         print(f"\n  time of all answers: {', '.join(times.values())}")
 
@@ -161,6 +178,31 @@ def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: 
 # -------------------- Files --------------------
 
 OUR_FILES = {*lora.ADAPTER_FILES, "description.txt"}  # of each adapter folder
+
+
+def check_out(folder: Path) -> None:
+    """Raise UserError if --out is anything but a new folder, or exactly what this command writes."""
+    found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    singles = [folder]
+    if found == sorted(map(str, range(len(found)))):  # several adapters
+        singles = [folder / name for name in found]
+    for single in singles if found else []:
+        if {path.name for path in single.iterdir()} != OUR_FILES:
+            raise UserError(f"--out {folder} is no new folder, and holds more than this command writes")
+
+
+@contextmanager
+def whole_folder(folder: Path):
+    """A new folder to write into, which takes the place of `folder` at the end of the block, or goes."""
+    unfinished = folder.resolve().with_name(f"{folder.resolve().name}.{os.getpid()}.tmp")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def save_adapters(out: Path, texts: list[str], adapters: Adapter, config) -> list[Path]:
@@ -178,19 +220,22 @@ def save_merged(merged: Path, base, tokenizer, config, text: str) -> None:
     with whole_folder(merged) as folder:
         base.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        own = hub.fetch(hub.source_of(base.name_or_path)) / "generation_config.json"
+        own = model.fetch(base.name_or_path, ["generation_config.json"]) / "generation_config.json"
         if own.exists():
             shutil.copy(own, folder)
         write_file(folder / "prompt.json", {"instruction": config.instruction})
         write_file(folder / "description.txt", text + "\n")
-        for file in folder.iterdir():  # save_pretrained makes files for their owner only
-            file.chmod((folder / "description.txt").stat().st_mode)
+        for file in folder.rglob("*"):  # save_pretrained makes files for their owner only
+            if file.is_file():
+                file.chmod((folder / "description.txt").stat().st_mode)
 
 
 def main() -> None:
     args = parse_args()
-    device = processes.start_single(args.device)
-    inputs, documents = args.input or [], read_texts(args.doc or [], "--doc")
+    device = model.pick_device(args.device)
+    documents = [Path(path).read_text(encoding="utf-8-sig") for path in args.doc or []]
+    if not all(document.strip() for document in documents):
+        raise UserError("a file of --doc is empty")
     if args.adapter:
         adapter, config = lora.load_adapter(args.adapter)
         base, tokenizer = load_base_for([config], args, device)
@@ -199,16 +244,16 @@ def main() -> None:
         for name in ("description.txt", "definition.txt"):  # ours, and that of an oracle
             if Path(args.adapter, name).exists():
                 texts = [Path(args.adapter, name).read_text(encoding="utf-8").strip()]
-        templates.check_known(tokenizer, inputs)
+        model.check_known(tokenizer, args.input)
     else:
         net = load_net(args.hypernet, "documents" if args.doc else "descriptions", args, device)
         config = net.config
         base, tokenizer = load_base_for([config], args, device)
-        templates.check_known(tokenizer, inputs + documents)
+        model.check_known(tokenizer, args.input + documents)
         net.connect(base, tokenizer)
         texts = ["\n\n".join(documents)] if args.doc else args.desc
         adapters, milliseconds = write_adapters(net, [documents] if args.doc else texts, base)
-        folders = save_adapters(Path(args.out), texts, adapters, config)
+        folders = save_adapters(args.out, texts, adapters, config)
         print(f"{len(texts)} adapter{'s' if len(texts) > 1 else ''} written in {milliseconds:.1f} ms")
 
     if args.instruction is None:
@@ -222,13 +267,10 @@ def main() -> None:
         rank = next(iter(adapters.values()))[0].shape[-2]
         where = f"{', '.join(adapters)} in {len(config.adapted_layers())} layers"
         print(f"  adapter: {folder}/ (rank {rank} on {where})")
-        if inputs:
-            compare(base, tokenizer, inputs, lora.select(adapters, i), config, text, args)
-    if not inputs:
+        if args.input:
+            compare(base, tokenizer, args.input, lora.select(adapters, i), config, text, args)
+    if not args.input:
         print('\n  to see what it does, add --input "..."')
-    elif args.desc:
-        hub.say_length(inputs, config.base_model)
-
     if args.merge:
         lora.merge(base, lora.select(adapters, 0), config.scaling)
         save_merged(Path(args.merge), base, tokenizer, config, texts[0])

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from support import hub
-from support.files import UserError, read_file, read_object, write_file
-from support.targets import Target, as_targets, find_targets, one_target, split_path
+from support import UserError, read_json, write_file
 
 Adapter = dict[str, tuple[Tensor, Tensor]]
 
@@ -62,88 +61,6 @@ class LoRALinear(nn.Linear):
         return y + update.view_as(y).to(y.dtype)
 
 
-# -------------------- Where it goes --------------------
-
-
-@dataclass
-class LoRAConfig:
-    """Adapter metadata: the layers it belongs to, and how it is scaled."""
-
-    base_model: str = ""  # a Hugging Face id, a folder, or "tiny"
-    base_shape: list[int] = field(default_factory=list)  # its layers, hidden size and vocabulary
-    n_layers: int = 0  # of the decoder
-    targets: dict[str, Target] = field(default_factory=dict)  # of each: paths, layers, n_in, n_out
-    r: int = 8
-    alpha: float = 16.0
-    rslora: bool = True  # rank-stabilised scaling (arXiv 2312.03732), as published
-    instruction: bool = False  # prompts in training contained the task's instruction
-
-    def __post_init__(self):
-        self.targets = as_targets(self.targets)
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (self.r**0.5 if self.rslora else self.r)
-
-    def adapted_layers(self) -> list[int]:
-        """The numbers of the decoder layers that have any target."""
-        return sorted({layer for target in self.targets.values() for layer in target.layers})
-
-    def positions(self, name: str) -> slice | list[int]:
-        """Where the layers of a target are among `adapted_layers`."""
-        adapted, layers = self.adapted_layers(), self.targets[name].layers
-        return slice(None) if layers == adapted else [adapted.index(layer) for layer in layers]
-
-
-def config_for(base: nn.Module, targets: dict[str, Target], base_model: str, **settings) -> LoRAConfig:
-    """The LoRAConfig of adapters for these targets of `base`; `settings` are its further fields."""
-    shape = hub.base_shape(base.config)
-    return LoRAConfig(base_model, shape, n_layers=shape[0], targets=targets, **settings)
-
-
-# -------------------- Using it --------------------
-
-
-def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> nn.Module:
-    """Replace each linear layer of these names by a LoRALinear; returns the model.
-
-    `dropout` acts on the input of A, in training only. Without an adapter the output is unchanged.
-    """
-    return inject_targets(base, find_targets(base, target_modules), dropout)
-
-
-def inject_targets(base: nn.Module, targets: dict[str, Target], dropout: float = 0.0) -> nn.Module:
-    """As `inject`, for targets that are known. `base.lora_layers` are the new layers of each."""
-    base.lora_targets, base.lora_layers = targets, {}
-    for name, target in targets.items():
-        base.lora_layers[name] = []
-        for path in target.paths():
-            parent, child = path.rsplit(".", 1)
-            linear = base.get_submodule(path)
-            if isinstance(linear, LoRALinear):
-                raise UserError(f"{path} would belong to two targets: {linear.name} and {name}")
-            layer = LoRALinear(linear, name, dropout)
-            setattr(base.get_submodule(parent), child, layer)
-            base.lora_layers[name].append(layer)
-    return base
-
-
-def injected_layers(base: nn.Module) -> list[LoRALinear]:
-    """All of them; none before `inject`."""
-    return [layer for layers in getattr(base, "lora_layers", {}).values() for layer in layers]
-
-
-def check_fits(base: nn.Module, adapter: Adapter) -> None:
-    """Raise UserError if an adapter does not fit the injected layers of a model."""
-    for name, (A, B) in adapter.items():
-        shape = (A.shape[-3], A.shape[-1], B.shape[-2])
-        layers = base.lora_layers.get(name)
-        found = layers and (len(layers), layers[0].in_features, layers[0].out_features)
-        if found != shape:
-            message = "the adapter is for another model (layers, in, out):"
-            raise UserError(f"{message} {name} {shape}, in this one {found}")
-
-
 @contextmanager
 def use(base: nn.Module, adapter: Adapter, scaling: float):
     """Run `base` with an adapter, in a block that holds the forward pass and the backward pass.
@@ -168,10 +85,15 @@ def use(base: nn.Module, adapter: Adapter, scaling: float):
             layer.A = layer.B = None
 
 
-def set_dropout(base: nn.Module, active: bool) -> None:
-    """Switch the dropout on the adapters' inputs on or off. The base model itself stays in eval mode."""
-    for layer in injected_layers(base):
-        layer.train(active)
+def check_fits(base: nn.Module, adapter: Adapter) -> None:
+    """Raise UserError if an adapter does not fit the injected layers of a model."""
+    for name, (A, B) in adapter.items():
+        shape = (A.shape[-3], A.shape[-1], B.shape[-2])
+        layers = base.lora_layers.get(name)
+        found = layers and (len(layers), layers[0].in_features, layers[0].out_features)
+        if found != shape:
+            message = "the adapter is for another model (layers, in, out):"
+            raise UserError(f"{message} {name} {shape}, in this one {found}")
 
 
 @torch.no_grad()
@@ -183,6 +105,153 @@ def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
             update = scaling * layer_B.float() @ layer_A.float()  # [out, in]
             weight = layer.weight
             layer.weight.data = (weight.float() + update.to(weight.device)).to(weight.dtype)
+
+
+# -------------------- Which layers have one --------------------
+
+
+@dataclass
+class Target:
+    """A set of linear layers: where they are, and their shape."""
+
+    path: str  # "model.layers.{}.self_attn.q_proj"
+    layers: list[int]  # the numbers of the decoder layers that have one; L of them
+    n_in: int
+    n_out: int
+
+    def paths(self) -> list[str]:
+        """The paths of its linear layers."""
+        return [self.path.format(layer) for layer in self.layers]
+
+
+def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> nn.Module:
+    """Replace each linear layer of these names by a LoRALinear; returns the model.
+
+    `dropout` acts on the input of A, in training only. Without an adapter the output is unchanged.
+    `base.lora_targets` are the targets, `base.lora_layers` the new layers of each.
+    """
+    base.lora_targets, base.lora_layers = find_targets(base, target_modules), {}
+    for name, target in base.lora_targets.items():
+        base.lora_layers[name] = []
+        for path in target.paths():
+            linear = base.get_submodule(path)
+            if isinstance(linear, LoRALinear):
+                raise UserError(f"{path} would belong to two targets: {linear.name} and {name}")
+            layer = LoRALinear(linear, name, dropout)
+            base.set_submodule(path, layer)
+            base.lora_layers[name].append(layer)
+    return base
+
+
+def injected_layers(base: nn.Module) -> list[LoRALinear]:
+    """All of them; none before `inject`."""
+    return [layer for layers in getattr(base, "lora_layers", {}).values() for layer in layers]
+
+
+def set_dropout(base: nn.Module, active: bool) -> None:
+    """Switch the dropout on the adapters' inputs on or off. The base model itself stays in eval mode."""
+    for layer in injected_layers(base):
+        layer.train(active)
+
+
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # the first number in a module's path is its layer
+
+
+def split_path(path: str) -> tuple[str, int]:
+    """A path without its number, and the number: ("model.layers.{}.self_attn.q_proj", 3)."""
+    return LAYER_NUMBER.sub(".{}.", path, count=1), int(LAYER_NUMBER.search(path)[1])
+
+
+def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, Target]:
+    """The targets of these names: ends of the paths of linear layers, as in PEFT.
+
+    A name may have {} in place of the layer's number, as in `single_blocks.{}.to_q`. Raises UserError if it
+    fits no layer, or layers in several places or of several shapes, or of another class, as quantised ones.
+    """
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # skip a vision tower
+    in_decoder, linear = set(decoder.modules()), {}
+    for path, module in base.named_modules():
+        if isinstance(module, nn.Linear) and module in in_decoder and LAYER_NUMBER.search(path):
+            linear[path] = module
+    targets = {}
+    for name in target_modules:
+        shapes = {}  # {path: (out, in)}
+        for path, layer in linear.items():
+            if f".{path}".endswith(f".{name}") or f".{split_path(path)[0]}".endswith(f".{name}"):
+                shapes[path] = tuple(layer.weight.shape)
+                if type(layer).forward is not nn.Linear.forward:
+                    kind = type(layer).__name__
+                    raise UserError(f"{name} is {kind}: quantised layers and the like have no adapters")
+        if not shapes:
+            found = ", ".join(sorted({path.split(".")[-1] for path in linear})) or "none at all"
+            raise UserError(f"this model has no nn.Linear layers named {name}, but {found}")
+        targets[name] = one_target(name, shapes)
+    return targets
+
+
+def one_target(name: str, shapes: dict[str, tuple[int, int]]) -> Target:
+    """The target that consists of the layers {path: (out, in)}. Raises UserError if they are several."""
+    places, sizes = {}, set()
+    for path, (n_out, n_in) in shapes.items():
+        place, layer = split_path(path)
+        places.setdefault(place, []).append(layer)
+        sizes.add((n_in, n_out))
+    if len(places) > 1:
+        ends = {place.split("{}.")[-1] for place in places}
+        names = ends if len(ends) == len(places) else places
+        raise UserError(f"{name} is in several places; name one of them: {', '.join(sorted(names))}")
+    if len(sizes) > 1:
+        example = next(iter(shapes)).split(".", 1)[-1]
+        raise UserError(f"{name} has {len(sizes)} shapes; name single layers, such as {example}")
+    (path, layers), (n_in, n_out) = places.popitem(), sizes.pop()
+    return Target(path, layers, n_in, n_out)
+
+
+TINY = str(Path(__file__).parent / "checkpoints" / "tiny")  # the folder of the base model "tiny"
+
+
+@dataclass
+class LoRAConfig:
+    """Adapter metadata: the layers it belongs to, and how it is scaled."""
+
+    base_model: str = ""  # a Hugging Face id, a folder, or "tiny"
+    base_shape: list[int] = field(default_factory=list)  # its layers, hidden size and vocabulary
+    n_layers: int = 0  # of the decoder
+    targets: dict[str, Target] = field(default_factory=dict)
+    r: int = 8
+    alpha: float = 16.0
+    rslora: bool = True  # rank-stabilised scaling (arXiv 2312.03732), as published
+    instruction: bool = False  # prompts in training contained the task's instruction
+
+    def __post_init__(self):
+        for name, target in self.targets.items():
+            if isinstance(target, dict):  # from a JSON file
+                self.targets[name] = Target(**target)
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+    def adapted_layers(self) -> list[int]:
+        """The numbers of the decoder layers that have any target."""
+        return sorted({layer for target in self.targets.values() for layer in target.layers})
+
+    def positions(self, name: str) -> slice | list[int]:
+        """Where the layers of a target are among `adapted_layers`."""
+        adapted, layers = self.adapted_layers(), self.targets[name].layers
+        return slice(None) if layers == adapted else [adapted.index(layer) for layer in layers]
+
+
+def base_shape(config) -> list[int]:
+    """[layers, hidden size, vocabulary]: identifies a base model that is stored in a folder."""
+    text = config.get_text_config()
+    return [text.num_hidden_layers, text.hidden_size, text.vocab_size]
+
+
+def config_for(base: nn.Module, base_model: str, **settings) -> LoRAConfig:
+    """The LoRAConfig of adapters for the injected layers of `base`; `settings` are its further fields."""
+    shape = base_shape(base.config)
+    return LoRAConfig(base_model, shape, n_layers=shape[0], targets=base.lora_targets, **settings)
 
 
 # -------------------- Several adapters --------------------
@@ -257,7 +326,7 @@ class LoRABank(nn.Module):
 
     def __init__(self, config: LoRAConfig, n: int):
         super().__init__()
-        self.config, self.ranks, self.lr_factors = config, config.r, {}  # as a hypernetwork has them
+        self.config = config
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name, target in config.targets.items():
             L = len(target.layers)
@@ -271,6 +340,8 @@ class LoRABank(nn.Module):
 
 
 # -------------------- Adapter folders, in PEFT's format --------------------
+
+ADAPTER_FILES = ["adapter_model.safetensors", "adapter_config.json", "prompt.json"]
 
 
 def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> None:
@@ -288,7 +359,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": hub.source_of(config.base_model),
+        "base_model_name_or_path": TINY if config.base_model == "tiny" else config.base_model,
         "inference_mode": True,
         "target_modules": names,
         "lora_dropout": 0.0,
@@ -297,14 +368,11 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
         "lora_alpha": round(config.scaling * (r**0.5 if config.rslora else r), 6),
         "use_rslora": config.rslora,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "adapter_model.safetensors", tensors)
-    write_file(folder / "adapter_config.json", peft)
-    write_file(folder / "prompt.json", {"instruction": config.instruction})
+    write_file(Path(folder, "adapter_model.safetensors"), tensors)
+    write_file(Path(folder, "adapter_config.json"), peft)
+    write_file(Path(folder, "prompt.json"), {"instruction": config.instruction})
 
 
-ADAPTER_FILES = ["adapter_model.safetensors", "adapter_config.json", "prompt.json"]
 ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+\.\d+\..+)\.lora_(?P<matrix>[AB])\.weight")
 ANY_VALUE = {  # fields of adapter_config.json that do not change what the A and B of a layer mean
     *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -314,57 +382,46 @@ ANY_VALUE = {  # fields of adapter_config.json that do not change what the A and
 PLAIN = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}  # base unchanged
 
 
-def read_peft_config(folder: Path) -> dict:
-    """The adapter_config.json of a plain LoRA; UserError names what is not plain."""
-    peft = read_object(folder / "adapter_config.json")
-    if peft.get("peft_type") != "LORA":
-        raise UserError(f"{folder} is not a LoRA adapter: peft_type is {peft.get('peft_type')}")
-    for name, value in peft.items():
-        if value and name not in ANY_VALUE and value not in PLAIN.get(name, []):
-            raise UserError(f"{folder} is not a plain LoRA adapter: {name} is {value}")
-    for name in ("r", "lora_alpha"):
-        value = peft.get(name)
-        if not isinstance(value, (int, float)) or not value > 0:
-            raise UserError(f"{folder}/adapter_config.json: {name} must be a number above 0, not {value!r}")
-    return peft
-
-
 def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     """Read an adapter folder in PEFT's format: A [L, r, in], B [L, out, r] per target, and its config.
 
     Raises UserError if it is anything but a plain LoRA of one rank and one scaling.
     """
     folder = Path(folder)
-    peft = read_peft_config(folder)
+    for other in sorted(folder.glob("*/adapter_config.json")):
+        raise UserError(f"{folder} holds several adapters, such as {other.parent}")
+    peft = read_json(folder / "adapter_config.json")
+    if peft.get("peft_type") != "LORA":
+        raise UserError(f"{folder} is not a LoRA adapter: peft_type is {peft.get('peft_type')}")
+    for name, value in peft.items():
+        if value and name not in ANY_VALUE and value not in PLAIN.get(name, []):
+            raise UserError(f"{folder} is not a plain LoRA adapter: {name} is {value}")
     config = LoRAConfig(base_model=peft.get("base_model_name_or_path") or "", r=peft["r"])
     config.alpha, config.rslora = peft["lora_alpha"], bool(peft.get("use_rslora"))
     if (folder / "prompt.json").exists():
-        config.instruction = bool(read_object(folder / "prompt.json").get("instruction"))
+        config.instruction = bool(read_json(folder / "prompt.json").get("instruction"))
 
     matrices: dict[str, dict[str, Tensor]] = {}  # {path: {"A": [r, in], "B": [out, r]}}
-    for tensor_name, tensor in read_file(folder / "adapter_model.safetensors").items():
+    for tensor_name, tensor in load_file(folder / "adapter_model.safetensors").items():
         match = ADAPTER_KEY.fullmatch(tensor_name)
         if not match:
             raise UserError(f"{folder} holds {tensor_name}, which is not the A or B of a layer")
         matrices.setdefault(match["path"], {})[match["matrix"]] = tensor
-    if not matrices:
-        raise UserError(f"{folder} holds an adapter without tensors")
-
-    shapes = {}  # {target: {path: (out, in)}}
-    for path, pair in matrices.items():
-        if len(pair) < 2:
-            raise UserError(f"{folder} holds only {' and '.join(pair)} of {path}")
-        A, B = pair["A"], pair["B"]
-        if A.dim() != 2 or B.dim() != 2 or len(A) != config.r or B.shape[1] != config.r:
-            raise UserError(f"{folder}: {path} has another rank than r = {config.r}")
-        shapes.setdefault(target_name(path, peft.get("target_modules")), {})[path] = (len(B), A.shape[1])
+    shapes = {}  # {target: {path: (out, in)}}, in the order of the layers
+    for path in sorted(matrices, key=lambda path: split_path(path)[1]):
+        A, B = matrices[path].get("A"), matrices[path].get("B")
+        if A is None or B is None or len(A) != config.r or B.shape[1] != config.r:
+            raise UserError(f"{folder}: {path} has no A and B of rank {config.r}")
+        name = target_name(path, peft.get("target_modules"))
+        shapes.setdefault(name, {})[path] = (len(B), A.shape[1])
     adapter = {}
     for name in shapes:
-        by_layer = dict(sorted(shapes[name].items(), key=lambda item: split_path(item[0])[1]))
-        target = config.targets[name] = one_target(name, by_layer)
+        target = config.targets[name] = one_target(name, shapes[name])
         A = torch.stack([matrices[path]["A"] for path in target.paths()])  # [L, r, in]
         B = torch.stack([matrices[path]["B"] for path in target.paths()])  # [L, out, r]
         adapter[name] = (A, B)
+    if not adapter:
+        raise UserError(f"{folder} holds an adapter without tensors")
     config.n_layers = 1 + max(config.adapted_layers())
     return adapter, config
 

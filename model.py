@@ -3,32 +3,124 @@
 The base model is a preset, a Hugging Face id or a folder; the text encoder "hash", "base", an id or a folder.
 """
 
+import os
 import re
+import sys
 import zlib
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
+from huggingface_hub import snapshot_download  # comes with transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 import lora
-from support import processes
-from support.files import UserError
-from support.hub import from_pretrained, load_weights
-from support.processes import Process, default_dtype
-from support.templates import PLAIN_TEMPLATE, around_answer, check_known, fill_template, takes_system_message
-from support.text_models import TransformerEncoder, text_width
+from support import UserError, read_json
 
-# -------------------- The base model --------------------
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+# -------------------- Which base model --------------------
+
+GTE = "Alibaba-NLP/gte-large-en-v1.5"
+PRESETS = {  # name: (base model, text encoder)
+    "tiny": (lora.TINY, "hash"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"),
+    "gemma-2-2b": ("google/gemma-2-2b-it", GTE),
+    "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", GTE),
+    "mistral-7b": ("mistralai/Mistral-7B-Instruct-v0.2", GTE),
+}
+
+
+def source_of(base_model: str) -> str:
+    """Where a base model comes from: a Hugging Face id or a folder."""
+    return PRESETS[base_model][0] if base_model in PRESETS else base_model
+
+
+def full_name(base_model: str) -> str:
+    """The name that config files record: a preset's Hugging Face id, "tiny", an id or a folder."""
+    source = source_of(base_model)
+    return "tiny" if source == lora.TINY else source
+
+
+def preset_of(base_model: str) -> str:
+    """The preset with this name or Hugging Face id; "" if there is none."""
+    for preset in PRESETS:
+        if full_name(preset).lower() == full_name(base_model).lower():
+            return preset
+    return ""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only be one on the Hugging Face hub: USER/REPO, perhaps followed by folders."""
+    first = name.split("/")[0]  # USER, unless it is a folder here
+    return "/" in name and first not in ("", ".", "..", "~") and not Path(first).is_dir()
+
+
+def check_base(name: str, shape: list[int], trained_for: str, trained_shape: list[int]) -> None:
+    """Raise UserError if what was trained for one base model is to be used with another.
+
+    A shape is [layers, hidden size, vocabulary], [] if it is not known. Two hub ids are compared by name.
+    Folders may be anywhere, so they are compared by shape.
+    """
+    ours, theirs = full_name(name), full_name(trained_for)
+    if is_hub_id(ours) and is_hub_id(theirs):
+        same = ours.lower() == theirs.lower()
+    else:
+        same = ours == theirs or not trained_shape or trained_shape == shape
+    if not same:
+        message = f"what was trained for {trained_for} cannot be used with {name}"
+        raise UserError(f"{message} (layers, hidden size, vocabulary: {trained_shape} and {shape})")
+
+
+def fetch(name: str, files: list[str]) -> Path:
+    """A folder: `name` itself, or these files of USER/REPO or USER/REPO/SUB/FOLDER on the hub."""
+    if not is_hub_id(name):
+        return Path(name)
+    user, repo, *subfolders = name.strip("/").split("/")
+    patterns = ["/".join([*subfolders, file]) for file in files]
+    return Path(snapshot_download(f"{user}/{repo}", allow_patterns=patterns), *subfolders)
+
+
+# -------------------- Loading it --------------------
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device that --device names; a GPU becomes the current one, under torchrun that of the process."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+        # cuDNN's attention would plan anew for every length of a batch
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def default_dtype(device: str | torch.device) -> torch.dtype:
+    """float32 on a CPU and on GPUs that only emulate bfloat16 (before Ampere), otherwise bfloat16."""
+    kind = torch.device(device).type
+    if kind == "cpu" or (kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)):
+        return torch.float32
+    return torch.bfloat16
 
 
 def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     """(base model, tokenizer): frozen, in eval mode. dtype None is that of `default_dtype`."""
-    tokenizer = load_tokenizer(name)
-    base = load_weights(AutoModelForCausalLM, name, dtype=dtype or default_dtype(device))
+    if Path(name, "adapter_config.json").exists():
+        raise UserError(f"--base_model {name} is an adapter, not a model")
+    tokenizer, dtype = load_tokenizer(name), dtype or default_dtype(device)
+    base = load_weights(AutoModelForCausalLM, source_of(name), dtype=dtype)
     ends = end_tokens(base, tokenizer)
     base.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id)
     if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
@@ -36,9 +128,58 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     return base.to(device).requires_grad_(False).eval(), tokenizer
 
 
+def load_weights(loader, source: str, **settings) -> nn.Module:
+    """A model with its weights. Raises UserError if some are missing: they would be random."""
+    network, report = loader.from_pretrained(source, output_loading_info=True, **settings)
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # poolers are not used
+    if missing:
+        raise UserError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}")
+    return network
+
+
+def load_shapes(name: str) -> nn.Module:
+    """The base model without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(source_of(name)))
+
+
+def load_sharded(name: str, device, dtype: torch.dtype, target_modules: list[str], dropout: float):
+    """(base model with LoRA layers, tokenizer), for a base model that is larger than one GPU (FSDP2).
+
+    Each process holds its part of the parameters of every decoder layer, and a layer is gathered only while
+    it computes. Embeddings and head stay whole. All processes must run the model equally often.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # imported here, because that takes a second
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for turn in range(dist.get_world_size()):  # in turn, so that host memory holds the whole model only once
+        if turn == dist.get_rank():
+            base, tokenizer = load_base(name, "cpu", dtype)
+            lora.inject(base, target_modules, dropout)
+            for layer in decoder_layers(base):
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            # one root for all layers: they share its streams, and so the memory in which layers are gathered
+            whole = {p for p in base.get_decoder().parameters() if not isinstance(p, DTensor)}
+            fully_shard(base.get_decoder(), mesh=mesh, ignored_params=whole)
+            base.to(device)
+        dist.barrier()
+    with torch.no_grad():  # the first pass through all layers makes the decoder their root
+        base(torch.zeros(1, 1, dtype=torch.long, device=device))
+    return base, tokenizer
+
+
+PLAIN_TEMPLATE = (  # for a base model without a chat template: "input -> answer<eos>", one per line
+    "{% for m in messages if m.content or m.role != 'system' %}"
+    "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}\n{% else %}{{ m.content }} ->{% endif %}"
+    "{% endfor %}"
+)
+
+
 def load_tokenizer(name: str):
     """The tokenizer of a base model; it has a chat template, and mostly a token for padding."""
-    tokenizer = from_pretrained(AutoTokenizer, name)
+    tokenizer = AutoTokenizer.from_pretrained(source_of(name))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -51,22 +192,33 @@ def end_tokens(base: nn.Module, tokenizer) -> list[int]:
     """The tokens that end an answer: the model's own, and the one that the chat template writes there."""
     own = base.generation_config.eos_token_id
     ends = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
-    after_answer = tokenize(tokenizer, around_answer(tokenizer)[1])[:1]
-    ends = ends + [token for token in after_answer if token in tokenizer.all_special_ids]
+    mark = tokenize(tokenizer, around_answer(tokenizer)[1])[-1:]
+    ends = ends + [token for token in mark if token in tokenizer.added_tokens_decoder]
     return [token for token in dict.fromkeys(ends) if token is not None]
 
 
-def load_sharded(name: str, process: Process, dtype: torch.dtype, target_modules: list[str], dropout: float):
-    """(base model with LoRA layers, tokenizer), with the decoder's layers spread over the processes."""
-    mesh = processes.make_mesh(process)
-    with processes.in_turn(process):  # so that host memory holds the whole model only once
-        base, tokenizer = load_base(name, "cpu", dtype)
-        lora.inject(base, target_modules, dropout)
-        processes.shard_layers(base.get_decoder(), decoder_layers(base), mesh)
-        base.to(process.device)
-    with torch.no_grad():  # the first pass through all layers makes the decoder their root
-        base(torch.zeros(1, 1, dtype=torch.long, device=process.device))
-    return base, tokenizer
+def window_of(base: nn.Module) -> int:
+    """How many tokens the base model can read."""
+    n = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    return n or 10**9  # some models have no limit
+
+
+def decoder_layers(base: nn.Module) -> nn.ModuleList:
+    """The decoder's layers. Raises UserError for models that call them otherwise."""
+    layers = getattr(base.get_decoder(), "layers", None)
+    if layers is None:
+        features = "Doc-to-LoRA, --gradient_checkpointing and --shard"
+        raise UserError(f"{features} need a decoder with `layers`")
+    return layers
+
+
+def recompute_layers(base: nn.Module) -> None:
+    """Keep only the input of each decoder layer, and compute the layer again in the backward pass."""
+    for layer in decoder_layers(base):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+# -------------------- A prompt: its messages, their text, the token ids --------------------
 
 
 def instruct(description: str) -> str:
@@ -90,22 +242,67 @@ def chat(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str
     return messages
 
 
+# some templates print the date; fix it, so that training and use agree (the default of Llama 3.1)
+DAY = "26 Jul 2024"
+FIXED_DAY = "{%- macro strftime_now(format) %}" + DAY + "{%- endmacro +%}"
+
+
+def fill_template(tokenizer, messages: list[dict], **settings) -> str:
+    """The text that the chat template makes of messages."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = FIXED_DAY + template
+    settings |= dict(chat_template=template, date_string=DAY, enable_thinking=False, tokenize=False)
+    return tokenizer.apply_chat_template(messages, **settings)
+
+
+def asked_and_answered(tokenizer, messages: list[dict]) -> tuple[str, str]:
+    """(the prompt, what the template writes after it for the answer "<<>>"); ("", "") if it is no prefix."""
+    try:
+        prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
+        whole = fill_template(tokenizer, [*messages, {"role": "assistant", "content": "<<>>"}])
+    except Exception:  # templates raise arbitrary exceptions
+        return "", ""
+    return (prompt, whole.removeprefix(prompt)) if whole.startswith(prompt) else ("", "")
+
+
+@cache
+def takes_system_message(tokenizer) -> bool:
+    """Gemma's template refuses a system message; Mistral's v0.3 moves it into the last user turn."""
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "x"}]
+    return asked_and_answered(tokenizer, messages) != ("", "")
+
+
+@cache
+def around_answer(tokenizer) -> tuple[str, str, str]:
+    """What the template writes before an answer (gpt-oss: its channel), the end mark, and what follows it.
+
+    Phi-3 writes "<|end|>" and then "\\n<|endoftext|>", which is not part of the answer.
+    """
+    _, written = asked_and_answered(tokenizer, [{"role": "user", "content": "x"}])
+    before, _, after = written.partition("<<>>")
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = [after.index(mark) + len(mark) for mark in special if mark in after]
+    end = min(ends, default=len(after.rstrip("\n")))
+    return before.rstrip(), after[:end], after[end:]
+
+
 def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
     """The prompt as text; with `answer` the text that the model has to write after it, up to the end mark."""
-    prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
-    prompt += around_answer(tokenizer)[0]
+    before, _, rest = around_answer(tokenizer)
+    prompt = fill_template(tokenizer, messages, add_generation_prompt=True) + before
     if answer is None:
         return prompt
     whole = fill_template(tokenizer, [*messages, {"role": "assistant", "content": answer}])
     if not whole.startswith(prompt):
         raise UserError("the chat template of this base model does not put answers where it asks for them")
-    return whole.removeprefix(prompt).rstrip("\n")
+    return whole.removeprefix(prompt).removesuffix(rest)
 
 
 def around_document(tokenizer) -> tuple[str, str]:
     """The text before and after a document: a user turn, as published after an empty system message.
 
-    If the template refuses system messages, the published one writes the empty system text and a blank line
+    If the template takes no system message, the published one writes the empty system text and a blank line
     into the user turn.
     """
     before, after = render(tokenizer, chat(tokenizer, "<<>>")).split("<<>>")
@@ -115,6 +312,21 @@ def around_document(tokenizer) -> tuple[str, str]:
 def tokenize(tokenizer, text: str) -> list[int]:
     """Token ids of a rendered text, which has its special tokens from the template."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@lru_cache(2**14)  # rendering a chat template takes a millisecond
+def example_ids(tokenizer, question: str, answer: str, instruction: str = "") -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of its answer, up to the end mark.
+
+    They are tokenized together, if the prompt's tokens stay the same: tokenized alone, the answer may begin
+    with a different token from the one that the model generates.
+    """
+    messages = chat(tokenizer, question, instruction)
+    prompt, target = render(tokenizer, messages), render(tokenizer, messages, answer)
+    prompt_ids, whole = tokenize(tokenizer, prompt), tokenize(tokenizer, prompt + target)
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return prompt_ids, whole[len(prompt_ids) :]
+    return prompt_ids, tokenize(tokenizer, target)
 
 
 def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
@@ -127,23 +339,48 @@ def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
     return torch.tensor(padded)
 
 
-@torch.no_grad()
-def answer(base: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
-    """Greedy answers to rendered prompts, in one batch, with the adapters in use, spaces included.
+def check_known(tokenizer, texts: list[str]) -> None:
+    """Raise UserError for words that the tokenizer has no token for (the tiny one knows few)."""
+    if tokenizer.unk_token_id is None:
+        return
+    words = sorted({word for text in texts for word in text.split()})
+    if tokenizer.unk_token_id not in tokenize(tokenizer, " ".join(words)):
+        return
+    unknown = [word for word in words if tokenizer.unk_token_id in tokenize(tokenizer, word)]
+    if unknown:
+        some = ", ".join(unknown[:20]) + (", ..." if len(unknown) > 20 else "")
+        known = ", ".join(tokenizer.convert_ids_to_tokens(range(20, 120, 20)))
+        message = f"the base model has no token for {some}; it knows words such as {known}"
+        raise UserError(f"{message} (all those of the tiny one: tasks/tiny.json)")
 
-    Some tokenizers drop the first space of a text, so prompt and answer are decoded together.
+
+# -------------------- Running the base model, with the adapters in use --------------------
+
+
+@torch.no_grad()
+def answer(base: nn.Module, tokenizer, prompts: list[str], most: int | list[int] = 64):
+    """Greedy answers to rendered prompts, in one batch: (texts, whether the model ended each one itself).
+
+    `most` is how many tokens an answer may have, with the end mark; a list has a number for each.
     """
-    sequences = [tokenize(tokenizer, p) for p in prompts]
+    limits = most if isinstance(most, list) else [most] * len(prompts)
+    sequences = [tokenize(tokenizer, prompt) for prompt in prompts]
     ids = pad(sequences, tokenizer.pad_token_id or 0, left=True).to(base.device)  # [n, T]
     mask = pad([[1] * len(sequence) for sequence in sequences], 0, left=True).to(base.device)
-    out = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
-    before = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    whole = tokenizer.batch_decode(out, skip_special_tokens=True)
-    return [text[len(start) :] for start, text in zip(before, whole)]
+    out = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False)
+    ends, texts, ended = set(base.generation_config.eos_token_id or []), [], []
+    for prompt_ids, row, limit in zip(ids.tolist(), out[:, ids.shape[1] :].tolist(), limits):
+        row = row[:limit]
+        ended.append(not ends.isdisjoint(row))
+        # some tokenizers drop the first space of a text, so prompt and answer are decoded together
+        before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+        whole = tokenizer.decode(prompt_ids + row, skip_special_tokens=True)
+        texts.append(whole[len(before) :])
+    return texts, ended
 
 
 def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):
-    """Run the base model, with the adapters in use, on n examples (ids of prompt and answer).
+    """Run the base model on n examples (ids of prompt and answer).
 
     Returns, for all answer tokens: logits [tokens, vocabulary], the index of their example [tokens], and the
     labels, which are the right tokens [tokens]. With neftune_alpha there is noise on the input embeddings.
@@ -165,20 +402,11 @@ def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], 
 
 
 def add_noise(alpha: float, embeddings: nn.Module, _, x: Tensor) -> Tensor:
-    """NEFTune (arXiv 2310.05914): uniform noise, whose expected norm does not depend on T, d. x [n, T, d]"""
+    """NEFTune (arXiv 2310.05914): uniform noise whose norm does not grow with T and d. x [n, T, d]"""
     if not alpha:
         return x
     noise = torch.empty_like(x).uniform_(-1, 1) * alpha / (x.shape[1] * x.shape[2]) ** 0.5
     return x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's embeddings are multiplied by it
-
-
-def decoder_layers(base: nn.Module) -> nn.ModuleList:
-    """The decoder's layers. Raises UserError for models that call them otherwise."""
-    layers = getattr(base.get_decoder(), "layers", None)
-    if layers is None:
-        features = "Doc-to-LoRA, --gradient_checkpointing and --shard"
-        raise UserError(f"{features} need a decoder with `layers`")
-    return layers
 
 
 @torch.no_grad()
@@ -207,62 +435,38 @@ def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor | None, early
     return last if early_exit else torch.stack([*inputs, last], 1)
 
 
-def recompute_layers(base: nn.Module) -> None:
-    """Keep only the input of each decoder layer, and compute the layer again in the backward pass."""
-    for layer in decoder_layers(base):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
 # -------------------- The text encoder: n descriptions -> [n, E] --------------------
+
+
+def load_encoder(
+    name: str, device="cpu", base=None, tokenizer=None, full_stop=False
+) -> Callable[[list[str]], Tensor]:
+    """The text encoder of this name: "hash", "base" (the base model), a hub id or a folder.
+
+    It is a function: n descriptions -> [n, E], in float32. With `full_stop`, descriptions that end in a
+    letter get one, as published (not with "hash").
+    """
+    if name == "hash":
+        return lambda texts: hash_encoder(texts).to(device)
+    encode = partial(base_encoder, base, tokenizer) if name == "base" else TransformerEncoder(name, device)
+
+    @lru_cache(2**13)  # frozen: each text is read once, and alone, so that nothing depends on its batch
+    @torch.no_grad()
+    def encode_one(text: str) -> Tensor:
+        with torch.autocast(torch.device(device).type, enabled=False):
+            return encode([f"{text}." if full_stop and text[-1:].isalpha() else text])[0]
+
+    return lambda texts: torch.stack([encode_one(text.strip()) for text in texts])
 
 
 def encoder_width(name: str, base: nn.Module) -> int:
     """E of a text encoder; only its config is read."""
     if name == "hash":
         return HASH_WIDTH
-    return base.config.get_text_config().hidden_size if name == "base" else text_width(name)
-
-
-def load_encoder(name: str, device="cpu", base=None, tokenizer=None, full_stop=False) -> "TextEncoder":
-    """The text encoder of this name: "hash", "base" (the base model), a hub id or a folder."""
-    width = encoder_width(name, base)
-    if name == "hash":
-        embed = hash_encoder
-    elif name == "base":
-        embed = partial(base_encoder, base, tokenizer)
-    else:
-        embed = TransformerEncoder(name, device)
-    return TextEncoder(name, embed, width, device, full_stop)
-
-
-CACHED_NUMBERS = 2**24  # 64 MB of embeddings
-
-
-class TextEncoder:
-    """A callable: list of n descriptions -> [n, E], in float32.
-
-    With `full_stop`, descriptions that end in a letter get a full stop, as published (not with "hash").
-    """
-
-    def __init__(self, name: str, embed, width: int, device, full_stop: bool):
-        self.name, self.embed, self.device, self.full_stop = name, embed, torch.device(device), full_stop
-        self.embed_once = lru_cache(CACHED_NUMBERS // width)(lambda text: embed([text])[0])
-
-    @torch.no_grad()
-    def __call__(self, texts: list[str]) -> Tensor:
-        texts = self.prepare(texts)
-        if self.name == "hash":  # fast, and its long vectors would fill the memory
-            return self.embed(texts).to(self.device)
-        # frozen: each text is read once, and alone, so that its embedding does not depend on the batch
-        with torch.autocast(self.device.type, enabled=False):
-            return torch.stack([self.embed_once(text) for text in texts])
-
-    def prepare(self, texts: list[str]) -> list[str]:
-        """Texts as they are read."""
-        texts = [text.strip() for text in texts]
-        if self.full_stop and self.name != "hash":
-            texts = [f"{text}." if text[-1].isalpha() else text for text in texts]
-        return texts
+    if name == "base":
+        return base.config.get_text_config().hidden_size
+    fields, _ = PretrainedConfig.get_config_dict(name)
+    return fields.get("hidden_size") or fields["d_model"]  # T5
 
 
 FUNCTION_WORDS = """a an the of to in on at by for from with or but is are was were be been it its this that
@@ -299,3 +503,79 @@ def base_encoder(base: nn.Module, tokenizer, texts: list[str]) -> Tensor:
     h = base.base_model(input_ids=ids).last_hidden_state.float()  # [n, T, E]
     last = torch.tensor([len(sequence) - 1 for sequence in sequences])
     return F.normalize(h[torch.arange(len(texts)), last], dim=-1)
+
+
+class TransformerEncoder:
+    """A text encoder of the hub, pooled as its own 1_Pooling/config.json says: mean, CLS or last token."""
+
+    def __init__(self, name: str, device="cpu"):
+        self.tokenizer, self.pooling = AutoTokenizer.from_pretrained(name), read_pooling(name)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
+        self.model = load_text_model(name).to(device).requires_grad_(False).eval()
+        self.max_length = min(8192, longest_text(self.model))  # tokens
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        settings = dict(padding=True, padding_side="right", truncation=True, max_length=self.max_length)
+        batch = self.tokenizer(texts, return_tensors="pt", **settings).to(self.model.device)
+        if batch["input_ids"].shape[1] == self.max_length:
+            print(f"note: the text encoder reads {self.max_length} tokens of a description", file=sys.stderr)
+        h = self.model(**batch).last_hidden_state.float()  # [n, T, E]
+        mask = batch["attention_mask"]  # [n, T]
+        if self.pooling == "cls":
+            h = h[:, 0]
+        elif self.pooling == "lasttoken":
+            h = h[torch.arange(len(h)), mask.sum(1) - 1]
+        else:
+            h = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return F.normalize(h, dim=-1)  # [n, E]
+
+
+def read_pooling(name: str) -> str:
+    """cls, lasttoken or mean, in the old or the new format of sentence-transformers; mean without a file."""
+    file = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
+    fields = read_json(file) if file else {}
+    modes = [fields["pooling_mode"]] if "pooling_mode" in fields else []  # "cls"
+    for key, active in fields.items():
+        if key.startswith("pooling_mode_") and active:  # "pooling_mode_cls_token": true
+            modes.append(key.removeprefix("pooling_mode_").removesuffix("s").removesuffix("_token"))
+    mode, *others = modes or ["mean"]
+    if others or mode not in ("mean", "cls", "lasttoken"):
+        raise UserError(f"--encoder {name}: pooling by {', '.join(map(str, modes))} is not implemented")
+    return mode
+
+
+def load_text_model(name: str) -> nn.Module:
+    """The network of a text encoder in float32; that of gte-*-v1.5 without the code of its repository."""
+    fields, _ = PretrainedConfig.get_config_dict(name)
+    if fields.get("model_type") == "new":
+        if not hasattr(transformers, "GteModel"):
+            raise UserError(f"{name} needs transformers 5.18 or newer")
+        config = gte_config(fields)
+        return load_weights(transformers.GteModel, name, config=config, dtype=torch.float32)
+    config = transformers.AutoConfig.from_pretrained(name)
+    of_encoder = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # of T5 only its encoder
+    loader = transformers.AutoModelForTextEncoding if of_encoder else transformers.AutoModel
+    return load_weights(loader, name, dtype=torch.float32)
+
+
+def longest_text(text_model: nn.Module) -> int:
+    """How many tokens a text encoder has positions for."""
+    n_positions = getattr(text_model.config, "max_position_embeddings", 0)
+    if n_positions <= 0:  # no limit: T5, XLNet
+        return 8192
+    table = getattr(getattr(text_model, "embeddings", None), "position_embeddings", None)
+    unused = getattr(table, "padding_idx", None)  # RoBERTa-style models start positions at padding_idx + 1
+    return n_positions if unused is None else n_positions - unused - 1
+
+
+def gte_config(config: dict):
+    """The config of gte-*-v1.5 for transformers' implementation of it."""
+    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    if config.get("rope_scaling"):  # NTK scaling by k: theta * k, and all frequencies by k^(-2 / head size)
+        k = config["rope_scaling"]["factor"]
+        head_size = config["hidden_size"] // config["num_attention_heads"]
+        rope = {"rope_type": "linear", "factor": k ** (2 / head_size), "rope_theta": config["rope_theta"] * k}
+    replaced = ("auto_map", "rope_scaling", "rope_theta", "model_type")
+    kept = {key: value for key, value in config.items() if key not in replaced}
+    return transformers.GteConfig(**kept, rope_parameters=rope)

@@ -8,7 +8,6 @@ T2L_BASE and T2L_ENCODER name their folders.
 import ast
 import math
 import re
-import sys
 import types
 
 import pytest
@@ -25,34 +24,13 @@ import lora
 import model
 import train
 from data import Example
-from support import processes
-from support.files import read_file, write_file
-from tasks import checks, chores, load_tasks
+from support import read_json, write_file
+from tasks import chores, load_tasks
 from tests.helpers import D2L, HERE, LORA, NAMES, SAY, SHORT, TINY, close, command, config_for
 from tests.helpers import evaluate, fit, gradients, logits_of, one_layer, random_adapter
 from tests.helpers import refused, repeated, run_of, small_config, tiny_llama
 
-# -------------------- The rooms --------------------
-BELOW = {"support": set(), "lora": {"support"}}  # what each may import of the project
-BELOW["model"] = BELOW["lora"] | {"lora"}
-BELOW["hypernet"] = BELOW["data"] = BELOW["model"] | {"model"}
-BELOW["tasks"] = BELOW["data"] | {"data"}
-BELOW["train"] = BELOW["generate"] = BELOW["tasks"] | {"hypernet", "tasks"}
-BELOW["eval"] = BELOW["generate"] | {"generate"}
-BELOW["extras"] = BELOW["pictures"] = BELOW["eval"] | {"eval", "train"}
-
-
-def test_imports_go_one_way():
-    """Each file imports only what stands below it, and files of its own folder; inside functions, too."""
-    for file in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
-        room = file.relative_to(HERE).parts[0].removesuffix(".py")
-        if room.startswith("test"):
-            continue
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            used = {name.split(".")[0] for name in names} & set(BELOW)
-            assert used <= BELOW[room] | {room}, f"{file} imports {used - BELOW[room]}"
+# -------------------- The adapter --------------------
 
 
 def test_injected_layer_is_the_equation_and_so_are_its_gradients():
@@ -94,6 +72,9 @@ def test_a_layer_that_gets_the_tokens_of_some_experts_is_refused():
         refused("tokens without their example", holder["layers"][0]["q_proj"], torch.randn(7, 4))
 
 
+# -------------------- Text-to-LoRA --------------------
+
+
 @pytest.mark.parametrize("size", hypernet.SIZES)
 def test_sft_starts_as_a_fresh_lora_and_learns(size):
     net = hypernet.TextToLoRA(small_config(size))
@@ -108,10 +89,11 @@ def test_sft_starts_as_a_fresh_lora_and_learns(size):
 
 def test_an_offset_is_trained_with_what_is_written():
     """All descriptions share it and contribute to its gradient."""
-    net = hypernet.TextToLoRA(small_config("large", offset_lr=1.0)).eval()
+    net = hypernet.TextToLoRA(small_config("large")).eval()
     net.start_as_lora()
     A, B = net.write(torch.randn(2, 7))["v_proj"]
-    assert torch.equal(A[0], net.offset["v_proj_A"]) and torch.equal(A[1], A[0])
+    close(A[0], net.offset["v_proj_A"])
+    assert torch.equal(A[1], A[0])
     (A.sum() + 3 * B.sum()).backward()
     assert (net.offset["v_proj_A"].grad == 2).all() and (net.offset["v_proj_B"].grad == 6).all()
 
@@ -124,13 +106,14 @@ def test_the_papers_sizes(size):
     gemma = [[137_706_752, 137_645_312], [87_353_600, 87_316_736], [21_266_176, 21_261_568]][i]
 
     def trained(net) -> int:
-        return sum(p.numel() for p in net.parameters())
+        """Without the offset, which is not published."""
+        return sum(p.numel() for name, p in net.named_parameters() if not name.startswith(("offset", "std")))
 
     def counts(L: int, d: int, q: int, v: int, latent: int, head_in: int) -> list[int]:
         targets = {name: lora.Target("", list(range(L)), d, n) for name, n in (("q_proj", q), ("v_proj", v))}
         sizes = dict(n_layers=L, r=8, input_size=1024, latent_size=latent, head_in_size=head_in)
         with torch.device("meta"):
-            configs = [small_config(size, **sizes, targets=targets, z_score=z) for z in (False, True)]
+            configs = [small_config(size, **sizes, targets=targets, recon_loss=z) for z in ("", "z_score")]
             nets = [hypernet.TextToLoRA(config) for config in configs]
         return list(map(trained, nets))
 
@@ -147,8 +130,12 @@ def test_hypernet_files(tmp_path, size):
     again, emb = hypernet.load_hypernet(tmp_path), torch.randn(2, 7)
     assert again.config == net.config and not again.training
     assert all(torch.equal(a, b) for k in NAMES for a, b in zip(net.write(emb)[k], again.write(emb)[k]))
-    write_file(tmp_path / "config.json", read_file(tmp_path / "config.json") | {"latent_size": 32})
-    refused("do not match their settings", hypernet.load_hypernet, tmp_path)
+    write_file(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"latent_size": 32})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        hypernet.load_hypernet(tmp_path)
+
+
+# -------------------- Prompts and answers --------------------
 
 
 def test_a_batch_of_answers_is_that_of_each_prompt_alone():
@@ -158,8 +145,14 @@ def test_a_batch_of_answers_is_that_of_each_prompt_alone():
     prompts = [model.render(tokenizer, chat) for chat in chats]
     assert prompts[1] == "cat red -> cat<eos>\nwolf silver ->"
     assert model.render(tokenizer, model.chat(tokenizer, "cat"), "") == " <eos>"
-    alone = [model.answer(base, tokenizer, [text], 5)[0] for text in prompts]
-    assert model.answer(base, tokenizer, prompts, 5) == alone
+    alone = [model.answer(base, tokenizer, [text], 5) for text in prompts]
+    texts, ended = model.answer(base, tokenizer, prompts, 5)
+    assert alone == [([text], [has_ended]) for text, has_ended in zip(texts, ended)]
+    _, cut = model.answer(base, tokenizer, prompts, [1, 5, 5])  # each has its own limit
+    assert cut == [False, *ended[1:]] and all(ended)
+
+
+# -------------------- Tasks, and the examples of a step --------------------
 
 
 def test_a_folder_of_task_files(tmp_path):
@@ -181,42 +174,44 @@ def test_what_a_step_draws():
     args = types.SimpleNamespace(seed=0, tasks_per_batch=3, examples_per_task=2, max_steps=50)
     args.short_first = False
     tasks[0].weight = 9
-    often = [item.index for step in range(50) for item in data.draw(tasks, step, args)]
+    often = [item.index for step in range(50) for item in data.draw(tasks, step, args, None)]
     assert 80 < often.count(0) < 120  # of 150: nine of fourteen
     tasks[0].weight = 1
-    drawn = [item for step in range(50) for item in data.draw(tasks, step, args)]
+    drawn = [item for step in range(50) for item in data.draw(tasks, step, args, None)]
     assert {item.index for item in drawn} == set(range(6)) and len({item.description for item in drawn}) > 50
-    again = data.draw(tasks, 7, args)
-    assert again == data.draw(tasks, 7, args) != data.draw(tasks, 8, args)
+    again = data.draw(tasks, 7, args, None)
+    assert again == data.draw(tasks, 7, args, None) != data.draw(tasks, 8, args, None)
     args.seed = 1
-    assert again != data.draw(tasks, 7, args)
-    args.short_first = True
-    assert {item.index for item in data.draw(tasks, 0, args)} == {0}
-    assert len({item.index for step in range(40, 50) for item in data.draw(tasks, step, args)}) == 6
+    assert again != data.draw(tasks, 7, args, None)
+    for args.tasks_per_batch in (0, 6, 128):  # all of them, once
+        assert sorted(item.index for item in data.draw(tasks, 7, args, None)) == list(range(6))
+    args.short_first, args.tasks_per_batch = True, 3
+    assert {item.index for item in data.draw(tasks, 0, args, None)} == {0}
+    assert len({item.index for step in range(40, 50) for item in data.draw(tasks, step, args, None)}) == 6
     few, more, every = (data.pick({"train": list(range(20))}, "train", n) for n in (3, 9, 0))
     assert few == more[:3] == every[:3]
 
 
-def test_too_long_examples_and_tasks_are_left_out(capsys):
+def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsys):
     run = run_of(*SHORT)
-    short, long = Example("cat", ["red"]), Example(repeated("cat dog cow sun ", 9), ["red"])
-    mixed, too_long = data.Task("mixed", ["x"], [long, short], []), data.Task("long", ["x"], [long], [])
-    run.args.max_tokens = 12
+    tokenizer, args, short = run.tokenizer, run.args, Example("cat", ["red"])
+    long = Example(repeated("cat dog cow sun ", 9), ["red"])
+    mixed, too_long = data.Task("mixed", ["x"], [long] * 9 + [short], []), data.Task("long", ["x"], [long], [])
+    args.max_tokens = 12
     capsys.readouterr()
-    checks.check(run.tokenizer, [mixed, too_long], [], run.args, True)
+    tasks = data.check([mixed, too_long], [], args, tokenizer)
     assert capsys.readouterr().out == "1 of 2 tasks are left out: too long for --max_tokens 12\n"
-    refused("no example has at most", checks.check, run.tokenizer, [too_long], [], run.args, True)
-    run.tasks = [mixed, too_long]
-    drawn = [data.DrawnTask(0, "x", [long, short]), data.DrawnTask(1, "x", [long])]
-    batch = data.make_batch(run.tokenizer, run.tasks, drawn, run.args)
-    assert batch.tasks == drawn[:1] and len(batch.examples) == 1 and batch.example_fraction == 1
-    batch = data.make_batch(run.tokenizer, run.tasks, drawn[1:], run.args)
-    assert len(batch.examples) == 1  # the shortest, if all are too long
+    assert tasks == [mixed]
+    for step in range(9):
+        (drawn,) = data.draw(tasks, step, args, tokenizer)
+        assert drawn.examples == [short, short]
+    refused("no example has at most", data.check, [too_long], [], args, tokenizer)
     endless = chores.LazyList(lambda i: Example("cat", ["red"]) if i < 99 else 1 / 0)
-    checks.check(run.tokenizer, [data.Task("endless", ["x"], endless, [])], [], run.args, True)
-    run.args.max_tokens, run.tokenizer.chat_template = 75, repeated("cat ", 80) + run.tokenizer.chat_template
+    data.check([data.Task("endless", ["x"], endless, [])], [], args, tokenizer)
+    args.max_tokens, tokenizer.chat_template = 75, repeated("cat ", 80) + tokenizer.chat_template
+    model.example_ids.cache_clear()
     other = data.Task("other", ["x"], [Example("dog", ["red"])], [])
-    refused("no example has at most", checks.check, run.tokenizer, [other], [], run.args, True)
+    refused("no example has at most", data.check, [other], [], args, tokenizer)
 
 
 def test_neftune_noise_has_the_published_size():
@@ -232,35 +227,15 @@ def test_neftune_noise_has_the_published_size():
         assert 0.98 * 5 / (25 * 32) ** 0.5 < noise <= 1.01 * 5 / (25 * 32) ** 0.5
 
 
-def test_parts_of_a_step_of_reconstruction_add_up(tmp_path):
-    config = config_for(model.load_base("tiny")[0], base_model="tiny")
-    tasks = data.pick(load_tasks("tiny"), "train", 3)
-    for task in tasks:
-        lora.save_adapter(tmp_path / task.name, random_adapter(config), config)
-    sys.argv = ["train.py", "@config/recon.args", "--oracles", str(tmp_path)]
-    sys.argv += ["--input_dropout", "0", "--out_dir", "unused"]
-    run = train.prepare_recon(train.parse_args(), processes.Process(torch.device("cpu")))
-    drawn = [data.DrawnTask(i, task.descriptions[0], []) for i, task in enumerate(run.tasks)]
-
-    def part(rank: int, count: int):
-        run.process = processes.Process(torch.device("cpu"), rank, rank, count)
-        run.net.zero_grad()
-        losses = train.recon_step(run, run.net, drawn)
-        return [losses["recon"], *(p.grad.clone() for p in run.net.parameters())]
-
-    whole, parts = part(0, 1), [part(0, 2), part(1, 2)]
-    for total, first, second in zip(whole, *parts):
-        close(first + second, total, 1e-4, 1e-6)
-
-
 def test_z_scores_have_the_deviation_of_a_sample():
-    net = hypernet.TextToLoRA(small_config("large", z_score=True))
+    net = hypernet.TextToLoRA(small_config("large", recon_loss="z_score"))
     oracles = random_adapter(net.config, 5, r=4)
     net.start_at(*lora.statistics(oracles))
     for name, (A, B) in oracles.items():
         for key, values in ((f"{name}_A", A), (f"{name}_B", B)):
             close(net.offset[key], values.mean(0))
-            close(net.std[key].numpy(), values.numpy().std(0, ddof=1), 1e-4)
+            close(net.std[key], values.std(0), 1e-4)
+    assert not any(p.requires_grad for p in [*net.offset.values(), *net.std.values()])
 
 
 def test_text_encoders_compute_in_float32_in_training_validation_and_use(monkeypatch):
@@ -270,9 +245,10 @@ def test_text_encoders_compute_in_float32_in_training_validation_and_use(monkeyp
         seen.append(torch.is_autocast_enabled("cpu"))
         return model.hash_encoder(texts)
 
-    run.net.encoder = model.TextEncoder("some encoder", embed, model.HASH_WIDTH, "cpu", False)
+    monkeypatch.setattr(model, "TransformerEncoder", lambda *_: embed)
+    run.net.encoder = model.load_encoder("some encoder")
     train.validate(run)
-    train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args))
+    train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args, run.tokenizer))
     with torch.autocast("cpu", torch.bfloat16):
         generate.write_adapters(run.net, ["a text that is not cached"], run.base)
     assert seen and not any(seen)
@@ -287,13 +263,13 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
     run.args.l1 = run.args.l2 = 0.1
     for p in run.net.parameters():  # away from B = 0
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    drawn = data.draw(run.tasks, 0, run.args)
-    rows = data.make_batch(run.tokenizer, run.tasks, drawn, run.args).examples
+    drawn = data.draw(run.tasks, 0, run.args, run.tokenizer)
+    rows = data.tokenize(run.tokenizer, run.tasks, drawn, run.args)
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     assert lengths == sorted(lengths)
     written = run.net(train.inputs_of(run, drawn))
-    sizes = [train.weight_size(written, run.net.ranks, measure) for measure in (torch.abs, torch.square)]
-    with lora.use(run.base, train.adapters_of(written, rows), run.net.config.scaling):
+    sizes = [train.weight_size(written, measure) for measure in (torch.abs, torch.square)]
+    with lora.use(run.base, lora.select(written, [row.task for row in rows]), run.net.config.scaling):
         whole = train.task_loss(run, rows, None) + 0.1 * sum(sizes)
         expected = torch.autograd.grad(whole, list(run.net.parameters()))
     passes, layer = [], run.base.get_decoder().layers[0].mlp
@@ -320,11 +296,14 @@ def test_validation_measures_what_greedy_answers_give():
         chats = [model.chat(run.tokenizer, example.input) for example in task.test[:8]]
         prompts = [model.render(run.tokenizer, chat) for chat in chats]
         with lora.use(run.base.eval(), run.net.eval()(task.descriptions[:1]), run.net.config.scaling):
-            answers = model.answer(run.base, run.tokenizer, prompts)
-        hits += [task.metric(example, answer) for example, answer in zip(task.test, answers)]
+            answers, ended = model.answer(run.base, run.tokenizer, prompts)
+        hits += [task.is_right(*asked) for asked in zip(task.test, answers, ended)]
     assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
     run.args.micro_batch = 5
     assert train.validate(run) == pytest.approx(measured, rel=1e-5, abs=1e-5)
+
+
+# -------------------- Commands, end to end --------------------
 
 
 def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
@@ -337,7 +316,7 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     run.net.B["q_proj"].data[2] = 1
     train.save(run, tmp_path / "saved")
     assert lora.load_adapter(tmp_path / "saved" / tasks[2].name)[0]["q_proj"][1].min() == 1
-    train.sft_step(run, run.net, [data.DrawnTask(2, "", tasks[2].train[:1])])
+    train.sft_step(run, run.net, [data.Drawn(2, "", tasks[2].train[:1])])
     assert run.net.B["v_proj"].grad.flatten(1).any(1).tolist() == [False, False, True, False]
     fit(tmp_path / "mt", "@config/mt_lora.args", *"--n_tasks 4 --tasks_per_batch 4 --max_steps 3".split())
     A, B = lora.load_adapter(tmp_path / "mt")[0]["q_proj"]
@@ -358,10 +337,10 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     words += ["--split", "train", "--n_tasks", "4", "--n_examples", "2"]
     results = evaluate(tmp_path / "e.json", *words)
     assert set(results) == {"mt_lora", "oracle"}
-    bank = evaluation.Oracles(oracles, tasks, None, "cpu")
+    _, _, choose = evaluation.oracles(oracles, tasks, None, "cpu")
     order = [2, 0, 1]
-    questions = [evaluation.Question(tasks[i], None, "", "", []) for i in order]
-    for name, (_, B) in bank.adapters(None, questions).items():  # each question has the oracle of its task
+    questions = [types.SimpleNamespace(task=tasks[i]) for i in order]
+    for name, (_, B) in choose(None, questions).items():  # each question has the oracle of its task
         close(B, targets[name][1][order])
     other = tmp_path / "oracles" / tasks[0].name  # one of another scaling is refused
     config = lora.load_adapter(other)[1]
@@ -394,7 +373,7 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     prompts = [model.render(tokenizer, model.chat(tokenizer, text)) for text in inputs]
 
     def said() -> list[str]:
-        return [text.strip() for text in model.answer(base, tokenizer, prompts, 64)]
+        return [text.strip() for text in model.answer(base, tokenizer, prompts)[0]]
 
     assert re.findall(r"base model    (.*)", shown) == 2 * said()
     for i in range(2):
@@ -402,7 +381,7 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
         with lora.use(base, adapter, config.scaling):
             assert said() == answers[2 * i : 2 * i + 2]
     assert answers[:2] == ["chat chien", "ours loup"]
-    named = read_file(tmp_path / "two" / "0" / "adapter_config.json")["base_model_name_or_path"]
+    named = read_json(tmp_path / "two" / "0" / "adapter_config.json")["base_model_name_or_path"]
     assert named == str(TINY)  # where PEFT finds it
     words = ["--adapter", tmp_path / "two" / "0", "--input", inputs[0]]
     assert command(generate, *words) == 0 and "with adapter  chat chien" in capsys.readouterr().out
@@ -420,7 +399,7 @@ def shapes_in_readme() -> dict[str, list[int]]:
 
 def test_one_step_has_the_shapes_of_the_readme(monkeypatch):
     seen, run = {}, run_of()
-    drawn = data.draw(run.tasks, 0, run.args)
+    drawn = data.draw(run.tasks, 0, run.args, run.tokenizer)
     seen["tasks drawn, with a description each"] = [len(drawn)]
 
     def note(owner, function: str, *labels, result=lambda out: [out]):
@@ -457,3 +436,26 @@ def test_one_step_has_the_shapes_of_the_readme(monkeypatch):
     monkeypatch.setattr(torch.autograd, "backward", backward)
     train.sft_step(run, run.net, drawn)
     assert seen == shapes_in_readme()
+
+
+# -------------------- Imports go one way --------------------
+BELOW = {"support": set(), "lora": {"support"}}  # what each may import of the project
+BELOW["model"] = BELOW["lora"] | {"lora"}
+BELOW["hypernet"] = BELOW["data"] = BELOW["model"] | {"model"}
+BELOW["tasks"] = BELOW["data"] | {"data"}
+BELOW["train"] = BELOW["generate"] = BELOW["tasks"] | {"hypernet", "tasks"}
+BELOW["eval"] = BELOW["generate"] | {"generate"}
+BELOW["extras"] = BELOW["pictures"] = BELOW["eval"] | {"eval", "train"}
+
+
+def test_imports_go_one_way():
+    """Each file imports only what stands below it, and files of its own folder; inside functions, too."""
+    for file in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
+        room = file.relative_to(HERE).parts[0].removesuffix(".py")
+        if room.startswith("test"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            used = {name.split(".")[0] for name in names} & set(BELOW)
+            assert used <= BELOW[room] | {room}, f"{file} imports {used - BELOW[room]}"

@@ -2,7 +2,7 @@
 
     python train.py                                                     # SFT in the tiny world, one process
     torchrun --nproc_per_node=2 train.py                                # the same batches on two processes
-    python train.py @config/mistral-7b.args --help                      # the settings of a run, printed
+    python train.py @config/mistral-7b.args --out_dir out/mistral       # a file of flags
 
 --mode says what is trained, and by which loss:
 
@@ -10,24 +10,28 @@
     recon      a hypernetwork, to write the same adapters as the oracles (paper, section 3.1)
     sft        a hypernetwork, by the task loss through the frozen base model (paper, section 3.2)
 
-@FILEs stand first and hold flags, see config/. If a flag occurs twice, the last one counts.
+@FILEs hold flags, see config/. If a flag occurs twice, the last one counts.
 """
 
 import argparse
+import gc
+import json
 import math
 import os
 import random
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+import time
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -35,143 +39,186 @@ import hypernet
 import lora
 import model
 from lora import Adapter
-from support import flags, hub, processes, state
-from support.files import UserError, command, write_file
-from support.flags import setting
-from support.processes import Process
-from tasks import SOURCES, checks
+from support import UserError, command, say, write_file
+from tasks import SOURCES, load_tasks, summary
 
 # -------------------- Settings --------------------
-
-DTYPES = ("auto", "float32", "bfloat16")
-NETWORKS, THROUGH_BASE = "recon text document", "lora text document"  # kinds of runs
-
-
-@dataclass
-class Settings:
-    """The settings of a run: default (for the tiny world), meaning, and values that are allowed.
-
-    There are four kinds of runs: ordinary LoRAs (lora), reconstruction (recon), and SFT of a network that
-    reads descriptions (text) or documents (document). `kinds` are the kinds that use a setting, by default
-    all; others do not accept the flag.
-    """
-
-    # what is trained
-    mode: str = setting("sft", "what is trained, see above", choices=("lora", "recon", "sft"))
-    arch: str = setting("t2l", "the network, see hypernet.py", choices=hypernet.ARCHS, kinds=NETWORKS)
-    base_model: str = setting("tiny", f"{', '.join(hub.PRESETS)}, a hub id or a folder")
-    encoder: str = setting("preset", "preset's, hash, base, a hub id or a folder", kinds="recon text")
-    init_from: str = setting("", "start from the weights of this hypernetwork", kinds=NETWORKS)
-    multi_task: bool = setting(False, "one adapter for all tasks", kinds="lora")
-    oracles: str = setting("", "the folder that --mode lora wrote", kinds="recon")
-    # tasks
-    tasks: str = setting("tiny", f"{', '.join(SOURCES)}, or a folder of task files")
-    split: str = setting("train", "tasks to train on", choices=("train", "val", "test"))
-    n_tasks: int = setting(0, "use only so many of these tasks (0: all)")
-    instruction: bool = setting(False, "definition before the input", kinds="lora text")
-    # adapters
-    target_modules: str = setting("q_proj,v_proj", "linear layers, by the ends of paths", kinds=THROUGH_BASE)
-    rank: int = setting(8, "rank of an adapter; of each chunk", least=1, most=4096, kinds=THROUGH_BASE)
-    alpha: float = setting(16.0, "scaling is alpha / sqrt(rank)", least=1e-3, kinds=THROUGH_BASE)
-    dropout: float = setting(0.1, "dropout on the input of adapters, and in Text-to-LoRA's trunk", most=1)
-    # steps
-    max_steps: int = setting(1000, "training steps", least=1)
-    tasks_per_batch: int = setting(128, "tasks of a step, over all processes (0: all)")
-    examples_per_task: int = setting(1, "examples of each of these tasks", least=1, kinds=THROUGH_BASE)
-    micro_batch: int = setting(64, "examples at once, on each process", least=1, kinds=THROUGH_BASE)
-    max_tokens: int = setting(512, "longer examples are left out", least=1, kinds=THROUGH_BASE)
-    short_first: bool = setting(False, "short documents first, all from half-way on", kinds="document")
-    # optimizer: AdamW (betas 0.9, 0.999; eps 1e-8); gradients are clipped to length 1
-    lr: float = setting(3e-3, "highest learning rate")
-    warmup: float = setting(0.1, "fraction of the steps in which the learning rate rises", most=1)
-    schedule: str = setting("linear", "decay; late: in the last third", choices=("linear", "late", "cosine"))
-    weight_decay: float = setting(1e-2, "weight decay, not on scales, biases, norms and latents")
-    # loss
-    label_smoothing: float = setting(0.0, "label smoothing", most=1, kinds="lora text")
-    neftune_alpha: float = setting(0.0, "noise on the input embeddings (NEFTune)", kinds=THROUGH_BASE)
-    l1: float = setting(0.0, "weight of the mean absolute value of the A and B", kinds=THROUGH_BASE)
-    l2: float = setting(1e-3, "weight of the mean square of the A and B", kinds=THROUGH_BASE)
-    distill: int = setting(0, "learn the base model's top k tokens with the document", kinds="document")
-    recon_loss: str = setting("z_score", "of A and B, or B A", choices=("z_score", "delta_w"), kinds="recon")
-    # the run
-    seed: int = setting(0, "seed of all randomness")
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")
-    dtype: str = setting("auto", "auto: bfloat16 on a GPU, not for recon", choices=DTYPES)
-    gradient_checkpointing: bool = setting(False, "compute activations twice, for memory", kinds=THROUGH_BASE)
-    shard: bool = setting(False, "shard the base model over the processes", kinds=THROUGH_BASE)
-    val_every: int = setting(250, "steps between two validations, or saves of the state", least=1)
-    out_dir: str = setting("out/run", "a new folder")
+#
+# There are four kinds of runs: ordinary LoRAs ("lora"), reconstruction ("recon"), and SFT of a network that
+# reads "descriptions" or "documents". A flag is refused if the kind of run does not use it.
 
 
-MAY_CHANGE = [  # with --resume: length, learning rate, how the step is computed, where the run is
-    *("max_steps", "lr", "head_lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard"),
-    *("device", "val_every"),
-]
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and each flag with its default."""
 
 
-def parse_args() -> argparse.Namespace:
-    """The settings of the run, checked as far as possible without loading a model."""
-    # 1. what decides which flags there are. A resumed run goes by its train.args, then by the command line
-    words, recorded = flags.expand(sys.argv[1:]), []
-    all_settings = {item.name: item for item in flags.settings_of(Settings)}
-    first = flags.Parser(__doc__, add_help=False)
-    first.add_settings([all_settings[name] for name in ("mode", "arch", "out_dir")])
-    first.add_argument("--resume", action="store_true")
-    args, _ = first.parse_known_args(words)
+parser = argparse.ArgumentParser(
+    usage="train.py [@FILE ...] [--FLAG VALUE ...]",
+    description=__doc__,
+    formatter_class=Formatter,
+    fromfile_prefix_chars="@",
+    allow_abbrev=False,
+)
+parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+used_by = {}  # {flag: kinds of runs}; "network": those whose network's config has a field of this name
+
+
+def number(kind: type):
+    """A type for argparse: numbers that are not negative."""
+
+    def value(text: str):
+        if not kind(text) >= 0:
+            raise ValueError
+        return kind(text)
+
+    value.__name__ = f"number ({kind.__name__}, at least 0)"
+    return value
+
+
+def block(title: str, kinds: str, **flags) -> None:
+    """Flags that these kinds of runs use: name=(default, meaning) or name=(default, meaning, choices)."""
+    group = parser.add_argument_group(title)
+    for name, (default, meaning, *choices) in flags.items():
+        options = {"type": type(default) if isinstance(default, str) else number(type(default))}
+        if isinstance(default, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        elif choices:
+            options = {"choices": choices}
+        group.add_argument(f"--{name}", default=default, help=meaning, **options)
+        used_by[name] = kinds.split()
+
+
+block(
+    "all runs",
+    "lora recon descriptions documents",
+    mode=("sft", "what is trained, see above", "lora", "recon", "sft"),
+    base_model=("tiny", f"{', '.join(model.PRESETS)}, a hub id or a folder"),
+    tasks=("tiny", f"{', '.join(SOURCES)}, or a folder of task files"),
+    split=("train", "tasks to train on", "train", "val", "test"),
+    n_tasks=(0, "use only so many of these tasks (0: all)"),
+    max_steps=(600, "training steps"),
+    tasks_per_batch=(128, "tasks of a step, over all processes (0: all)"),
+    lr=(1.5e-3, "highest learning rate"),
+    warmup=(0.1, "fraction of the steps in which the learning rate rises"),
+    schedule=("linear", "decay to 0; late: in the last third", "linear", "late", "cosine"),
+    weight_decay=(1e-2, "weight decay of AdamW, not on scales, biases, norms and latents"),
+    dropout=(0.1, "on the input of adapters, and in Text-to-LoRA's trunk"),
+    seed=(0, "of all randomness"),
+    device=("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one"),
+    dtype=("auto", "auto: bfloat16 on a GPU, not for recon", "auto", "float32", "bfloat16"),
+    val_every=(200, "steps between two validations"),
+    out_dir=("out/run", "a new folder"),
+    resume=(False, "continue the interrupted run in --out_dir"),
+)
+block(
+    "hypernetworks",
+    "recon descriptions documents",
+    arch=("t2l", "t2l (Text-to-LoRA), d2l (Doc-to-LoRA), or the name of a file in extras/"),
+    init_from=("", "start from the weights of this hypernetwork"),
+)
+block(
+    "runs through the base model: all but recon",
+    "lora descriptions documents",
+    target_modules=("q_proj,v_proj", "linear layers, by the ends of their paths"),
+    rank=(8, "rank of an adapter; of each chunk of a document"),
+    alpha=(16.0, "scaling is alpha / sqrt(rank)"),
+    examples_per_task=(1, "examples of each task of a step"),
+    micro_batch=(64, "examples at once, on each process"),
+    max_tokens=(512, "longer examples are not drawn"),
+    neftune_alpha=(0.0, "noise on the input embeddings (NEFTune)"),
+    l1=(0.0, "weight of the mean absolute value of A and B"),
+    l2=(1e-3, "weight of the mean square of A and B"),
+    gradient_checkpointing=(False, "compute activations twice, to save memory"),
+)
+block("ordinary LoRAs", "lora", multi_task=(False, "one adapter for all tasks"))
+block(
+    "reconstruction",
+    "recon",
+    oracles=("", "the folder that --mode lora wrote"),
+    recon_loss=("z_score", "compares A and B over their deviation, or B A", "z_score", "delta_w"),
+)
+block(
+    "runs on descriptions, and ordinary LoRAs",
+    "lora descriptions",
+    instruction=(False, "put the definition before the input"),
+    label_smoothing=(0.0, "label smoothing"),
+    shard=(False, "shard the base model over the processes"),
+)
+block(
+    "documents",
+    "documents",
+    short_first=(False, "short documents first, all from half-way on"),
+    distill=(0, "learn the base model's top k tokens with the document in its prompt"),
+)
+block(
+    "the network; others than t2l and d2l use what they have a field for",
+    "network",
+    encoder=("preset", "the preset's, hash, base, a hub id or a folder"),
+    size=("large", "what one pass through a head of Text-to-LoRA writes", *hypernet.SIZES),
+    latent_size=(128, "width of the trunk, or of the Perceiver"),
+    head_in_size=(256, "width of the input of the heads"),
+    input_dropout=(0.3, "dropout of the text encoder's output (not published)"),
+    early_exit=(False, "read the states after a quarter of the layers, not of each layer"),
+    n_blocks=(9, "cross-attention blocks of the Perceiver"),
+    n_heads=(16, "attention heads of size 128; a quarter as many for keys and values"),
+    chunk_len=(512, "most tokens of a chunk, without the template at its inner ends"),
+    chat=(True, "read a chunk as a user turn of the base model's chat template"),
+)
+MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed, where the run is
+    *("max_steps", "lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard", "device"),
+    *("val_every", "out_dir", "resume"),
+}
+
+
+def is_used(args: argparse.Namespace, name: str) -> bool:
+    """Whether a run uses a setting."""
+    if used_by[name] == ["network"]:
+        config_class = hypernet.find_arch(args.arch).config_class
+        return args.mode != "lora" and name in {field.name for field in fields(config_class)}
+    return args.kind in used_by[name]
+
+
+def parse_args(words: list[str]) -> argparse.Namespace:
+    """The settings of a run. A resumed one goes by its train.args, then by `words`."""
+    args = parser.parse_args(words)
     if args.resume:
-        recorded = state.recorded_words(args.out_dir)
-        args, _ = first.parse_known_args(recorded + words)
-    net_class = hypernet.ARCHS[args.arch]
-    kind = args.mode
-    if args.mode == "sft":
-        kind = "text" if net_class.reads == "descriptions" else "document"
-    settings, unused = flags.used_by(kind, all_settings.values())
-    if kind != "lora":
-        of_network, _ = flags.used_by(kind, flags.settings_of(net_class.config_class))
-        settings += [item for item in of_network if item.name not in all_settings]
-
-    # 2. all flags
-    parser = flags.Parser(__doc__, add_help=False)
-    parser.add_settings(settings)
-    parser.set_defaults(**{item.name: item.default for item in unused})  # for code that reads them
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("-h", "--help", action="store_true")
-    what = f"--mode {args.mode}" + ("" if kind == "lora" else f" --arch {args.arch}")
-    args = parser.parse(recorded + words, what)
-
-    # 3. defaults that depend on other settings
+        recorded = [f"@{args.out_dir}/train.args"]
+        before, args = parser.parse_args(recorded), parser.parse_args(recorded + words)
+        for name, old in vars(before).items():
+            new = getattr(args, name)
+            if new != old and name not in MAY_CHANGE:
+                raise UserError(f"--resume: this run has --{name} {old}, not {new}")
+    net_class = hypernet.find_arch(args.arch)
+    args.kind = net_class.reads if args.mode == "sft" else args.mode
+    # (defaults fill in what a namespace lacks: with None for all of them, only given flags have a value)
+    given = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(used_by))))
+    for name in used_by:
+        if given[name] is not None and not is_used(args, name):
+            raise UserError(f"--{name} is not a setting of --mode {args.mode} ({args.kind})")
+    if args.mode != "lora" and args.mode not in net_class.modes:
+        raise UserError(f"--arch {args.arch} is trained with --mode {' or '.join(net_class.modes)}")
     if args.encoder == "preset":
-        args.encoder = hub.preset_encoder(args.base_model)
+        args.encoder = model.PRESETS.get(model.preset_of(args.base_model), ("", "base"))[1]
     if args.dtype == "auto":
-        dtype = processes.default_dtype(processes.choose_device(args.device))
-        is_float32 = dtype == torch.float32 or kind == "recon"  # recon: as published
-        args.dtype = "float32" if is_float32 else "bfloat16"
-    if args.help:
-        print(__doc__)
-        print("--resume continues the interrupted run in --out_dir.")
-        flags.print_settings(f"The settings of {what}:", settings, args)
-        sys.exit(0)
-    if args.resume:
-        flags.say_changes(settings, parser.parse(recorded, what), args, MAY_CHANGE)
-    check_settings(args, net_class, kind)
-    args.as_text = flags.as_text(settings, args)
+        dtype = torch.float32 if args.mode == "recon" else model.default_dtype(model.pick_device(args.device))
+        args.dtype = str(dtype).removeprefix("torch.")
+    if args.shard and args.kind == "descriptions" and args.encoder == "base":
+        raise UserError("--shard needs a text encoder beside the sharded base model: --encoder ID or DIR")
     return args
 
 
-def check_settings(args: argparse.Namespace, net_class, kind: str) -> None:
-    """Raise UserError for settings that do not go together."""
-    if args.mode != "lora" and args.mode not in net_class.modes:
-        raise UserError(f"--arch {args.arch} is trained with --mode {' or '.join(net_class.modes)}")
-    if kind == "recon" and not args.oracles:
-        raise UserError("--mode recon needs --oracles DIR, a folder that --mode lora wrote")
-    if args.shard and "RANK" not in os.environ:
-        raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
-    if args.shard and kind == "text" and args.encoder == "base":
-        raise UserError("--shard needs a text encoder beside the sharded base model: --encoder ID or DIR")
-    if args.gradient_checkpointing and args.dropout and processes.choose_device(args.device).type == "mps":
-        raise UserError("--gradient_checkpointing on mps needs --dropout 0: another mask would be drawn")
-    if not args.out_dir.strip():
-        raise UserError("--out_dir is empty")
+def as_text(args: argparse.Namespace) -> str:
+    """The settings that a run uses, as a file of flags."""
+    lines = []
+    for name in used_by:
+        value = getattr(args, name)
+        if is_used(args, name) and isinstance(value, bool):
+            lines.append(f"--{name}" if value else f"--no-{name}")
+        elif is_used(args, name):
+            lines.append(f"--{name} {shlex.quote(str(value))}")
+    lines.remove("--resume" if args.resume else "--no-resume")
+    return "\n".join(lines) + "\n"
 
 
 # -------------------- The losses --------------------
@@ -196,14 +243,14 @@ def distill_loss(logits: Tensor, example_index: Tensor, teacher: Tensor, k: int)
     return example_mean((log_p.exp() * (log_p - log_q)).sum(-1), example_index)
 
 
-def weight_size(adapter: Adapter, ranks: int | Tensor, measure) -> Tensor:
+def weight_size(adapter: Adapter, measure) -> Tensor:
     """Mean of measure(A) plus mean of measure(B), torch.abs or torch.square, summed over the modules.
 
-    Each adapter of the batch counts equally. `ranks` [n] are those without padding (`DocToLoRA.join`).
+    Each adapter of the batch counts equally, without the ranks of zeros that pad it (`DocToLoRA.join`).
     """
     total = 0.0
     for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
-        L = A.shape[1]
+        L, ranks = A.shape[1], A.any(-1).any(1).sum(-1)  # [n]
         mean_A = measure(A).sum((1, 2, 3)) / (L * ranks * A.shape[-1])  # [n]
         mean_B = measure(B).sum((1, 2, 3)) / (L * ranks * B.shape[-2])
         total = total + mean_A.mean() + mean_B.mean()
@@ -234,10 +281,12 @@ def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, std: Adapter) ->
 
 @dataclass
 class Run:
-    """Everything a step needs."""
+    """Everything a step needs. Of `count` processes, the one with rank 0 validates, writes and prints."""
 
     args: argparse.Namespace
-    process: Process
+    device: torch.device
+    rank: int
+    count: int
     tasks: list[data.Task]
     val_tasks: list[data.Task]
     base: nn.Module  # the frozen model; for recon without weights, unless it is the text encoder
@@ -247,7 +296,7 @@ class Run:
     std: Adapter | None = None  # recon: their standard deviation
 
 
-def inputs_of(run: Run, drawn: list[data.DrawnTask]) -> list:
+def inputs_of(run: Run, drawn: list[data.Drawn]) -> list:
     """What `run.net` writes adapters from: the texts of tasks, or the numbers of ordinary LoRAs."""
     if run.args.mode == "lora":
         return [0 if run.args.multi_task else item.index for item in drawn]
@@ -256,87 +305,48 @@ def inputs_of(run: Run, drawn: list[data.DrawnTask]) -> list:
 
 def autocast(run: Run):
     """Compute in bfloat16 if --dtype says so; the weights of `net` stay in float32."""
-    device = next(run.net.parameters()).device.type
-    return torch.autocast(device, torch.bfloat16, enabled=run.args.dtype == "bfloat16")
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.dtype == "bfloat16")
 
 
-def adapters_of(adapters: Adapter, examples: list[data.TokenizedExample]) -> Adapter:
-    """The adapter of each example: that of its task. A [examples, L, r, in]"""
-    return lora.select(adapters, [example.task for example in examples])
-
-
-@torch.no_grad()
-def teacher_logits(run: Run, examples: list[data.TokenizedExample]) -> Tensor:
-    """The logits of the base model itself, with the document in its prompt. [tokens, vocabulary]"""
-    with autocast(run):
-        return model.answer_logits(run.base, [(e.teacher_prompt, e.answer) for e in examples])[0]
-
-
-def task_loss(run: Run, examples: list[data.TokenizedExample], teacher: Tensor | None) -> Tensor:
-    """The loss of examples that go through the base model together, with the adapters in use."""
-    args, pairs = run.args, [(e.prompt, e.answer) for e in examples]
-    with autocast(run):
-        logits, example_index, labels = model.answer_logits(run.base, pairs, args.neftune_alpha)
-    if teacher is not None:
-        return distill_loss(logits, example_index, teacher, args.distill)
-    return answer_loss(logits, example_index, labels, args.label_smoothing)
-
-
-def micro_batches(batch: data.Batch, args) -> Iterator[tuple[float, list]]:
-    """(share, examples) of each micro-batch: --micro_batch examples of similar length.
-
-    The shares add up to `batch.example_fraction`. With --shard all processes need equally many. Those that
-    have no examples left repeat one, with a share of 0.
-    """
-    n_examples = batch.most_examples if args.shard else len(batch.examples)
-    for i in range(0, n_examples, args.micro_batch):
-        examples = batch.examples[i : i + args.micro_batch]
-        if examples:
-            yield batch.example_fraction * len(examples) / len(batch.examples), examples
-        else:
-            yield 0.0, batch.examples[:1]
-
-
-def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str, Tensor]:
+def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Tensor]:
     """One training step through the frozen base model, of a hypernetwork or of ordinary LoRAs (`LoRABank`).
 
     The adapters are the interface between the two networks: the step goes forward through the hypernetwork,
     forward and backward through the base model, then backward through the hypernetwork. It leaves gradients
-    in `net` and returns the terms of the loss. `net` is run.net, or with several processes its parallel
-    version; then each process returns its part of every term, and the parts add up (`data.Batch`).
+    in `net` and returns the terms of the loss. `net` is run.net, or with several processes its DDP version:
+    each process takes as many of the tasks, and DDP averages the gradients.
     """
-    args, process, scaling = run.args, run.process, run.net.config.scaling
-    batch = data.make_batch(run.tokenizer, run.tasks, drawn, args, process.rank, process.count)
+    args, scaling = run.args, run.net.config.scaling
+    rows = data.tokenize(run.tokenizer, run.tasks, drawn, args)  # of all examples, the shortest first
 
     # 1. One forward pass of the hypernetwork writes all adapters of the step.
     with autocast(run):
-        written = net(inputs_of(run, batch.tasks))  # A [tasks, L, r, in], B [tasks, L, out, r]
+        written = net(inputs_of(run, drawn))  # A [tasks, L, r, in], B [tasks, L, out, r]
 
     # 2. Detached, they are leaves: they collect the gradients of everything that is computed with them.
     leaves = {}
     for name, (A, B) in written.items():
         leaves[name] = (A.detach().requires_grad_(), B.detach().requires_grad_())
-    losses = {}
+    losses = {"task": torch.zeros((), device=run.device)}
     for name, weight, measure in (("l1", args.l1, torch.abs), ("l2", args.l2, torch.square)):
         if weight:
-            size = weight_size(leaves, run.net.ranks, measure)  # (ranks: of the adapters written last)
-            penalty = weight * batch.task_fraction * size
+            penalty = weight * weight_size(leaves, measure)
             penalty.backward()
             losses[name] = penalty.detach()
 
     # 3. The examples go through the base model, a few of similar length at a time. Each backward pass frees
     #    the activations, so the memory of a step is that of one micro-batch.
-    losses["task"] = torch.zeros((), device=run.base.device)
-    for share, examples in micro_batches(batch, args):
+    for i in range(0, len(rows), args.micro_batch):
+        examples = rows[i : i + args.micro_batch]
+        adapters = lora.select(leaves, [row.task for row in examples])  # A [examples, L, r, in]
         teacher = teacher_logits(run, examples) if args.distill else None  # of the same answer tokens
         # (with --gradient_checkpointing the backward pass runs the layers again, with their adapters)
-        with lora.use(run.base, adapters_of(leaves, examples), scaling):
-            loss = task_loss(run, examples, teacher) * share
+        with lora.use(run.base, adapters, scaling):
+            loss = task_loss(run, examples, teacher) * len(examples) / len(rows)
             loss.backward()
         losses["task"] += loss.detach()
 
-    # 4. One backward pass through the hypernetwork, from the gradients of A and B. With several processes it
-    #    adds up the gradients of their parts.
+    # 4. One backward pass through the hypernetwork, from the gradients of A and B.
     outputs, gradients = [], []
     for name in written:
         outputs += written[name]
@@ -346,33 +356,70 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str,
     return losses
 
 
-def recon_step(run: Run, net: nn.Module, drawn: list[data.DrawnTask]) -> dict[str, Tensor]:
-    """One step of reconstruction, without a base model. As sft_step, it leaves gradients in `net`."""
-    mine = drawn[run.process.rank :: run.process.count]
-    weight = len(mine) / len(drawn)
-    mine = mine or drawn[:1]  # if there are more processes than tasks
+def task_loss(run: Run, examples: list[data.Row], teacher: Tensor | None) -> Tensor:
+    """The loss of examples that go through the base model together, with the adapters in use."""
+    pairs = [(row.prompt, row.answer) for row in examples]
     with autocast(run):
-        written = net(inputs_of(run, mine))
-    oracles = lora.select(run.oracles, [item.index for item in mine])
-    loss = recon_loss(run.args.recon_loss, written, oracles, run.std) * weight
+        logits, example_index, labels = model.answer_logits(run.base, pairs, run.args.neftune_alpha)
+    if teacher is not None:
+        return distill_loss(logits, example_index, teacher, run.args.distill)
+    return answer_loss(logits, example_index, labels, run.args.label_smoothing)
+
+
+@torch.no_grad()
+def teacher_logits(run: Run, examples: list[data.Row]) -> Tensor:
+    """The logits of the base model itself, with the document in its prompt. [tokens, vocabulary]"""
+    with autocast(run):
+        return model.answer_logits(run.base, [(row.teacher_prompt, row.answer) for row in examples])[0]
+
+
+def recon_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Tensor]:
+    """One step of reconstruction, without a base model. As sft_step, it leaves gradients in `net`."""
+    with autocast(run):
+        written = net(inputs_of(run, drawn))
+    oracles = lora.select(run.oracles, [item.index for item in drawn])
+    loss = recon_loss(run.args.recon_loss, written, oracles, run.std)
     loss.backward()
     return {"recon": loss.detach()}
 
 
-NO_DECAY = ("scaler", "bias", "latents", "queries", "b1", "b2")  # parts of parameters' names
+@torch.no_grad()
+def validate(run: Run) -> dict[str, float]:
+    """Cross-entropy and accuracy on up to 8 examples of each validation task, with its first description.
+
+    An answer is right if every token is the most likely one: greedy decoding would give the same.
+    """
+    run.net.eval()
+    lora.set_dropout(run.base, False)
+    drawn = [data.Drawn(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
+    rows, loss, n_right = data.tokenize(run.tokenizer, run.val_tasks, drawn, run.args), 0.0, 0
+    with autocast(run):
+        written = run.net(inputs_of(run, drawn))
+        for i in range(0, len(rows), run.args.micro_batch):
+            examples = rows[i : i + run.args.micro_batch]
+            adapters = lora.select(written, [row.task for row in examples])
+            with lora.use(run.base, adapters, run.net.config.scaling):
+                pairs = [(row.prompt, row.answer) for row in examples]
+                logits, example_index, labels = model.answer_logits(run.base, pairs)
+            loss += answer_loss(logits, example_index, labels).item() * len(examples)
+            wrong_examples = example_index[logits.argmax(-1) != labels].unique()
+            n_right += len(examples) - len(wrong_examples)
+    run.net.train()
+    lora.set_dropout(run.base, True)
+    return {"val_loss": loss / len(rows), "val_accuracy": n_right / len(rows)}
+
+
+# -------------------- The loop --------------------
 
 
 def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
-    """AdamW. Some parameters have a learning rate of their own (`net.lr_factors`).
-
-    Scales, biases, norms and latents have no weight decay.
-    """
-    groups = {}  # {(factor on lr, weight decay): parameters}; a fused kernel takes a whole group at once
-    for name, p in net.named_parameters():
-        lr_factor = net.lr_factors.get(name.split(".")[0], 1.0)
-        decays = p.dim() > 1 and not any(word in name for word in NO_DECAY)
-        groups.setdefault((lr_factor, args.weight_decay if decays else 0.0), []).append(p)
-    settings = [dict(params=p, lr_factor=lr, weight_decay=decay) for (lr, decay), p in groups.items()]
+    """AdamW. What is no matrix has no weight decay, nor what the network lists."""
+    without = {id(p) for p in net.no_decay()} if hasattr(net, "no_decay") else set()
+    groups = {0.0: [], args.weight_decay: []}  # {weight decay: parameters}
+    for p in net.parameters():
+        if p.requires_grad:
+            groups[0.0 if p.dim() < 2 or id(p) in without else args.weight_decay].append(p)
+    settings = [dict(params=parameters, weight_decay=decay) for decay, parameters in groups.items()]
     return torch.optim.AdamW(settings, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
 
@@ -389,135 +436,63 @@ def learning_rate(step: int, args) -> float:
     return args.lr * remaining
 
 
-def update(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
-    """One step of the optimizer; returns its row of metrics.jsonl."""
-    args, process = run.args, run.process
-    lr = learning_rate(step, args)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
+def train(run: Run, folder: Path) -> None:
+    """Train until --max_steps. The weights with the lowest validation loss are kept."""
+    args, is_first, saved_at = run.args, run.rank == 0, time.monotonic()
+    optimizer, state = make_optimizer(run.net, args), {"step": 0, "best": math.inf, "best_step": 0}
+    if args.resume:
+        state = load_state(run, folder, optimizer)
+    if is_first:
+        write_file(folder / "train.args", as_text(args))
+    net = DistributedDataParallel(run.net) if run.count > 1 else run.net
+    step, first_loss, measured = state["step"], None, {}
+    bar = tqdm(total=args.max_steps, initial=step, disable=not is_first, desc=args.mode)
+    while step < args.max_steps:
+        lr = learning_rate(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # all processes draw the same tasks, and each takes as many of them; what is random in them differs
+        drawn = data.draw(run.tasks, step, args, run.tokenizer)[run.rank :: run.count]
+        torch.manual_seed(random.Random(f"{args.seed} {step} {run.rank}").getrandbits(63))
+        optimizer.zero_grad()
+        losses = recon_step(run, net, drawn) if args.mode == "recon" else sft_step(run, net, drawn)
+        grad_norm = nn.utils.clip_grad_norm_(list(run.net.parameters()), 1.0).item()
+        values = torch.stack(list(losses.values()))
+        if run.count > 1:
+            dist.all_reduce(values)
+        values = (values / run.count).tolist()
+        loss = sum(values)
+        first_loss = first_loss or loss
+        if not math.isfinite(loss + grad_norm) or loss > 100 * max(1.0, first_loss):
+            message = f"the loss is {loss:.3g} in step {step + 1}, the gradient's length {grad_norm:.3g}"
+            raise UserError(f"{message}; start again with a lower --lr")
+        optimizer.step()
+        step += 1
 
-    # All processes draw the same tasks and compute different parts; what is random in them differs.
-    drawn = data.draw(run.tasks, step, args)
-    torch.manual_seed(random.Random(f"{args.seed} {step} {process.rank}").getrandbits(63))
-    optimizer.zero_grad()
-    losses = recon_step(run, net, drawn) if args.mode == "recon" else sft_step(run, net, drawn)
-    values = processes.total(process, torch.stack(list(losses.values()))).tolist()
-    grad_norm = nn.utils.clip_grad_norm_(list(run.net.parameters()), 1.0).item()
-    if not math.isfinite(sum(values) + grad_norm):
-        message = f"the loss is {sum(values)} in step {step + 1}, the gradient's length {grad_norm}"
-        raise UserError(f"{message}; start again with a lower --lr")
-    optimizer.step()
-    terms = {f"loss_{name}": value for name, value in zip(losses, values)}
-    return {"step": step + 1, "loss": sum(values), **terms, "lr": lr, "grad_norm": grad_norm}
-
-
-@torch.no_grad()
-def validate(run: Run) -> dict[str, float]:
-    """Cross-entropy and accuracy on up to 8 examples of each validation task, with its first description.
-
-    An answer is right if every token is the most likely one: greedy decoding would give the same.
-    """
-    run.net.eval()
-    lora.set_dropout(run.base, False)
-    drawn = [data.DrawnTask(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
-    batch = data.make_batch(run.tokenizer, run.val_tasks, drawn, run.args)
-    loss, n_right, n = 0.0, 0, len(batch.examples)
-    with autocast(run):
-        written = run.net(inputs_of(run, batch.tasks))
-        for _, examples in micro_batches(batch, run.args):
-            with lora.use(run.base, adapters_of(written, examples), run.net.config.scaling):
-                pairs = [(e.prompt, e.answer) for e in examples]
-                logits, example_index, labels = model.answer_logits(run.base, pairs)
-            loss += answer_loss(logits, example_index, labels).item() * len(examples)
-            wrong_examples = example_index[logits.argmax(-1) != labels].unique()
-            n_right += len(examples) - len(wrong_examples)
-    run.net.train()
-    lora.set_dropout(run.base, True)
-    return {"val_loss": loss / n, "val_accuracy": n_right / n}
-
-
-# -------------------- What is trained --------------------
-
-
-def prepare(args, process: Process) -> Run:
-    """For SFT and ordinary LoRAs: load the tasks and the frozen models, and make what is trained."""
-    with processes.first_goes_ahead(process):
-        tasks, val_tasks = checks.choose_tasks(args, hypernet.ARCHS[args.arch].reads, process.rank == 0)
-        hub.fetch(hub.source_of(args.base_model))
-    if args.short_first:
-        tasks.sort(key=lambda task: len(task.descriptions[0]))
-    if args.mode == "lora" and not args.multi_task:
-        val_tasks = []  # each LoRA is trained for its own task alone
-    names, dtype = args.target_modules.split(","), getattr(torch, args.dtype)
-    if args.shard:
-        base, tokenizer = model.load_sharded(args.base_model, process, dtype, names, args.dropout)
-    else:
-        base, tokenizer = model.load_base(args.base_model, process.device, dtype)
-        lora.inject(base, names, args.dropout)
-    checks.check(tokenizer, tasks, val_tasks, args, process.rank == 0)
-    lora.set_dropout(base, True)
-    if args.gradient_checkpointing:
-        model.recompute_layers(base)
-    if process.device.type == "cpu":
-        base.set_attn_implementation("eager")  # its backward pass is faster there
-
-    scale = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
-    config = lora.config_for(base, base.lora_targets, hub.full_name(args.base_model), **scale)
-    if args.mode == "lora":
-        net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(process.device)
-    else:
-        net = make_hypernet(args, config, base, tokenizer, process)
-    return Run(args, process, tasks, val_tasks, base, tokenizer, net)
-
-
-def prepare_recon(args, process: Process) -> Run:
-    """For reconstruction: oracles, and a base model of shapes only, unless it is the text encoder."""
-    with processes.first_goes_ahead(process):
-        tasks, _ = checks.choose_tasks(args, hypernet.ARCHS[args.arch].reads, process.rank == 0)
-        hub.fetch(hub.source_of(args.base_model))
-    with_oracle = [task for task in tasks if (Path(args.oracles) / task.name).is_dir()]
-    if not with_oracle:
-        raise UserError(f"{args.oracles} holds no adapters of the {args.split} tasks of {args.tasks}")
-    if process.rank == 0:
-        print(f"oracles of {len(with_oracle)} of {len(tasks)} tasks")
-    folders = [Path(args.oracles) / task.name for task in with_oracle]
-    oracles, config = lora.load_adapters(folders, process.device)
-
-    base, tokenizer = hub.load_skeleton(args.base_model), None
-    if args.encoder == "base":
-        base, tokenizer = model.load_base(args.base_model, process.device, getattr(torch, args.dtype))
-    config.base_shape = hub.base_shape(base.config)
-    hub.check_base(args.base_model, config.base_shape, config.base_model, [])
-    config.base_model, config.n_layers = hub.full_name(args.base_model), config.base_shape[0]
-    lora.inject(base, list(config.targets))
-    lora.check_fits(base, oracles)
-    net = make_hypernet(args, config, base, tokenizer, process)
-    mean, std = lora.statistics(oracles)
-    if not args.init_from:
-        net.start_at(mean, std)
-    return Run(args, process, with_oracle, [], base, tokenizer, net, oracles, std)
-
-
-def make_hypernet(args, lora_config: lora.LoRAConfig, base, tokenizer, process: Process) -> nn.Module:
-    """The network of --arch for adapters of this config, connected with what it reads with."""
-    net_class = hypernet.ARCHS[args.arch]
-    names = {field.name for field in fields(net_class.config_class)} & set(vars(args))
-    settings = {name: getattr(args, name) for name in names} | vars(lora_config)
-    config = net_class.config_class(**settings, z_score=args.mode == "recon" and args.recon_loss == "z_score")
-    with processes.first_goes_ahead(process):  # which may download a text encoder
-        config.measure(base)
-        net = net_class(config)
-        net.recompute = args.gradient_checkpointing
-        if args.init_from and not args.resume:
-            hypernet.copy_weights(args.init_from, net)
-        elif args.mode == "sft":
-            net.start_as_lora()
-        net.to(process.device)  # moved last: random numbers of a GPU would be others
-        net.connect(base, tokenizer)
-    return net
-
-
-# -------------------- The run --------------------
+        row = {"step": step, "loss": loss} | {f"loss_{name}": value for name, value in zip(losses, values)}
+        row |= {"lr": lr, "grad_norm": grad_norm}
+        is_due = step % args.val_every == 0 or step == args.max_steps
+        if is_due and run.val_tasks and (is_first or args.shard):
+            measured = validate(run)
+            row |= measured
+        if is_first:
+            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            # the best weights first, then the state: what a kill between them loses is computed again
+            if row.get("val_loss", math.nan) <= state["best"]:  # (nan: no validation)
+                state |= {"best": row["val_loss"], "best_step": step}
+                save(run, folder)
+            if is_due or time.monotonic() - saved_at > 600:
+                save_state(run, folder, optimizer, state | {"step": step})
+                saved_at = time.monotonic()
+            bar.set_postfix({"loss": loss} | measured, refresh=False)
+            bar.update()
+    bar.close()
+    if is_first:
+        if not state["best_step"]:
+            save(run, folder)
+        (folder / "state.pt").unlink(missing_ok=True)
+        print(f"{folder}/ holds the weights of step {state['best_step'] or step}")
 
 
 def save(run: Run, folder: Path) -> None:
@@ -533,78 +508,161 @@ def save(run: Run, folder: Path) -> None:
             write_file(folder / task.name / "definition.txt", text + "\n")
 
 
-def resume(run: Run, folder: Path, checkpoint: state.Checkpoint, optimizer) -> int:
-    """Read the state of an interrupted run. Returns how many steps are done."""
-    n_done = checkpoint.resume(run.net, optimizer)
-    if n_done > run.args.max_steps:
-        raise UserError(f"--max_steps {run.args.max_steps}: the run in {folder} has done {n_done} steps")
-    if run.process.rank == 0:
-        checkpoint.rewind(n_done)
-        if checkpoint.best_step() == n_done:  # it may have been killed before it saved them
-            save(run, folder)
-        write_file(folder / "train.args", run.args.as_text)
-    return n_done
+def save_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Write what --resume needs. Randomness follows from the step."""
+    state |= {"count": run.count, "net": run.net.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, folder / "state.pt.tmp")
+    os.replace(folder / "state.pt.tmp", folder / "state.pt")
 
 
-def train(run: Run, folder: Path) -> bool:
-    """Train until --max_steps or Ctrl-C; returns whether the run is finished."""
-    args, process = run.args, run.process
-    is_first = process.rank == 0
-    net = processes.parallel(run.net, process)
-    optimizer = make_optimizer(run.net, args)
-    checkpoint = state.Checkpoint(folder, checks.identify(run.tasks + run.val_tasks), process.count)
-    n_done = resume(run, folder, checkpoint, optimizer) if args.resume else 0
-    first_step, interrupts = n_done + 1, state.on_ctrl_c()
-    if is_first:
-        n_parameters = sum(p.numel() for p in run.net.parameters())
-        where = f"{process.count} x {processes.name_of(process.device)}, in {args.dtype}"
-        print(f"{args.mode}: {n_parameters:,} parameters, on {where}, into {folder}/", flush=True)
-    interrupted, measured = False, {}  # by the last validation
-    bar = tqdm(total=args.max_steps, initial=n_done, disable=not is_first, desc=args.mode)
-    while n_done < args.max_steps and not interrupted:
-        row = update(run, net, optimizer, n_done)
-        n_done += 1
-        is_due = n_done % args.val_every == 0 or n_done == args.max_steps
-        if is_due and run.val_tasks and (is_first or args.shard):
-            measured = validate(run)
-            row |= measured
-        # all processes stop after the same step
-        n_interrupts = torch.tensor(float(len(interrupts)), device=process.device)
-        interrupted = bool(processes.total(process, n_interrupts))
-        if is_first:
-            is_best = checkpoint.add(row)
-            if is_due or interrupted or n_done == first_step:  # the first shows early that the disk has room
-                checkpoint.save_state(n_done, run.net, optimizer)
-            if is_best:  # after the state, so that `resume` can do it again
-                save(run, folder)
-            bar.set_postfix({"loss": row["loss"]} | measured, refresh=False)
-            bar.update()
-    bar.close()
-    if n_done < args.max_steps:
-        if is_first:
-            again = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
-            continued = f"to continue: {processes.launcher()} {again}"
-            print(f"interrupted after {n_done} steps; {continued}", file=sys.stderr)
-        return False
-    if is_first:
-        if not checkpoint.best:
-            save(run, folder)
-        checkpoint.close()
-        print(f"{folder}/ holds the weights of step {checkpoint.best_step() or n_done}")
-    return True
+def load_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer) -> dict:
+    """Put a saved state into the network and the optimizer, and forget the metrics of later steps."""
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    if state["step"] > run.args.max_steps:
+        raise UserError(f"--max_steps {run.args.max_steps}: the run in {folder} has done {state['step']} steps")
+    if state["count"] != run.count:
+        message = f"--resume: this run has {state['count']} processes, not {run.count}"
+        raise UserError(f"{message}: its dropout would be another")
+    run.net.load_state_dict(state.pop("net"))
+    optimizer.load_state_dict(state.pop("optimizer"))
+    if run.rank == 0:
+        rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        write_file(folder / "metrics.jsonl", "".join(rows[: state["step"]]))
+    return state
+
+
+# -------------------- What is trained --------------------
+
+
+def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
+    """(tasks to train on, tasks to validate on). UserError if they do not suit the run."""
+    splits = load_tasks(args.tasks)
+    say(summary(args.tasks, splits))
+    tasks, val_tasks = data.pick(splits, args.split, args.n_tasks), splits.get("val", [])
+    if args.kind != "lora":
+        reads = hypernet.find_arch(args.arch).reads
+        if tasks[0].is_document != (reads == "documents"):
+            message = f"--tasks {args.tasks} cannot be used with --arch {args.arch}, which reads {reads}"
+            raise UserError(message + (" (see config/d2l.args)" if reads == "documents" else ""))
+    elif not args.multi_task:
+        val_tasks = []  # each LoRA is trained for its own task alone
+        if len({task.name for task in tasks}) < len(tasks):
+            raise UserError(f"--tasks {args.tasks}: tasks of equal names cannot have an adapter folder each")
+    if args.instruction and tasks[0].is_document:
+        raise UserError("--instruction would put the document itself into the prompt")
+    return tasks, [task for task in val_tasks if task.test]
+
+
+def prepare(args, device: torch.device, rank: int, count: int) -> Run:
+    """For SFT and ordinary LoRAs: load the tasks and the frozen models, and make what is trained."""
+    tasks, val_tasks = choose_tasks(args)
+    names, dtype = args.target_modules.split(","), getattr(torch, args.dtype)
+    if args.shard:
+        base, tokenizer = model.load_sharded(args.base_model, device, dtype, names, args.dropout)
+    else:
+        base, tokenizer = model.load_base(args.base_model, device, dtype)
+        lora.inject(base, names, args.dropout)
+    lora.set_dropout(base, True)
+    if args.gradient_checkpointing:
+        model.recompute_layers(base)
+    if device.type == "cpu":
+        base.set_attn_implementation("eager")  # its backward pass is faster there
+    tasks = data.check(tasks, val_tasks, args, tokenizer)
+    if args.short_first:
+        tasks.sort(key=lambda task: len(task.descriptions[0]))
+    run = Run(args, device, rank, count, tasks, val_tasks, base, tokenizer, None)
+
+    settings = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
+    config = lora.config_for(base, model.full_name(args.base_model), **settings)
+    if args.mode == "lora":
+        run.net = lora.LoRABank(config, 1 if args.multi_task else len(run.tasks)).to(device)
+    else:
+        make_hypernet(run, config)
+    return run
+
+
+def prepare_recon(args, device: torch.device, rank: int, count: int) -> Run:
+    """For reconstruction: oracles, and a base model of shapes only, unless it is the text encoder."""
+    tasks, _ = choose_tasks(args)
+    with_oracle = [task for task in tasks if Path(args.oracles, task.name).is_dir()]
+    if not with_oracle or not args.oracles:
+        which = f"the {args.split} tasks of {args.tasks}"
+        raise UserError(f"--oracles {args.oracles or 'DIR is needed: it'} holds no adapters of {which}")
+    say(f"oracles of {len(with_oracle)} of {len(tasks)} tasks")
+    oracles, config = lora.load_adapters([Path(args.oracles, task.name) for task in with_oracle], device)
+    if args.encoder == "base":
+        base, tokenizer = model.load_base(args.base_model, device, getattr(torch, args.dtype))
+    else:
+        base, tokenizer = model.load_shapes(args.base_model), None
+    model.check_base(args.base_model, lora.base_shape(base.config), config.base_model, [])
+    lora.inject(base, list(config.targets))
+    lora.check_fits(base, oracles)
+    settings = dict(r=config.r, alpha=config.alpha, rslora=config.rslora, instruction=config.instruction)
+    config = lora.config_for(base, model.full_name(args.base_model), **settings)
+    mean, std = lora.statistics(oracles)
+    run = Run(args, device, rank, count, with_oracle, [], base, tokenizer, None, oracles, std)
+    make_hypernet(run, config, mean, std)
+    return run
+
+
+def make_hypernet(run: Run, lora_config: lora.LoRAConfig, *statistics: Adapter) -> None:
+    """run.net: the network of --arch for adapters of this config, connected with what it reads with.
+
+    `statistics` are mean and standard deviation of the oracles, for reconstruction.
+    """
+    args, net_class = run.args, hypernet.find_arch(run.args.arch)
+    settings = vars(lora_config).copy()
+    for field in fields(net_class.config_class):
+        if field.name in used_by and is_used(args, field.name):
+            settings[field.name] = getattr(args, field.name)
+    config = net_class.config_class(**settings)
+    config.measure(run.base)
+    net = net_class(config)
+    net.recompute = args.gradient_checkpointing
+    if statistics:
+        net.start_at(*statistics)
+    else:
+        net.start_as_lora()
+    if args.init_from and not args.resume:
+        hypernet.copy_weights(args.init_from, net)
+    run.net = net.to(run.device)  # moved last: random numbers of a GPU would be others
+    net.connect(run.base, run.tokenizer)
+
+
+# -------------------- The run --------------------
 
 
 def main() -> None:
-    args = parse_args()
-    process = processes.start(args.device)
+    args = parse_args(sys.argv[1:])
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, folder = model.pick_device(args.device), Path(args.out_dir)
+    if "RANK" in os.environ:  # torchrun
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)
+    elif args.shard:
+        raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
+    if rank == 0 and not args.resume and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
     torch.manual_seed(args.seed)
-    folder = Path(args.out_dir)
-    with state.reserved(folder, args.as_text, args.resume) if process.rank == 0 else nullcontext():
-        run = prepare_recon(args, process) if args.mode == "recon" else prepare(args, process)
-        is_finished = train(run, folder)
-    processes.leave()
-    if not is_finished:
-        sys.exit(130)
+    run = (prepare_recon if args.mode == "recon" else prepare)(args, device, rank, count)
+    n_drawn = min(args.tasks_per_batch or len(run.tasks), len(run.tasks))
+    if n_drawn % count:
+        message = f"a step has {n_drawn} tasks, which is no multiple of {count} processes"
+        raise UserError(f"{message}: choose --tasks_per_batch or --n_tasks")
+    if n_drawn < args.tasks_per_batch:
+        say(f"a step has all {n_drawn} tasks, fewer than --tasks_per_batch {args.tasks_per_batch}")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    n_parameters = sum(p.numel() for p in run.net.parameters() if p.requires_grad)
+    where = f"on {count} x {where}, in {args.dtype}, into {folder}/"
+    say(f"{args.mode}: {n_parameters:,} parameters, {where}")
+    try:
+        train(run, folder)
+    except KeyboardInterrupt:
+        say(f"\nto continue from the last state, as it was started: train.py --resume --out_dir {folder}")
+        raise
+    if "RANK" in os.environ:
+        gc.collect()  # DDP's reducer must not be the last to hold the group: freeing it may hang
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import model
-from support import flags, hub, processes
-from support.files import UserError, command, read_object, write_file
-from tasks.folder import read_splits, read_task, task_files
+from support import UserError, command, make_parser, read_json, write_file
+from tasks import read_splits, read_task, task_files
 
 ANSWER_TOKENS = 64  # the longest answer
 PROMPT_TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
@@ -26,13 +25,14 @@ def answer_file(base, tokenizer, content: dict) -> int:
             chat = model.chat(tokenizer, entry["question"].strip(), content["document"])
             prompt = model.render(tokenizer, chat)
             n_tokens = len(model.tokenize(tokenizer, prompt))
-            if n_tokens + ANSWER_TOKENS <= hub.window_of(base):
+            if n_tokens + ANSWER_TOKENS <= model.window_of(base):
                 asked.append((entry, prompt))
                 longest = max(longest, n_tokens)
     at_once = max(1, PROMPT_TOKENS_AT_ONCE // longest)
     for i in range(0, len(asked), at_once):
         entries, prompts = zip(*asked[i : i + at_once])
-        for entry, answer in zip(entries, model.answer(base, tokenizer, list(prompts), ANSWER_TOKENS)):
+        answers, _ = model.answer(base, tokenizer, list(prompts), ANSWER_TOKENS)
+        for entry, answer in zip(entries, answers):
             entry["answer"] = answer.strip()
     answered = [entry for entry in content["questions"] if entry.get("answer")]
     n_dropped = len(content["questions"]) - len(answered)
@@ -41,14 +41,12 @@ def answer_file(base, tokenizer, content: dict) -> int:
 
 
 def main() -> None:
-    parser = flags.Parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="documents and questions")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a new folder")
     parser.add_argument("--base_model", required=True, help="what answers: a preset, an id or a folder")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     args = parser.parse_args()
-    if not args.folder.is_dir():
-        raise UserError(f"{args.folder} is not a folder")
     paths = task_files(args.folder)
     for path in paths.values():
         if not read_task(path).is_document:
@@ -56,20 +54,18 @@ def main() -> None:
     in_out = {path.stem for path in args.out_dir.glob("*")}
     if args.out_dir.resolve() == args.folder.resolve() or not in_out <= {*paths, "splits"}:
         raise UserError(f"{args.out_dir} is in use; choose another folder")
-    splits = {}
-    if (args.folder / "splits.json").exists():
-        splits = read_splits(args.folder / "splits.json", list(paths))
-    device = processes.start_single(args.device)
+    splits = read_splits(args.folder)
+    device = model.pick_device(args.device)
     base, tokenizer = model.load_base(args.base_model, device)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     n_left_out = 0
     for path in tqdm(paths.values(), desc="documents", unit="file"):
         if not (args.out_dir / path.name).exists():
-            content = read_object(path)
+            content = read_json(path)
             n_left_out += answer_file(base, tokenizer, content)
             if content["questions"]:
                 write_file(args.out_dir / path.name, content)
-    if splits:
+    if (args.folder / "splits.json").exists():
         kept = task_files(args.out_dir)
         for split, names in splits.items():
             splits[split] = [name for name in names if name in kept]

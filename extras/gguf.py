@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 import lora
-from support import flags, hub
-from support.files import UserError, check_name, command
+import model
+from support import UserError, check_output, command, make_parser
 
 ARCHITECTURES = {  # model_type in transformers: (architecture in llama.cpp, whether it permutes q and k)
     "llama": ("llama", True),
@@ -29,15 +29,13 @@ ARCHITECTURES = {  # model_type in transformers: (architecture in llama.cpp, whe
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
-    parser = flags.Parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("adapter", type=Path, help="adapter folder in PEFT's format")
-    parser.add_argument("out", type=Path, help="the GGUF file to write")
+    parser.add_argument("out", help="the GGUF file to write")
     parser.add_argument(
         "--base_model", help="where the base model is, if not under the adapter's name for it"
     )
-    args = parser.parse_args()
-    check_name(args.out, ".gguf")
-    return args
+    return parser.parse_args()
 
 
 def permute(B: Tensor, n_heads: int) -> Tensor:
@@ -45,20 +43,13 @@ def permute(B: Tensor, n_heads: int) -> Tensor:
     return B.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def config_of(base_model: str):
-    """The config of a base model; its weights are not downloaded."""
-    folder = hub.fetch(hub.source_of(base_model), ["config.json"])
-    return hub.from_pretrained(AutoConfig, str(folder))
-
-
 def main() -> None:
     args = parse_args()
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("GGUF files need the package gguf: pip install gguf") from None
+    import gguf
+
+    out = check_output(args.out, ".gguf")
     adapter, config = lora.load_adapter(args.adapter)
-    base = config_of(args.base_model or config.base_model)
+    base = AutoConfig.from_pretrained(model.source_of(args.base_model or config.base_model))
     if base.model_type not in ARCHITECTURES:
         raise UserError(f"no GGUF adapters for {base.model_type}, but for {', '.join(ARCHITECTURES)}")
     architecture, permutes = ARCHITECTURES[base.model_type]
@@ -66,8 +57,7 @@ def main() -> None:
     name_map = gguf.get_tensor_name_map(numbers[architecture], base.num_hidden_layers)
     n_heads = {"q_proj": base.num_attention_heads, "k_proj": base.num_key_value_heads}
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = args.out.with_name(f"{args.out.name}.tmp")
+    unfinished = out.with_name(f"{out.name}.tmp")
     writer = gguf.GGUFWriter(unfinished, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -84,8 +74,8 @@ def main() -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    unfinished.replace(args.out)
-    print(f"{args.out}: rank {config.r} on {', '.join(adapter)}, for {architecture}")
+    unfinished.replace(out)
+    print(f"{out}: rank {config.r} on {', '.join(adapter)}, for {architecture}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the right; for other tasks it is the first part of the name.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,9 +16,7 @@ from torch import Tensor
 import data
 import generate
 import model
-from support import flags, processes
-from support.files import UserError, check_name, command
-from support.tables import pyplot
+from support import UserError, check_output, command, make_parser
 from tasks import load_tasks
 
 ENTRIES = 4096  # of each layer's change of the weights: a strided sample
@@ -27,16 +24,14 @@ ENTRIES = 4096  # of each layer's change of the weights: a strided sample
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
-    parser = flags.Parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--tasks", default="tiny", help="as for train.py")
     parser.add_argument("--split", default="all", help="train, val, test, or all")
-    parser.add_argument("--n_tasks", type=flags.at_least(3), default=512, help="at most so many of them")
+    parser.add_argument("--n_tasks", type=int, default=512, help="at most so many of them")
     parser.add_argument("--out", default="map.png", help="the picture to write")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     generate.add_net_flags(parser)
-    args = parser.parse_args()
-    check_name(Path(args.out), ".png")
-    return args
+    return parser.parse_args()
 
 
 def projection(x: Tensor) -> Tensor:
@@ -62,9 +57,11 @@ def vectors_of(net, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     args = parse_args()
-    plt = pyplot()
+    from matplotlib import pyplot as plt
+
+    check_output(args.out, ".png")
     torch.manual_seed(0)
-    device = processes.start_single(args.device)
+    device = model.pick_device(args.device)
     net = generate.load_net(args.hypernet, "descriptions", args, device)
     if not hasattr(net, "embed_task"):
         raise UserError("the map is of Text-to-LoRA: this network has no task embedding")
@@ -93,7 +90,6 @@ def main() -> None:
             ax.scatter(chosen[:, 0], chosen[:, 1], s=14, color=colours(i % colours.N), label=label)
         ax.set(title=title, xticks=[], yticks=[])
         ax.legend(frameon=False, fontsize=8, markerscale=1.5, loc="center left", bbox_to_anchor=(1, 0.5))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(args.out, dpi=110)
     print(f"{len(tasks)} tasks: {args.out}")
 

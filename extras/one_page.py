@@ -22,7 +22,7 @@ BASE = "checkpoints/tiny"  # a Llama of four layers that knows 400 words
 TARGETS = {"q_proj": (128, 128), "v_proj": (128, 64)}  # its layers that are adapted: (in, out)
 L, M, R, SCALING = 4, 2, 8, 16 / 8**0.5  # scaling is alpha / sqrt(r)
 E, D, HEAD_IN = 8192, 128, 256  # widths: text encoder, trunk, input of the heads
-STEPS, BATCH, LR = 1000, 128, 3e-3
+STEPS, BATCH, LR = 600, 128, 2e-3
 FUNCTION_WORDS = """a an the of to in on at by for from with or but is are was were be been it its this that
     these those them they their there you your i me my we our as then than so what which who whatever any
     some please into out up down . , ; : - ?""".split()
@@ -75,12 +75,13 @@ class TextToLoRA(nn.Module):
         self.mlp1 = nn.Sequential(nn.LayerNorm(D), *mlp(D, D), nn.Dropout(0.1))
         self.mlp2 = nn.Sequential(nn.LayerNorm(D), *mlp(D, D), nn.Dropout(0.1))
         self.mlp3 = nn.Sequential(nn.LayerNorm(D), *mlp(D, HEAD_IN))
-        self.heads, self.offset = nn.ModuleDict(), nn.Module()
-        for name, (n_in, n_out) in TARGETS.items():  # at first heads write 0: A is the offset, and B = 0
+        self.heads, self.offset = nn.ModuleDict(), nn.ParameterDict()  # the offset is a LoRA for all texts
+        for name, (n_in, n_out) in TARGETS.items():  # at first heads write 0, and the offset is a new LoRA
             self.heads[name] = nn.Linear(HEAD_IN, R * (n_in + n_out))
             nn.init.zeros_(self.heads[name].weight)
             nn.init.zeros_(self.heads[name].bias)
-            self.offset.register_buffer(f"{name}_A", torch.empty(L, R, n_in).uniform_(-1, 1) / n_in**0.5)
+            self.offset[f"{name}_A"] = nn.Parameter(torch.empty(L, R, n_in).uniform_(-1, 1) / n_in**0.5)
+            self.offset[f"{name}_B"] = nn.Parameter(torch.zeros(L, n_out, R))
 
     def forward(self, texts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """n descriptions -> {module: (A [n, L, r, in], B [n, L, out, r])}"""
@@ -95,7 +96,7 @@ class TextToLoRA(nn.Module):
         for m, (name, (n_in, n_out)) in enumerate(TARGETS.items()):
             A, B = self.heads[name](x[:, :, m]).split([R * n_in, R * n_out], -1)  # [n, L, r * in or r * out]
             A, B = A.view(n, L, R, n_in), B.view(n, L, R, n_out).mT
-            adapters[name] = (self.offset.get_buffer(f"{name}_A") + A, B)
+            adapters[name] = (self.offset[f"{name}_A"] + A, self.offset[f"{name}_B"] + B)
         return adapters
 
 
@@ -118,9 +119,7 @@ def main() -> None:
     for i, layer in enumerate(base.train().requires_grad_(False).model.layers):
         for name in TARGETS:
             setattr(layer.self_attn, name, LoRALinear(getattr(layer.self_attn, name), adapters, name, i))
-    trunk = [p for name, p in net.named_parameters() if not name.startswith("heads")]
-    heads = {"params": net.heads.parameters(), "lr": LR / 16}
-    optimizer = torch.optim.AdamW([{"params": trunk}, heads], lr=LR)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
     rate = lambda step: min(10 * (step + 1) / STEPS, (1 - step / STEPS) / 0.9)  # warm-up, then linear to 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step in (bar := trange(STEPS)):

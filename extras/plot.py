@@ -1,44 +1,75 @@
-"""Draw the scores that eval.py wrote: python -m extras.plot results.json out.png   (needs matplotlib)
+"""Draw a run, or the scores that eval.py wrote (needs matplotlib).
 
-Bars of all methods; for documents lines over their length.
+    python -m extras.plot out/sft run.png              # losses and accuracy over the steps
+    python -m extras.plot results.json scores.png      # bars of all methods; for documents over their length
 """
 
+import json
 from pathlib import Path
 
-from support import flags
-from support.files import UserError, check_name, command, read_object
-from support.tables import pyplot
+from support import check_output, command, make_parser, read_json
+
+
+def draw_run(ax, folder: Path) -> None:
+    """The training loss, averaged over 2% of the steps, and what validation measured."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    width = max(1, len(rows) // 50)
+    means = []
+    for i in range(len(rows)):
+        recent = losses[max(0, i - width) : i + 1]
+        means.append(sum(recent) / len(recent))
+    ax.plot(steps, means, label="loss")
+    for key in ("val_loss", "val_accuracy"):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            ax.plot(*zip(*points), "o-", label=key)
+    ax.set(xlabel="step", ylim=(0, None))
+    ax.legend(frameon=False)
+
+
+def draw_lengths(ax, results: dict) -> None:
+    """Scores over the length of documents."""
+    for method, scores in results.items():
+        points = sorted((int(name.split()[0]), score) for name, score in scores["per_task"].items())
+        ax.plot(*zip(*points), "o-", label=method)
+    ax.set(xscale="log", xlabel="lines of the document", ylabel="right answers", ylim=(-0.03, 1.12))
+    ax.legend(frameon=False)
+
+
+def draw_bars(ax, results: dict, split: str) -> None:
+    """A bar for each method."""
+    means = {method: scores["mean"] for method, scores in reversed(results.items())}
+    colours = ["#2f6db5" if method == "t2l" else "#b8c4d6" for method in means]
+    bars = ax.barh(list(means), list(means.values()), color=colours)
+    ax.bar_label(bars, fmt="%.2f", padding=3)
+    ax.set(xlim=(0, 1.12), xlabel=f"right answers on {split} tasks")
 
 
 def main() -> None:
-    parser = flags.Parser(__doc__)
-    parser.add_argument("results", type=Path, help="file of eval.py --out")
-    parser.add_argument("out", type=Path, help="the picture to write, a PNG file")
+    parser = make_parser(__doc__)
+    parser.add_argument("source", type=Path, help="folder of a run, or file of eval.py --out")
+    parser.add_argument("out", help="the picture to write, a PNG file")
     args = parser.parse_args()
-    check_name(args.out, ".png")
-    content = read_object(args.results)
-    if not content.get("results"):
-        raise UserError(f"{args.results} holds no scores: eval.py --out writes them")
-    results, split = content["results"], content["settings"]["split"]
-    names = next(iter(results.values()))["per_task"]
-    are_lengths = len(names) > 1 and all(name.endswith(" lines") for name in names)
-    height = 3.6 if are_lengths else 0.8 + 0.34 * len(results)
-    fig, ax = pyplot().subplots(figsize=(7, height), layout="constrained")
-    if are_lengths:
-        for method, scores in results.items():
-            points = sorted((int(name.split()[0]), score) for name, score in scores["per_task"].items())
-            ax.plot([n for n, _ in points], [score for _, score in points], "o-", label=method)
-        ax.set(xscale="log", xlabel="lines of the document", ylabel="right answers", ylim=(-0.03, 1.12))
-        ax.legend(frameon=False)
+    out = check_output(args.out, ".png")
+    from matplotlib import pyplot
+
+    if args.source.is_dir():
+        figure, ax = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+        draw_run(ax, args.source)
     else:
-        means = {method: scores["mean"] for method, scores in reversed(results.items())}
-        colours = ["#2f6db5" if method == "t2l" else "#b8c4d6" for method in means]
-        bars = ax.barh(list(means), list(means.values()), color=colours)
-        ax.bar_label(bars, fmt="%.2f", padding=3)
-        ax.set(xlim=(0, 1.12), xlabel=f"right answers on {split} tasks")
+        content = read_json(args.source)
+        results, split = content["results"], content["settings"]["split"]
+        names = next(iter(results.values()))["per_task"]
+        are_lengths = len(names) > 1 and all(name.endswith(" lines") for name in names)
+        height = 3.6 if are_lengths else 0.8 + 0.34 * len(results)
+        figure, ax = pyplot.subplots(figsize=(7, height), layout="constrained")
+        if are_lengths:
+            draw_lengths(ax, results)
+        else:
+            draw_bars(ax, results, split)
     ax.spines[["top", "right"]].set_visible(False)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(args.out, dpi=150)
+    figure.savefig(out, dpi=150)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import model
 from data import Example
-from support import flags, processes
-from support.files import UserError, command, write_file
+from support import UserError, command, make_parser, write_file
 from tasks import facts, tiny
 
 TEXTS = 16  # per step
@@ -139,14 +138,14 @@ def train(net: LlamaForCausalLM, steps: int) -> Iterator[float]:
 
 
 def main() -> None:
-    parser = flags.Parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("out_dir", type=Path, help="a new folder for the model and its tokenizer")
-    parser.add_argument("--steps", type=flags.at_least(1), default=20_000, help="training steps")
+    parser.add_argument("--steps", type=int, default=20_000, help="training steps")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     args = parser.parse_args()
     if args.out_dir.exists() and any(args.out_dir.iterdir()):
         raise UserError(f"{args.out_dir} is in use; choose another folder")
-    net, metrics = make_model().to(processes.start_single(args.device)), ""
+    net, metrics = make_model().to(model.pick_device(args.device)), ""
     with tqdm(total=args.steps) as bar:
         for step, loss in enumerate(train(net, args.steps), 1):
             metrics += json.dumps({"step": step, "loss": loss}) + "\n"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import hypernet
-from support import flags, hub
-from support.files import UserError, command, read_object
+import model
+from support import UserError, command, make_parser, read_json
 
 FILES = ["hypermod.pt", "args.yaml", "adapter_config.json", "pytorch_model.bin"]
 MOST_LAYERS = 1000  # of a base model
@@ -38,21 +38,23 @@ def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
     try:
         if (folder / "pytorch_model.bin").exists():
             content = read_pickle(folder / "pytorch_model.bin")
-            arch, fields, weights = "d2l", doc_fields(content), doc_weights(content)
+            net_class, fields, weights = hypernet.DocToLoRA, doc_fields(content), doc_weights(content)
         else:
             import yaml  # comes with transformers; nothing else needs it
 
             hint = ", or --module_order is wrong"
-            peft = read_object(folder / "adapter_config.json")
+            peft = read_json(folder / "adapter_config.json")
             args = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
             content = read_pickle(folder / "hypermod.pt")
             fields = text_fields(peft, args, content, module_order or list(peft["target_modules"]))
-            arch, weights = "t2l", our_weights(content, fields, args)
+            weights = our_weights(content, fields, args)
+            is_rotary = fields["size"] == "small" and "rank_emb.0.weight" not in weights
+            net_class = Net if is_rotary else hypernet.TextToLoRA
         n_numbers = sum(tensor.numel() for tensor in weights.values())
         if n_numbers > MOST_NUMBERS:
             raise ValueError(f"that network would have {n_numbers:,} parameters")
         with torch.device("meta"):  # only shapes, so that nothing is allocated before they are compared
-            net = hypernet.ARCHS[arch](hypernet.ARCHS[arch].config_class(**fields))
+            net = net_class(net_class.config_class(**fields))
         expected = {key: tensor.shape for key, tensor in net.state_dict().items()}
         found = {key: tensor.shape for key, tensor in weights.items()}
         if found != expected:
@@ -63,6 +65,28 @@ def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
     except Exception as e:  # broken files raise arbitrary exceptions
         raise UserError(f"{folder} is no published checkpoint{hint}: {e!r}") from None
     return net.eval()
+
+
+def rotate(x: Tensor, positions: int) -> Tensor:
+    """A copy of every row per rank, rotated by its position (RoPE, base 10000). [..., d] -> [..., r, d]"""
+    half = x.shape[-1] // 2
+    frequency = 10000 ** -(torch.arange(half, device=x.device) / half)
+    angle = torch.arange(positions, device=x.device)[:, None] * frequency  # [r, d/2]
+    x1, x2 = x[..., None, :half], x[..., None, half:]  # [..., 1, d/2]
+    return torch.cat([x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()], -1)
+
+
+class Net(hypernet.TextToLoRA):
+    """Small, of some published checkpoints: rank positions are rotations, not a table. mlp2(rotated x)"""
+
+    arch = "published"
+
+    def __init__(self, config: hypernet.TextConfig):
+        super().__init__(config)
+        del self.rank_emb
+
+    def add_ranks(self, x: Tensor) -> Tensor:
+        return self.mlp2(rotate(x, self.config.r))
 
 
 def make_targets(n_layers: int, in_features: dict[str, int], out_features: dict[str, int]) -> dict[str, dict]:
@@ -130,6 +154,11 @@ def text_fields(peft: dict, args: dict, weights: dict[str, Tensor], names: list[
         size = "small"
     else:
         size = "medium"
+    recon_loss = ""
+    if args["training_task"] == "recon" and not args["factorized"]:
+        recon_loss = "delta_w"
+    elif f"heads.{names[0]}.bias" not in weights:
+        recon_loss = "z_score"
     return {
         "base_model": peft["base_model_name_or_path"],
         "n_layers": n_layers,
@@ -140,13 +169,12 @@ def text_fields(peft: dict, args: dict, weights: dict[str, Tensor], names: list[
         "encoder": args.get("emb_model") or "base",
         "input_size": task_encoder.shape[1],
         "instruction": True,
-        "z_score": f"heads.{names[0]}.bias" not in weights,
+        "recon_loss": recon_loss,
         "size": size,
         "latent_size": 2 * len(task_encoder),
         "head_in_size": head.shape[1],
         "dropout": 0.05,
         "input_dropout": 0.0,
-        "rotary": size == "small" and "pos_emb.0.weight" not in weights,
     }
 
 
@@ -163,20 +191,20 @@ def our_weights(weights: dict[str, Tensor], fields: dict[str, Any], args: dict) 
             embeddings.append(torch.stack([weights[f"out_emb.{name}.A"], weights[f"out_emb.{name}.B"]]))
         ours["AB_emb"] = torch.stack(embeddings)  # [M, 2, d]
 
-    of_delta_w = args["training_task"] == "recon" and not args["factorized"]
     for name in fields["targets"]:
         for matrix in "AB":
-            offset, std = weights[f"AB_offset.{matrix}.{name}"], torch.tensor(1.0)
-            if of_delta_w:  # the target was B A times delta_w_scaling: A and B are divided by its root each
-                offset = torch.zeros_like(offset)
-                std = torch.tensor(args["delta_w_scaling"] ** -0.5)
-            elif fields["z_score"]:
+            offset = weights[f"AB_offset.{matrix}.{name}"]
+            if fields["recon_loss"] == "z_score":
                 offset = offset + weights[f"mean_recon_target.{matrix}.{name}"]
                 std = weights[f"std_recon_target.{matrix}.{name}"] + 1e-10
-            if fields["z_score"]:
-                std = std.expand(offset.shape)
+                ours[f"std.{name}_{matrix}"] = std.expand(offset.shape)
             ours[f"offset.{name}_{matrix}"] = offset
-            ours[f"std.{name}_{matrix}"] = std
+            if fields["recon_loss"] == "delta_w":
+                ours[f"offset.{name}_{matrix}"] = torch.zeros_like(offset)
+        if fields["recon_loss"] == "delta_w":
+            # the target was B A times delta_w_scaling: A and B, and so the head, are divided by its root each
+            for part in ("weight", "bias"):
+                ours[f"heads.{name}.{part}"] = ours[f"heads.{name}.{part}"] * args["delta_w_scaling"] ** -0.5
     return ours
 
 
@@ -256,7 +284,7 @@ def doc_weights(content: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = flags.Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("start", metavar="FROM", help="a folder, or USER/REPO/FOLDER on the hub")
     add("out_dir", metavar="OUT_DIR", type=Path, help="a new folder")
@@ -265,9 +293,9 @@ def main() -> None:
     if args.out_dir.exists() and any(args.out_dir.iterdir()):
         raise UserError(f"{args.out_dir} is in use; choose another folder")
     order = args.module_order.split(",") if args.module_order else None
-    net = convert(hub.fetch(args.start, FILES, flag="FROM"), order)
+    net = convert(model.fetch(args.start, FILES), order)
     hypernet.save_hypernet(net, args.out_dir)
-    print(f"{args.out_dir}: {net.config.base_model}, {', '.join(net.names)}")
+    print(f"{args.out_dir}: {net.config.base_model}, {', '.join(net.config.targets)}")
 
 
 if __name__ == "__main__":

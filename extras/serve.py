@@ -12,7 +12,6 @@ import os
 import runpy
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -20,8 +19,7 @@ from transformers import AutoConfig
 import generate
 import lora
 import model
-from support import flags, hub, templates
-from support.files import UserError, command
+from support import UserError, command, make_parser
 
 PREFIX, MOST = "t2l:", 1000  # descriptions of one server: files stay, because vLLM may read them again
 
@@ -47,20 +45,18 @@ class Writer:
 
 def served_template(tokenizer) -> str:
     """The chat template with which vLLM renders prompts as they were in training (`model.render`)."""
-    head = f"{{%- set date_string = '{templates.DAY}' %}}{{%- set enable_thinking = false %}}"
-    if templates.takes_system_message(tokenizer):
+    head = f"{{%- set date_string = '{model.DAY}' %}}{{%- set enable_thinking = false %}}"
+    if model.takes_system_message(tokenizer):
         empty = "{%- set messages = [{'role': 'system', 'content': ''}] + messages %}"
         head += "{%- if messages[0].role != 'system' %}" + empty + "{%- endif %}"
-    marks = "{%- if add_generation_prompt %}" + templates.around_answer(tokenizer)[0] + "{%- endif %}"
-    return templates.FIXED_DAY + head + tokenizer.get_chat_template() + marks
+    marks = "{%- if add_generation_prompt %}" + model.around_answer(tokenizer)[0] + "{%- endif %}"
+    return model.FIXED_DAY + head + tokenizer.get_chat_template() + marks
 
 
 def main() -> None:
-    parser = flags.Parser(__doc__)
+    parser = make_parser(__doc__)
     generate.add_net_flags(parser)
     args, of_vllm = parser.parse_known_args()
-    if not find_spec("vllm"):
-        raise UserError("this needs vllm; https://docs.vllm.ai says how to install it")
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
@@ -68,8 +64,8 @@ def main() -> None:
     if net.config.instruction:
         raise UserError("this network was trained with the description in the prompt, too")
     name = args.base_model or net.config.base_model
-    shape = hub.base_shape(hub.from_pretrained(AutoConfig, name))
-    hub.check_base(name, shape, net.config.base_model, net.config.base_shape)
+    shape = lora.base_shape(AutoConfig.from_pretrained(model.source_of(name)))
+    model.check_base(name, shape, net.config.base_model, net.config.base_shape)
     tokenizer = model.load_tokenizer(name)
     net.connect(model.load_base(name)[0] if net.config.encoder == "base" else None, tokenizer)
 
@@ -83,9 +79,12 @@ def main() -> None:
         template.write_text(served_template(tokenizer), encoding="utf-8")
         LoRAResolverRegistry.register_resolver("t2l", Resolver())
         os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        rank = str(next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= net.config.r))
+        ranks = [rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= net.config.r]
+        if not ranks:
+            raise UserError(f"vLLM takes adapters up to rank 512, not {net.config.r}")
         sys.argv = ["vllm", "--model", tokenizer.name_or_path, "--served-model-name", net.config.base_model]
-        sys.argv += ["--enable-lora", "--max-lora-rank", rank, "--chat-template", str(template)] + of_vllm
+        sys.argv += ["--enable-lora", "--max-lora-rank", str(ranks[0]), "--chat-template", str(template)]
+        sys.argv += ["--host", "127.0.0.1"] + of_vllm  # of two --host the last one counts
         runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 
 

@@ -17,15 +17,14 @@ from pathlib import Path
 import generate
 import lora
 import model
-from support import flags, hub, processes, templates
-from support.files import UserError, command
+from support import UserError, command, make_parser, read_json
 
 MOST_LINES, MOST_LETTERS = 32, 20_000  # of what a visitor may type
 
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
-    parser = flags.Parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--port", type=int, default=7860, help="port of this machine")
     generate.add_model_flags(parser)
     return parser.parse_args()
@@ -48,11 +47,9 @@ def main() -> None:
     args = parse_args()
     folder = tempfile.TemporaryDirectory()  # of the latest adapters and of gradio's copies, gone at the end
     os.environ["GRADIO_TEMP_DIR"] = folder.name
-    try:
-        import gradio
-    except ImportError:
-        raise UserError("the page needs gradio 6: pip install gradio") from None
-    device = processes.start_single(args.device)
+    import gradio
+
+    device = model.pick_device(args.device)
     nets = load_nets(args, device)
     base, tokenizer = generate.load_base_for([net.config for net in nets], args, device)
     lock = threading.Lock()  # the base model holds one visitor's adapter at a time
@@ -69,7 +66,7 @@ def main() -> None:
         instruction = model.instruct(text) if wanted and net.reads == "descriptions" else ""
         with lock:
             try:
-                templates.check_known(tokenizer, questions + ([text] if net.reads == "documents" else []))
+                model.check_known(tokenizer, questions + ([text] if net.reads == "documents" else []))
                 adapters, milliseconds = generate.write_adapters(net, [text], base)
                 adapter, scaling = lora.select(adapters, 0), net.config.scaling
                 answers = []
@@ -93,15 +90,13 @@ def main() -> None:
         results = [table, gradio.Markdown(), gradio.File(label="The adapter, as PEFT loads it")]
         net.connect(base, tokenizer)
         function = partial(answer, net)
-        examples = hub.examples(net.config.base_model).get(net.reads)
+        file = Path(lora.TINY).parent / model.preset_of(net.config.base_model) / "examples.json"
+        examples = read_json(file).get(net.reads) if file.exists() else None
         settings = dict(examples=examples, flagging_mode="never", api_name=title.lower())
         tabs[title] = gradio.Interface(function, boxes, results, submit_btn="Write an adapter", **settings)
     theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")  # loads no fonts from elsewhere
     page = gradio.TabbedInterface(list(tabs.values()), list(tabs), "Text-to-LoRA")
-    try:
-        page.launch(server_port=args.port, theme=theme)
-    except OSError as e:  # the port is in use
-        raise UserError(f"--port {args.port}: {e}") from None
+    page.launch(server_port=args.port, theme=theme)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.files import read_file
+from support import read_json
 
 SIZE, PATCH = 24, 4  # pixels of a picture, and of the patches that the transformer sees
 OBJECT = 2 * PATCH  # of an object, which lies on whole patches
@@ -71,7 +71,7 @@ EDITS = [Edit(*parts) for parts in product(WHICH, HOW, WHOLE)]
 EDITS = [edit for edit in EDITS if not (edit.which == "green" and "green" in edit.how)]
 random.Random(0).shuffle(EDITS)
 TEST, VAL, TRAIN = EDITS[:25], EDITS[25:33], EDITS[33:]  # 564 edits
-PHRASES = read_file(Path(__file__).parent / "phrases.json")
+PHRASES = read_json(Path(__file__).parent / "phrases.json")
 
 GRID = range(0, SIZE - OBJECT + 1, PATCH)
 PLACES = []  # of three objects that do not overlap: their upper left corners

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 import lora
+import model
 from pictures import pictures
 from pictures.edits import EDITS, TEST, TRAIN, Edit, apply, describe, draw_scene, render
-from support import processes
-from support.files import command, read_file
+from support import command
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def measure(
 def main() -> None:
     """Print the table: the hypernetwork on unseen edits, controls, and ordinary LoRAs if they are there."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else pictures.HERE
-    device = processes.start_single("auto")
+    device = model.pick_device()
     base, net = pictures.load_base(folder, device), pictures.load_hypernet(folder, device)
     rng = random.Random(0)
 
@@ -68,7 +69,7 @@ def main() -> None:
         file = folder / f"{mode}.safetensors"
         if file.exists():
             bank = pictures.make_trained(mode, base).to(device)
-            bank.load_state_dict(read_file(file))
+            bank.load_state_dict(load_file(file))
             rows[mode] = bank(index)
     for name, adapters in rows.items():
         print(f"{name:35} {measure(base, adapters, net.config.scaling)}", flush=True)

@@ -13,6 +13,7 @@ linear layers with names.
 
 import json
 import math
+import os
 import random
 import re
 import textwrap
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PretrainedConfig
@@ -29,10 +31,7 @@ import hypernet
 import lora
 import model
 from pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
-from support import flags, processes
-from support.files import UserError, command, read_file, write_file
-from support.tables import pyplot
-from support.state import load_state, on_ctrl_c, save_state
+from support import UserError, check_output, command, make_parser, write_file
 
 HERE = Path(__file__).parent
 
@@ -171,6 +170,7 @@ TARGETS = ["to_q", "to_v", "to_out", "ff_up", "ff_down"]  # all in the stream of
 STEPS = {"base": 14000, "hypernet": 40000, "oracles": 600, "one": 300}
 LR = {"base": 2e-3, "hypernet": 1.5e-3, "oracles": 5e-3, "one": 5e-3}
 BATCH = 32  # pairs of pictures in a step
+SAVE_EVERY = 100  # steps
 
 
 def draw_pairs(edits: list[Edit], rng: random.Random) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ def draw_pairs(edits: list[Edit], rng: random.Random) -> tuple[Tensor, Tensor]:
 def load_base(folder: Path, device="cpu") -> Transformer:
     """The frozen base model, ready for adapters."""
     net = Transformer()
-    net.load_state_dict(read_file(folder / "base.safetensors"))
+    net.load_state_dict(load_file(folder / "base.safetensors"))
     return lora.inject(net.to(device).requires_grad_(False).eval(), TARGETS)
 
 
@@ -192,12 +192,13 @@ def make_trained(mode: str, base: Transformer) -> nn.Module:
     """What is trained: the base model, a hypernetwork or ordinary LoRAs."""
     if mode == "base":
         return base
-    config = lora.config_for(base, base.lora_targets, "pictures", r=4, alpha=8.0)
+    config = lora.config_for(base, "pictures", r=4, alpha=8.0)
     if mode != "hypernet":
         return lora.LoRABank(config, len(TEST) if mode == "oracles" else 1)
     settings = dict(latent_size=96, head_in_size=64, dropout=0.0, input_dropout=0.2)
     net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), **settings, input_size=model.HASH_WIDTH))
     net.start_as_lora()
+    net.offset.requires_grad_(False)  # LoRA's initialisation stays
     net.connect(None, None)  # its text encoder needs no model
     return net
 
@@ -232,7 +233,7 @@ def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Rand
 
 def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
     """Train one of STEPS, resume it if it was interrupted, and write it into the folder."""
-    file, state = folder / f"{mode}.safetensors", folder / f"{mode}-state.safetensors"
+    file, state = folder / f"{mode}.safetensors", folder / f"{mode}-state.pt"
     if file.exists():
         raise UserError(f"{file} is there already; choose another folder with --weights")
     torch.manual_seed(0)
@@ -241,10 +242,12 @@ def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
     folder.mkdir(parents=True, exist_ok=True)
-    first = load_state(state, trained, optimizer) if state.exists() else 0
-    if first >= steps:
-        raise UserError(f"--steps {steps}: the run in {folder} has done {first} steps")
-    interrupts, mean = on_ctrl_c(), None
+    first, mean = 0, None
+    if state.exists():
+        saved = torch.load(state, map_location="cpu", weights_only=True)
+        first = saved["step"]
+        trained.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=mode)
     for step in bar:
         lr = optimizer.param_groups[0]["lr"] = LR[mode] * min((step + 1) / 200, 1 - step / steps)
@@ -260,10 +263,10 @@ def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
         if step < 20 or step % 100 == 99:
             with open(folder / f"{mode}.jsonl", "a" if step else "w") as log:
                 log.write(json.dumps({"step": step + 1, "of": steps, "lr": lr, "loss": loss.item()}) + "\n")
-        if step % 100 == 99 or interrupts:
-            save_state(state, step + 1, trained, optimizer)
-        if interrupts:
-            raise KeyboardInterrupt
+        if (step + 1) % SAVE_EVERY == 0:
+            saved = {"step": step + 1, "net": trained.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(saved, f"{state}.tmp")
+            os.replace(f"{state}.tmp", state)
     if mode == "hypernet":
         hypernet.save_hypernet(trained, folder)
     else:
@@ -285,10 +288,9 @@ def sources_for(description: str) -> np.ndarray:
 
 def read_picture(path: str) -> np.ndarray:
     """One's own source picture, six times. [6, 24, 24, 3]"""
-    try:
-        picture = pyplot().imread(path)  # of a PNG: numbers from 0 to 1
-    except (OSError, SyntaxError, ValueError) as e:
-        raise UserError(f"--input {path} cannot be read as a picture: {e}") from None
+    from matplotlib import pyplot
+
+    picture = pyplot.imread(path)  # of a PNG: numbers from 0 to 1
     if picture.dtype != np.float32 or picture.ndim != 3 or picture.shape[:2] != (SIZE, SIZE):
         raise UserError(f"--input {path}: a PNG of {SIZE} x {SIZE} pixels in colour is needed")
     return np.repeat(picture[None, ..., :3], 6, 0)
@@ -297,7 +299,8 @@ def read_picture(path: str) -> np.ndarray:
 @torch.no_grad()
 def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, out: str, device) -> None:
     """For each description: sources, what the base model makes of them, and the same with the adapter."""
-    plt = pyplot()
+    from matplotlib import pyplot as plt
+
     base, net = load_base(folder, device), load_hypernet(folder, device)
     adapters = net(descriptions)
     columns = min(2, len(descriptions))
@@ -319,29 +322,30 @@ def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, ou
         ax.set_title(textwrap.fill(description, 56), fontsize=10)
         for row, name in enumerate(("source", "base model", "adapter")):
             ax.text(-2, (row + 0.5) * (SIZE + 2), name, ha="right", va="center", fontsize=9)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
     print(f"wrote {out}")
 
 
 def main() -> None:
-    parser = flags.Parser(__doc__)
+    parser = make_parser(__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--desc", action="append", help="description of an edit; may be given several times")
     task.add_argument("--train", choices=list(STEPS), help="base, hypernet; oracles, one: ordinary LoRAs")
     parser.add_argument("--out", default="strip.png", help="the picture to write")
     parser.add_argument("--input", help=f"a PNG of {SIZE} x {SIZE} pixels in place of random sources")
-    parser.add_argument("--steps", type=flags.at_least(1), help="training steps")
+    parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--weights", type=Path, default=HERE, help="folder of the weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     args = parser.parse_args()
-    device = processes.start_single(args.device)
+    device = model.pick_device(args.device)
     if args.train:
         train(args.train, args.weights, args.steps or STEPS[args.train], device)
-    elif all(text.strip() for text in args.desc):
-        draw_strip(args.weights, args.desc, args.input, args.out, device)
-    else:
+        return
+    if not all(text.strip() for text in args.desc):
         raise UserError("--desc is empty")
+    if args.input and check_output(args.out, ".png").resolve() == Path(args.input).resolve():
+        raise UserError(f"--out {args.out} would overwrite --input")
+    draw_strip(args.weights, args.desc, args.input, check_output(args.out, ".png"), device)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,83 @@
-"""What the scripts stand on, and a reader of the method can skip. Nothing here imports from above."""
+"""What all scripts stand on: errors as one line, files that are written whole or not at all."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+
+class UserError(ValueError):
+    """An error the user can fix, in our own words: a mistake that would otherwise be silent."""
+
+
+def command(main) -> None:
+    """Run the main() of a command. An error is one line on stderr, with exit code 2.
+
+    T2L_TRACEBACK=1 shows where it was raised.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        if os.environ.get("T2L_TRACEBACK"):
+            raise
+        message = " ".join(str(e).split())[:500]  # some libraries write pages
+        if not isinstance(e, UserError):
+            message = f"{type(e).__name__}: {message}"
+        rank = os.environ.get("RANK", "0")
+        print("error:" if rank == "0" else f"error in process {rank}:", message, file=sys.stderr)
+        sys.exit(2)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """argparse, with the docstring of a command as it is written."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=layout, allow_abbrev=False)
+
+
+def say(message: str) -> None:
+    """Print a line, on the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def read_json(path: str | Path):
+    """The content of a JSON file. Raises UserError, with the file's name, if it is no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON: {e}") from None
+
+
+def write_file(path: str | Path, content) -> None:
+    """Write tensors (.safetensors), text (a string) or JSON, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".safetensors":
+            tmp.touch()
+            mode = tmp.stat().st_mode  # save_file would make it readable for its owner only
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
+            save_file(tensors, tmp, {"format": "pt"})
+            tmp.chmod(mode)
+        elif isinstance(content, str):
+            tmp.write_text(content, encoding="utf-8")
+        else:
+            tmp.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def check_output(path: str | Path, ending: str) -> Path:
+    """The path of a file to be written, before long work. UserError if its name does not end as it should."""
+    path = Path(path)
+    if path.suffix != ending or path.is_dir():
+        raise UserError(f"{path}: the file to be written must end in {ending}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

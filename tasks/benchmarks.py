@@ -15,16 +15,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlencode
 
 from tqdm import tqdm
 
-from data import Example, Splits, Task, no_start
-from support.files import UserError, cache_folder, download, read_file, write_file
+from data import Example, Splits, Task
+from support import UserError, read_json, write_file
+from tasks.download import cache_folder, download
 
 ROWS_SERVICE = "https://datasets-server.huggingface.co/rows"
 TEXTS = Path(__file__).parent / "benchmarks.json"
@@ -92,6 +94,10 @@ def mbpp(record: dict) -> tuple[Example, str]:
 CODE_START = "```python\n"
 
 
+def no_start(example: Example) -> str:
+    return ""
+
+
 def with_steps(example: Example) -> str:
     return "Let's think step by step."
 
@@ -138,11 +144,12 @@ def passes_tests(example: Example, answer: str) -> bool:
 
 
 # Removes the usual ways to start or signal processes. A program that runs to its end leaves the file TOKEN.
-RUNNER = """import os, shutil, subprocess
+RUNNER = """import os, shutil, subprocess, sys, types
 for name in ("fork", "forkpty", "posix_spawn", "kill", "killpg", "system", "setsid", "chmod", "rmdir"):
     setattr(os, name, None)
 subprocess.Popen = shutil.rmtree = None
-exec(compile(open("program.py").read(), "program.py", "exec"), {"__name__": "program"})
+program = sys.modules["program"] = types.ModuleType("program")
+exec(compile(open("program.py").read(), "program.py", "exec"), program.__dict__)
 open(TOKEN, "w")
 """
 
@@ -163,10 +170,11 @@ def run_program(program: str, seconds: int = 10) -> bool:
         for limit, value in limits.items():
             resource.setrlimit(limit, (value, value))
 
-    token = random.SystemRandom().randbytes(16).hex()  # a program that exits early does not write this file
     with tempfile.TemporaryDirectory() as folder:
+        # a program that exits early does not write this file
+        token = Path(folder) / random.SystemRandom().randbytes(16).hex()
         (Path(folder) / "program.py").write_text(program, encoding="utf-8")
-        command = [sys.executable, "-I", "-c", RUNNER.replace("TOKEN", repr(token))]
+        command = [sys.executable, "-I", "-c", RUNNER.replace("TOKEN", repr(str(token)))]
         process = subprocess.Popen(
             command,
             cwd=folder,
@@ -182,14 +190,14 @@ def run_program(program: str, seconds: int = 10) -> bool:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with the processes it has started
         process.wait()
-        return (Path(folder) / token).exists()
+        return token.exists()
 
 
 # -------------------- The benchmarks --------------------
 
 
-class Benchmark(NamedTuple):
-    """Where the records are, and what to do with them."""
+class Source(NamedTuple):
+    """Where the records of a benchmark are, and what to do with them."""
 
     dataset: str
     config: str
@@ -197,69 +205,81 @@ class Benchmark(NamedTuple):
     n_records: int
     to_example: Callable[[dict], tuple[Example, str]]
     metric: Callable[[Example, str], bool] = first_character
-    answer_tokens: int = 8
-    start: Callable[[Example], str] = no_start
+    most_tokens: int = 8  # of an answer
+    start: Callable[[Example], str] = no_start  # of the answer, given
+
+
+@dataclass
+class Benchmark(Task):
+    """A benchmark as a task: all test examples, each with three descriptions, as published."""
+
+    source: Source | None = None
+
+    def asked(self, texts: Sequence[str], n: int | None) -> list[tuple[int, str]]:
+        """Each example with three of the texts."""
+        n = len(self.test[:n])
+        return [(i, text) for i in range(n) for text in texts[:3]]
+
+    def instruction(self, text: str) -> str:
+        """Nothing: the inputs say what to do."""
+        return ""
+
+    def start(self, example: Example) -> str:
+        return self.source.start(example)
+
+    def most_tokens(self, tokenizer, example: Example) -> int:
+        return self.source.most_tokens
+
+    def is_right(self, example: Example, answer: str, ended: bool, contains: bool = False) -> bool:
+        return self.source.metric(example, answer)
 
 
 BENCHMARKS = {
-    "arc_challenge": Benchmark("allenai/ai2_arc", "ARC-Challenge", "test", 1172, arc),
-    "arc_easy": Benchmark("allenai/ai2_arc", "ARC-Easy", "test", 2376, arc),
-    "boolq": Benchmark("google/boolq", "default", "validation", 3270, boolq, true_or_false),
-    "gsm8k": Benchmark("openai/gsm8k", "main", "test", 1319, gsm8k, last_number, 256, with_steps),
-    "hellaswag": Benchmark("Rowan/hellaswag", "default", "validation", 10042, hellaswag),
-    "humaneval": Benchmark(
+    "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "test", 1172, arc),
+    "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", "test", 2376, arc),
+    "boolq": Source("google/boolq", "default", "validation", 3270, boolq, true_or_false),
+    "gsm8k": Source("openai/gsm8k", "main", "test", 1319, gsm8k, last_number, 256, with_steps),
+    "hellaswag": Source("Rowan/hellaswag", "default", "validation", 10042, hellaswag),
+    "humaneval": Source(
         "openai/openai_humaneval", "openai_humaneval", "test", 164, humaneval, passes_tests, 512, with_head
     ),
-    "mbpp": Benchmark(  # the paper used 399 of them, MBPP+
+    "mbpp": Source(  # the paper used 399 of them, MBPP+
         "google-research-datasets/mbpp", "full", "test", 500, mbpp, passes_tests, 512, with_code
     ),
-    "openbookqa": Benchmark("allenai/openbookqa", "main", "test", 500, arc),
-    "piqa": Benchmark("ybisk/piqa", "plain_text", "validation", 1838, piqa),
-    "winogrande": Benchmark("allenai/winogrande", "winogrande_debiased", "validation", 1267, winogrande),
+    "openbookqa": Source("allenai/openbookqa", "main", "test", 500, arc),
+    "piqa": Source("ybisk/piqa", "plain_text", "validation", 1838, piqa),
+    "winogrande": Source("allenai/winogrande", "winogrande_debiased", "validation", 1267, winogrande),
 }
 
 
 def load_records(name: str) -> list[dict]:
     """The records of a benchmark, downloaded once in pages of 100; a second call continues the first."""
-    benchmark, folder = BENCHMARKS[name], cache_folder(f"benchmarks/{name}")
-    n, records = benchmark.n_records, []
+    source, folder = BENCHMARKS[name], cache_folder(f"benchmarks/{name}")
+    n, records = source.n_records, []
     for offset in tqdm(range(0, n, 100), desc=name, unit="page", leave=False):
         file, expected = folder / f"{offset}.json", min(100, n - offset)
         if not file.exists():
             needed_for = f"--tasks {name}: rows {offset} to {offset + expected} of {n} are not in {folder}"
-            query = dict(dataset=benchmark.dataset, config=benchmark.config, split=benchmark.split)
+            query = dict(dataset=source.dataset, config=source.config, split=source.split)
             query |= dict(offset=offset, length=100)
             page = download(f"{ROWS_SERVICE}?{urlencode(query)}", needed_for)
             total, received = page["num_rows_total"], len(page["rows"])
             if total != n or received != expected:
-                raise UserError(f"{needed_for}; {benchmark.dataset} sent {received} of {total} rows")
+                raise UserError(f"{needed_for}; {source.dataset} sent {received} of {total} rows")
             write_file(file, page)
-        records += [entry["row"] for entry in read_file(file)["rows"]]
+        records += [entry["row"] for entry in read_json(file)["rows"]]
     return records
 
 
-def benchmark_task(name: str) -> Task:
+def benchmark_task(name: str) -> Benchmark:
     """One benchmark as a task: all records, shuffled, to test on, and four of them as shots."""
-    benchmark, records = BENCHMARKS[name], load_records(name)
+    source, records, test, shots = BENCHMARKS[name], load_records(name), [], []
     random.Random(0).shuffle(records)
-    test, shots = [], []
     for record in records:
-        example, shown = benchmark.to_example(record)
+        example, shown = source.to_example(record)
         test.append(example)
         shots.append(Example(example.input, [shown]))
-    descriptions = read_file(TEXTS)["descriptions"][name]
-    return Task(
-        name,
-        descriptions,
-        train=shots[-4:],
-        test=test,
-        metric=benchmark.metric,
-        start=benchmark.start,
-        n_scored=None,
-        n_descriptions=3,  # as published
-        answer_tokens=benchmark.answer_tokens,
-        has_instruction=False,
-    )
+    return Benchmark(name, read_json(TEXTS)["descriptions"][name], shots[-4:], test, source=source)
 
 
 def names_in(tasks: str, run_code: bool) -> list[str]:
@@ -289,7 +309,7 @@ def beside_published(results: dict[str, dict[str, float]], preset: str) -> dict[
     for method, scores in results.items():
         table[method] = scores | {"average": statistics.fmean(scores.values())}
     all_measured = all(len(scores) == len(BENCHMARKS) for scores in results.values())
-    for method, percents in read_file(TEXTS)["published"].get(preset, {}).items():
+    for method, percents in read_json(TEXTS)["published"].get(preset, {}).items():
         measured = {name for scores in results.values() for name in scores}
         if all_measured:  # otherwise the averages are not comparable
             measured.add("average")

@@ -27,10 +27,10 @@ from functools import cache
 from pathlib import Path
 
 from data import Example, Splits, Task
-from support.files import read_file
+from support import read_json
 
-DATA = read_file(Path(__file__).parent / "chores.json")
-WRITTEN = read_file(Path(__file__).parent / "chores_descriptions.json")
+DATA = read_json(Path(__file__).parent / "chores.json")
+WRITTEN = read_json(Path(__file__).parent / "chores_descriptions.json")
 N_VAL, N_TEST = 32, 100  # chains to validate and to test
 N_EXAMPLES = 10  # test examples of a task
 WEIGHT = 40  # a single chore is drawn as often as so many chains, since chains are learnt from single ones
@@ -362,7 +362,7 @@ def load() -> Splits:
     }
     splits["val"] += [make_task(chain, "val") for chain in val + single[:N_VAL]]
     splits["open"] = []
-    for i, (sort, request, pairs) in enumerate(read_file(Path(__file__).parent / "chores_open.json")):
+    for i, (sort, request, pairs) in enumerate(read_json(Path(__file__).parent / "chores_open.json")):
         examples = [Example(text, [right]) for text, right in pairs]
         splits["open"].append(Task(f"open-{sort}-{i}", [request], examples, examples))
     return splits

@@ -5,8 +5,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import Splits
-from support.files import cache_folder, download, read_file, write_file
-from tasks.folder import load_folder
+from support import read_json, write_file
+from tasks import load_folder
+from tasks.download import cache_folder, download
 
 URL = "https://raw.githubusercontent.com/allenai/natural-instructions/master/tasks"
 NAMES = Path(__file__).parent / "lots_of_loras.json"
@@ -14,7 +15,7 @@ NAMES = Path(__file__).parent / "lots_of_loras.json"
 
 def load() -> Splits:
     """The tasks by split. Downloads what is not in the cache, so a second call continues the first."""
-    folder, splits = cache_folder("lots-of-loras"), read_file(NAMES)
+    folder, splits = cache_folder("lots-of-loras"), read_json(NAMES)
     names = [name for split in splits.values() for name in split]
     missing = [name for name in names if not (folder / f"{name}.json").exists()]
     write_file(folder / "splits.json", splits)

@@ -3,7 +3,7 @@
 import random
 
 from data import Example, Splits, Task
-from tasks.documents import document_splits
+from tasks.facts import document_splits
 
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 

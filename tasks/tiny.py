@@ -11,9 +11,9 @@ from itertools import product
 from pathlib import Path
 
 from data import Example, Splits, Task
-from support.files import read_file
+from support import read_json
 
-WORLD = read_file(Path(__file__).parent / "tiny.json")
+WORLD = read_json(Path(__file__).parent / "tiny.json")
 CATEGORIES = {}  # {"animals": ["cat", ...], ...}
 MAPS = ("same", "plural", "french", "spanish", "german", "italian", "capitals", "initial")
 FORMS = {}  # {"cat": {"same": "cat", "plural": "cats", "french": "chat", ...}, ...}

@@ -13,9 +13,7 @@ from torch import nn
 import hypernet
 import lora
 import model
-from support import files
-from support.files import write_file
-from tasks import load_tasks, tiny
+from tasks import download, load_tasks, tiny
 from tests.helpers import TINY, config_for, needs_gpu, random_adapter, small_config, tiny_llama
 
 
@@ -66,8 +64,8 @@ def server(monkeypatch, tmp_path):
         return io.BytesIO(content)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(files, "urlopen", urlopen)
-    monkeypatch.setattr(files.time, "sleep", server.waits.append)
+    monkeypatch.setattr(download, "urlopen", urlopen)
+    monkeypatch.setattr(download.time, "sleep", server.waits.append)
     return server
 
 
@@ -86,7 +84,7 @@ def places(tmp_path_factory, reader) -> dict[str, Path]:
         "foreign/precious.txt": "mine",
         "tasks/swap.json": json.dumps(task),
         "open/a.json": json.dumps(question),
-        "self.args": "@{}\n".format(tmp / "self.args"),
+        "cut/train.args": "--mode sft\n",
     }
     for file, text in texts.items():
         (tmp / file).parent.mkdir(exist_ok=True)
@@ -94,8 +92,6 @@ def places(tmp_path_factory, reader) -> dict[str, Path]:
     config = config_for(tiny_llama(), base_model="base")
     name = load_tasks("tiny")["train"][0].name
     lora.save_adapter(tmp / "oracles" / name, random_adapter(config), config)
-    (tmp / "list").mkdir()
-    write_file(tmp / "list" / "config.json", [1])
     own = dict(base=tmp / "base", other=tmp / "other", foreign=tmp / "foreign", reader=reader)
     own["adapter"] = tmp / "oracles" / name
     return own | dict(tmp=tmp, note=tmp / "note.txt", net=TINY / "sft_large")

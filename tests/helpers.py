@@ -19,12 +19,12 @@ import eval as evaluation
 import hypernet
 import lora
 import model
+import support
 import train
-from support import files, hub, processes
-from support.files import UserError, read_file
+from support import UserError, read_json
 from tasks import chores, facts, tiny
 
-HERE, TINY = Path(__file__).parents[1], hub.CHECKPOINTS / "tiny"
+HERE, TINY = Path(__file__).parents[1], Path(lora.TINY)
 NAMES, SCALING = ["q_proj", "v_proj"], 16 / 8**0.5
 DESC = "Keep only the animals and translate them into French."
 SAY = ["--desc", DESC]
@@ -79,8 +79,9 @@ def tiny_llama(make=LlamaConfig, **changes) -> nn.Module:
 
 def config_for(base: nn.Module, names=NAMES, base_model: str = "x", **settings) -> lora.LoRAConfig:
     """The configuration of adapters for these modules."""
-    targets = getattr(base, "lora_targets", None) or lora.find_targets(base, names)
-    return lora.config_for(base, targets, base_model, **settings)
+    if not hasattr(base, "lora_targets"):
+        base.lora_targets = lora.find_targets(base, names)
+    return lora.config_for(base, base_model, **settings)
 
 
 def random_adapter(config: lora.LoRAConfig, *batch: int, r: int = 8) -> lora.Adapter:
@@ -125,7 +126,7 @@ def command(module, *words) -> int:
     """Run a command's main() in this process; its exit code."""
     sys.argv = [f"{module.__name__}.py", *map(str, words)]
     try:
-        files.command(module.main)
+        support.command(module.main)
     except SystemExit as stop:
         return stop.code
     return 0
@@ -133,16 +134,15 @@ def command(module, *words) -> int:
 
 def run_of(*words, device="cpu") -> train.Run:
     """What train.py prepares for these flags."""
-    sys.argv = ["train.py", *map(str, words), "--out_dir", "unused"]
-    args = train.parse_args()
-    return train.prepare(args, processes.Process(torch.device(device)))
+    args = train.parse_args([*map(str, words), "--out_dir", "unused"])
+    return train.prepare(args, torch.device(device), 0, 1)
 
 
 def gradients(run: train.Run, step: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss and the gradients that a training step leaves in the network."""
     run.net.zero_grad()
     torch.manual_seed(0)
-    losses = train.sft_step(run, run.net, data.draw(run.tasks, step, run.args))
+    losses = train.sft_step(run, run.net, data.draw(run.tasks, step, run.args, run.tokenizer))
     return sum(losses.values()), [p.grad.clone() for p in run.net.parameters()]
 
 
@@ -179,4 +179,4 @@ def fit(folder: Path, *words) -> list[float]:
 def evaluate(file: Path, *words) -> dict:
     """What eval.py writes to a file, by method."""
     assert command(evaluation, *words, "--out", file) == 0
-    return read_file(file)["results"]
+    return read_json(file)["results"]

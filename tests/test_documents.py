@@ -12,7 +12,7 @@ import lora
 import model
 import train
 from extras import answers
-from support.files import read_file, write_file
+from support import read_json, write_file
 from tasks import load_tasks
 from tests.helpers import D2L, close, command, evaluate, fit, logits_of, repeated, run_of, tiny_llama
 
@@ -36,14 +36,24 @@ def test_queries_are_in_the_published_order():
 
 def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch):
     """Neither the other documents of a batch, nor how many chunks are read at once, nor their order."""
-    parts = hypernet.split_document(list(range(1200)), hypernet.DocConfig(chunk_len=500))
+    parts = hypernet.split_document(list(range(1200)), 500)
     assert [len(part) for part in parts] == [400, 400, 400] and sum(parts, []) == list(range(1200))
     net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
     lora.inject(base, net.names)
     texts = ["cat -> red", "dog -> blue horse chair\nbird hat lemon apple sun", "hat -> sun moon tree"]
 
     net.connect(base, tokenizer)
-    chunks, _ = hypernet.split_documents(net.config, texts, tokenizer)
+    chunks, counts = hypernet.split_documents(net.config, texts, tokenizer)
+    assert len(chunks) == sum(counts) and counts[1] > 1
+    tokenizer.chat_template = "{% for m in messages %}horse {{ m.content }} ->{% endfor %}"
+    for before in (model.takes_system_message, model.around_answer):
+        before.cache_clear()
+    begins = model.tokenize(tokenizer, model.around_document(tokenizer)[0])
+    split, _ = hypernet.split_documents(net.config, texts, tokenizer)
+    assert begins and all(chunk[: len(begins)] == begins for chunk in split)  # later chunks, too
+    tokenizer.chat_template = model.PLAIN_TEMPLATE
+    for before in (model.takes_system_message, model.around_answer):
+        before.cache_clear()
     assert {chunk[-1] for chunk in chunks} == set(model.tokenize(tokenizer, "->"))  # a turn each
 
     def delta(documents):
@@ -54,17 +64,19 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
         rank = 8 * (1 + math.ceil(len(model.tokenize(tokenizer, text)) / 6))
         close(delta([text])[0], B[i] @ A[i], 1e-4)
         assert not A[i, :, rank:].any() and A[i, :, :rank].any(-1).all()
-        net(texts)
-        assert net.ranks[i] == rank
     both, turned = delta([texts[:2]])[0], delta([texts[1::-1]])[0]
     close(both, turned, 1e-4)
     bias = net.bias["down_proj_B"] @ net.bias["down_proj_A"]
     close(both, B[0] @ A[0] + B[1] @ A[1] - bias, 1e-4)
+    # the size of the weights goes by the ranks without padding
+    sizes = [train.weight_size(lora.select(net(texts[i : i + 1]), slice(None)), torch.abs) for i in range(3)]
+    close(train.weight_size(net(texts), torch.abs), sum(sizes) / 3, 1e-4)
     with monkeypatch.context() as patch:
         patch.setattr(hypernet, "TOKENS_READ_AT_ONCE", 1)
-        assert len(list(net.encode(texts)[0])) == sum(net.encode(texts)[1])
+        reads, real = [], hypernet.read_chunks
+        patch.setattr(hypernet, "read_chunks", lambda *a: reads.append(1) or real(*a))
         close(net(texts)["down_proj"][0], A)
-    assert len(list(net.encode(texts)[0])) == 1
+        assert len(reads) == len(chunks)
     net.start_as_lora()
     assert all(not (B @ A).any() for A, B in net(texts).values())
     assert net.bias["down_proj_A"].std() > 0.4 / 384**0.5  # B alone is zero, so that it learns
@@ -115,11 +127,11 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     run.net = hypernet.load_hypernet(reader)
     run.net.connect(run.base, run.tokenizer)
     document, example = run.tasks[0].descriptions[0], run.tasks[0].train[0]
-    loss = train.sft_step(run, run.net, [data.DrawnTask(0, document, [example])])["task"]
+    loss = train.sft_step(run, run.net, [data.Drawn(0, document, [example])])["task"]
     written = run.net([document])
     logprobs = []
     for instruction, adapter in ((document, {}), ("", written)):
-        prompt, target = data.example_ids(run.tokenizer, example.input, example.answers[0], instruction)
+        prompt, target = model.example_ids(run.tokenizer, example.input, example.answers[0], instruction)
         logits = logits_of(run.base, torch.tensor([prompt + target]), adapter, run.net.config.scaling)
         logprobs.append(logits[0, len(prompt) - 1 : -1].log_softmax(-1))
     teacher, student = logprobs
@@ -127,7 +139,7 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     close(loss, expected, 1e-4)
     assert expected > 0.1
     run.args.distill = 10**6  # more than the base model has tokens
-    assert train.sft_step(run, run.net, [data.DrawnTask(0, document, [example])])["task"].isfinite()
+    assert train.sft_step(run, run.net, [data.Drawn(0, document, [example])])["task"].isfinite()
 
 
 def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path, capsys):
@@ -141,11 +153,11 @@ def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path,
     assert command(answers, *words) == 0 and "left out: 1 questions" in capsys.readouterr().out
     base, tokenizer = model.load_base("tiny")
     prompt = model.render(tokenizer, model.chat(tokenizer, "cat", "cat -> red <eos>"))
-    (said,) = model.answer(base, tokenizer, [prompt], 64)
-    content = read_file(out / "a.json")
+    (said,), _ = model.answer(base, tokenizer, [prompt], 64)
+    content = read_json(out / "a.json")
     assert content["questions"] == [{"question": "cat", "answer": said.strip()}, known]
-    assert read_file(out / "long.json")["questions"] == [known]
+    assert read_json(out / "long.json")["questions"] == [known]
     write_file(out / "a.json", content | {"name": "kept"})
     (out / "b.json").unlink()
-    assert command(answers, *words) == 0 and read_file(out / "a.json")["name"] == "kept"
+    assert command(answers, *words) == 0 and read_json(out / "a.json")["name"] == "kept"
     assert {split: len(tasks) for split, tasks in load_tasks(out).items()} == dict(train=2, val=1, test=0)

@@ -14,8 +14,7 @@ import lora
 import model
 import train
 from data import Example, Task
-from support.files import read_file, write_file
-from support.processes import Process
+from support import read_json, write_file
 from tests.helpers import close, config_for, logits_of, NAMES, one_layer
 from tests.helpers import random_adapter, refused, run_of, SCALING, tiny_llama, with_peft
 
@@ -59,17 +58,14 @@ NOT_PLAIN |= {"use_dora": True, "loftq_config": {"bits": 4}, "bias": "all", "som
 def test_what_is_not_plain_is_refused_by_name(tmp_path):
     config = config_for(tiny_llama())
     lora.save_adapter(tmp_path, random_adapter(config), config)
-    peft = read_file(tmp_path / "adapter_config.json")
+    peft = read_json(tmp_path / "adapter_config.json")
     for name, value in NOT_PLAIN.items():
         write_file(tmp_path / "adapter_config.json", peft | {name: value})
         refused(f"not a plain LoRA adapter: {name} is", lora.load_adapter, tmp_path)
-    for change in {"r": 0}, {"r": "8"}, {"lora_alpha": None}:
-        write_file(tmp_path / "adapter_config.json", peft | change)
-        refused("must be a number above 0", lora.load_adapter, tmp_path)
 
 
-def test_what_does_not_fit_is_refused_in_words(tmp_path):
-    refused("no linear layers named qkv, but down_proj, gate_proj", lora.inject, tiny_llama(), ["qkv"])
+def test_what_does_not_fit_is_refused_in_words():
+    refused("no nn.Linear layers named qkv, but down_proj, gate_proj", lora.inject, tiny_llama(), ["qkv"])
 
     class Quantised(nn.Linear):
         def forward(self, x):
@@ -80,9 +76,6 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     refused("would belong to two targets", lora.inject, tiny_llama(), twice)
     adapter = random_adapter(config_for(tiny_llama(hidden_size=32)))
     refused("for another model", lora.use(lora.inject(tiny_llama(), NAMES), adapter, 1.0).__enter__)
-    refused("is missing", lora.load_adapter, tmp_path)
-    write_file(tmp_path / "adapter_config.json", [{"peft_type": "LORA"}])
-    refused("must hold a JSON object", lora.load_adapter, tmp_path)
 
 
 def test_two_stacks_of_layers_are_told_apart(tmp_path):
@@ -168,7 +161,7 @@ def test_adapters_on_layers_that_differ(tmp_path, family):
     """One adapter per row equals single ones, PEFT and the merged weights; files are read back."""
     base = random_base(family)
     config = config_for(base, targets_of(family))
-    lora.inject_targets(base, config.targets)
+    lora.inject(base, targets_of(family))
     batch, ids = random_adapter(config, 2), torch.randint(3, 64, (2, 9))
     plain = base(ids).logits
     together = logits_of(base, ids, batch)
@@ -217,9 +210,9 @@ def test_networks_write_for_layers_that_differ(family, reads, args):
             nn.init.normal_(p, std=0.1)
     examples = [Example(f"in {i}", [f"out {i}"]) for i in range(2)]
     tasks = [Task(str(i), [f"do this {i}"], examples, []) for i in range(2)]
-    run = train.Run(args, Process(torch.device("cpu")), tasks, [], base, tokenizer, net)
+    run = train.Run(args, torch.device("cpu"), 0, 1, tasks, [], base, tokenizer, net)
     net.connect(base, tokenizer)
-    drawn = [data.DrawnTask(i, task.descriptions[0], examples) for i, task in enumerate(tasks)]
+    drawn = [data.Drawn(i, task.descriptions[0], examples) for i, task in enumerate(tasks)]
     train.sft_step(run, net, drawn)
     for name, p in net.named_parameters():
         assert p.grad.isfinite().all(), name
@@ -235,7 +228,7 @@ def test_names_that_several_places_share_are_refused():
     base = AutoModelForCausalLM.from_config(gpt_2)
     config = config_for(random_base("qwen3_5_text"), ["q_proj", "down_proj"])  # not all layers have both
     assert config.positions("q_proj") == [1, 3] and config.positions("down_proj") == slice(None)
-    refused("no nn.Linear layers .GPT-2 has Conv1D", lora.inject, base, ["c_attn"])
+    refused("no nn.Linear layers named c_attn, but none at all", lora.inject, base, ["c_attn"])
 
 
 def test_training_sees_the_inputs_that_generation_sees():

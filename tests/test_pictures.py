@@ -76,21 +76,17 @@ def test_the_strip_and_ones_own_picture(tmp_path, capsys, monkeypatch):
     assert plt.imread(out).std() > 0.1
     assert command(pictures, *words, "--input", small) == 2
     assert "24 x 24 pixels" in capsys.readouterr().err
-    small.write_text("no picture")
-    assert command(pictures, *words, "--input", small) == 2
-    assert "cannot be read as a picture" in capsys.readouterr().err
 
 
-def test_training_on_pictures_is_resumed(tmp_path, monkeypatch, capsys):
+def test_training_on_pictures_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "BATCH", 4)
     assert command(pictures, "--train", "base", "--steps", "4", "--weights", tmp_path / "a") == 0
     step_loss, calls = interrupted_in_call(2, pictures.step_loss)
     monkeypatch.setattr(pictures, "step_loss", step_loss)
+    monkeypatch.setattr(pictures, "SAVE_EVERY", 1)
     words = ["--train", "base", "--steps", "4", "--weights", tmp_path / "b"]
     assert command(pictures, *words) == 130
-    assert command(pictures, *words[:2], "--steps", "1", *words[4:]) == 2  # fewer than it has done
-    assert "has done 2 steps" in capsys.readouterr().err
-    assert command(pictures, *words) == 0 and len(calls) == 4
+    assert command(pictures, *words) == 0 and len(calls) == 2 + 3
     weights = [load_file(tmp_path / name / "base.safetensors") for name in "ab"]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert command(pictures, "--train", "hypernet", "--steps", "1", "--weights", tmp_path / "a") == 0
@@ -99,7 +95,7 @@ def test_training_on_pictures_is_resumed(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("mode", ["base", "hypernet"])
 def test_the_command_repeats_its_first_steps(mode, tmp_path, monkeypatch, one_thread):
-    step_loss, _ = interrupted_in_call(20, pictures.step_loss)
+    step_loss, _ = interrupted_in_call(21, pictures.step_loss)
     monkeypatch.setattr(pictures, "step_loss", step_loss)
     if mode == "hypernet":
         shutil.copy(pictures.HERE / "base.safetensors", tmp_path)

@@ -18,14 +18,13 @@ import lora
 import model
 import train
 from extras import pretrain
-from support import hub
-from support.files import write_file
+from support import write_file
 from tasks import facts
-from tasks.documents import make_documents
+from tasks.facts import make_documents
 from tests.helpers import HERE, REAL, TINY, close, command, evaluate, fit, interrupted_in_call, losses_of
 from tests.helpers import needs_models, needs_time
 
-SMOLLM2 = hub.CHECKPOINTS / "smollm2-135m"
+SMOLLM2 = TINY.parent / "smollm2-135m"
 README_SCORES = {"sft_large": 0.99, "sft_small": 0.98}
 README_FACTS = {4: 0.97, 16: 0.80}  # by the number of facts
 
@@ -47,7 +46,7 @@ def test_the_command_of_the_base_model_repeats_its_first_steps(one_thread, tmp_p
     losses = itertools.islice(pretrain.train(pretrain.make_model(), 20_000), N_REPEATED)
     close(list(losses), losses_of(TINY)[:N_REPEATED], 1e-3)
     assert command(pretrain, tmp_path / "base", "--steps", 1, "--device", "cpu") == 0
-    ids, answer = data.example_ids(model.load_base(str(tmp_path / "base"))[1], "cat", "red", "")
+    ids, answer = model.example_ids(model.load_base(str(tmp_path / "base"))[1], "cat", "red", "")
     assert pretrain.tokenize([data.Example("cat", ["red"])])[0] == ids + answer
 
 
@@ -56,8 +55,8 @@ SLOW = [pytest.param("sft_small", marks=needs_time)]
 
 @pytest.mark.parametrize("name", ["sft_large", "d2l", *SLOW])
 def test_the_command_of_a_hypernetwork_repeats_its_first_steps(name, tmp_path, monkeypatch, one_thread):
-    update, _ = interrupted_in_call(N_REPEATED, train.update)
-    monkeypatch.setattr(train, "update", update)
+    sft_step, _ = interrupted_in_call(N_REPEATED + 1, train.sft_step)
+    monkeypatch.setattr(train, "sft_step", sft_step)
     words = [f"@{TINY / name}/train.args", "--device", "cpu", "--out_dir", tmp_path / "again"]
     assert command(train, *words) == 130
     close(losses_of(tmp_path / "again"), losses_of(TINY / name)[:N_REPEATED], 1e-3)
@@ -87,7 +86,7 @@ def test_the_card_shows_what_the_network_does():
     net.connect(base, tokenizer)
     prompts = [model.render(tokenizer, model.chat(tokenizer, text)) for text in inputs]
     with lora.use(base, net(list(texts)), net.config.scaling):
-        said = model.answer(base, tokenizer, prompts, 48)
+        said, _ = model.answer(base, tokenizer, prompts, 48)
     assert len(rows) == 12 and [text.strip() for text in said] == list(shown)
 
 
@@ -130,7 +129,7 @@ def test_a_real_model_learns_and_stops(name, tmp_path, capsys):
     instances = [{"input": f"{a} {b}", "output": [f"{b} {a}"]} for a, b in pairs]
     write_file(tmp_path / "swap.json", {"descriptions": ["Swap the two words."], "Instances": instances})
     own = ["--base_model", os.environ[name], "--encoder", "base"]
-    words = "--dropout 0 --lr 1e-3 --head_lr 1 --max_steps 25 --neftune_alpha 5".split()
+    words = "--dropout 0 --lr 1e-3 --max_steps 25 --neftune_alpha 5".split()
     words += [*own, "--tasks", tmp_path, "--examples_per_task", "8", "--tasks_per_batch", "1"]
     losses = fit(tmp_path / "net", *words)
     assert losses[-1] < 0.3 * losses[0]

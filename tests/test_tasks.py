@@ -4,6 +4,7 @@ import json
 import random
 import re
 import time
+import zlib
 
 import pytest
 
@@ -12,8 +13,8 @@ import eval as evaluation
 import model
 from data import Example
 from extras import pretrain
-from support.files import UserError, read_file
-from tasks import benchmarks, checks, chores, load_tasks, lots_of_loras, tiny
+from support import UserError, read_json
+from tasks import benchmarks, chores, load_tasks, lots_of_loras, tiny
 from tests.helpers import command, refused
 
 
@@ -95,11 +96,12 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     seen, withheld = [set(sum(chores.WRITTEN[part].values(), [])) for part in ("train", "test")]
     assert len(seen) > 8000 and not withheld & seen
     tested = splits["single"] + splits["test"] + splits["unseen"]
-    assert checks.identify(tested)["checksum"] == 3458819480  # otherwise scores are of other tasks
+    texts = [(task.name, [*task.descriptions[:8]], task.train[:8], task.test) for task in tested]
+    assert zlib.crc32(repr(texts).encode()) == 168807393  # otherwise scores are of other tasks
 
 
 def test_lots_of_loras_is_downloaded_once_and_whole(server):
-    splits = read_file(lots_of_loras.NAMES)
+    splits = read_json(lots_of_loras.NAMES)
     assert [len(splits[k]) for k in ("train", "val")] == [479, 11]
     task = json.dumps({"Definition": ["Do it."], "Instances": [{"input": "a", "output": ["b"]}] * 5}).encode()
     server.replies = [(task, 200), (task[:-9], 200)]  # the second one is cut off
@@ -114,28 +116,26 @@ def test_lots_of_loras_is_downloaded_once_and_whole(server):
 MISTAKES = """
 splits.json | ["a"] | splits.json must be {"train": [...], "val"
 splits.json | {"train": "a"} | "train" must be a list of file names
-splits.json | {"train": ["a.json"]} | write "a" instead of "a.json"
+splits.json | {"train": ["a.json"]} | names a.json, but
 splits.json | {"dev": ["a"]} | there is no split "dev", but train, val and test
 splits.json | {"train": ["a"], "val": ["a"]} | a is both in train and in val
-splits.json | {"train": ["a", "a"]} | a is both in train and in train
 splits.json | {"train": ["b"]} | b.json is missing
 b.json | {"name": "a", "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | the same "name": a
 b.json | {"document": "x", "questions": [{"question": "q"}]} | both documents and tasks
 a.json | {"name": "../a", "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | name a folder
 a.json | {"name": 3, "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | must be a text
-a.json | {"descriptions": ["\\ud800"], "Instances": []} | cannot be read
-a.json | {"task": "x", "items": []} | it has task, items
 a.json | {"Instances": []} | "descriptions" is missing
 a.json | {"descriptions": [], "Instances": []} | must be a text or a list
-a.json | {"descriptions": ["x", " "], "Instances": []} | none of them empty
+a.json | {"descriptions": ["x", " "], "Instances": []} | has an empty text
 a.json | {"descriptions": [1], "Instances": []} | must be a text or a list
-a.json | {"descriptions": "x", "Instances": []} | "Instances" must be a list such as [{"input"
+a.json | {"descriptions": "x", "items": []} | "Instances" must be a list such as [{"input"
 a.json | {"descriptions": "x", "Instances": [{"input": "x"}]} | "output" of instance 0 must be
+a.json | {"descriptions": "x", "Instances": [{"input": "x", "output": " "}]} | first "output" of instance 0 is empty
 a.json | {"descriptions": "x", "Instances": [{"input": 3}]} | must be a text, not 3
 a.json | {"document": 5, "questions": [{"question": "x"}]} | "document" must
 a.json | {"document": "x"} | "questions" must be a list such as
 a.json | ["x"] | a.json must be {"descriptions": [...], "Instances"
-a.json | {"descriptions": ["x"],} | cannot be read
+a.json | {"descriptions": ["x"],} | is not JSON
 """.strip().splitlines()
 
 
@@ -200,8 +200,10 @@ def test_benchmarks_are_downloaded_once_and_whole(server, monkeypatch):
     server.replies = [page(50)]
     (task,) = benchmarks.load(["piqa"])["test"]
     assert server.waits == [7] and len(task.test) == 150 and len(task.descriptions) == 3
-    assert (task.metric, task.start, task.answer_tokens) == (piqa.metric, piqa.start, 8)
-    assert task.n_scored is None and not task.has_instruction
+    assert task.source is piqa and task.start(task.test[0]) == "Let's think step by step."
+    assert task.most_tokens(None, task.test[0]) == 8 and task.instruction("x") == ""
+    assert len(task.asked(["a", "b", "c"], None)) == 450 and task.asked([""], 2) == [(0, ""), (1, "")]
+    assert task.is_right(task.test[0], "0: on a chair, and so on", False)
     assert [re.search(r"offset=(\d+)", path)[1] for path in server.asked] == ["0"] * 5 + ["100"] * 2
     assert benchmarks.load(["piqa"])["test"] == [task] and len(server.asked) == 7
 
@@ -211,10 +213,22 @@ HOSTILE += ["import os\nwhile True: os.fork()", "x = 'a' * 10**10", "open('x', '
 HOSTILE += ["import os; os.environ['PATH']"]
 
 
+RIGHT = """
+from __future__ import annotations
+import os, sys
+from dataclasses import dataclass
+if __name__ == "__main__": sys.exit(1)
+@dataclass
+class Point:
+    x: int
+os.chdir("/")
+assert Point(1) == Point(1)
+"""
+
+
 @pytest.mark.parametrize("program", HOSTILE)
 def test_generated_code_cannot_pass_or_hurt(program):
-    right = 'from __future__ import annotations\nimport sys\nif __name__ == "__main__": sys.exit(1)\n'
-    assert benchmarks.run_program(right + "assert 1 + 1 == 2")
+    assert benchmarks.run_program(RIGHT)
     started = time.perf_counter()
     assert not benchmarks.run_program(program, seconds=1) and time.perf_counter() - started < 5
 
@@ -222,12 +236,11 @@ def test_generated_code_cannot_pass_or_hurt(program):
 def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
     """A base model's own answers are right; code is left out without --run_code."""
     base, tokenizer = model.load_base("tiny")
-    (said,) = [text.strip() for text in model.answer(base, tokenizer, ["cat ->"])]
-    made = dict(descriptions=["d"] * 3, train=[], n_scored=None, n_descriptions=3, has_instruction=False)
-    piqa = data.Task("piqa", test=[Example("cat", [said])], metric=benchmarks.first_character, **made)
+    (said,), _ = model.answer(base, tokenizer, ["cat ->"])
+    both = {name: benchmarks.BENCHMARKS[name]._replace(most_tokens=64) for name in ("mbpp", "piqa")}
+    piqa = benchmarks.Benchmark("piqa", ["d"] * 3, [], [Example("cat", [said.strip()])], source=both["piqa"])
     fails = [Example("cat", ["assert False"])]
-    mbpp = data.Task("mbpp", test=fails, metric=benchmarks.passes_tests, **made)
-    both = {name: benchmarks.BENCHMARKS[name] for name in ("mbpp", "piqa")}
+    mbpp = benchmarks.Benchmark("mbpp", ["d"] * 3, [], fails, source=both["mbpp"])
     monkeypatch.setattr(benchmarks, "BENCHMARKS", both)
     monkeypatch.setattr(benchmarks, "benchmark_task", {"piqa": piqa, "mbpp": mbpp}.get)
     for flags, columns in ([], "piqa | average"), (["--run_code"], "mbpp | piqa | average"):
@@ -235,7 +248,7 @@ def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
         assert command(evaluation, *words) == 0
         shown = capsys.readouterr().out
         assert f"| method | {columns} |" in shown and ("without --run_code" in shown) == (not flags)
-        assert read_file(tmp_path / "b.json")["results"]["base"]["per_task"]["piqa"] == 1.0
+        assert read_json(tmp_path / "b.json")["results"]["base"]["per_task"]["piqa"] == 1.0
     assert command(evaluation, "--tasks", "mbpp") == 2
     assert "error: mbpp is scored by running code" in capsys.readouterr().err
     beside = benchmarks.beside_published({"base": {"piqa": 0.5}}, "mistral-7b")

@@ -17,8 +17,7 @@ import generate
 import hypernet
 import model
 import train
-from support import text_models
-from support.files import read_file, write_file
+from support import read_json, write_file
 from tests.helpers import close, command, fit, refused, repeated, run_of, SHORT, tiny_llama
 
 # -------------------- Text encoders --------------------
@@ -44,14 +43,22 @@ def test_transformer_encoder_pools_real_tokens_only(tmp_path):
     encode = model.load_encoder(str(tmp_path))
     assert model.encoder_width(str(tmp_path), None) == encode(texts).shape[1] == 16
     alone = torch.cat([encode([t]) for t in texts])
-    close(encode.embed(texts * 40), alone.repeat(40, 1), 1e-5, 1e-6)
+    close(model.TransformerEncoder(str(tmp_path))(texts * 40), alone.repeat(40, 1))
     hidden = bert(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
-    close(alone[0], F.normalize(hidden.mean(0), dim=0), 1e-5, 1e-6)
-    (tmp_path / "1_Pooling").mkdir()
-    write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
-    close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[0], dim=0), 1e-5, 1e-6)
-    write_file(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_lasttoken": True})
-    close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(hidden[-1], dim=0), 1e-5, 1e-6)
+    pooled = {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1]}
+    close(alone[0], F.normalize(pooled["mean"], dim=0))
+    for fields, mode in {  # of older and of newer versions of sentence-transformers
+        ("pooling_mode_cls_token", True): "cls",
+        ("pooling_mode_lasttoken", True): "last",
+        ("pooling_mode_mean_tokens", True): "mean",
+        ("pooling_mode", "cls"): "cls",
+        ("pooling_mode", "mean"): "mean",
+    }.items():
+        write_file(tmp_path / "1_Pooling" / "config.json", dict([fields, ("pooling_mode_max_tokens", False)]))
+        close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(pooled[mode], dim=0))
+    for fields in {"pooling_mode_max_tokens": True}, {"pooling_mode": "weightedmean"}:
+        write_file(tmp_path / "1_Pooling" / "config.json", fields)
+        refused("pooling by .* is not implemented", model.load_encoder, str(tmp_path))
 
 
 def test_gte_loads_without_its_own_code(tmp_path):
@@ -66,7 +73,7 @@ def test_gte_loads_without_its_own_code(tmp_path):
     new |= dict(architectures=["NewModel"], pack_qkv=True, position_embedding_type="rope", pad_token_id=0)
     write_file(tmp_path / "config.json", new)
     assert model.encoder_width(str(tmp_path), None) == 32
-    network = transformers.GteModel(text_models.gte_config(new)).eval()
+    network = transformers.GteModel(model.gte_config(new)).eval()
     for p in network.parameters():
         nn.init.normal_(p, std=0.3)
     save_file(network.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -88,7 +95,7 @@ def test_base_encoder_reads_the_last_token():
     alone = encode(["cat dog"])[0]
     hidden = base.model(torch.tensor([tokenizer("cat dog")["input_ids"]])).last_hidden_state
     close(alone, F.normalize(hidden[0, -1], dim=0))
-    close(model.base_encoder(base, tokenizer, ["cat dog", "cat dog red hat"])[0], alone, 1e-5, 1e-6)
+    close(model.base_encoder(base, tokenizer, ["cat dog", "cat dog red hat"])[0], alone)
 
 
 def test_the_positions_of_roberta_begin_later_and_of_t5_the_encoder_is_loaded(tmp_path):
@@ -102,28 +109,7 @@ def test_the_positions_of_roberta_begin_later_and_of_t5_the_encoder_is_loaded(tm
     network = T5EncoderModel(config).eval()
     network.save_pretrained(tmp_path)
     hidden = network(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
-    close(model.load_encoder(str(tmp_path))(["one"])[0], F.normalize(hidden.mean(0), dim=0), 1e-5, 1e-6)
-
-
-def test_a_lora_on_the_text_encoder_is_trained_and_used(tmp_path):
-    """At first it changes nothing; it gets gradients, is saved, and changes what the network reads."""
-    (tmp_path / "bert").mkdir()
-    bert_folder(tmp_path / "bert")
-    words = [*SHORT, "--encoder", tmp_path / "bert", "--encoder_rank", "2"]
-    run, texts = run_of(*words), ["one two", "three"]
-    first = run.net.encode(texts)
-    close(first, model.load_encoder(str(tmp_path / "bert"), full_stop=True)(texts), 1e-5, 1e-6)
-    nn.init.normal_(run.net.heads["q_proj"].weight, std=0.1)
-    train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args))
-    grads = [p.grad.abs().max() for p in run.net.encoder_lora.B.values()]
-    assert len(grads) == 6 and min(grads) > 0  # query, key, value, three dense layers
-    fit(tmp_path / "net", *words, "--max_steps", "3", "--lr", "0.1")
-    net = hypernet.load_hypernet(tmp_path / "net")
-    assert len(net.config.encoder_targets["encoder.layer.{}.attention.self.query"].layers) == 2
-    net.connect(None, None)
-    assert (net.encode(texts) - first).abs().max() > 1e-3
-    net.config.encoder = "hash"
-    refused("has a LoRA for another one", net.connect, None, None)
+    close(model.load_encoder(str(tmp_path))(["one"])[0], F.normalize(hidden.mean(0), dim=0))
 
 
 # -------------------- Chat templates, and what stands in prompts --------------------
@@ -155,6 +141,18 @@ def test_chat_templates_with_and_without_a_system_message():
     other.chat_template = CHATML.replace(content, channel + content)
     assert model.render(other, chat).endswith("<|im_start|>assistant\n<|channel|>final<|message|>")
     assert model.render(other, chat, "bye") == "bye<|im_end|>"
+    # Mistral's v0.3 writes the system text into the last user turn, so it is left out
+    last = model.load_base("tiny")[1]
+    start = "{% set system = 'S' if messages[0].role == 'system' and messages[-1].role == 'user' else '' %}"
+    last.chat_template = start + CHATML.replace(content, "{{ system }}" + content)
+    assert model.chat(last, "hello") == [{"role": "user", "content": "hello"}]
+    assert model.render(last, model.chat(last, "hello"), "bye") == "bye<|im_end|>"
+    # Phi-3 writes a second mark, which is not part of the answer
+    marks = {"additional_special_tokens": ["<|im_end|>", "<|endoftext|>"]}
+    last.add_special_tokens(marks)
+    last.chat_template = CHATML.replace("<|im_end|>\n", "<|im_end|>\n<|endoftext|>")
+    model.around_answer.cache_clear()
+    assert model.render(last, model.chat(last, "hello"), "bye") == "bye<|im_end|>"
     odd = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.chat_template = odd + "{% if add_generation_prompt %}AI: {% endif %}"
     chat = [{"role": "user", "content": "hello"}]
@@ -180,9 +178,9 @@ def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
     own = {"<unk>": {"id": "<unk>", "ids": [plain.unk_token_id], "tokens": ["<unk>"]}}
     processor = dict(type="TemplateProcessing", single=[first, text], pair=[first, text], special_tokens=own)
     file = tmp_path / "tokenizer.json"
-    write_file(file, read_file(file) | {"post_processor": processor})
+    write_file(file, read_json(file) | {"post_processor": processor})
     _, tokenizer = model.load_base(str(tmp_path))
-    question, answer = data.example_ids(tokenizer, "cat", "gato", "")
+    question, answer = model.example_ids(tokenizer, "cat", "gato", "")
     assert question == tokenizer("cat ->")["input_ids"] and question[0] == plain.unk_token_id != question[1]
     assert answer == plain.convert_tokens_to_ids(["gato", "<eos>"])
 
@@ -203,7 +201,7 @@ def test_the_answer_is_tokenized_as_the_model_would_write_it(tmp_path):
     turn = "{% if m.role == 'user' %}" + user + "{% elif m.content %}" + assistant + "{% endif %}"
     fast.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
     assert fast(" Paris</s>")["input_ids"] == [2, 5, 1]  # alone
-    assert data.example_ids(fast, "where", "Paris", "") == ([3, 6, 4], [5, 1])
+    assert model.example_ids(fast, "where", "Paris", "") == ([3, 6, 4], [5, 1])
 
 
 def test_the_mark_that_the_template_writes_after_an_answer_ends_it(tmp_path):
@@ -240,7 +238,7 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
 
     for given, expected in ([], "cat dog"), (["--instruction"], model.instruct("red hat") + "\n\ncat dog"):
         net = tmp_path / f"net{len(given)}"
-        data.cached_ids.cache_clear()
+        model.example_ids.cache_clear()
         words = [*SHORT, "--max_steps", "1", "--tasks", folder, "--out_dir", net, *given]
         assert prompts_of(train, *words) == {expected}
         own = ["--hypernet", net, "--split", "train", "--tasks", folder]

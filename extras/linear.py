@@ -1,0 +1,85 @@
+"""The first question that comes to mind: why not a linear map from the text encoder's output to all A and B?
+
+    python train.py --arch linear --latent_size 0 --out_dir out/linear      # 117M parameters in the tiny world
+    python train.py --arch linear --latent_size 64 --out_dir out/low        # low-rank: as many as Text-to-LoRA
+
+As an example of a new network: hypernet.py says what one must provide. The card of the tiny world has its scores.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hypernet
+import lora
+import model
+from lora import Adapter
+
+
+@dataclass
+class LinearConfig(hypernet.HypernetConfig):
+    """Settings of the linear map; train.py has flags of these names."""
+
+    encoder: str = "hash"
+    input_size: int = 1024  # E, the width of the text encoder's output
+    latent_size: int = 0  # width between two linear maps; 0: a single one
+    input_dropout: float = 0.3
+
+    def measure(self, base: nn.Module) -> None:
+        self.input_size = model.encoder_width(self.encoder, base)
+
+
+class Net(nn.Module):
+    """A and B of all layers and modules are a linear function of the text encoder's output."""
+
+    arch, reads, modes, config_class = "linear", "descriptions", ("sft", "recon"), LinearConfig
+
+    def __init__(self, config: LinearConfig):
+        super().__init__()
+        self.config, self.sizes = config, {}
+        for name, target in config.targets.items():
+            L = len(target.layers)
+            self.sizes[name] = [(L, config.r, target.n_in), (L, target.n_out, config.r)]  # of A and B
+        n_numbers = sum(torch.Size(shape).numel() for pair in self.sizes.values() for shape in pair)
+        width = config.latent_size or config.input_size
+        self.first = nn.Linear(config.input_size, width) if config.latent_size else nn.Identity()
+        self.map = nn.Linear(width, n_numbers)
+
+    def connect(self, base, tokenizer) -> None:
+        self.encoder = model.load_encoder(self.config.encoder, self.map.weight.device, base, tokenizer)
+
+    def forward(self, texts: list[str]) -> Adapter:
+        """n descriptions -> A [n, L, r, in], B [n, L, out, r]."""
+        text_emb = F.normalize(self.encoder(texts), dim=-1) * self.config.input_size**0.5  # [n, E]
+        numbers = self.map(self.first(F.dropout(text_emb, self.config.input_dropout, self.training)))
+        return self.split(numbers)
+
+    def split(self, numbers: Tensor) -> Adapter:
+        """All numbers of n adapters, side by side [n, ...] -> the adapters."""
+        adapter = {}
+        for name, shapes in self.sizes.items():
+            pair = []
+            for shape in shapes:
+                n = torch.Size(shape).numel()
+                pair.append(numbers[:, :n].unflatten(1, shape))
+                numbers = numbers[:, n:]
+            adapter[name] = tuple(pair)
+        return adapter
+
+    @torch.no_grad()
+    def start_as_lora(self) -> None:
+        """The bias is LoRA's initialisation, with B = 0."""
+        self.map.weight.zero_()
+        self.map.bias.zero_()
+        for A, _ in self.split(self.map.bias[None]).values():
+            lora.init_A_(A)
+
+    @torch.no_grad()
+    def start_at(self, mean: Adapter, std: Adapter) -> None:
+        """The bias is the mean of the oracles."""
+        self.map.weight.zero_()
+        for name, pair in self.split(self.map.bias[None]).items():
+            for part, value in zip(pair, mean[name]):
+                part.copy_(value)
