@@ -107,7 +107,7 @@ block(
     seed=(0, "of all randomness"),
     device=("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one"),
     dtype=("auto", "auto: bfloat16 on a GPU, not for recon", "auto", "float32", "bfloat16"),
-    val_every=(200, "steps between two validations"),
+    val_every=(250, "steps between two validations"),
     out_dir=("out/run", "a new folder"),
     resume=(False, "continue the interrupted run in --out_dir"),
 )
