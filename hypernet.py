@@ -50,7 +50,7 @@ class TextConfig(HypernetConfig):
     size: str = "large"  # what one pass through a head writes
     latent_size: int = 128  # width of the trunk; half of it is the task embedding
     head_in_size: int = 256  # width of the input of the heads
-    input_dropout: float = 0.3  # of the text encoder's output (not published)
+    input_dropout: float = 0.1  # of the text encoder's output (not published)
 
     def measure(self, base: nn.Module) -> None:
         self.input_size = model.encoder_width(self.encoder, base)

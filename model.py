@@ -513,7 +513,9 @@ class TransformerEncoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         self.model = load_text_model(name).to(device).requires_grad_(False).eval()
-        self.max_length = min(8192, longest_text(self.model))  # tokens
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        positions = positions - 2 if positions else 8192  # RoBERTa-style models start at 2; T5 has no limit
+        self.max_length = min(8192, positions, self.tokenizer.model_max_length)  # tokens
 
     def __call__(self, texts: list[str]) -> Tensor:
         settings = dict(padding=True, padding_side="right", truncation=True, max_length=self.max_length)
@@ -557,16 +559,6 @@ def load_text_model(name: str) -> nn.Module:
     of_encoder = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # of T5 only its encoder
     loader = transformers.AutoModelForTextEncoding if of_encoder else transformers.AutoModel
     return load_weights(loader, name, dtype=torch.float32)
-
-
-def longest_text(text_model: nn.Module) -> int:
-    """How many tokens a text encoder has positions for."""
-    n_positions = getattr(text_model.config, "max_position_embeddings", 0)
-    if n_positions <= 0:  # no limit: T5, XLNet
-        return 8192
-    table = getattr(getattr(text_model, "embeddings", None), "position_embeddings", None)
-    unused = getattr(table, "padding_idx", None)  # RoBERTa-style models start positions at padding_idx + 1
-    return n_positions if unused is None else n_positions - unused - 1
 
 
 def gte_config(config: dict):

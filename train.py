@@ -39,7 +39,7 @@ import hypernet
 import lora
 import model
 from lora import Adapter
-from support import UserError, command, say, write_file
+from support import UserError, command, make_parser, say, write_file
 from tasks import SOURCES, load_tasks, summary
 
 # -------------------- Settings --------------------
@@ -48,44 +48,20 @@ from tasks import SOURCES, load_tasks, summary
 # reads "descriptions" or "documents". A flag is refused if the kind of run does not use it.
 
 
-
-class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it is written, and each flag with its default."""
-
-
-parser = argparse.ArgumentParser(
-    usage="train.py [@FILE ...] [--FLAG VALUE ...]",
-    description=__doc__,
-    formatter_class=Formatter,
-    fromfile_prefix_chars="@",
-    allow_abbrev=False,
-)
+parser = make_parser(__doc__)
+parser.usage, parser.fromfile_prefix_chars = "train.py [@FILE ...] [--FLAG VALUE ...]", "@"
 parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
 used_by = {}  # {flag: kinds of runs}; "network": those whose network's config has a field of this name
-
-
-def number(kind: type):
-    """A type for argparse: numbers that are not negative."""
-
-    def value(text: str):
-        if not kind(text) >= 0:
-            raise ValueError
-        return kind(text)
-
-    value.__name__ = f"number ({kind.__name__}, at least 0)"
-    return value
 
 
 def block(title: str, kinds: str, **flags) -> None:
     """Flags that these kinds of runs use: name=(default, meaning) or name=(default, meaning, choices)."""
     group = parser.add_argument_group(title)
     for name, (default, meaning, *choices) in flags.items():
-        options = {"type": type(default) if isinstance(default, str) else number(type(default))}
+        options = {"type": type(default), "choices": choices or None}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
-        elif choices:
-            options = {"choices": choices}
-        group.add_argument(f"--{name}", default=default, help=meaning, **options)
+        group.add_argument(f"--{name}", default=default, help=f"{meaning} (default: {default})", **options)
         used_by[name] = kinds.split()
 
 
@@ -99,7 +75,7 @@ block(
     n_tasks=(0, "use only so many of these tasks (0: all)"),
     max_steps=(600, "training steps"),
     tasks_per_batch=(128, "tasks of a step, over all processes (0: all)"),
-    lr=(1.5e-3, "highest learning rate"),
+    lr=(2e-3, "highest learning rate"),
     warmup=(0.1, "fraction of the steps in which the learning rate rises"),
     schedule=("linear", "decay to 0; late: in the last third", "linear", "late", "cosine"),
     weight_decay=(1e-2, "weight decay of AdamW, not on scales, biases, norms and latents"),
@@ -158,7 +134,7 @@ block(
     size=("large", "what one pass through a head of Text-to-LoRA writes", *hypernet.SIZES),
     latent_size=(128, "width of the trunk, or of the Perceiver"),
     head_in_size=(256, "width of the input of the heads"),
-    input_dropout=(0.3, "dropout of the text encoder's output (not published)"),
+    input_dropout=(0.1, "dropout of the text encoder's output (not published)"),
     early_exit=(False, "read the states after a quarter of the layers, not of each layer"),
     n_blocks=(9, "cross-attention blocks of the Perceiver"),
     n_heads=(16, "attention heads of size 128; a quarter as many for keys and values"),
@@ -196,6 +172,8 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     for name in used_by:
         if given[name] is not None and not is_used(args, name):
             raise UserError(f"--{name} is not a setting of --mode {args.mode} ({args.kind})")
+        if isinstance(given[name], (int, float)) and given[name] < 0:
+            raise UserError(f"--{name} must not be negative")
     if args.mode != "lora" and args.mode not in net_class.modes:
         raise UserError(f"--arch {args.arch} is trained with --mode {' or '.join(net_class.modes)}")
     if args.encoder == "preset":

@@ -25,7 +25,7 @@ class LinearConfig(hypernet.HypernetConfig):
     encoder: str = "hash"
     input_size: int = 1024  # E, the width of the text encoder's output
     latent_size: int = 0  # width between two linear maps; 0: a single one
-    input_dropout: float = 0.3
+    input_dropout: float = 0.1
 
     def measure(self, base: nn.Module) -> None:
         self.input_size = model.encoder_width(self.encoder, base)

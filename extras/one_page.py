@@ -86,7 +86,7 @@ class TextToLoRA(nn.Module):
     def forward(self, texts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """n descriptions -> {module: (A [n, L, r, in], B [n, L, out, r])}"""
         n, adapters = len(texts), {}
-        text_emb = F.dropout(encode(texts) * E**0.5, 0.3, self.training)  # [n, E]
+        text_emb = F.dropout(encode(texts) * E**0.5, 0.1, self.training)  # [n, E]
         task = self.task_encoder(text_emb)[:, None, None].expand(n, L, M, -1)
         layer = self.layer_emb(torch.arange(L))[None, :, None].expand(n, L, M, -1)
         module = self.module_emb(torch.arange(M))[None, None].expand(n, L, M, -1)

@@ -117,8 +117,8 @@ eval | --out {foreign} | must end in .json
 train | --base_model ./nowhere | OSError
 train | @config/none.args | config/none.args
 train | --arch t3l | No module named 'extras.t3l'
-train | --lr fast | invalid number
-train | --micro_batch -1 | invalid number
+train | --lr fast | invalid float value
+train | --micro_batch -1 | must not be negative
 train | --dropout 1.5 | dropout probability has to be between 0 and 1
 train | --shard | --shard needs several processes
 train | --target_modules '' | no nn.Linear layers named
