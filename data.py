@@ -6,7 +6,7 @@ its text is the description, and its examples are questions about it. Tasks come
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -51,7 +51,7 @@ class Task:
         return ""
 
     def most_tokens(self, tokenizer, example: Example) -> int:
-        """How long an answer may get: two tokens more than the right ones have, since longer ones are wrong."""
+        """How long an answer may get: two tokens more than the right ones have; longer ones are wrong."""
         return 2 + max(len(model.tokenize(tokenizer, right)) for right in example.answers)
 
     def is_right(self, example: Example, answer: str, ended: bool, contains: bool = False) -> bool:

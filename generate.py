@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--desc", action="append", help="what to do, in words; several make several adapters")
     source.add_argument("--doc", action="append", help="text file to read; several make one adapter")
     source.add_argument("--adapter", help="use the adapter in this folder; nothing is written")
-    parser.add_argument("--input", action="append", default=[], help="a text to answer; may occur several times")
+    parser.add_argument("--input", action="append", default=[], help="a text to answer; several are allowed")
     parser.add_argument("--out", help="adapter folder (default: out/adapter); for several: 0, 1, ... in it")
     parser.add_argument("--merge", help="new folder for a base model with merged weights")
     add_model_flags(parser)

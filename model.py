@@ -102,7 +102,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
-        # cuDNN's attention would plan anew for every length of a batch
+        # without cuDNN's attention, which may plan anew for every length of a batch (not measured)
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 

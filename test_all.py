@@ -26,9 +26,29 @@ import train
 from data import Example
 from support import read_json, write_file
 from tasks import chores, load_tasks
-from tests.helpers import D2L, HERE, LORA, NAMES, SAY, SHORT, TINY, close, command, config_for
-from tests.helpers import evaluate, fit, gradients, logits_of, one_layer, random_adapter
-from tests.helpers import refused, repeated, run_of, small_config, tiny_llama
+from tests.helpers import (
+    D2L,
+    HERE,
+    LORA,
+    NAMES,
+    SAY,
+    SHORT,
+    TINY,
+    close,
+    command,
+    config_for,
+    evaluate,
+    fit,
+    gradients,
+    logits_of,
+    one_layer,
+    random_adapter,
+    refused,
+    repeated,
+    run_of,
+    small_config,
+    tiny_llama,
+)
 
 # -------------------- The adapter --------------------
 
@@ -196,7 +216,8 @@ def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsy
     run = run_of(*SHORT)
     tokenizer, args, short = run.tokenizer, run.args, Example("cat", ["red"])
     long = Example(repeated("cat dog cow sun ", 9), ["red"])
-    mixed, too_long = data.Task("mixed", ["x"], [long] * 9 + [short], []), data.Task("long", ["x"], [long], [])
+    mixed = data.Task("mixed", ["x"], [long] * 9 + [short], [])
+    too_long = data.Task("long", ["x"], [long], [])
     args.max_tokens = 12
     capsys.readouterr()
     tasks = data.check([mixed, too_long], [], args, tokenizer)

@@ -497,7 +497,7 @@ def load_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer) -> dict
     """Put a saved state into the network and the optimizer, and forget the metrics of later steps."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if state["step"] > run.args.max_steps:
-        raise UserError(f"--max_steps {run.args.max_steps}: the run in {folder} has done {state['step']} steps")
+        raise UserError(f"--max_steps {run.args.max_steps}: this run has done {state['step']} steps")
     if state["count"] != run.count:
         message = f"--resume: this run has {state['count']} processes, not {run.count}"
         raise UserError(f"{message}: its dropout would be another")

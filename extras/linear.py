@@ -1,9 +1,10 @@
 """The first question that comes to mind: why not a linear map from the text encoder's output to all A and B?
 
-    python train.py --arch linear --latent_size 0 --out_dir out/linear      # 117M parameters in the tiny world
-    python train.py --arch linear --latent_size 64 --out_dir out/low        # low-rank: as many as Text-to-LoRA
+    python train.py --arch linear --latent_size 0 --out_dir out/linear    # 117M parameters in the tiny world
+    python train.py --arch linear --latent_size 64 --out_dir out/low        # low-rank: 1.5M parameters
 
-As an example of a new network: hypernet.py says what one must provide. The card of the tiny world has its scores.
+It is also the example of a new network; the end of hypernet.py says what one must provide. Its scores are on
+the card of the tiny world.
 """
 
 from dataclasses import dataclass

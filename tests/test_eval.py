@@ -18,7 +18,6 @@ from support import read_json, write_file
 from tasks import benchmarks, load_tasks
 from tests.helpers import TINY, close, command, refused, repeated, run_of
 
-
 ARGS = dict(n_examples=None, batch_size=8, contains=False, max_new_tokens=None, base_model=None, encoder=None)
 
 

@@ -1,20 +1,13 @@
 """The commands in extras, and a network of one's own.
 
-Optional: gguf, matplotlib, and a python with vLLM that T2L_VLLM names.
+Optional: gguf, matplotlib.
 """
 
 import asyncio
-import json
-import os
 import re
-import subprocess
 import sys
-import time
 import types
-import urllib.error
-import urllib.request
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,12 +24,23 @@ import lora
 import model
 import train
 from extras import gguf as converter
-from extras import map as mapping
 from extras import linear, one_page, serve, web
+from extras import map as mapping
 from support import read_json, write_file
-from tasks import tiny
-from tests.helpers import close, command, config_for, fit, HERE, LORA, needs_models, needs_time
-from tests.helpers import DESC, random_adapter, run_of, SCALING, TINY
+from tests.helpers import (
+    DESC,
+    HERE,
+    LORA,
+    SCALING,
+    TINY,
+    close,
+    command,
+    config_for,
+    fit,
+    needs_time,
+    random_adapter,
+    run_of,
+)
 from tests.test_texts import CHATML
 
 # -------------------- The method on one page is that of the scripts --------------------
@@ -102,7 +106,7 @@ def test_the_page_gets_as_much_right_as_the_readme_says(monkeypatch, capsys):
 
 
 def test_a_new_network_is_trained_both_ways_and_used(tmp_path):
-    words = ["--arch", "linear", "--n_tasks", "4", "--latent_size", "8", "--input_dropout", "0", "--lr", "1e-4"]
+    words = "--arch linear --n_tasks 4 --latent_size 8 --input_dropout 0 --lr 1e-4".split()
     losses = fit(tmp_path / "sft", *words, "--max_steps", "8")
     assert losses[-1] < losses[0]
     fit(tmp_path / "oracles", *LORA, "--n_tasks", "4", "--max_steps", "4")
@@ -116,16 +120,11 @@ def test_a_new_network_is_trained_both_ways_and_used(tmp_path):
         A, B = net(["Swap them.", "Reverse the fruits."])["v_proj"]
         assert A.shape == (2, 4, 8, 128) and B.shape == (2, 4, 64, 8)
         assert (B[0] - B[1]).abs().max() > 0
+    net.start_as_lora()
+    A, B = net(["x", "y"])["q_proj"]
+    assert torch.equal(A[0], A[1]) and A.std() > 0.3 / 128**0.5 and not B.any()
     out = ["--hypernet", tmp_path / "sft", "--desc", "Swap them.", "--out", tmp_path / "adapter"]
     assert command(generate, *out) == 0 and lora.load_adapter(tmp_path / "adapter")[1].r == 8
-
-
-def test_a_linear_map_starts_as_a_fresh_lora():
-    targets = {"q_proj": lora.Target("", [0, 1], 12, 6)}
-    net = linear.Net(linear.LinearConfig(targets=targets, input_size=5, r=4))
-    net.start_as_lora()
-    A, B = net.split(net.map(torch.randn(2, 5)))["q_proj"]
-    assert A.shape == (2, 2, 4, 12) and torch.equal(A[0], A[1]) and A.std() > 0.1 and not B.any()
 
 
 # -------------------- Descriptions as names of models --------------------
@@ -193,53 +192,6 @@ def test_a_network_that_needs_the_prompt_is_refused(tmp_path, stand_in, capsys):
     write_file(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"instruction": True})
     assert command(serve, "--hypernet", tmp_path) == 2
     assert "with the description in the prompt, too" in capsys.readouterr().err
-
-
-@pytest.mark.skipif("T2L_VLLM" not in os.environ, reason="T2L_VLLM names no python with vllm")
-@needs_models
-def test_vllm_answers_as_generate_does(tmp_path, capsys):
-    """Twenty descriptions, four at a time, with a random network for the real base model."""
-    base, _ = model.load_base(os.environ["T2L_BASE"])
-    config = config_for(base, base_model=os.environ["T2L_BASE"])
-    net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), input_size=model.HASH_WIDTH))
-    net.start_as_lora()
-    for head in net.heads.values():
-        nn.init.normal_(head.weight, std=0.05)
-    hypernet.save_hypernet(net, tmp_path / "net")
-    own = ["--base_model", os.environ["T2L_BASE"], "--hypernet", str(tmp_path / "net"), "--dtype", "float32"]
-    text, texts = "What is the capital of France?", [f"{word} it" for word in tiny.VOCABULARY[100:120]]
-    words = [word for description in texts for word in ("--desc", description)]
-    words += ["--input", text, "--out", tmp_path / "a", "--max_new_tokens", "8"]
-    assert command(generate, *own, *words) == 0
-    right = re.findall(r"with adapter  (.*)", capsys.readouterr().out)
-    start = [os.environ["T2L_VLLM"], "-m", "extras.serve", *own, "--port", "8123", "--api-key", "secret"]
-    start += ["--max-model-len", "128", "--enforce-eager", "--max-loras", "4"]
-    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(HERE)}
-    server = subprocess.Popen(start, cwd=HERE, env=env)
-
-    def ask(name: str, key: str = "secret"):
-        """The answer of a model, or the status of an error; waits for the server."""
-        messages = [{"role": "user", "content": text}]
-        content = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 8}
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-        url = "http://127.0.0.1:8123/v1/chat/completions"
-        request = urllib.request.Request(url, json.dumps(content).encode(), headers)
-        while server.poll() is None:
-            try:
-                with urllib.request.urlopen(request) as reply:
-                    return json.loads(reply.read())["choices"][0]["message"]["content"].strip()
-            except urllib.error.HTTPError as e:
-                return e.code
-            except OSError:
-                time.sleep(1)
-
-    try:
-        assert ask("typo") == ask("t2l:") == 404 and ask(f"t2l: {texts[0]}", key="wrong") == 401
-        with ThreadPoolExecutor(4) as four:
-            said = list(four.map(lambda description: ask(f"t2l: {description}"), texts))
-        assert [answer.split("\n")[0] for answer in said] == right and len(set(right)) > 9
-    finally:
-        server.terminate()
 
 
 # -------------------- Adapters for llama.cpp --------------------

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import data
 import hypernet
@@ -15,8 +15,19 @@ import model
 import train
 from data import Example, Task
 from support import read_json, write_file
-from tests.helpers import close, config_for, logits_of, NAMES, one_layer
-from tests.helpers import random_adapter, refused, run_of, SCALING, tiny_llama, with_peft
+from tests.helpers import (
+    NAMES,
+    SCALING,
+    close,
+    config_for,
+    logits_of,
+    one_layer,
+    random_adapter,
+    refused,
+    run_of,
+    tiny_llama,
+    with_peft,
+)
 
 # -------------------- Adapters, as PEFT and merged weights have them --------------------
 

@@ -22,8 +22,22 @@ import model
 import train
 from support import read_json, write_file
 from tasks import load_tasks
-from tests.helpers import D2L, HERE, LORA, SAY, SHORT, TINY, close, command, fit, gradients, losses_of
-from tests.helpers import needs_gpu, refused, run_of
+from tests.helpers import (
+    D2L,
+    HERE,
+    LORA,
+    SAY,
+    SHORT,
+    TINY,
+    close,
+    command,
+    fit,
+    gradients,
+    losses_of,
+    needs_gpu,
+    refused,
+    run_of,
+)
 
 
 def free_port() -> int:

@@ -21,8 +21,19 @@ from extras import pretrain
 from support import write_file
 from tasks import facts
 from tasks.facts import make_documents
-from tests.helpers import HERE, REAL, TINY, close, command, evaluate, fit, interrupted_in_call, losses_of
-from tests.helpers import needs_models, needs_time
+from tests.helpers import (
+    HERE,
+    REAL,
+    TINY,
+    close,
+    command,
+    evaluate,
+    fit,
+    interrupted_in_call,
+    losses_of,
+    needs_models,
+    needs_time,
+)
 
 SMOLLM2 = TINY.parent / "smollm2-135m"
 README_SCORES = {"sft_large": 0.99, "sft_small": 0.98}

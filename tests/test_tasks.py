@@ -130,7 +130,7 @@ a.json | {"descriptions": ["x", " "], "Instances": []} | has an empty text
 a.json | {"descriptions": [1], "Instances": []} | must be a text or a list
 a.json | {"descriptions": "x", "items": []} | "Instances" must be a list such as [{"input"
 a.json | {"descriptions": "x", "Instances": [{"input": "x"}]} | "output" of instance 0 must be
-a.json | {"descriptions": "x", "Instances": [{"input": "x", "output": " "}]} | first "output" of instance 0 is empty
+a.json | {"descriptions": "x", "Instances": [{"input": "x", "output": " "}]} | first "output" of instance 0
 a.json | {"descriptions": "x", "Instances": [{"input": 3}]} | must be a text, not 3
 a.json | {"document": 5, "questions": [{"question": "x"}]} | "document" must
 a.json | {"document": "x"} | "questions" must be a list such as

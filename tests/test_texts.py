@@ -8,17 +8,22 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertConfig, BertModel
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel, T5Config, T5EncoderModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5EncoderModel,
+)
 
-import data
 import eval as evaluation
 import generate
-import hypernet
 import model
 import train
 from support import read_json, write_file
-from tests.helpers import close, command, fit, refused, repeated, run_of, SHORT, tiny_llama
+from tests.helpers import SHORT, close, command, refused, repeated, tiny_llama
 
 # -------------------- Text encoders --------------------
 
