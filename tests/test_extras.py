@@ -8,6 +8,7 @@ import re
 import sys
 import types
 import zipfile
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,8 @@ import hypernet
 import lora
 import model
 import train
+from extras import doc_page, linear, one_page, serve, web
 from extras import gguf as converter
-from extras import linear, one_page, serve, web
 from extras import map as mapping
 from support import read_json, write_file
 from tests.helpers import (
@@ -85,12 +86,7 @@ def test_its_first_losses_are_those_of_train(monkeypatch):
     optimizer = train.make_optimizer(run.net, run.args)
     for step, (examples, loss) in enumerate(seen):
         drawn = [data.Drawn(0, text, [example]) for text, example in zip(texts[step], examples)]
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, run.args)
-        optimizer.zero_grad()
-        close(train.sft_step(run, run.net, drawn)["task"], loss.detach(), 1e-4)
-        nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
-        optimizer.step()
+        follow(run, optimizer, step, drawn, loss)
 
 
 @needs_time
@@ -100,6 +96,54 @@ def test_the_page_gets_as_much_right_as_the_readme_says(monkeypatch, capsys):
     right = float(capsys.readouterr().out.split("right answers on unseen tasks: ")[1])
     said = re.search(r"gets (\d+)% right on 25 unseen tasks", (HERE / "README.md").read_text())
     assert abs(right - int(said[1]) / 100) < 0.03
+
+
+# -------------------- Doc-to-LoRA on a page --------------------
+
+
+def test_the_shipped_reader_loads_into_its_page_and_its_first_losses_are_those_of_train(monkeypatch):
+    monkeypatch.chdir(HERE)
+    run, shipped = run_of("@config/d2l.args", "--l2", "0"), hypernet.load_hypernet(TINY / "d2l")
+    shipped.connect(run.base, run.tokenizer)
+    net, texts = doc_page.DocToLoRA(), ["cat lamp <eos>\nstar knives <eos>", "dog red <eos>"]
+    net.load_state_dict(shipped.state_dict())
+    with torch.no_grad():
+        written = net(run.base, run.tokenizer, texts)
+        close((written["A"], written["B"]), shipped(texts)["down_proj"])
+    seen, read, real, real_forward = [], [], doc_page.task_loss, doc_page.DocToLoRA.forward
+
+    def forward(self, reader, tokenizer, documents):
+        if not read:  # the same start
+            run.net.load_state_dict(self.state_dict())
+        read.append(documents)
+        return real_forward(self, reader, tokenizer, documents)
+
+    def task_loss(base, tokenizer, examples):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append((examples, real(base, tokenizer, examples)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(doc_page.DocToLoRA, "forward", forward)
+    monkeypatch.setattr(doc_page, "task_loss", task_loss)
+    monkeypatch.setattr(doc_page, "STEPS", 4500)
+    with pytest.raises(KeyboardInterrupt):
+        doc_page.main()
+    optimizer = train.make_optimizer(run.net, run.args)
+    for step, (examples, loss) in enumerate(seen):
+        asked = iter(examples)
+        drawn = [data.Drawn(0, text, list(islice(asked, doc_page.QUESTIONS))) for text in read[step]]
+        follow(run, optimizer, step, drawn, loss)
+
+
+def follow(run: train.Run, optimizer, step: int, drawn: list[data.Drawn], loss: torch.Tensor) -> None:
+    """The same step by train.py, whose loss is that of a page."""
+    for group in optimizer.param_groups:
+        group["lr"] = train.learning_rate(step, run.args)
+    optimizer.zero_grad()
+    close(train.sft_step(run, run.net, drawn)["task"], loss.detach(), 1e-4)
+    nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
+    optimizer.step()
 
 
 # -------------------- A new network: extras/linear.py --------------------
