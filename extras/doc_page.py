@@ -3,7 +3,7 @@ which a frozen language model answers questions about it, without the document i
 
     python -m extras.doc_page      # trains for some minutes, then answers questions about unseen documents
 
-Names are those of hypernet.py, so its weights load. Shapes: n documents, c chunks, L layers, r rank.
+Names are those of hypernet.py, so its weights load. n documents, c chunks, L layers, r and R ranks of these.
 """
 
 import functools
@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tasks import facts
 
 BASE = "checkpoints/tiny"  # a Llama of four layers that knows 400 words
-L, R, N_IN, N_OUT, SCALING = 4, 2, 384, 128, 128 / 2**0.5  # of down_proj; scaling is alpha / sqrt(r)
-F_IN, D, HEADS, HEAD_SIZE, LATENTS = 128, 128, 4, 128, 8  # widths: states of the base model, Perceiver
+L, RANK, N_IN, N_OUT, SCALING = 4, 2, 384, 128, 128 / 2**0.5  # of down_proj; scaling is alpha / sqrt(r)
+F_IN, D, HEADS, HEAD_SIZE, LATENTS = 128, 128, 4, 128, 8  # F_IN: width of the base model's states
 CHUNK = 3  # tokens: a line such as "cat lamp <eos>", which says that lamp is the answer to cat
 STEPS, BATCH, QUESTIONS, LR = 600, 32, 8, 2e-3
 linear = functools.partial(nn.Linear, bias=False)
@@ -58,24 +58,24 @@ class CrossAttention(nn.Module):  # some vectors read others, then an MLP; all h
         self.k_proj, self.v_proj = linear(D, HEAD_SIZE), linear(D, HEAD_SIZE)
         self.mlp = SwiGLU(D, 4 * D, D)
 
-    def forward(self, latents: Tensor, context: Tensor) -> Tensor:  # [b, n, D], [b, T, D] -> [b, n, D]
+    def forward(self, latents: Tensor, context: Tensor) -> Tensor:  # [b, k, D], [b, T, D] -> [b, k, D]
         context = self.norm_context(context)
         q = self.q_proj(self.norm_latents(latents)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         k, v = self.k_proj(context)[:, None], self.v_proj(context)[:, None]  # [b, 1, T, 128]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [b, n, heads * 128]
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [b, k, heads * 128]
         latents = latents + self.norm_post(self.o_proj(h))
         return latents + self.norm_postff(self.mlp(self.norm_preff(latents)))
 
 
-class Perceiver(nn.Module):  # latents read any number of vectors, then R queries read the latents
+class Perceiver(nn.Module):  # latents read any number of vectors, then r queries read the latents
     def __init__(self):
         super().__init__()
         self.project = SwiGLU(F_IN, 4 * F_IN, D)
-        self.latents, self.queries = nn.Parameter(torch.randn(LATENTS, D)), nn.Parameter(torch.randn(R, D))
+        self.latents, self.queries = nn.Parameter(torch.randn(LATENTS, D)), nn.Parameter(torch.randn(RANK, D))
         self.encoder, self.encoder_norm = nn.ModuleList([CrossAttention()]), nn.RMSNorm(D, eps=1e-6)
         self.decoder, self.decoder_norm = CrossAttention(), nn.RMSNorm(D, eps=1e-6)
 
-    def forward(self, features: Tensor) -> Tensor:  # [b, T, f] -> [b, R, D]
+    def forward(self, features: Tensor) -> Tensor:  # [b, T, f] -> [b, r, D]
         latents, queries = [x.expand(len(features), -1, -1) for x in (self.latents, self.queries)]
         latents = self.encoder[0](latents, self.project(features))
         return self.decoder_norm(self.decoder(queries, self.encoder_norm(latents)))
@@ -86,21 +86,21 @@ class DocToLoRA(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.perceiver = Perceiver()  # the same for all layers; what follows is different for each
-        self.block_in, self.block_out = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.perceiver, self.block_in, self.block_out = Perceiver(), nn.LayerNorm(D), nn.LayerNorm(D)
+        # these are the same for all layers; each of the following has its own entry per layer
         self.W1 = nn.Parameter(torch.randn(L, D, 4 * D) / D**0.5)
         self.W2 = nn.Parameter(torch.randn(L, 4 * D, D) / (4 * D) ** 0.5)
         self.b1, self.b2 = [nn.Parameter(torch.zeros(L, 1, 1, width)) for width in (4 * D, D)]
         self.head = nn.Parameter(torch.randn(L, 1, D, N_IN + N_OUT) / D**0.5)
-        # at first B of chunks is 0, and the bias, one more adapter for each document, is a new LoRA
-        A, B = torch.empty(L, R, N_IN).uniform_(-1, 1) / N_IN**0.5, torch.zeros(L, N_OUT, R)
+        # the bias is one learned adapter, joined to those of every document. At first all B are 0, as in LoRA
+        A, B = torch.empty(L, RANK, N_IN).uniform_(-1, 1) / N_IN**0.5, torch.zeros(L, N_OUT, RANK)
         self.bias = nn.ParameterDict({"down_proj_A": A, "down_proj_B": B})
-        scale_A, scale_B = torch.ones(L, R, 1), torch.zeros(L, 1, R)
+        scale_A, scale_B = torch.ones(L, RANK, 1), torch.zeros(L, 1, RANK)
         self.scaler = nn.ParameterDict({"down_proj_A": scale_A, "down_proj_B": scale_B})
 
     def write_chunks(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The states of c chunks in each layer [c, L, T, f] -> A [c, L, r, in], B [c, L, out, r]"""
-        x = self.perceiver(features.flatten(0, 1)).view(-1, L, 1, R, D)  # (1: a single module)
+        x = self.perceiver(features.flatten(0, 1)).view(-1, L, 1, RANK, D)  # (1: a single module)
         h = F.silu(torch.einsum("nlmrd,lde->nlmre", self.block_in(x), self.W1) + self.b1)  # [c, L, 1, r, 4 D]
         x = F.normalize(x + self.block_out(torch.einsum("nlmre,led->nlmrd", h, self.W2) + self.b2), dim=-1)
         x = torch.einsum("nlmrd,lmdw->nlmrw", x, self.head)[:, :, 0]  # [c, L, r, in + out]
@@ -111,22 +111,22 @@ class DocToLoRA(nn.Module):
         """n documents -> A [n, L, R, in], B [n, L, out, R], zero-padded along the rank R."""
         ids = tokenizer(documents)["input_ids"]
         counts, chunks = [len(row) // CHUNK for row in ids], torch.tensor(sum(ids, [])).view(-1, CHUNK)
-        with torch.no_grad():  # the input of each layer of the frozen base model, the last after its norm
+        with torch.no_grad():  # the input of each layer, that of the last one after the norm (published)
             states = reader.model(chunks, output_hidden_states=True).hidden_states  # [c, T, f] each
             features = torch.stack([*states[: L - 1], reader.model.norm(states[L - 1])], 1)  # [c, L, T, f]
         A, B = self.write_chunks(features)
         all_A, all_B = [], []
-        for A, B in zip(A.split(counts), B.split(counts)):  # [c, L, r, in], [c, L, out, r] of a document
-            all_A.append(torch.cat([*A, self.bias["down_proj_A"]], 1).transpose(0, 1))  # [(c + 1) * r, L, in]
-            all_B.append(torch.cat([*B, self.bias["down_proj_B"]], 2).permute(2, 0, 1))
+        for own_A, own_B in zip(A.split(counts), B.split(counts)):  # joining along the rank adds up B A
+            all_A.append(torch.cat([*own_A, self.bias["down_proj_A"]], 1).transpose(0, 1))  # [R, L, in]
+            all_B.append(torch.cat([*own_B, self.bias["down_proj_B"]], 2).permute(2, 0, 1))  # [R, L, out]
         A, B = pad_sequence(all_A, batch_first=True), pad_sequence(all_B, batch_first=True)  # [n, R, L, ...]
         return {"A": A.transpose(1, 2), "B": B.permute(0, 2, 3, 1)}
 
 
 def task_loss(base: nn.Module, tokenizer, examples: list) -> Tensor:
-    """The loss of answers of one word. (Published is `distill_loss` in train.py.)"""
+    """The loss of answers of one word. (The published loss is `distill_loss` in train.py.)"""
     ids = tokenizer([f"{e.input} -> {e.answers[0]}<eos>" for e in examples], return_tensors="pt")["input_ids"]
-    logits = base(input_ids=ids).logits[:, 1:-1]  # of the last two tokens, the answer and its end
+    logits = base(input_ids=ids).logits[:, 1:-1]  # which predict the last two tokens: the answer and its end
     return F.cross_entropy(logits.mT, ids[:, 2:])
 
 
@@ -157,11 +157,11 @@ def main() -> None:
     net.requires_grad_(False)
     for n_facts in (1, 4, 16):
         tasks, right = [task for task in splits["long"] if task.name == f"{n_facts} lines"], []
-        asked = [task.train[i % n_facts] for task in tasks for i in range(QUESTIONS)]
+        asked = [task.train[i % n_facts] for task in tasks for i in range(QUESTIONS)]  # 8 of each document
         for order in (tasks, tasks[1:] + tasks[:1]):  # each document's own adapter, and that of the next one
             adapters.update(net(reader, tokenizer, [task.descriptions[0] for task in order]))
-            logits = base(**tokenizer([f"{e.input} ->" for e in asked], return_tensors="pt")).logits[:, -1]
-            said = tokenizer.convert_ids_to_tokens(logits.argmax(-1).tolist())
+            ids = tokenizer([f"{e.input} ->" for e in asked], return_tensors="pt")["input_ids"]
+            said = tokenizer.convert_ids_to_tokens(base(ids).logits[:, -1].argmax(-1).tolist())
             right.append(sum(word in e.answers for word, e in zip(said, asked)) / len(asked))
         print(f"{n_facts:2} facts: right {right[0]:.2f}, with another document's adapter {right[1]:.2f}")
 
