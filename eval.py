@@ -85,7 +85,6 @@ def oracles(folder: str, tasks: list[Task], args, device):
         raise UserError(f"{message}, not of {missing[0]} (--split, --n_tasks as in training)")
     bank, config = lora.load_adapters([Path(folder, name) for name in names], device)
 
-
     def choose(base, questions: list[Question]) -> lora.Adapter:
         return lora.select(bank, [names.index(question.task.name) for question in questions])
 

@@ -47,7 +47,6 @@ from tasks import SOURCES, load_tasks, summary
 # There are four kinds of runs: ordinary LoRAs ("lora"), reconstruction ("recon"), and SFT of a network that
 # reads "descriptions" or "documents". A flag is refused if the kind of run does not use it.
 
-
 parser = make_parser(__doc__)
 parser.usage, parser.fromfile_prefix_chars = "train.py [@FILE ...] [--FLAG VALUE ...]", "@"
 parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
@@ -65,9 +64,7 @@ def block(title: str, kinds: str, **flags) -> None:
         used_by[name] = kinds.split()
 
 
-block(
-    "all runs",
-    "lora recon descriptions documents",
+block("all runs", "lora recon descriptions documents",
     mode=("sft", "what is trained, see above", "lora", "recon", "sft"),
     base_model=("tiny", f"{', '.join(model.PRESETS)}, a hub id or a folder"),
     tasks=("tiny", f"{', '.join(SOURCES)}, or a folder of task files"),
@@ -87,15 +84,11 @@ block(
     out_dir=("out/run", "a new folder"),
     resume=(False, "continue the interrupted run in --out_dir"),
 )
-block(
-    "hypernetworks",
-    "recon descriptions documents",
+block("hypernetworks", "recon descriptions documents",
     arch=("t2l", "t2l (Text-to-LoRA), d2l (Doc-to-LoRA), or the name of a file in extras/"),
     init_from=("", "start from the weights of this hypernetwork"),
 )
-block(
-    "runs through the base model: all but recon",
-    "lora descriptions documents",
+block("runs through the base model: all but recon", "lora descriptions documents",
     target_modules=("q_proj,v_proj", "linear layers, by the ends of their paths"),
     rank=(8, "rank of an adapter; of each chunk of a document"),
     alpha=(16.0, "scaling is alpha / sqrt(rank)"),
@@ -108,28 +101,20 @@ block(
     gradient_checkpointing=(False, "compute activations twice, to save memory"),
 )
 block("ordinary LoRAs", "lora", multi_task=(False, "one adapter for all tasks"))
-block(
-    "reconstruction",
-    "recon",
+block("reconstruction", "recon",
     oracles=("", "the folder that --mode lora wrote"),
     recon_loss=("z_score", "compares A and B over their deviation, or B A", "z_score", "delta_w"),
 )
-block(
-    "runs on descriptions, and ordinary LoRAs",
-    "lora descriptions",
+block("runs on descriptions, and ordinary LoRAs", "lora descriptions",
     instruction=(False, "put the definition before the input"),
     label_smoothing=(0.0, "label smoothing"),
     shard=(False, "shard the base model over the processes"),
 )
-block(
-    "documents",
-    "documents",
+block("documents", "documents",
     short_first=(False, "short documents first, all from half-way on"),
     distill=(0, "learn the base model's top k tokens with the document in its prompt"),
 )
-block(
-    "the network; others than t2l and d2l use what they have a field for",
-    "network",
+block("the network; others than t2l and d2l use what they have a field for", "network",
     encoder=("preset", "the preset's, hash, base, a hub id or a folder"),
     size=("large", "what one pass through a head of Text-to-LoRA writes", *hypernet.SIZES),
     latent_size=(128, "width of the trunk, or of the Perceiver"),
@@ -317,7 +302,11 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
     for i in range(0, len(rows), args.micro_batch):
         examples = rows[i : i + args.micro_batch]
         adapters = lora.select(leaves, [row.task for row in examples])  # A [examples, L, r, in]
-        teacher = teacher_logits(run, examples) if args.distill else None  # of the same answer tokens
+        teacher = None
+        if args.distill:  # the logits of the base model itself, with the document in its prompt
+            with torch.no_grad(), autocast(run):
+                prompts = [(row.teacher_prompt, row.answer) for row in examples]
+                teacher, _, _ = model.answer_logits(run.base, prompts)  # [tokens, vocabulary]
         # (with --gradient_checkpointing the backward pass runs the layers again, with their adapters)
         with lora.use(run.base, adapters, scaling):
             loss = task_loss(run, examples, teacher) * len(examples) / len(rows)
@@ -342,13 +331,6 @@ def task_loss(run: Run, examples: list[data.Row], teacher: Tensor | None) -> Ten
     if teacher is not None:
         return distill_loss(logits, example_index, teacher, run.args.distill)
     return answer_loss(logits, example_index, labels, run.args.label_smoothing)
-
-
-@torch.no_grad()
-def teacher_logits(run: Run, examples: list[data.Row]) -> Tensor:
-    """The logits of the base model itself, with the document in its prompt. [tokens, vocabulary]"""
-    with autocast(run):
-        return model.answer_logits(run.base, [(row.teacher_prompt, row.answer) for row in examples])[0]
 
 
 def recon_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Tensor]:

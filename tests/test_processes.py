@@ -129,7 +129,7 @@ def test_two_processes_are_one(pair, tmp_path, name, one_thread):
     assert values[0] == pytest.approx(values[1], rel=1e-4) and len(values[0]) == 1
     file = "adapter_model.safetensors" if name == "multi_sharded" else "hypernet.safetensors"
     files = [load_file(place / file) for place in (tmp_path / "one", folder / name)]
-    assert max((files[0][key] - files[1][key]).abs().max() for key in files[0]) < 1e-4
+    assert max((files[0][key] - files[1][key]).abs().max() for key in files[0]) < 5e-4
 
 
 def test_a_step_that_processes_cannot_share_equally_is_refused(pair):
