@@ -121,8 +121,8 @@ def sample(rng: random.Random, values: Sequence, n: int) -> list:
 
 
 def fits(tokenizer, task: Task, description: str, example: Example, args) -> bool:
-    """Whether an example has at most --max_tokens tokens. Each has at least one byte, so few are counted."""
-    if tokenizer is None:  # reconstruction: no example is used
+    """Whether an example has at most --max_tokens tokens. Tokens have at least a byte, so few are counted."""
+    if tokenizer is None or args.mode == "recon":  # reconstruction uses no examples
         return True
     text = example.input + example.answers[0]
     if args.instruction or args.distill:
@@ -137,7 +137,7 @@ def fits(tokenizer, task: Task, description: str, example: Example, args) -> boo
 class Row(NamedTuple):
     """An example as token ids."""
 
-    task: int  # the place of its task among those drawn, and so of its adapter
+    place: int  # of its task among those drawn, and so of its adapter
     prompt: list[int]
     answer: list[int]  # up to the end mark
     teacher_prompt: list[int]  # for --distill: with the document in it

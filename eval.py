@@ -112,7 +112,7 @@ def imitator(folder: str, tasks: list[Task], args, device):
 
 
 def mean_adapter(base, net, tasks: list[Task]) -> lora.Adapter:
-    """The mean of what a hypernetwork writes for up to 512 training tasks. A [L, r, in]"""
+    """The mean of what a hypernetwork writes for up to 512 training tasks. A [1, L, r, in]"""
     tasks, mean = tasks[:: math.ceil(len(tasks) / 512)], {}
     for task in tasks:  # one by one, since all at once would fill the memory
         written, _ = generate.write_adapters(net, [task.descriptions[0]], base)

@@ -41,7 +41,7 @@ SIZES = ("large", "medium", "small")  # 55M, 34M and 5M parameters for Mistral-7
 
 @dataclass
 class TextConfig(HypernetConfig):
-    """Text-to-LoRA's settings, with values for the tiny world."""
+    """Text-to-LoRA's settings."""
 
     encoder: str = "hash"  # see model.load_encoder
     input_size: int = 1024  # E, the width of the text encoder's output
@@ -109,9 +109,10 @@ class TextToLoRA(nn.Module):
         if c.size == "small":  # tells a row which rank to make
             self.rank_emb = nn.Sequential(nn.Embedding(c.r, d), nn.LayerNorm(d))
 
-        # heads, one per module, and what is added to their output. In SFT that is a LoRA which all
-        # descriptions share, trained with the rest; in reconstruction of z-scores they are the mean and the
-        # standard deviation of the oracles, entry by entry, and constant
+        # heads, one per module. A matrix is offset + std * (output of the head), where
+        #     SFT:       the offset is a LoRA that all descriptions share, trained with the rest; std is 1
+        #     z_score:   they are mean and standard deviation of the oracles, entry by entry, and constant
+        #     delta_w:   the offset is 0, and constant; std is 1
         self.heads, self.offset, self.std = nn.ModuleDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, target in c.targets.items():
             key, L, larger = lora.no_dots(name), len(target.layers), max(target.n_in, target.n_out)
@@ -535,12 +536,12 @@ def copy_weights(folder: str, net: nn.Module) -> None:
 #     net.connect(base, tokenizer)
 #                          gives it what it reads with, frozen and no part of its weights: a text encoder, or
 #                          the base model
-#     net(texts)           -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, for n texts. Text-
-#                          to-LoRA's is write(encode(texts)): what frozen models compute, then the network
+#     net(texts)           -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, for n texts (in
+#                          place of a document, a list of texts is joined to one adapter)
 #     net.recompute        set by --gradient_checkpointing: compute activations again, to save memory
 #     net.start_as_lora()  for SFT: write LoRA's initialisation, with B = 0, for every text
 #     net.start_at(mean, std)
 #                          for reconstruction: these are the oracles' mean and standard deviation, as Adapters
 #     net.no_decay()       parameters with two or more dimensions without weight decay; may be left out
 #
-# Parameters with requires_grad must all receive gradients (DDP requires it). They learn at one rate.
+# Parameters with requires_grad must all receive gradients (DDP requires it).

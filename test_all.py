@@ -290,7 +290,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
     assert lengths == sorted(lengths)
     written = run.net(train.inputs_of(run, drawn))
     sizes = [train.weight_size(written, measure) for measure in (torch.abs, torch.square)]
-    with lora.use(run.base, lora.select(written, [row.task for row in rows]), run.net.config.scaling):
+    with lora.use(run.base, lora.select(written, [row.place for row in rows]), run.net.config.scaling):
         whole = train.task_loss(run, rows, None) + 0.1 * sum(sizes)
         expected = torch.autograd.grad(whole, list(run.net.parameters()))
     passes, layer = [], run.base.get_decoder().layers[0].mlp

@@ -50,7 +50,7 @@ from tasks import SOURCES, load_tasks, summary
 parser = make_parser(__doc__)
 parser.usage, parser.fromfile_prefix_chars = "train.py [@FILE ...] [--FLAG VALUE ...]", "@"
 parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-used_by = {}  # {flag: kinds of runs}; "network": those whose network's config has a field of this name
+used_by = {}  # {flag: kinds of runs}; [] for those whose network's config has a field of this name
 
 
 def block(title: str, kinds: str, **flags) -> None:
@@ -77,7 +77,7 @@ block("all runs", "lora recon descriptions documents",
     schedule=("linear", "decay to 0; late: in the last third", "linear", "late", "cosine"),
     weight_decay=(1e-2, "weight decay of AdamW, not on scales, biases, norms and latents"),
     dropout=(0.1, "on the input of adapters, and in Text-to-LoRA's trunk"),
-    seed=(0, "of all randomness"),
+    seed=(0, "of the run's randomness"),
     device=("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one"),
     dtype=("auto", "auto: bfloat16 on a GPU, not for recon", "auto", "float32", "bfloat16"),
     val_every=(250, "steps between two validations"),
@@ -114,7 +114,7 @@ block("documents", "documents",
     short_first=(False, "short documents first, all from half-way on"),
     distill=(0, "learn the base model's top k tokens with the document in its prompt"),
 )
-block("the network; others than t2l and d2l use what they have a field for", "network",
+block("the network: those that its config has", "",
     encoder=("preset", "the preset's, hash, base, a hub id or a folder"),
     size=("large", "what one pass through a head of Text-to-LoRA writes", *hypernet.SIZES),
     latent_size=(128, "width of the trunk, or of the Perceiver"),
@@ -134,10 +134,10 @@ MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed
 
 def is_used(args: argparse.Namespace, name: str) -> bool:
     """Whether a run uses a setting."""
-    if used_by[name] == ["network"]:
-        config_class = hypernet.find_arch(args.arch).config_class
-        return args.mode != "lora" and name in {field.name for field in fields(config_class)}
-    return args.kind in used_by[name]
+    if used_by[name]:
+        return args.kind in used_by[name]
+    config_class = hypernet.find_arch(args.arch).config_class
+    return args.mode != "lora" and name in {field.name for field in fields(config_class)}
 
 
 def parse_args(words: list[str]) -> argparse.Namespace:
@@ -277,7 +277,7 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
     The adapters are the interface between the two networks: the step goes forward through the hypernetwork,
     forward and backward through the base model, then backward through the hypernetwork. It leaves gradients
     in `net` and returns the terms of the loss. `net` is run.net, or with several processes its DDP version:
-    each process takes as many of the tasks, and DDP averages the gradients.
+    each process takes an equal share of the tasks, and DDP averages the gradients.
     """
     args, scaling = run.args, run.net.config.scaling
     rows = data.tokenize(run.tokenizer, run.tasks, drawn, args)  # of all examples, the shortest first
@@ -301,7 +301,7 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
     #    the activations, so the memory of a step is that of one micro-batch.
     for i in range(0, len(rows), args.micro_batch):
         examples = rows[i : i + args.micro_batch]
-        adapters = lora.select(leaves, [row.task for row in examples])  # A [examples, L, r, in]
+        adapters = lora.select(leaves, [row.place for row in examples])  # A [examples, L, r, in]
         teacher = None
         if args.distill:  # the logits of the base model itself, with the document in its prompt
             with torch.no_grad(), autocast(run):
@@ -357,7 +357,7 @@ def validate(run: Run) -> dict[str, float]:
         written = run.net(inputs_of(run, drawn))
         for i in range(0, len(rows), run.args.micro_batch):
             examples = rows[i : i + run.args.micro_batch]
-            adapters = lora.select(written, [row.task for row in examples])
+            adapters = lora.select(written, [row.place for row in examples])
             with lora.use(run.base, adapters, run.net.config.scaling):
                 pairs = [(row.prompt, row.answer) for row in examples]
                 logits, example_index, labels = model.answer_logits(run.base, pairs)
@@ -411,7 +411,7 @@ def train(run: Run, folder: Path) -> None:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # all processes draw the same tasks, and each takes as many of them; what is random in them differs
+        # all processes draw the same tasks, and each takes an equal share; what is random in them differs
         drawn = data.draw(run.tasks, step, args, run.tokenizer)[run.rank :: run.count]
         torch.manual_seed(random.Random(f"{args.seed} {step} {run.rank}").getrandbits(63))
         optimizer.zero_grad()
@@ -530,15 +530,13 @@ def prepare(args, device: torch.device, rank: int, count: int) -> Run:
     tasks = data.check(tasks, val_tasks, args, tokenizer)
     if args.short_first:
         tasks.sort(key=lambda task: len(task.descriptions[0]))
-    run = Run(args, device, rank, count, tasks, val_tasks, base, tokenizer, None)
-
     settings = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
     config = lora.config_for(base, model.full_name(args.base_model), **settings)
     if args.mode == "lora":
-        run.net = lora.LoRABank(config, 1 if args.multi_task else len(run.tasks)).to(device)
+        net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
     else:
-        make_hypernet(run, config)
-    return run
+        net = make_hypernet(args, config, base, tokenizer, device)
+    return Run(args, device, rank, count, tasks, val_tasks, base, tokenizer, net)
 
 
 def prepare_recon(args, device: torch.device, rank: int, count: int) -> Run:
@@ -560,23 +558,21 @@ def prepare_recon(args, device: torch.device, rank: int, count: int) -> Run:
     settings = dict(r=config.r, alpha=config.alpha, rslora=config.rslora, instruction=config.instruction)
     config = lora.config_for(base, model.full_name(args.base_model), **settings)
     mean, std = lora.statistics(oracles)
-    run = Run(args, device, rank, count, with_oracle, [], base, tokenizer, None, oracles, std)
-    make_hypernet(run, config, mean, std)
-    return run
+    net = make_hypernet(args, config, base, tokenizer, device, mean, std)
+    return Run(args, device, rank, count, with_oracle, [], base, tokenizer, net, oracles, std)
 
 
-def make_hypernet(run: Run, lora_config: lora.LoRAConfig, *statistics: Adapter) -> None:
-    """run.net: the network of --arch for adapters of this config, connected with what it reads with.
+def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapter) -> nn.Module:
+    """The network of --arch for adapters of this config, connected with what it reads with.
 
     `statistics` are mean and standard deviation of the oracles, for reconstruction.
     """
-    args, net_class = run.args, hypernet.find_arch(run.args.arch)
-    settings = vars(lora_config).copy()
+    net_class, settings = hypernet.find_arch(args.arch), vars(lora_config).copy()
     for field in fields(net_class.config_class):
-        if field.name in used_by and is_used(args, field.name):
-            settings[field.name] = getattr(args, field.name)
+        if field.name not in settings and field.name in used_by and is_used(args, field.name):
+            settings[field.name] = getattr(args, field.name)  # a flag with the name of a field
     config = net_class.config_class(**settings)
-    config.measure(run.base)
+    config.measure(base)
     net = net_class(config)
     net.recompute = args.gradient_checkpointing
     if statistics:
@@ -585,8 +581,9 @@ def make_hypernet(run: Run, lora_config: lora.LoRAConfig, *statistics: Adapter) 
         net.start_as_lora()
     if args.init_from and not args.resume:
         hypernet.copy_weights(args.init_from, net)
-    run.net = net.to(run.device)  # moved last: random numbers of a GPU would be others
-    net.connect(run.base, run.tokenizer)
+    net.to(device)  # moved last: random numbers of a GPU would be others
+    net.connect(base, tokenizer)
+    return net
 
 
 # -------------------- The run --------------------
