@@ -106,7 +106,7 @@ def draw(tasks: list[Task], step: int, args, tokenizer) -> list[Drawn]:
         description = rng.choice(task.descriptions)
         examples = sample(rng, task.train, args.examples_per_task)
         if not all(fits(tokenizer, task, description, example, args) for example in examples):
-            places = rng.sample(range(len(task.train)), len(task.train))  # of all examples, in another order
+            places = rng.sample(range(len(task.train)), min(1000, len(task.train)))
             others = (task.train[k] for k in places)
             fitting = (other for other in others if fits(tokenizer, task, description, other, args))
             fitting = list(islice(fitting, args.examples_per_task))
@@ -127,7 +127,7 @@ def fits(tokenizer, task: Task, description: str, example: Example, args) -> boo
     text = example.input + example.answers[0]
     if args.instruction or args.distill:
         text += model.instruct(task.definition + description)
-    of_template = sum(len(ids) for ids in model.example_ids(tokenizer, "", ""))
+    of_template = sum(len(ids) for ids in model.example_ids(tokenizer, "x", "x"))
     if of_template + len(text.encode()) <= args.max_tokens:
         return True
     (row,) = tokenize(tokenizer, [task], [Drawn(0, description, [example])], args)
@@ -167,15 +167,14 @@ def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Tas
     """The tasks with an example of at most --max_tokens. UserError for examples that cannot be learnt."""
     texts, kept = set(), []
     for task in tasks + val_tasks:
-        # (a lazy sequence makes its examples when they are asked for)
-        for example in [*(task.train if isinstance(task.train, list) else task.train[:8]), *task.test]:
+        for example in [*beginning(task.train), *task.test]:
             if not example.answers:
                 advice = f"python -m extras.answers {args.tasks} NEW_FOLDER --base_model {args.base_model}"
                 raise UserError(f"{task.name} has questions without an answer; generate it: {advice}")
             texts.update((example.input, example.answers[0]))
     model.check_known(tokenizer, list(texts))
     for task in tasks:
-        if any(fits(tokenizer, task, task.descriptions[0], example, args) for example in task.train):
+        if any(fits(tokenizer, task, task.descriptions[0], e, args) for e in beginning(task.train)):
             kept.append(task)
     if not kept:
         raise UserError(f"no example has at most --max_tokens {args.max_tokens} tokens")
@@ -183,3 +182,8 @@ def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Tas
         n = len(tasks) - len(kept)
         say(f"{n} of {len(tasks)} tasks are left out: too long for --max_tokens {args.max_tokens}")
     return kept
+
+
+def beginning(examples: Sequence[Example]) -> Sequence[Example]:
+    """All of a list; of a lazy sequence, which makes examples when they are asked for, the first ones."""
+    return examples if isinstance(examples, list) else examples[:8]

@@ -199,12 +199,17 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=int, default=256, help="inputs that are answered at once")
     add("--out", help="write settings and scores to this JSON file; extras.plot draws them")
     generate.add_model_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.batch_size < 1 or args.n_tasks < 0 or (args.n_examples or 0) < 0:
+        raise UserError("--batch_size must be above 0, --n_tasks and --n_examples not below")
+    return args
 
 
 def choose_tasks(args) -> tuple[list[Task], list[Task]]:
     """(the tasks of --tasks and --split, with the texts of --descriptions; those of "train")."""
     names = benchmarks.names_in(args.tasks, args.run_code)
+    if names and args.contains:
+        raise UserError("--contains is not for benchmarks, which have scores of their own")
     splits = benchmarks.load(names) if names else load_tasks(args.tasks)
     print(summary(args.tasks, splits))
     tasks = data.pick(splits, args.split, args.n_tasks)
@@ -281,9 +286,9 @@ def ask(tasks: list[Task], method: Method, with_instruction: bool, args, base, t
             chat = model.chat(tokenizer, example.input, instruction, shots)
             prompt = model.render(tokenizer, chat) + task.start(example)
             n_prompt, most = len(model.tokenize(tokenizer, prompt)), task.most_tokens(tokenizer, example)
-            if args.contains:
-                most = max(64, most)
             most = min(most, args.max_new_tokens or most)
+            if args.contains:
+                most = args.max_new_tokens or max(64, most)
             if n_prompt + most <= window:
                 questions.append(Question(task, example, description, prompt, n_prompt, most))
             else:

@@ -89,7 +89,7 @@ class TextToLoRA(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         c, d, dropout, M = config, config.latent_size, config.dropout, len(config.targets)
-        if d % 4:
+        if d % 4 or d == 0:
             raise UserError(f"--latent_size must be a multiple of 4, not {d}")
         self.config, self.layers, z_score = c, c.adapted_layers(), c.recon_loss == "z_score"
 
@@ -502,6 +502,7 @@ def load_hypernet(folder: str | Path) -> nn.Module:
 
 
 MAY_DIFFER = {"base_model", "base_shape", "instruction", "full_stop", "dropout", "input_dropout", "chunk_len"}
+MAY_DIFFER.add("recon_loss")  # the weights of z_score have other names
 
 
 def copy_weights(folder: str, net: nn.Module) -> None:

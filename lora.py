@@ -388,8 +388,9 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     Raises UserError if it is anything but a plain LoRA of one rank and one scaling.
     """
     folder = Path(folder)
-    for other in sorted(folder.glob("*/adapter_config.json")):
-        raise UserError(f"{folder} holds several adapters, such as {other.parent}")
+    others = sorted(folder.glob("*/adapter_config.json"))
+    if others and not (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} holds several adapters, such as {others[0].parent}")
     peft = read_json(folder / "adapter_config.json")
     if peft.get("peft_type") != "LORA":
         raise UserError(f"{folder} is not a LoRA adapter: peft_type is {peft.get('peft_type')}")

@@ -269,8 +269,15 @@ def asked_and_answered(tokenizer, messages: list[dict]) -> tuple[str, str]:
 @cache
 def takes_system_message(tokenizer) -> bool:
     """Gemma's template refuses a system message; Mistral's v0.3 moves it into the last user turn."""
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "x"}]
-    return asked_and_answered(tokenizer, messages) != ("", "")
+    system, user = [{"role": "system", "content": ""}], [{"role": "user", "content": "x"}]
+    try:
+        fill_template(tokenizer, system + user)
+    except Exception:  # templates raise arbitrary exceptions
+        return False
+    no_prefix = ("", "")
+    return asked_and_answered(tokenizer, system + user) != no_prefix or (
+        asked_and_answered(tokenizer, user) == no_prefix
+    )
 
 
 @cache
@@ -370,8 +377,9 @@ def answer(base: nn.Module, tokenizer, prompts: list[str], most: int | list[int]
     out = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False)
     ends, texts, ended = set(base.generation_config.eos_token_id or []), [], []
     for prompt_ids, row, limit in zip(ids.tolist(), out[:, ids.shape[1] :].tolist(), limits):
-        row = row[:limit]
-        ended.append(not ends.isdisjoint(row))
+        n_tokens = next((i for i, token in enumerate(row[:limit]) if token in ends), limit)
+        ended.append(n_tokens < min(limit, len(row)))
+        row = row[:n_tokens]
         # some tokenizers drop the first space of a text, so prompt and answer are decoded together
         before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
         whole = tokenizer.decode(prompt_ids + row, skip_special_tokens=True)
@@ -466,7 +474,9 @@ def encoder_width(name: str, base: nn.Module) -> int:
     if name == "base":
         return base.config.get_text_config().hidden_size
     fields, _ = PretrainedConfig.get_config_dict(name)
-    return fields.get("hidden_size") or fields["d_model"]  # T5
+    if "hidden_size" in fields:  # also of gte-*-v1.5, whose type AutoConfig does not know
+        return fields["hidden_size"]
+    return transformers.AutoConfig.from_pretrained(name).hidden_size
 
 
 FUNCTION_WORDS = """a an the of to in on at by for from with or but is are was were be been it its this that
@@ -513,9 +523,11 @@ class TransformerEncoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         self.model = load_text_model(name).to(device).requires_grad_(False).eval()
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        positions = positions - 2 if positions else 8192  # RoBERTa-style models start at 2; T5 has no limit
-        self.max_length = min(8192, positions, self.tokenizer.model_max_length)  # tokens
+        positions = getattr(self.model.config, "max_position_embeddings", 0)  # T5 and XLNet have no limit
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        unused = getattr(table, "padding_idx", None)  # RoBERTa-style models start at padding_idx + 1
+        positions -= 0 if unused is None else unused + 1
+        self.max_length = min(8192, positions) if positions > 0 else 8192  # tokens
 
     def __call__(self, texts: list[str]) -> Tensor:
         settings = dict(padding=True, padding_side="right", truncation=True, max_length=self.max_length)

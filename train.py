@@ -117,7 +117,7 @@ block("documents", "documents",
 block("the network: those that its config has", "",
     encoder=("preset", "the preset's, hash, base, a hub id or a folder"),
     size=("large", "what one pass through a head of Text-to-LoRA writes", *hypernet.SIZES),
-    latent_size=(128, "width of the trunk, or of the Perceiver"),
+    latent_size=(128, "width of the trunk, or of the Perceiver (published: 512)"),
     head_in_size=(256, "width of the input of the heads"),
     input_dropout=(0.1, "dropout of the text encoder's output (not published)"),
     early_exit=(False, "read the states after a quarter of the layers, not of each layer"),
@@ -130,6 +130,8 @@ MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed
     *("max_steps", "lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard", "device"),
     *("val_every", "out_dir", "resume"),
 }
+NOT_ZERO = {"max_steps", "val_every", "rank", "alpha", "examples_per_task", "micro_batch", "max_tokens"}
+NOT_ZERO |= {"head_in_size", "n_blocks", "n_heads", "chunk_len"}
 
 
 def is_used(args: argparse.Namespace, name: str) -> bool:
@@ -157,8 +159,11 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     for name in used_by:
         if given[name] is not None and not is_used(args, name):
             raise UserError(f"--{name} is not a setting of --mode {args.mode} ({args.kind})")
-        if isinstance(given[name], (int, float)) and given[name] < 0:
-            raise UserError(f"--{name} must not be negative")
+        value = getattr(args, name)
+        if not isinstance(value, str) and (value < 0 or (value == 0 and name in NOT_ZERO)):
+            raise UserError(f"--{name} must not be {value}")
+    if args.warmup > 1:
+        raise UserError("--warmup is a fraction of the steps")
     if args.mode != "lora" and args.mode not in net_class.modes:
         raise UserError(f"--arch {args.arch} is trained with --mode {' or '.join(net_class.modes)}")
     if args.encoder == "preset":
@@ -166,6 +171,8 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     if args.dtype == "auto":
         dtype = torch.float32 if args.mode == "recon" else model.default_dtype(model.pick_device(args.device))
         args.dtype = str(dtype).removeprefix("torch.")
+    if args.gradient_checkpointing and args.dropout and args.device == "mps":
+        raise UserError("--gradient_checkpointing on mps needs --dropout 0: another mask would be drawn")
     if args.shard and args.kind == "descriptions" and args.encoder == "base":
         raise UserError("--shard needs a text encoder beside the sharded base model: --encoder ID or DIR")
     return args
@@ -213,7 +220,7 @@ def weight_size(adapter: Adapter, measure) -> Tensor:
     """
     total = 0.0
     for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
-        L, ranks = A.shape[1], A.any(-1).any(1).sum(-1)  # [n]
+        L, ranks = A.shape[1], A.any(-1).any(1).sum(-1).clamp(min=1)  # [n]
         mean_A = measure(A).sum((1, 2, 3)) / (L * ranks * A.shape[-1])  # [n]
         mean_B = measure(B).sum((1, 2, 3)) / (L * ranks * B.shape[-2])
         total = total + mean_A.mean() + mean_B.mean()
@@ -353,6 +360,7 @@ def validate(run: Run) -> dict[str, float]:
     lora.set_dropout(run.base, False)
     drawn = [data.Drawn(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
     rows, loss, n_right = data.tokenize(run.tokenizer, run.val_tasks, drawn, run.args), 0.0, 0
+    rows = [row for row in rows if row.n_tokens <= run.args.max_tokens] or rows[:1]
     with autocast(run):
         written = run.net(inputs_of(run, drawn))
         for i in range(0, len(rows), run.args.micro_batch):
@@ -477,6 +485,8 @@ def save_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer, state: 
 
 def load_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer) -> dict:
     """Put a saved state into the network and the optimizer, and forget the metrics of later steps."""
+    if not (folder / "state.pt").exists():
+        raise UserError(f"--resume: {folder} holds no interrupted run")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if state["step"] > run.args.max_steps:
         raise UserError(f"--max_steps {run.args.max_steps}: this run has done {state['step']} steps")
@@ -615,7 +625,8 @@ def main() -> None:
     try:
         train(run, folder)
     except KeyboardInterrupt:
-        say(f"\nto continue from the last state, as it was started: train.py --resume --out_dir {folder}")
+        if (folder / "state.pt").exists():
+            say(f"\nto continue from the last state, as it was started: train.py --resume --out_dir {folder}")
         raise
     if "RANK" in os.environ:
         gc.collect()  # DDP's reducer must not be the last to hold the group: freeing it may hang

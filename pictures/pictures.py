@@ -246,6 +246,8 @@ def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
     if state.exists():
         saved = torch.load(state, map_location="cpu", weights_only=True)
         first = saved["step"]
+        if first >= steps:
+            raise UserError(f"--steps {steps}: the run in {folder} has done {first} steps")
         trained.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=mode)

@@ -91,10 +91,16 @@ def read_task(path: Path) -> Task:
     content = read_json(path)
     expect(isinstance(content, dict), f'{path} must be {{"descriptions": [...], "Instances": [...]}}')
     name = content.get("name", path.stem)  # an adapter lies in a folder of this name, beside a run's files
-    can_name_it = isinstance(name, str) and Path(name).name == name and Path(name).suffix not in RUN_FILES
-    expect(can_name_it, f'{path}: "name" must be a text that can name a folder')
+    can_be = isinstance(name, str) and can_name_a_folder(name)
+    expect(can_be, f'{path}: "name" must be a text that can name a folder')
     read = read_document if "document" in content else read_instances
     return read(name, content, path)
+
+
+def can_name_a_folder(name: str) -> bool:
+    """Whether the adapter of a task can lie in a folder of this name, beside the files of a run."""
+    is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
+    return is_plain and Path(name).suffix not in RUN_FILES and len(name.encode()) <= 200
 
 
 def read_instances(name: str, content: dict, path: Path) -> Task:
@@ -117,13 +123,13 @@ def read_instances(name: str, content: dict, path: Path) -> Task:
 
 def read_document(name: str, content: dict, path: Path) -> Task:
     """The task of a file with a document. It is scored on the questions it is trained on."""
-    document = as_texts(content["document"], f'{path}: "document"')[:1]
-    examples = []
+    document, examples = as_text(content["document"], f'{path}: "document"'), []
+    expect(document, f'{path}: "document" is empty')
     for i, entry in enumerate(as_objects(content, "questions", path, '{"question": "a?", "answer": "b"}')):
         question = as_text(entry.get("question"), f'{path}: "question" of entry {i}')
         answers = as_texts(entry["answer"], f'{path}: "answer" of entry {i}') if "answer" in entry else []
         examples.append(Example(question, [answer.strip() for answer in answers]))
-    return Task(name, document, examples, examples, is_document=True)
+    return Task(name, [document], examples, examples, is_document=True)
 
 
 def as_text(value, where: str) -> str:
