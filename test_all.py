@@ -212,7 +212,7 @@ def test_what_a_step_draws():
     assert few == more[:3] == every[:3]
 
 
-def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsys):
+def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsys, monkeypatch):
     run = run_of(*SHORT)
     tokenizer, args, short = run.tokenizer, run.args, Example("cat", ["red"])
     long = Example(repeated("cat dog cow sun ", 9), ["red"])
@@ -226,6 +226,10 @@ def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsy
     for step in range(9):
         (drawn,) = data.draw(tasks, step, args, tokenizer)
         assert drawn.examples == [short, short]
+    run.val_tasks, seen, real = [data.Task("v", ["x"], [], [short, long])], [], train.answer_loss
+    monkeypatch.setattr(train, "answer_loss", lambda *a: seen.append(int(a[1].max()) + 1) or real(*a))
+    train.validate(run)
+    assert seen == [1]  # nor is the long one validated
     refused("no example has at most", data.check, [too_long], [], args, tokenizer)
     endless = chores.LazyList(lambda i: Example("cat", ["red"]) if i < 99 else 1 / 0)
     data.check([data.Task("endless", ["x"], endless, [])], [], args, tokenizer)

@@ -120,11 +120,16 @@ eval | --tasks {tmp}/tasks | but: train
 eval | --tasks {tmp}/none | neither chores, facts
 eval | --tasks facts --instruction | into the prompt
 eval | --out {foreign} | must end in .json
+eval | --batch_size -1 | must be above 0
+eval | --tasks piqa --contains | is not for benchmarks
 train | --base_model ./nowhere | OSError
 train | @config/none.args | config/none.args
 train | --arch t3l | No module named 'extras.t3l'
 train | --lr fast | invalid float value
-train | --micro_batch -1 | must not be negative
+train | --micro_batch -1 | must not be -1
+train | --examples_per_task 0 | must not be 0
+train | --warmup 2 | is a fraction
+train | --resume --out_dir {foreign} | train.args
 train | --dropout 1.5 | dropout probability has to be between 0 and 1
 train | --shard | --shard needs several processes
 train | --target_modules '' | no nn.Linear layers named
@@ -235,10 +240,14 @@ def test_a_merged_model_answers_as_the_base_model_with_the_adapter(tmp_path):
     """Its settings of generation are the base model's own, and it says what stood in the prompts."""
     own, merged = tmp_path / "own", tmp_path / "merged"
     shutil.copytree(TINY, own, ignore=shutil.ignore_patterns("sft_*", "d2l", "recon"))
+    tokenizer = model.load_base("tiny")[1]
+    tokenizer.chat_template = dict.fromkeys(("default", "tool_use"), model.PLAIN_TEMPLATE)
+    tokenizer.save_pretrained(own)
     write_file(own / "generation_config.json", {"temperature": 0.7, "do_sample": True, "eos_token_id": 1})
     words = [*SAY, "--base_model", own, "--out", tmp_path / "one", "--merge", merged]
     assert command(generate, *words) == 0
-    (own / "templates").mkdir()
+    (templates,) = [path for path in merged.iterdir() if path.is_dir()]
+    assert templates.stat().st_mode & 0o111 == 0o111  # others can look into it
     again = ["--adapter", tmp_path / "one", "--base_model", own, "--merge", tmp_path / "one" / "merged"]
     assert command(generate, *again) == 0  # of an adapter that is there, beside its files
     assert read_json(merged / "generation_config.json")["temperature"] == 0.7

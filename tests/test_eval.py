@@ -127,6 +127,8 @@ def test_eval_writes_the_promised_json_and_table(tmp_path, capsys, monkeypatch):
     words = ["--hypernet", TINY / "sft_large", "--n_tasks", "12", "--n_examples", "4", "--out", "scores.json"]
     assert command(evaluation, *words, "--compare", "t2l", "hypernet") == 0
     content, shown = read_json("scores.json"), capsys.readouterr().out
+    assert command(evaluation, *words, "--tasks", tmp_path, "--methods", "t2l") == 2
+    assert read_json("scores.json") == content  # a run that fails leaves the results of the last one
     assert "left out: mt_lora (needs --mt_lora DIR), oracle (needs --oracles DIR), recon (needs" in shown
     methods = [name for name in evaluation.METHODS if name not in ("mt_lora", "oracle", "recon")]
     assert list(content["results"]) == [*methods, "./t2l", "./hypernet"]

@@ -56,6 +56,7 @@ def test_we_read_pefts_adapter(tmp_path, settings):
         many = tiny_llama(num_hidden_layers=11)  # so that their order is not that of the letters
         theirs = peft.get_peft_model(many, peft.LoraConfig(**settings)).eval()
     theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "checkpoint-5")  # as transformers' Trainer leaves it
     adapter, config = lora.load_adapter(tmp_path)
     base, ids = tiny_llama(num_hidden_layers=11), torch.randint(160, (2, 9))
     lora.inject(base, list(config.targets))

@@ -123,6 +123,7 @@ splits.json | {"train": ["b"]} | b.json is missing
 b.json | {"name": "a", "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | the same "name": a
 b.json | {"document": "x", "questions": [{"question": "q"}]} | both documents and tasks
 a.json | {"name": "../a", "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | name a folder
+a.json | {"name": "..", "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | name a folder
 a.json | {"name": 3, "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | must be a text
 a.json | {"Instances": []} | "descriptions" is missing
 a.json | {"descriptions": [], "Instances": []} | must be a text or a list
@@ -133,6 +134,7 @@ a.json | {"descriptions": "x", "Instances": [{"input": "x"}]} | "output" of inst
 a.json | {"descriptions": "x", "Instances": [{"input": "x", "output": " "}]} | first "output" of instance 0
 a.json | {"descriptions": "x", "Instances": [{"input": 3}]} | must be a text, not 3
 a.json | {"document": 5, "questions": [{"question": "x"}]} | "document" must
+a.json | {"document": ["x", "y"], "questions": [{"question": "x"}]} | "document" must be a text, not [
 a.json | {"document": "x"} | "questions" must be a list such as
 a.json | ["x"] | a.json must be {"descriptions": [...], "Instances"
 a.json | {"descriptions": ["x"],} | is not JSON

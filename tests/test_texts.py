@@ -1,5 +1,6 @@
 """What models read: text encoders, chat templates, prompts."""
 
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+import data
 import eval as evaluation
 import generate
 import model
@@ -163,6 +165,12 @@ def test_chat_templates_with_and_without_a_system_message():
     chat = [{"role": "user", "content": "hello"}]
     refused("does not put answers where it asks for them", model.render, tokenizer, chat, "bye")
     assert model.render(tokenizer, chat) == "user: hello\nAI: "
+    strict = model.load_base("tiny")[1]  # some refuse an empty answer
+    empty = "{% if m.role == 'assistant' and not m.content %}{{ raise_exception('empty') }}{% endif %}"
+    strict.chat_template = CHATML.replace("<|im_start|>{{", empty + "<|im_start|>{{", 1)
+    task = data.Task("x", ["d"], [data.Example("cat", ["red"])], [])
+    args = types.SimpleNamespace(instruction=False, distill=0, mode="sft", max_tokens=64)
+    assert data.fits(strict, task, "d", task.train[0], args)
     silent = "{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
     mute = model.load_base("tiny")[1]
     mute.chat_template = CHATML.replace("<|im_start|>{{", silent + "<|im_start|>{{", 1)
