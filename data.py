@@ -38,7 +38,7 @@ class Task:
     # how eval.py asks and scores; tasks/benchmarks.py has other ways
 
     def asked(self, texts: Sequence[str], n: int | None) -> list[tuple[int, str]]:
-        """The first n test examples (25), by number, each with one of the texts in turn."""
+        """Indices of the first n test examples (default 25), each with one of the texts in turn."""
         n = len(self.test[: n or 25])
         return [(i, texts[i % len(texts)]) for i in range(n)]
 
@@ -88,7 +88,7 @@ class Drawn(NamedTuple):
 
 
 def draw(tasks: list[Task], step: int, args, tokenizer) -> list[Drawn]:
-    """The tasks of a step: --tasks_per_batch of them, or all if there are no more (or it is 0).
+    """The tasks of a step: --tasks_per_batch of them, or all tasks if there are fewer, or if it is 0.
 
     Each has a description and --examples_per_task examples. In place of examples that are longer than
     --max_tokens others of the same task are drawn.
@@ -121,7 +121,7 @@ def sample(rng: random.Random, values: Sequence, n: int) -> list:
 
 
 def fits(tokenizer, task: Task, description: str, example: Example, args) -> bool:
-    """Whether an example has at most --max_tokens tokens. Tokens have at least a byte, so few are counted."""
+    """Whether an example has at most --max_tokens tokens. Bytes bound them, so few are counted."""
     if tokenizer is None or args.mode == "recon":  # reconstruction uses no examples
         return True
     text = example.input + example.answers[0]

@@ -67,7 +67,7 @@ class Question(NamedTuple):
 # -------------------- Where adapters come from --------------------
 #
 # A function (folder, tasks, args, device) -> (the LoRAConfig of its adapters, the network that writes them or
-# None, a function: questions -> the adapters with which they are answered, as one batch).
+# None, a function: (base, questions) -> the adapters with which they are answered, as one batch).
 
 
 def one_adapter(folder: str, tasks: list[Task], args, device):
@@ -118,7 +118,7 @@ def mean_adapter(base, net, tasks: list[Task]) -> lora.Adapter:
         written, _ = generate.write_adapters(net, [task.descriptions[0]], base)
         for name, pair in written.items():
             parts = [matrix / len(tasks) for matrix in pair]
-            mean[name] = [a + b for a, b in zip(mean.get(name, [0, 0]), parts)]
+            mean[name] = tuple(a + b for a, b in zip(mean.get(name, [0, 0]), parts))
     return mean
 
 

@@ -193,7 +193,7 @@ def check_out(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path):
-    """A new folder to write into, which takes the place of `folder` at the end of the block, or goes."""
+    """A new folder to write into. It replaces `folder` at the end of the block; after an error it goes."""
     unfinished = folder.resolve().with_name(f"{folder.resolve().name}.{os.getpid()}.tmp")
     unfinished.mkdir(parents=True)
     try:
@@ -259,7 +259,8 @@ def main() -> None:
     if args.instruction is None:
         args.instruction = config.instruction
     if args.instruction and not texts[0]:
-        print("note: prompts of this adapter begin with an instruction; --input needs it", file=sys.stderr)
+        message = "note: this adapter was trained with an instruction in the prompt; begin --input with it"
+        print(message, file=sys.stderr)
     for i, (text, folder) in enumerate(zip(texts, folders)):
         n_tokens = len(model.tokenize(tokenizer, text))
         shown = f"{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else shorten(text, 500)

@@ -127,7 +127,7 @@ class Target:
 def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> nn.Module:
     """Replace each linear layer of these names by a LoRALinear; returns the model.
 
-    `dropout` acts on the input of A, in training only. Without an adapter the output is unchanged.
+    `dropout` acts on the input of A while `set_dropout` is on. Without an adapter the output is unchanged.
     `base.lora_targets` are the targets, `base.lora_layers` the new layers of each.
     """
     base.lora_targets, base.lora_layers = find_targets(base, target_modules), {}
@@ -258,7 +258,7 @@ def config_for(base: nn.Module, base_model: str, **settings) -> LoRAConfig:
 
 
 def concat_rank(adapters: list[Adapter]) -> Adapter:
-    """One adapter that does what all of these do together, at the same scaling: the ranks add up.
+    """One adapter that does what all of these do together, at the same scaling: its rank is their sum.
 
     B1 A1 + B2 A2 = [B1 B2] [A1; A2]
     """

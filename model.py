@@ -178,7 +178,7 @@ PLAIN_TEMPLATE = (  # for a base model without a chat template: "input -> answer
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a base model; it has a chat template, and mostly a token for padding."""
+    """The tokenizer of a base model; it has a chat template, and usually a padding token."""
     tokenizer = AutoTokenizer.from_pretrained(source_of(name))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -219,6 +219,9 @@ def recompute_layers(base: nn.Module) -> None:
 
 
 # -------------------- A prompt: its messages, their text, the token ids --------------------
+#
+# Of the tiny base model: chat -> [{"role": "user", "content": "cat dog"}], render -> "cat dog ->", and for the
+# answer "chien" " chien<eos>"; example_ids -> the token ids of both. The rest is for other chat templates.
 
 
 def instruct(description: str) -> str:

@@ -75,7 +75,7 @@ block("all runs", "lora recon descriptions documents",
     lr=(2e-3, "highest learning rate"),
     warmup=(0.1, "fraction of the steps in which the learning rate rises"),
     schedule=("linear", "decay to 0; late: in the last third", "linear", "late", "cosine"),
-    weight_decay=(1e-2, "weight decay of AdamW, not on scales, biases, norms and latents"),
+    weight_decay=(1e-2, "weight decay of AdamW, only on matrices (and not on latents and scalers)"),
     dropout=(0.1, "on the input of adapters, and in Text-to-LoRA's trunk"),
     seed=(0, "of the run's randomness"),
     device=("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one"),
@@ -123,7 +123,7 @@ block("the network: those that its config has", "",
     early_exit=(False, "read the states after a quarter of the layers, not of each layer"),
     n_blocks=(9, "cross-attention blocks of the Perceiver"),
     n_heads=(16, "attention heads of size 128; a quarter as many for keys and values"),
-    chunk_len=(512, "most tokens of a chunk, without the template at its inner ends"),
+    chunk_len=(512, "maximum tokens per chunk, without the template's that are added at cuts"),
     chat=(True, "read a chunk as a user turn of the base model's chat template"),
 )
 MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed, where the run is
@@ -154,7 +154,7 @@ def parse_args(words: list[str]) -> argparse.Namespace:
                 raise UserError(f"--resume: this run has --{name} {old}, not {new}")
     net_class = hypernet.find_arch(args.arch)
     args.kind = net_class.reads if args.mode == "sft" else args.mode
-    # (defaults fill in what a namespace lacks: with None for all of them, only given flags have a value)
+    # (argparse fills in only what a namespace lacks: if it has None for all flags, those given have a value)
     given = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(used_by))))
     for name in used_by:
         if given[name] is not None and not is_used(args, name):
@@ -220,7 +220,8 @@ def weight_size(adapter: Adapter, measure) -> Tensor:
     """
     total = 0.0
     for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
-        L, ranks = A.shape[1], A.any(-1).any(1).sum(-1).clamp(min=1)  # [n]
+        is_used = A.any(-1).any(1)  # [n, R]: in any layer
+        L, ranks = A.shape[1], is_used.sum(-1).clamp(min=1)  # [n]
         mean_A = measure(A).sum((1, 2, 3)) / (L * ranks * A.shape[-1])  # [n]
         mean_B = measure(B).sum((1, 2, 3)) / (L * ranks * B.shape[-2])
         total = total + mean_A.mean() + mean_B.mean()
@@ -284,7 +285,8 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
     The adapters are the interface between the two networks: the step goes forward through the hypernetwork,
     forward and backward through the base model, then backward through the hypernetwork. It leaves gradients
     in `net` and returns the terms of the loss. `net` is run.net, or with several processes its DDP version:
-    each process takes an equal share of the tasks, and DDP averages the gradients.
+    each process takes an equal share of the tasks, and DDP averages the gradients. So they compute what one
+    process does, but for dropout and noise, which differ.
     """
     args, scaling = run.args, run.net.config.scaling
     rows = data.tokenize(run.tokenizer, run.tasks, drawn, args)  # of all examples, the shortest first

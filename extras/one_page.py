@@ -3,7 +3,7 @@ which a frozen language model does what it says.
 
     python -m extras.one_page        # trains for some minutes, then does 25 tasks that it has never seen
 
-Names are those of hypernet.py, so its weights load. Shapes: n texts, T tokens, L layers, M modules, r rank.
+Parameter names match hypernet.py, so its weights load. n texts, T tokens, L layers, M modules, r rank.
 """
 
 import random
