@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import data
@@ -65,18 +66,23 @@ class Question(NamedTuple):
 
 
 # -------------------- Where adapters come from --------------------
-#
-# A function (folder, tasks, args, device) -> (the LoRAConfig of its adapters, the network that writes them or
-# None, a function: (base, questions) -> the adapters with which they are answered, as one batch).
 
 
-def one_adapter(folder: str, tasks: list[Task], args, device):
+class Source(NamedTuple):
+    """What is loaded from a folder, by one of the functions below."""
+
+    config: lora.LoRAConfig  # of its adapters
+    net: nn.Module | None  # the hypernetwork that writes them, if there is one
+    adapters: Callable  # (base, questions) -> the adapters with which they are answered, as one batch
+
+
+def one_adapter(folder: str, tasks: list[Task], args, device) -> Source:
     """An adapter that answers all questions."""
     adapter, config = lora.load_adapters([Path(folder)], device)
-    return config, None, lambda base, questions: adapter
+    return Source(config, None, lambda base, questions: adapter)
 
 
-def oracles(folder: str, tasks: list[Task], args, device):
+def oracles(folder: str, tasks: list[Task], args, device) -> Source:
     """An adapter for each task."""
     names = [task.name for task in tasks]
     missing = [name for name in names if not Path(folder, name).is_dir()]
@@ -88,10 +94,10 @@ def oracles(folder: str, tasks: list[Task], args, device):
     def choose(base, questions: list[Question]) -> lora.Adapter:
         return lora.select(bank, [names.index(question.task.name) for question in questions])
 
-    return config, None, choose
+    return Source(config, None, choose)
 
 
-def hypernetwork(folder: str, tasks: list[Task], args, device):
+def hypernetwork(folder: str, tasks: list[Task], args, device) -> Source:
     """A hypernetwork that writes an adapter for each description."""
     net = generate.load_net(folder, "documents" if tasks[0].is_document else "descriptions", args, device)
 
@@ -100,15 +106,15 @@ def hypernetwork(folder: str, tasks: list[Task], args, device):
         written, _ = generate.write_adapters(net, texts, base)
         return lora.select(written, [texts.index(question.description) for question in questions])
 
-    return net.config, net, write
+    return Source(net.config, net, write)
 
 
-def imitator(folder: str, tasks: list[Task], args, device):
+def imitator(folder: str, tasks: list[Task], args, device) -> Source:
     """A hypernetwork that was trained by reconstruction."""
-    config, net, write = hypernetwork(folder, tasks, args, device)
-    if not config.recon_loss:
+    source = hypernetwork(folder, tasks, args, device)
+    if not source.config.recon_loss:
         raise UserError(f"--recon {folder}: this hypernetwork was trained by SFT")
-    return config, net, write
+    return source
 
 
 def mean_adapter(base, net, tasks: list[Task]) -> lora.Adapter:
@@ -299,14 +305,14 @@ def ask(tasks: list[Task], method: Method, with_instruction: bool, args, base, t
     return sorted(questions, key=Question.size)
 
 
-def score(name: str, questions: list[Question], adapters, scaling: float, args, base, tokenizer) -> Scores:
+def score(name: str, questions: list[Question], source: Source, args, base, tokenizer) -> Scores:
     """The scores of a method, which are printed. Documents of equal names count as one task."""
     hits, seconds = {}, 0.0
     bar = tqdm(total=len(questions), desc=name, unit="answer", leave=False)
     for i in range(0, len(questions), args.batch_size):
         batch = questions[i : i + args.batch_size]
         prompts, most = [question.prompt for question in batch], [question.most_tokens for question in batch]
-        with lora.use(base, adapters(base, batch), scaling):
+        with lora.use(base, source.adapters(base, batch), source.config.scaling):
             started = time.perf_counter()  # without the writing of adapters
             answers, ended = model.answer(base, tokenizer, prompts, most)
             seconds += time.perf_counter() - started
@@ -330,28 +336,28 @@ def main() -> None:
         check_output(args.out, ".json")
     device = model.pick_device(args.device)
     tasks, training = choose_tasks(args)
-    methods, sources = choose_methods(args, tasks, training), {}  # {(function, folder): what it returns}
+    methods, sources = choose_methods(args, tasks, training), {}  # {(function, folder): Source}
     for method, folder in methods.values():
         if method.source and (method.source, folder) not in sources:
             sources[method.source, folder] = method.source(folder, tasks, args, device)
     # hypernetworks go first: they record the base model by its name
-    configs = [config for config, _, _ in sorted(sources.values(), key=lambda source: source[1] is None)]
+    configs = [source.config for source in sorted(sources.values(), key=lambda source: source.net is None)]
     base, tokenizer = generate.load_base_for(configs, args, device)
-    for _, net, _ in sources.values():
-        if net:
-            net.connect(base, tokenizer)
+    for source in sources.values():
+        if source.net:
+            source.net.connect(base, tokenizer)
 
     base_model, results = args.base_model or (configs[0].base_model if configs else "tiny"), {}
     for name, (method, folder) in methods.items():
-        config, net, adapters = lora.LoRAConfig(), None, lambda base, questions: {}
+        source = Source(lora.LoRAConfig(), None, lambda base, questions: {})  # no adapter
         if method.source:
-            config, net, adapters = sources[method.source, folder]
+            source = sources[method.source, folder]
         if method.is_mean:
-            mean = mean_adapter(base, net, training)
-            adapters = lambda base, questions: mean
-        with_instruction = config.instruction if args.instruction is None else args.instruction
+            mean = mean_adapter(base, source.net, training)
+            source = source._replace(adapters=lambda base, questions: mean)
+        with_instruction = source.config.instruction if args.instruction is None else args.instruction
         questions = ask(tasks, method, with_instruction, args, base, tokenizer)
-        scores = score(name, questions, adapters, config.scaling, args, base, tokenizer)
+        scores = score(name, questions, source, args, base, tokenizer)
         if scores:
             results[name] = scores
         if args.out:

@@ -362,7 +362,7 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     words += ["--split", "train", "--n_tasks", "4", "--n_examples", "2"]
     results = evaluate(tmp_path / "e.json", *words)
     assert set(results) == {"mt_lora", "oracle"}
-    _, _, choose = evaluation.oracles(oracles, tasks, None, "cpu")
+    choose = evaluation.oracles(oracles, tasks, None, "cpu").adapters
     order = [2, 0, 1]
     questions = [types.SimpleNamespace(task=tasks[i]) for i in order]
     for name, (_, B) in choose(None, questions).items():  # each question has the oracle of its task

@@ -78,7 +78,8 @@ def test_scores_and_their_interval(monkeypatch, tiny):
         examples = [Example("cat dog", [answer]) for answer in right]
         tasks, method = [data.Task("x", ["d"], [], examples)], evaluation.METHODS["base"]
         questions = evaluation.ask(tasks, method, False, args(**changes), *tiny)
-        return evaluation.score("base", questions, lambda *_: {}, 1.0, args(**changes), *tiny)["x"]
+        source = evaluation.Source(lora.LoRAConfig(), None, lambda *_: {})
+        return evaluation.score("base", questions, source, args(**changes), *tiny)["x"]
 
     assert score("red cat sun moon") == 1 and score("red") == 0  # an answer that goes on is wrong
     assert score("red cat sun") == 0
