@@ -196,7 +196,7 @@ def run_program(program: str, seconds: int = 10) -> bool:
 # -------------------- The benchmarks --------------------
 
 
-class Source(NamedTuple):
+class Spec(NamedTuple):
     """Where the records of a benchmark are, and what to do with them."""
 
     dataset: str
@@ -213,7 +213,7 @@ class Source(NamedTuple):
 class Benchmark(Task):
     """A benchmark as a task: all test examples, each with three descriptions, as published."""
 
-    source: Source | None = None
+    spec: Spec | None = None
 
     def asked(self, texts: Sequence[str], n: int | None) -> list[tuple[int, str]]:
         """Each example with three of the texts."""
@@ -225,47 +225,47 @@ class Benchmark(Task):
         return ""
 
     def start(self, example: Example) -> str:
-        return self.source.start(example)
+        return self.spec.start(example)
 
     def most_tokens(self, tokenizer, example: Example) -> int:
-        return self.source.most_tokens
+        return self.spec.most_tokens
 
     def is_right(self, example: Example, answer: str, ended: bool, contains: bool = False) -> bool:
-        return self.source.metric(example, answer)
+        return self.spec.metric(example, answer)
 
 
 BENCHMARKS = {
-    "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "test", 1172, arc),
-    "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", "test", 2376, arc),
-    "boolq": Source("google/boolq", "default", "validation", 3270, boolq, true_or_false),
-    "gsm8k": Source("openai/gsm8k", "main", "test", 1319, gsm8k, last_number, 256, with_steps),
-    "hellaswag": Source("Rowan/hellaswag", "default", "validation", 10042, hellaswag),
-    "humaneval": Source(
+    "arc_challenge": Spec("allenai/ai2_arc", "ARC-Challenge", "test", 1172, arc),
+    "arc_easy": Spec("allenai/ai2_arc", "ARC-Easy", "test", 2376, arc),
+    "boolq": Spec("google/boolq", "default", "validation", 3270, boolq, true_or_false),
+    "gsm8k": Spec("openai/gsm8k", "main", "test", 1319, gsm8k, last_number, 256, with_steps),
+    "hellaswag": Spec("Rowan/hellaswag", "default", "validation", 10042, hellaswag),
+    "humaneval": Spec(
         "openai/openai_humaneval", "openai_humaneval", "test", 164, humaneval, passes_tests, 512, with_head
     ),
-    "mbpp": Source(  # the paper used 399 of them, MBPP+
+    "mbpp": Spec(  # the paper used 399 of them, MBPP+
         "google-research-datasets/mbpp", "full", "test", 500, mbpp, passes_tests, 512, with_code
     ),
-    "openbookqa": Source("allenai/openbookqa", "main", "test", 500, arc),
-    "piqa": Source("ybisk/piqa", "plain_text", "validation", 1838, piqa),
-    "winogrande": Source("allenai/winogrande", "winogrande_debiased", "validation", 1267, winogrande),
+    "openbookqa": Spec("allenai/openbookqa", "main", "test", 500, arc),
+    "piqa": Spec("ybisk/piqa", "plain_text", "validation", 1838, piqa),
+    "winogrande": Spec("allenai/winogrande", "winogrande_debiased", "validation", 1267, winogrande),
 }
 
 
 def load_records(name: str) -> list[dict]:
     """The records of a benchmark, downloaded once in pages of 100; a second call continues the first."""
-    source, folder = BENCHMARKS[name], cache_folder(f"benchmarks/{name}")
-    n, records = source.n_records, []
+    spec, folder = BENCHMARKS[name], cache_folder(f"benchmarks/{name}")
+    n, records = spec.n_records, []
     for offset in tqdm(range(0, n, 100), desc=name, unit="page", leave=False):
         file, expected = folder / f"{offset}.json", min(100, n - offset)
         if not file.exists():
             needed_for = f"--tasks {name}: rows {offset} to {offset + expected} of {n} are not in {folder}"
-            query = dict(dataset=source.dataset, config=source.config, split=source.split)
+            query = dict(dataset=spec.dataset, config=spec.config, split=spec.split)
             query |= dict(offset=offset, length=100)
             page = download(f"{ROWS_SERVICE}?{urlencode(query)}", needed_for)
             total, received = page["num_rows_total"], len(page["rows"])
             if total != n or received != expected:
-                raise UserError(f"{needed_for}; {source.dataset} sent {received} of {total} rows")
+                raise UserError(f"{needed_for}; {spec.dataset} sent {received} of {total} rows")
             write_file(file, page)
         records += [entry["row"] for entry in read_json(file)["rows"]]
     return records
@@ -273,13 +273,13 @@ def load_records(name: str) -> list[dict]:
 
 def benchmark_task(name: str) -> Benchmark:
     """One benchmark as a task: all records, shuffled, to test on, and four of them as shots."""
-    source, records, test, shots = BENCHMARKS[name], load_records(name), [], []
+    spec, records, test, shots = BENCHMARKS[name], load_records(name), [], []
     random.Random(0).shuffle(records)
     for record in records:
-        example, shown = source.to_example(record)
+        example, shown = spec.to_example(record)
         test.append(example)
         shots.append(Example(example.input, [shown]))
-    return Benchmark(name, read_json(TEXTS)["descriptions"][name], shots[-4:], test, source=source)
+    return Benchmark(name, read_json(TEXTS)["descriptions"][name], shots[-4:], test, spec=spec)
 
 
 def names_in(tasks: str, run_code: bool) -> list[str]:

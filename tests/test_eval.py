@@ -55,7 +55,7 @@ def test_which_descriptions_a_method_is_given(tiny):
         for question in used(name, True):
             assert instruction(question) == model.instruct(question.description)
     examples = [Example("cat", ["red"]) for i in range(30)]
-    tasks = [benchmarks.Benchmark("piqa", list("abcd"), [], examples, source=benchmarks.BENCHMARKS["piqa"])]
+    tasks = [benchmarks.Benchmark("piqa", list("abcd"), [], examples, spec=benchmarks.BENCHMARKS["piqa"])]
     assert len(used("base")) == 30 and used("t2l", True)[0].prompt == "cat ->"
     assert sorted(question.description for question in used("t2l")) == 30 * ["a"] + 30 * ["b"] + 30 * ["c"]
 
@@ -172,8 +172,8 @@ def test_an_answer_may_be_as_long_as_the_right_one(tiny):
         return question.most_tokens
 
     assert (most(), most(max_new_tokens=7), most(contains=True, max_new_tokens=7)) == (101, 7, 7)
-    source = benchmarks.BENCHMARKS["gsm8k"]
-    assert most(benchmarks.Benchmark("x", ["d"], [], [Example("cat", ["1"])], source=source)) == 256
+    spec = benchmarks.BENCHMARKS["gsm8k"]
+    assert most(benchmarks.Benchmark("x", ["d"], [], [Example("cat", ["1"])], spec=spec)) == 256
 
 
 def test_the_mean_adapter_is_that_of_the_training_tasks(tiny):

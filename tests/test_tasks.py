@@ -202,7 +202,7 @@ def test_benchmarks_are_downloaded_once_and_whole(server, monkeypatch):
     server.replies = [page(50)]
     (task,) = benchmarks.load(["piqa"])["test"]
     assert server.waits == [7] and len(task.test) == 150 and len(task.descriptions) == 3
-    assert task.source is piqa and task.start(task.test[0]) == "Let's think step by step."
+    assert task.spec is piqa and task.start(task.test[0]) == "Let's think step by step."
     assert task.most_tokens(None, task.test[0]) == 8 and task.instruction("x") == ""
     assert len(task.asked(["a", "b", "c"], None)) == 450 and task.asked([""], 2) == [(0, ""), (1, "")]
     assert task.is_right(task.test[0], "0: on a chair, and so on", False)
@@ -240,9 +240,9 @@ def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
     base, tokenizer = model.load_base("tiny")
     (said,), _ = model.answer(base, tokenizer, ["cat ->"])
     both = {name: benchmarks.BENCHMARKS[name]._replace(most_tokens=64) for name in ("mbpp", "piqa")}
-    piqa = benchmarks.Benchmark("piqa", ["d"] * 3, [], [Example("cat", [said.strip()])], source=both["piqa"])
+    piqa = benchmarks.Benchmark("piqa", ["d"] * 3, [], [Example("cat", [said.strip()])], spec=both["piqa"])
     fails = [Example("cat", ["assert False"])]
-    mbpp = benchmarks.Benchmark("mbpp", ["d"] * 3, [], fails, source=both["mbpp"])
+    mbpp = benchmarks.Benchmark("mbpp", ["d"] * 3, [], fails, spec=both["mbpp"])
     monkeypatch.setattr(benchmarks, "BENCHMARKS", both)
     monkeypatch.setattr(benchmarks, "benchmark_task", {"piqa": piqa, "mbpp": mbpp}.get)
     for flags, columns in ([], "piqa | average"), (["--run_code"], "mbpp | piqa | average"):
