@@ -9,7 +9,7 @@ The end of the file says what a new network must provide.
 
 import importlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -51,9 +51,38 @@ class TextConfig(HypernetConfig):
     latent_size: int = 128  # width of the trunk; half of it is the task embedding
     head_in_size: int = 256  # width of the input of the heads
     input_dropout: float = 0.1  # of the text encoder's output (not published)
+    encoder_rank: int = 0  # of a LoRA on the text encoder (not published); 0 is none
+    encoder_targets: dict[str, lora.Target] = field(default_factory=dict)  # its linear layers
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.encoder_targets = lora.as_targets(self.encoder_targets)
 
     def measure(self, base: nn.Module) -> None:
         self.input_size = model.encoder_width(self.encoder, base)
+        if self.encoder_rank:
+            network = model.load_text_model(self.encoder)
+            self.encoder_targets = lora.find_targets(network, lora.all_places(network))
+
+
+class EncoderLoRA(lora.LoRABank):
+    """A text encoder of the hub with a LoRA on all its layers, which is trained with the network."""
+
+    def connect(self, name: str, device, full_stop: bool) -> None:
+        """Load the text encoder. UserError if it is another one than that of the LoRA."""
+        encoder = model.TransformerEncoder(name, device)
+        lora.inject(encoder.model, list(self.config.targets))
+        if encoder.model.lora_targets != self.config.targets:
+            raise UserError(f"--encoder {name}: this hypernetwork has a LoRA for another one")
+        self.frozen = encoder, full_stop  # in a tuple, it is no part of the network
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """n descriptions -> [n, E], in float32, as `model.load_encoder` gives them without a LoRA."""
+        encoder, full_stop = self.frozen
+        texts = [model.end_sentence(text.strip(), full_stop) for text in texts]
+        with torch.autocast(encoder.model.device.type, enabled=False):
+            with lora.use(encoder.model, self(0), self.config.scaling):
+                return encoder(texts)
 
 
 class Residual(nn.Sequential):
@@ -109,6 +138,9 @@ class TextToLoRA(nn.Module):
         if c.size == "small":  # tells a row which rank to make
             self.rank_emb = nn.Sequential(nn.Embedding(c.r, d), nn.LayerNorm(d))
 
+        if c.encoder_rank:
+            self.encoder_lora = EncoderLoRA(LoRAConfig(targets=c.encoder_targets, r=c.encoder_rank), 1)
+
         # heads, one per module. A matrix is offset + std * (output of the head), where
         #     SFT:       the offset is a LoRA that all descriptions share, trained with the rest; std is 1
         #     z_score:   they are mean and standard deviation of the oracles, entry by entry, and constant
@@ -126,16 +158,20 @@ class TextToLoRA(nn.Module):
         self.std.requires_grad_(False)
 
     def connect(self, base: nn.Module | None, tokenizer) -> None:
-        """Load the text encoder. It is a function, so no part of the network."""
+        """Load the text encoder. It is a function, so no part of the network (but for its LoRA)."""
         c, device = self.config, next(self.parameters()).device
-        self.encoder = model.load_encoder(c.encoder, device, base, tokenizer, c.full_stop)
+        if c.encoder_rank:
+            self.encoder_lora.connect(c.encoder, device, c.full_stop)
+            self.encoder = self.encoder_lora.encode
+        else:
+            self.encoder = model.load_encoder(c.encoder, device, base, tokenizer, c.full_stop)
 
     def forward(self, texts: list[str]) -> Adapter:
         """n descriptions -> A [n, L, r, in], B [n, L, out, r]."""
         return self.write(self.encode(texts))
 
     def encode(self, texts: list[str]) -> Tensor:
-        """The frozen text encoder's output for n descriptions. [n, E]"""
+        """The text encoder's output for n descriptions. [n, E]"""
         return self.encoder(texts)
 
     def write(self, text_emb: Tensor) -> Adapter:
@@ -497,7 +533,9 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
         net = net_class(net_class.config_class(**settings))
     weights = load_file(Path(folder, "hypernet.safetensors"))
-    net.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, assign=True)
+    # (the file for SmolLM2 also has a std of 1, a number per matrix)
+    weights = {key: tensor.float() for key, tensor in weights.items() if tensor.dim()}
+    net.load_state_dict(weights, assign=True)
     return net.eval()
 
 

@@ -189,6 +189,20 @@ def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, Target
     return targets
 
 
+def all_places(network: nn.Module) -> list[str]:
+    """The names of all linear layers in numbered layers: "encoder.layer.{}.attention.self.query"."""
+    places = {}
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Linear) and LAYER_NUMBER.search(path):
+            places[split_path(path)[0]] = True
+    return list(places)
+
+
+def as_targets(targets: dict) -> dict[str, Target]:
+    """Targets from a JSON file."""
+    return {name: Target(**entry) if isinstance(entry, dict) else entry for name, entry in targets.items()}
+
+
 def one_target(name: str, shapes: dict[str, tuple[int, int]]) -> Target:
     """The target that consists of the layers {path: (out, in)}. Raises UserError if they are several."""
     places, sizes = {}, set()
@@ -224,9 +238,7 @@ class LoRAConfig:
     instruction: bool = False  # prompts in training contained the task's instruction
 
     def __post_init__(self):
-        for name, target in self.targets.items():
-            if isinstance(target, dict):  # from a JSON file
-                self.targets[name] = Target(**target)
+        self.targets = as_targets(self.targets)
 
     @property
     def scaling(self) -> float:

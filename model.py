@@ -220,8 +220,8 @@ def recompute_layers(base: nn.Module) -> None:
 
 # -------------------- A prompt: its messages, their text, the token ids --------------------
 #
-# Of the tiny base model: chat -> [{"role": "user", "content": "cat dog"}], render -> "cat dog ->", and for the
-# answer "chien" " chien<eos>"; example_ids -> the token ids of both. The rest is for other chat templates.
+# Of the tiny base model: chat -> [{"role": "user", "content": "cat dog"}]; render -> "cat dog ->", and with
+# the answer "chien" " chien<eos>"; example_ids -> the token ids of both. The rest is for other templates.
 
 
 def instruct(description: str) -> str:
@@ -465,9 +465,14 @@ def load_encoder(
     @torch.no_grad()
     def encode_one(text: str) -> Tensor:
         with torch.autocast(torch.device(device).type, enabled=False):
-            return encode([f"{text}." if full_stop and text[-1:].isalpha() else text])[0]
+            return encode([end_sentence(text, full_stop)])[0]
 
     return lambda texts: torch.stack([encode_one(text.strip()) for text in texts])
+
+
+def end_sentence(text: str, full_stop: bool) -> str:
+    """With `full_stop`, a text that ends in a letter gets one."""
+    return f"{text}." if full_stop and text[-1:].isalpha() else text
 
 
 def encoder_width(name: str, base: nn.Module) -> int:

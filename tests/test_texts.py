@@ -22,10 +22,11 @@ from transformers import (
 import data
 import eval as evaluation
 import generate
+import hypernet
 import model
 import train
 from support import read_json, write_file
-from tests.helpers import SHORT, close, command, refused, repeated, tiny_llama
+from tests.helpers import SHORT, close, command, fit, refused, repeated, run_of, tiny_llama
 
 # -------------------- Text encoders --------------------
 
@@ -117,6 +118,25 @@ def test_the_positions_of_roberta_begin_later_and_of_t5_the_encoder_is_loaded(tm
     network.save_pretrained(tmp_path)
     hidden = network(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
     close(model.load_encoder(str(tmp_path))(["one"])[0], F.normalize(hidden.mean(0), dim=0))
+
+
+def test_a_lora_on_the_text_encoder_is_trained_and_used(tmp_path):
+    """At first it changes nothing; it gets gradients, is saved, and changes what the network reads."""
+    (tmp_path / "bert").mkdir()
+    bert_folder(tmp_path / "bert")
+    words = [*SHORT, "--encoder", tmp_path / "bert", "--encoder_rank", "2"]
+    run, texts = run_of(*words), ["one two", "three"]
+    first = run.net.encode(texts)
+    close(first, model.load_encoder(str(tmp_path / "bert"), full_stop=True)(texts))
+    nn.init.normal_(run.net.heads["q_proj"].weight, std=0.1)
+    train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args, run.tokenizer))
+    grads = [p.grad.abs().max() for p in run.net.encoder_lora.B.values()]
+    assert len(grads) == 6 and min(grads) > 0  # query, key, value, three dense layers
+    fit(tmp_path / "net", *words, "--max_steps", "3", "--lr", "0.1")
+    net = hypernet.load_hypernet(tmp_path / "net")
+    assert len(net.config.encoder_targets["encoder.layer.{}.attention.self.query"].layers) == 2
+    net.connect(None, None)
+    assert (net.encode(texts) - first).abs().max() > 1e-3
 
 
 # -------------------- Chat templates, and what stands in prompts --------------------
