@@ -91,7 +91,7 @@ def test_its_first_losses_are_those_of_train(monkeypatch):
 
 @needs_time
 @pytest.mark.parametrize("page", [one_page, doc_page])
-def test_the_pages_get_as_much_right_as_the_readme_says(page, monkeypatch, capsys):
+def test_the_pages_get_as_much_right_as_the_readme_says(page, monkeypatch, capsys, one_thread):
     monkeypatch.chdir(HERE)
     page.main()
     out, readme = capsys.readouterr().out, (HERE / "README.md").read_text()
@@ -101,7 +101,7 @@ def test_the_pages_get_as_much_right_as_the_readme_says(page, monkeypatch, capsy
     else:
         right = re.search(r"4 facts: right ([.\d]+)", out)[1]
         said = re.search(r"(\d+)% of questions\s+about four facts", readme)
-    margin = 0.06 if page is one_page else 0.2  # another number of threads rounds in another way
+    margin = 0.06 if page is one_page else 0.2  # processors round in different ways
     assert float(right) > int(said[1]) / 100 - margin
 
 
