@@ -286,8 +286,7 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
     The adapters are the interface between the two networks: the step goes forward through the hypernetwork,
     forward and backward through the base model, then backward through the hypernetwork. It leaves gradients
     in `net` and returns the terms of the loss. `net` is run.net, or with several processes its DDP version:
-    each process takes an equal share of the tasks, and DDP averages the gradients. So they compute what one
-    process does, but for dropout and noise, which differ.
+    each takes an equal share of the tasks, and DDP averages the gradients (only dropout and noise differ).
     """
     args, scaling = run.args, run.net.config.scaling
     rows = data.tokenize(run.tokenizer, run.tasks, drawn, args)  # of all examples, the shortest first

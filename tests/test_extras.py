@@ -58,20 +58,15 @@ def test_shipped_weights_load_and_write_the_same_adapters():
         close(pair, ours(texts)[name])
 
 
-def test_its_first_losses_are_those_of_train(monkeypatch):
-    """On the examples that it draws, without dropout."""
-    monkeypatch.chdir(HERE)
-    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
-    monkeypatch.setattr(F, "dropout", lambda x, *_, **__: x)
-    run = run_of("--lr", str(one_page.LR), "--max_steps", str(one_page.STEPS), "--l2", "0")
-    run.args.tasks_per_batch = one_page.BATCH
-    seen, texts, real, real_forward = [], [], one_page.task_loss, one_page.TextToLoRA.forward
+def first_steps(page, net_class, run: train.Run, monkeypatch) -> tuple[list, list]:
+    """(examples and loss, texts that were read) of three steps of a page; run.net starts from its network."""
+    seen, read, real, real_forward = [], [], page.task_loss, net_class.forward
 
-    def forward(self, descriptions):
-        if not texts:  # the same start
-            run.net.load_state_dict(run.net.state_dict() | self.state_dict())
-        texts.append(descriptions)
-        return real_forward(self, descriptions)
+    def forward(self, *inputs):
+        if not read:
+            run.net.load_state_dict(self.state_dict())
+        read.append(inputs[-1])
+        return real_forward(self, *inputs)
 
     def task_loss(base, tokenizer, examples):
         if len(seen) == 3:
@@ -79,10 +74,21 @@ def test_its_first_losses_are_those_of_train(monkeypatch):
         seen.append((examples, real(base, tokenizer, examples)))
         return seen[-1][1]
 
-    monkeypatch.setattr(one_page.TextToLoRA, "forward", forward)
-    monkeypatch.setattr(one_page, "task_loss", task_loss)
+    monkeypatch.setattr(net_class, "forward", forward)
+    monkeypatch.setattr(page, "task_loss", task_loss)
     with pytest.raises(KeyboardInterrupt):
-        one_page.main()
+        page.main()
+    return seen, read
+
+
+def test_its_first_losses_are_those_of_train(monkeypatch):
+    """On the examples that it draws, without dropout."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    monkeypatch.setattr(F, "dropout", lambda x, *_, **__: x)
+    run = run_of("--lr", str(one_page.LR), "--max_steps", str(one_page.STEPS), "--l2", "0")
+    run.args.tasks_per_batch = one_page.BATCH
+    seen, texts = first_steps(one_page, one_page.TextToLoRA, run, monkeypatch)
     optimizer = train.make_optimizer(run.net, run.args)
     for step, (examples, loss) in enumerate(seen):
         drawn = [data.Drawn(0, text, [example]) for text, example in zip(texts[step], examples)]
@@ -117,25 +123,8 @@ def test_the_shipped_reader_loads_into_its_page_and_its_first_losses_are_those_o
     with torch.no_grad():
         written = net(run.base, run.tokenizer, texts)
         close((written["A"], written["B"]), shipped(texts)["down_proj"])
-    seen, read, real, real_forward = [], [], doc_page.task_loss, doc_page.DocToLoRA.forward
-
-    def forward(self, reader, tokenizer, documents):
-        if not read:  # the same start
-            run.net.load_state_dict(self.state_dict())
-        read.append(documents)
-        return real_forward(self, reader, tokenizer, documents)
-
-    def task_loss(base, tokenizer, examples):
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        seen.append((examples, real(base, tokenizer, examples)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(doc_page.DocToLoRA, "forward", forward)
-    monkeypatch.setattr(doc_page, "task_loss", task_loss)
     monkeypatch.setattr(doc_page, "STEPS", 4500)
-    with pytest.raises(KeyboardInterrupt):
-        doc_page.main()
+    seen, read = first_steps(doc_page, doc_page.DocToLoRA, run, monkeypatch)
     optimizer = train.make_optimizer(run.net, run.args)
     for step, (examples, loss) in enumerate(seen):
         asked = iter(examples)
