@@ -121,14 +121,8 @@ def sample(rng: random.Random, values: Sequence, n: int) -> list:
 
 
 def fits(tokenizer, task: Task, description: str, example: Example, args) -> bool:
-    """Whether an example has at most --max_tokens tokens. Bytes bound them, so few are counted."""
-    if tokenizer is None or args.mode == "recon":  # reconstruction uses no examples
-        return True
-    text = example.input + example.answers[0]
-    if args.instruction or args.distill:
-        text += model.instruct(task.definition + description)
-    of_template = sum(len(ids) for ids in model.example_ids(tokenizer, "x", "x"))
-    if of_template + len(text.encode()) <= args.max_tokens:
+    """Whether an example has at most --max_tokens tokens. (Reconstruction has no tokenizer.)"""
+    if tokenizer is None:
         return True
     (row,) = tokenize(tokenizer, [task], [Drawn(0, description, [example])], args)
     return row.n_tokens <= args.max_tokens

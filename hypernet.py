@@ -62,7 +62,7 @@ class TextConfig(HypernetConfig):
         self.input_size = model.encoder_width(self.encoder, base)
         if self.encoder_rank:
             network = model.load_text_model(self.encoder)
-            self.encoder_targets = lora.find_targets(network, lora.all_places(network))
+            self.encoder_targets = lora.find_targets(network, [])
 
 
 class EncoderLoRA(lora.LoRABank):

@@ -162,63 +162,59 @@ def split_path(path: str) -> tuple[str, int]:
     return LAYER_NUMBER.sub(".{}.", path, count=1), int(LAYER_NUMBER.search(path)[1])
 
 
-def find_targets(base: nn.Module, target_modules: list[str]) -> dict[str, Target]:
-    """The targets of these names: ends of the paths of linear layers, as in PEFT.
+def find_targets(base: nn.Module, names: list[str]) -> dict[str, Target]:
+    """The targets of these names among a model's linear layers; [] stands for all layers with a number.
 
-    A name may have {} in place of the layer's number, as in `single_blocks.{}.to_q`. Raises UserError if it
-    fits no layer, or layers in several places or of several shapes, or of another class, as quantised ones.
+    Raises UserError as `group_layers` does, and for layers of another class, as quantised ones.
     """
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # skip a vision tower
     in_decoder, linear = set(decoder.modules()), {}
     for path, module in base.named_modules():
         if isinstance(module, nn.Linear) and module in in_decoder and LAYER_NUMBER.search(path):
             linear[path] = module
-    targets = {}
-    for name in target_modules:
-        shapes = {}  # {path: (out, in)}
-        for path, layer in linear.items():
-            if f".{path}".endswith(f".{name}") or f".{split_path(path)[0]}".endswith(f".{name}"):
-                shapes[path] = tuple(layer.weight.shape)
-                if type(layer).forward is not nn.Linear.forward:
-                    kind = type(layer).__name__
-                    raise UserError(f"{name} is {kind}: quantised layers and the like have no adapters")
-        if not shapes:
-            found = ", ".join(sorted({path.split(".")[-1] for path in linear})) or "none at all"
-            raise UserError(f"this model has no nn.Linear layers named {name}, but {found}")
-        targets[name] = one_target(name, shapes)
+    shapes = {path: tuple(layer.weight.shape) for path, layer in linear.items()}
+    targets = group_layers(shapes, names or list(dict.fromkeys(split_path(path)[0] for path in linear)))
+    for name, target in targets.items():
+        layer = linear[target.paths()[0]]
+        if type(layer).forward is not nn.Linear.forward:
+            kind = type(layer).__name__
+            raise UserError(f"{name} is {kind}: quantised layers and the like have no adapters")
     return targets
 
 
-def all_places(network: nn.Module) -> list[str]:
-    """The names of all linear layers in numbered layers: "encoder.layer.{}.attention.self.query"."""
-    places = {}
-    for path, module in network.named_modules():
-        if isinstance(module, nn.Linear) and LAYER_NUMBER.search(path):
-            places[split_path(path)[0]] = True
-    return list(places)
+def group_layers(shapes: dict[str, tuple[int, int]], names: list[str]) -> dict[str, Target]:
+    """The targets of these names among linear layers, {path: (out, in)}.
+
+    A name is the end of a path, as in PEFT. It may have {} in place of the layer's number, as in
+    `single_blocks.{}.to_q`. Raises UserError if it fits no layer, or several places or shapes.
+    """
+    targets = {}
+    for name in names:
+        places = {}  # {path with {}: {number: (out, in)}}
+        for path, shape in shapes.items():
+            place, layer = split_path(path)
+            if f".{path}".endswith(f".{name}") or f".{place}".endswith(f".{name}"):
+                places.setdefault(place, {})[layer] = shape
+        if not places:
+            found = ", ".join(sorted({path.split(".")[-1] for path in shapes})) or "none at all"
+            raise UserError(f"this model has no nn.Linear layers named {name}, but {found}")
+        if len(places) > 1:
+            ends = {place.split("{}.")[-1] for place in places}
+            several = ends if len(ends) == len(places) else places
+            raise UserError(f"{name} is in several places; name one of them: {', '.join(sorted(several))}")
+        ((place, layers),) = places.items()
+        n_shapes = len(set(layers.values()))
+        if n_shapes > 1:
+            example = place.format(min(layers)).split(".", 1)[-1]
+            raise UserError(f"{name} has {n_shapes} shapes; name single layers, such as {example}")
+        n_out, n_in = layers[min(layers)]
+        targets[name] = Target(place, sorted(layers), n_in, n_out)
+    return targets
 
 
 def as_targets(targets: dict) -> dict[str, Target]:
     """Targets from a JSON file."""
     return {name: Target(**entry) if isinstance(entry, dict) else entry for name, entry in targets.items()}
-
-
-def one_target(name: str, shapes: dict[str, tuple[int, int]]) -> Target:
-    """The target that consists of the layers {path: (out, in)}. Raises UserError if they are several."""
-    places, sizes = {}, set()
-    for path, (n_out, n_in) in shapes.items():
-        place, layer = split_path(path)
-        places.setdefault(place, []).append(layer)
-        sizes.add((n_in, n_out))
-    if len(places) > 1:
-        ends = {place.split("{}.")[-1] for place in places}
-        names = ends if len(ends) == len(places) else places
-        raise UserError(f"{name} is in several places; name one of them: {', '.join(sorted(names))}")
-    if len(sizes) > 1:
-        example = next(iter(shapes)).split(".", 1)[-1]
-        raise UserError(f"{name} has {len(sizes)} shapes; name single layers, such as {example}")
-    (path, layers), (n_in, n_out) = places.popitem(), sizes.pop()
-    return Target(path, layers, n_in, n_out)
 
 
 TINY = str(Path(__file__).parent / "checkpoints" / "tiny")  # the folder of the base model "tiny"
@@ -420,16 +416,19 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
         if not match:
             raise UserError(f"{folder} holds {tensor_name}, which is not the A or B of a layer")
         matrices.setdefault(match["path"], {})[match["matrix"]] = tensor
-    shapes = {}  # {target: {path: (out, in)}}, in the order of the layers
+    shapes, names = {}, []  # {path: (out, in)}, in the order of the layers; names of targets
+    listed = peft.get("target_modules")
+    listed = listed if isinstance(listed, list) else []  # (it may be a pattern)
     for path in sorted(matrices, key=lambda path: split_path(path)[1]):
         A, B = matrices[path].get("A"), matrices[path].get("B")
         if A is None or B is None or len(A) != config.r or B.shape[1] != config.r:
             raise UserError(f"{folder}: {path} has no A and B of rank {config.r}")
-        name = target_name(path, peft.get("target_modules"))
-        shapes.setdefault(name, {})[path] = (len(B), A.shape[1])
+        shapes[path] = len(B), A.shape[1]
+        ends = [name for name in listed if f".{path}".endswith(f".{name}")] + [path.split(".")[-1]]
+        names.append(split_path(path)[0] if ends[0] == path else ends[0])
+    config.targets = group_layers(shapes, list(dict.fromkeys(names)))
     adapter = {}
-    for name in shapes:
-        target = config.targets[name] = one_target(name, shapes[name])
+    for name, target in config.targets.items():
         A = torch.stack([matrices[path]["A"] for path in target.paths()])  # [L, r, in]
         B = torch.stack([matrices[path]["B"] for path in target.paths()])  # [L, out, r]
         adapter[name] = (A, B)
@@ -437,17 +436,6 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
         raise UserError(f"{folder} holds an adapter without tensors")
     config.n_layers = 1 + max(config.adapted_layers())
     return adapter, config
-
-
-def target_name(path: str, target_modules) -> str:
-    """Which of PEFT's target_modules a layer belongs to; if they are a pattern, the end of its path."""
-    if isinstance(target_modules, list):
-        for name in target_modules:
-            if path == name:
-                return split_path(path)[0]
-            if f".{path}".endswith(f".{name}"):
-                return name
-    return path.split(".")[-1]
 
 
 def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfig]:

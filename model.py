@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -192,7 +193,7 @@ def end_tokens(base: nn.Module, tokenizer) -> list[int]:
     """The tokens that end an answer: the model's own, and the one that the chat template writes there."""
     own = base.generation_config.eos_token_id
     ends = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
-    mark = tokenize(tokenizer, around_answer(tokenizer)[1])[-1:]
+    mark = tokenize(tokenizer, marks_of(tokenizer).end or "")[-1:]
     ends = ends + [token for token in mark if token in tokenizer.added_tokens_decoder]
     return [token for token in dict.fromkeys(ends) if token is not None]
 
@@ -220,8 +221,8 @@ def recompute_layers(base: nn.Module) -> None:
 
 # -------------------- A prompt: its messages, their text, the token ids --------------------
 #
-# Of the tiny base model: chat -> [{"role": "user", "content": "cat dog"}]; render -> "cat dog ->", and with
-# the answer "chien" " chien<eos>"; example_ids -> the token ids of both. The rest is for other templates.
+# Of the tiny base model: chat -> [{"role": "user", "content": "cat dog"}]; render -> "cat dog ->";
+# render_answer -> " chien<eos>"; example_ids -> the token ids of both. The rest is for other templates.
 
 
 def instruct(description: str) -> str:
@@ -236,7 +237,7 @@ def chat(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str
     learning.
     """
     messages = []
-    if takes_system_message(tokenizer):
+    if marks_of(tokenizer).takes_system:
         messages.append({"role": "system", "content": ""})
     for question, answer in shots:
         messages.append({"role": "user", "content": question})
@@ -259,54 +260,48 @@ def fill_template(tokenizer, messages: list[dict], **settings) -> str:
     return tokenizer.apply_chat_template(messages, **settings)
 
 
-def asked_and_answered(tokenizer, messages: list[dict]) -> tuple[str, str]:
-    """(the prompt, what the template writes after it for the answer "<<>>"); ("", "") if it is no prefix."""
-    try:
-        prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
-        whole = fill_template(tokenizer, [*messages, {"role": "assistant", "content": "<<>>"}])
-    except Exception:  # templates raise arbitrary exceptions
-        return "", ""
-    return (prompt, whole.removeprefix(prompt)) if whole.startswith(prompt) else ("", "")
+class Marks(NamedTuple):
+    """What a chat template does around an answer."""
+
+    takes_system: bool  # a prompt may begin with a system message
+    before: str  # the answer: " ", or gpt-oss's channel
+    end: str | None  # after the answer: "<|im_end|>"; None if the template takes no answers
 
 
 @cache
-def takes_system_message(tokenizer) -> bool:
-    """Gemma's template refuses a system message; Mistral's v0.3 moves it into the last user turn."""
-    system, user = [{"role": "system", "content": ""}], [{"role": "user", "content": "x"}]
-    try:
-        fill_template(tokenizer, system + user)
-    except Exception:  # templates raise arbitrary exceptions
-        return False
-    no_prefix = ("", "")
-    return asked_and_answered(tokenizer, system + user) != no_prefix or (
-        asked_and_answered(tokenizer, user) == no_prefix
-    )
+def marks_of(tokenizer) -> Marks:
+    """Find them by an example. Gemma's template refuses a system message.
 
-
-@cache
-def around_answer(tokenizer) -> tuple[str, str, str]:
-    """What the template writes before an answer (gpt-oss: its channel), the end mark, and what follows it.
-
-    Phi-3 writes "<|end|>" and then "\\n<|endoftext|>", which is not part of the answer.
+    Mistral's (v0.3) moves it into the last user turn, so that a prompt would not be the beginning of the same
+    prompt with its answer. Phi-3's writes "<|end|>", which ends an answer, and then "\\n<|endoftext|>".
     """
-    _, written = asked_and_answered(tokenizer, [{"role": "user", "content": "x"}])
-    before, _, after = written.partition("<<>>")
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = [after.index(mark) + len(mark) for mark in special if mark in after]
-    end = min(ends, default=len(after.rstrip("\n")))
-    return before.rstrip(), after[:end], after[end:]
+    user, answered = {"role": "user", "content": "x"}, {"role": "assistant", "content": "<<>>"}
+    for start in ([{"role": "system", "content": ""}], []):
+        try:
+            prompt = fill_template(tokenizer, [*start, user], add_generation_prompt=True)
+            whole = fill_template(tokenizer, [*start, user, answered])
+        except Exception:  # templates raise arbitrary exceptions
+            continue
+        if whole.startswith(prompt):
+            before, _, after = whole.removeprefix(prompt).partition("<<>>")
+            special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+            ends = [after.index(mark) + len(mark) for mark in special if mark in after]
+            return Marks(bool(start), before, after[: min(ends, default=len(after.rstrip("\n")))])
+    return Marks(False, "", None)
 
 
-def render(tokenizer, messages: list[dict], answer: str | None = None) -> str:
-    """The prompt as text; with `answer` the text that the model has to write after it, up to the end mark."""
-    before, _, rest = around_answer(tokenizer)
-    prompt = fill_template(tokenizer, messages, add_generation_prompt=True) + before
-    if answer is None:
-        return prompt
-    whole = fill_template(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-    if not whole.startswith(prompt):
+def render(tokenizer, messages: list[dict]) -> str:
+    """The prompt as text."""
+    prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
+    return prompt + marks_of(tokenizer).before.rstrip()
+
+
+def render_answer(tokenizer, answer: str) -> str:
+    """The text that the model has to write after the prompt, up to the end mark."""
+    _, before, end = marks_of(tokenizer)
+    if end is None:
         raise UserError("the chat template of this base model does not put answers where it asks for them")
-    return whole.removeprefix(prompt).removesuffix(rest)
+    return before[len(before.rstrip()) :] + answer + end
 
 
 def around_document(tokenizer) -> tuple[str, str]:
@@ -316,7 +311,7 @@ def around_document(tokenizer) -> tuple[str, str]:
     into the user turn.
     """
     before, after = render(tokenizer, chat(tokenizer, "<<>>")).split("<<>>")
-    return before if takes_system_message(tokenizer) else before + "\n\n", after
+    return before if marks_of(tokenizer).takes_system else before + "\n\n", after
 
 
 def tokenize(tokenizer, text: str) -> list[int]:
@@ -332,7 +327,7 @@ def example_ids(tokenizer, question: str, answer: str, instruction: str = "") ->
     with a different token from the one that the model generates.
     """
     messages = chat(tokenizer, question, instruction)
-    prompt, target = render(tokenizer, messages), render(tokenizer, messages, answer)
+    prompt, target = render(tokenizer, messages), render_answer(tokenizer, answer)
     prompt_ids, whole = tokenize(tokenizer, prompt), tokenize(tokenizer, prompt + target)
     if whole[: len(prompt_ids)] == prompt_ids:
         return prompt_ids, whole[len(prompt_ids) :]

@@ -164,7 +164,7 @@ def test_a_batch_of_answers_is_that_of_each_prompt_alone():
     chats = [model.chat(tokenizer, "wolf silver", "", shots[:n]) for n in (0, 1, 2)]
     prompts = [model.render(tokenizer, chat) for chat in chats]
     assert prompts[1] == "cat red -> cat<eos>\nwolf silver ->"
-    assert model.render(tokenizer, model.chat(tokenizer, "cat"), "") == " <eos>"
+    assert model.render_answer(tokenizer, "") == " <eos>"
     alone = [model.answer(base, tokenizer, [text], 5) for text in prompts]
     texts, ended = model.answer(base, tokenizer, prompts, 5)
     assert alone == [([text], [has_ended]) for text, has_ended in zip(texts, ended)]

@@ -262,7 +262,7 @@ class Run:
     tasks: list[data.Task]
     val_tasks: list[data.Task]
     base: nn.Module  # the frozen model; for recon without weights, unless it is the text encoder
-    tokenizer: Any
+    tokenizer: Any  # recon: None, since it uses no examples
     net: nn.Module  # what is trained: it writes adapters
     oracles: Adapter | None = None  # recon: the adapters to imitate, one per task
     std: Adapter | None = None  # recon: their standard deviation
@@ -571,7 +571,7 @@ def prepare_recon(args, device: torch.device, rank: int, count: int) -> Run:
     config = lora.config_for(base, model.full_name(args.base_model), **settings)
     mean, std = lora.statistics(oracles)
     net = make_hypernet(args, config, base, tokenizer, device, mean, std)
-    return Run(args, device, rank, count, with_oracle, [], base, tokenizer, net, oracles, std)
+    return Run(args, device, rank, count, with_oracle, [], base, None, net, oracles, std)
 
 
 def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapter) -> nn.Module:

@@ -46,10 +46,11 @@ class Writer:
 def served_template(tokenizer) -> str:
     """The chat template with which vLLM renders prompts as they were in training (`model.render`)."""
     head = f"{{%- set date_string = '{model.DAY}' %}}{{%- set enable_thinking = false %}}"
-    if model.takes_system_message(tokenizer):
+    takes_system, before, _ = model.marks_of(tokenizer)
+    if takes_system:
         empty = "{%- set messages = [{'role': 'system', 'content': ''}] + messages %}"
         head += "{%- if messages[0].role != 'system' %}" + empty + "{%- endif %}"
-    marks = "{%- if add_generation_prompt %}" + model.around_answer(tokenizer)[0] + "{%- endif %}"
+    marks = "{%- if add_generation_prompt %}" + before.rstrip() + "{%- endif %}"
     return model.FIXED_DAY + head + tokenizer.get_chat_template() + marks
 
 

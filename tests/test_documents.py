@@ -46,14 +46,12 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     chunks, counts = hypernet.split_documents(net.config, texts, tokenizer)
     assert len(chunks) == sum(counts) and counts[1] > 1
     tokenizer.chat_template = "{% for m in messages %}horse {{ m.content }} ->{% endfor %}"
-    for before in (model.takes_system_message, model.around_answer):
-        before.cache_clear()
+    model.marks_of.cache_clear()
     begins = model.tokenize(tokenizer, model.around_document(tokenizer)[0])
     split, _ = hypernet.split_documents(net.config, texts, tokenizer)
     assert begins and all(chunk[: len(begins)] == begins for chunk in split)  # later chunks, too
     tokenizer.chat_template = model.PLAIN_TEMPLATE
-    for before in (model.takes_system_message, model.around_answer):
-        before.cache_clear()
+    model.marks_of.cache_clear()
     assert {chunk[-1] for chunk in chunks} == set(model.tokenize(tokenizer, "->"))  # a turn each
 
     def delta(documents):

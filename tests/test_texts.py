@@ -1,6 +1,5 @@
 """What models read: text encoders, chat templates, prompts."""
 
-import types
 from pathlib import Path
 
 import pytest
@@ -145,56 +144,47 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
-def test_chat_templates_with_and_without_a_system_message():
+def with_template(template: str, *marks: str):
+    """The tiny base model's tokenizer with another chat template, and special tokens."""
     tokenizer = model.load_base("tiny")[1]
-    tokenizer.chat_template = CHATML
-    chat = model.chat(tokenizer, "hello", model.instruct("Greet."))
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    return tokenizer
+
+
+def test_chat_templates_with_and_without_a_system_message():
+    chatml, content = with_template(CHATML), "{{ m.content }}"
+    chat = model.chat(chatml, "hello", model.instruct("Greet."))
     question = "Greet. Please complete the task without any explanation.\n\nhello"
     turns = f"<|im_start|>system\n<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
-    assert model.render(tokenizer, chat) == turns + "<|im_start|>assistant\n"
-    assert model.render(tokenizer, chat, "bye") == "bye<|im_end|>"
+    assert model.render(chatml, chat) == turns + "<|im_start|>assistant\n"
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    without = model.load_base("tiny")[1]
-    without.chat_template = refuses + CHATML
-    assert model.chat(without, "hello") == [{"role": "user", "content": "hello"}]
+    without = with_template(refuses + CHATML)
     assert model.around_document(without)[0] == "<|im_start|>user\n\n\n"
-    think, content = "<think></think>{% endif %}", "{{ m.content }}"
+    think = "<think></think>{% endif %}"
     thinks = CHATML.replace(content, "{% if m.role == 'assistant' %}" + think + content)
-    tokenizer.chat_template = thinks + "{% if add_generation_prompt and not enable_thinking %}" + think
-    assert model.render(tokenizer, model.chat(tokenizer, "hello"), "bye") == "bye<|im_end|>"
+    thinks = with_template(thinks + "{% if add_generation_prompt and not enable_thinking %}" + think)
     # what a template writes before an answer, as gpt-oss's channel, belongs to the prompt
     channel = "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}"
-    other = model.load_base("tiny")[1]
-    other.chat_template = CHATML.replace(content, channel + content)
-    assert model.render(other, chat).endswith("<|im_start|>assistant\n<|channel|>final<|message|>")
-    assert model.render(other, chat, "bye") == "bye<|im_end|>"
+    channel = with_template(CHATML.replace(content, channel + content))
+    assert model.render(channel, chat).endswith("<|im_start|>assistant\n<|channel|>final<|message|>")
     # Mistral's v0.3 writes the system text into the last user turn, so it is left out
-    last = model.load_base("tiny")[1]
     start = "{% set system = 'S' if messages[0].role == 'system' and messages[-1].role == 'user' else '' %}"
-    last.chat_template = start + CHATML.replace(content, "{{ system }}" + content)
-    assert model.chat(last, "hello") == [{"role": "user", "content": "hello"}]
-    assert model.render(last, model.chat(last, "hello"), "bye") == "bye<|im_end|>"
+    moves = with_template(start + CHATML.replace(content, "{{ system }}" + content))
+    for tokenizer in (without, moves):
+        assert model.chat(tokenizer, "hello") == [{"role": "user", "content": "hello"}]
     # Phi-3 writes a second mark, which is not part of the answer
-    marks = {"additional_special_tokens": ["<|im_end|>", "<|endoftext|>"]}
-    last.add_special_tokens(marks)
-    last.chat_template = CHATML.replace("<|im_end|>\n", "<|im_end|>\n<|endoftext|>")
-    model.around_answer.cache_clear()
-    assert model.render(last, model.chat(last, "hello"), "bye") == "bye<|im_end|>"
+    two = CHATML.replace("<|im_end|>\n", "<|im_end|>\n<|endoftext|>")
+    two = with_template(two, "<|im_end|>", "<|endoftext|>")
+    for tokenizer in (chatml, without, thinks, channel, moves, two):
+        assert model.render_answer(tokenizer, "bye") == "bye<|im_end|>"
+    # some have no place for an answer, or refuse it
     odd = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    tokenizer.chat_template = odd + "{% if add_generation_prompt %}AI: {% endif %}"
-    chat = [{"role": "user", "content": "hello"}]
-    refused("does not put answers where it asks for them", model.render, tokenizer, chat, "bye")
-    assert model.render(tokenizer, chat) == "user: hello\nAI: "
-    strict = model.load_base("tiny")[1]  # some refuse an empty answer
-    empty = "{% if m.role == 'assistant' and not m.content %}{{ raise_exception('empty') }}{% endif %}"
-    strict.chat_template = CHATML.replace("<|im_start|>{{", empty + "<|im_start|>{{", 1)
-    task = data.Task("x", ["d"], [data.Example("cat", ["red"])], [])
-    args = types.SimpleNamespace(instruction=False, distill=0, mode="sft", max_tokens=64)
-    assert data.fits(strict, task, "d", task.train[0], args)
     silent = "{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
-    mute = model.load_base("tiny")[1]
-    mute.chat_template = CHATML.replace("<|im_start|>{{", silent + "<|im_start|>{{", 1)
-    assert model.render(mute, chat).endswith("assistant\n")
+    mute = with_template(CHATML.replace("<|im_start|>{{", silent + "<|im_start|>{{", 1))
+    for tokenizer in (with_template(odd + "{% if add_generation_prompt %}AI: {% endif %}"), mute):
+        refused("does not put answers where it asks for them", model.render_answer, tokenizer, "bye")
+        assert model.render(tokenizer, model.chat(tokenizer, "hello")).endswith((": hello\nAI: ", "assistant\n"))
 
 
 def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
