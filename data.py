@@ -145,9 +145,7 @@ def tokenize(tokenizer, tasks: list[Task], drawn: list[Drawn], args) -> list[Row
     """All examples of the tasks that were drawn, the shortest first."""
     rows = []
     for place, item in enumerate(drawn):
-        instruction = ""
-        if args.instruction:
-            instruction = model.instruct(tasks[item.index].definition or item.description)
+        instruction = tasks[item.index].instruction(item.description) if args.instruction else ""
         for example in item.examples:
             question, right, teacher_prompt = example.input, example.answers[0], []
             prompt, answer = model.example_ids(tokenizer, question, right, instruction)

@@ -157,22 +157,44 @@ class TextToLoRA(nn.Module):
         self.offset.requires_grad_(not c.recon_loss)
         self.std.requires_grad_(False)
 
+    @torch.no_grad()
+    def start_as_lora(self) -> None:
+        """For SFT: write LoRA's initialisation (A random, B zero) for every description.
+
+        The published code trains one shared vector per module, in the biases of the heads; in medium and
+        small one head writes both A and B, so B would start as A^T. Our offset is per layer and matrix.
+        """
+        for key, head in self.heads.items():
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            lora.init_A_(self.offset[f"{key}_A"])
+
+    @torch.no_grad()
+    def start_at(self, mean: Adapter, std: Adapter) -> None:
+        """For reconstruction: mean [L, ...] and standard deviation [L, ...] of the oracles.
+
+        Those of z-scores start there; those of delta_w from random weights, without an offset, as published.
+        """
+        for name in mean if self.config.recon_loss == "z_score" else ():
+            for i, matrix in enumerate("AB"):
+                self.offset[f"{lora.no_dots(name)}_{matrix}"].copy_(mean[name][i])
+                self.std[f"{lora.no_dots(name)}_{matrix}"].copy_(std[name][i])
+
     def connect(self, base: nn.Module | None, tokenizer) -> None:
-        """Load the text encoder. It is a function, so no part of the network (but for its LoRA)."""
+        """Load the text encoder, `encode`: n descriptions -> [n, E].
+
+        It is a function, so no part of the network (but for its LoRA).
+        """
         c, device = self.config, next(self.parameters()).device
         if c.encoder_rank:
             self.encoder_lora.connect(c.encoder, device, c.full_stop)
-            self.encoder = self.encoder_lora.encode
+            self.encode = self.encoder_lora.encode
         else:
-            self.encoder = model.load_encoder(c.encoder, device, base, tokenizer, c.full_stop)
+            self.encode = model.load_encoder(c.encoder, device, base, tokenizer, c.full_stop)
 
     def forward(self, texts: list[str]) -> Adapter:
         """n descriptions -> A [n, L, r, in], B [n, L, out, r]."""
         return self.write(self.encode(texts))
-
-    def encode(self, texts: list[str]) -> Tensor:
-        """The text encoder's output for n descriptions. [n, E]"""
-        return self.encoder(texts)
 
     def write(self, text_emb: Tensor) -> Adapter:
         """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
@@ -227,29 +249,6 @@ class TextToLoRA(nn.Module):
         if c.recon_loss == "z_score":
             A, B = A * self.std[f"{key}_A"], B * self.std[f"{key}_B"]
         return self.offset[f"{key}_A"] + A, self.offset[f"{key}_B"] + B
-
-    @torch.no_grad()
-    def start_as_lora(self) -> None:
-        """For SFT: write LoRA's initialisation (A random, B zero) for every description.
-
-        The published code trains one shared vector per module, in the biases of the heads; in medium and
-        small one head writes both A and B, so B would start as A^T. Our offset is per layer and matrix.
-        """
-        for key, head in self.heads.items():
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-            lora.init_A_(self.offset[f"{key}_A"])
-
-    @torch.no_grad()
-    def start_at(self, mean: Adapter, std: Adapter) -> None:
-        """For reconstruction: mean [L, ...] and standard deviation [L, ...] of the oracles.
-
-        Those of z-scores start there; those of delta_w from random weights, without an offset, as published.
-        """
-        for name in mean if self.config.recon_loss == "z_score" else ():
-            for i, matrix in enumerate("AB"):
-                self.offset[f"{lora.no_dots(name)}_{matrix}"].copy_(mean[name][i])
-                self.std[f"{lora.no_dots(name)}_{matrix}"].copy_(std[name][i])
 
 
 # -------------------- Doc-to-LoRA (arXiv 2602.15902): split, read, write, join --------------------
@@ -490,15 +489,16 @@ class DocToLoRA(nn.Module):
         The rank dimension holds the chunks, then the bias, then zero padding up to the longest document.
         A [documents, L, R, in] and B [documents, L, out, R] with R = (most chunks + 1) * r.
         """
-        bias = {}
+        bias, nothing = {}, {}
         for name in self.names:
-            bias[name] = (self.bias[f"{lora.no_dots(name)}_A"], self.bias[f"{lora.no_dots(name)}_B"])
+            A, B = bias[name] = (self.bias[f"{lora.no_dots(name)}_A"], self.bias[f"{lora.no_dots(name)}_B"])
+            nothing[name] = (torch.zeros_like(A), torch.zeros_like(B))
         chunks, documents = [], []
         for group in written:
             chunks += lora.unbind(group)
         for count in counts:
             own, chunks = chunks[:count], chunks[count:]
-            documents.append(lora.pad_rank(lora.concat_rank([*own, bias]), (max(counts) + 1) * self.config.r))
+            documents.append(lora.concat_rank([*own, bias] + [nothing] * (max(counts) - count)))
         return lora.stack(documents)
 
 
@@ -533,8 +533,7 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
         net = net_class(net_class.config_class(**settings))
     weights = load_file(Path(folder, "hypernet.safetensors"))
-    # (the file for SmolLM2 also has a std of 1, a number per matrix)
-    weights = {key: tensor.float() for key, tensor in weights.items() if tensor.dim()}
+    weights = {key: tensor.float() for key, tensor in weights.items()}
     net.load_state_dict(weights, assign=True)
     return net.eval()
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -300,15 +299,6 @@ def stack(adapters: list[Adapter]) -> Adapter:
         B = torch.stack([adapter[name][1] for adapter in adapters])
         batch[name] = (A, B)
     return batch
-
-
-def pad_rank(adapter: Adapter, rank: int) -> Adapter:
-    """The same adapter with zeros up to a rank."""
-    padded = {}
-    for name, (A, B) in adapter.items():
-        n = rank - A.shape[-2]
-        padded[name] = (F.pad(A, (0, 0, 0, n)), F.pad(B, (0, n)))
-    return padded
 
 
 def statistics(batch: Adapter) -> tuple[Adapter, Adapter]:

@@ -401,9 +401,8 @@ def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], 
     example_index, position = is_answer[:, 1:].nonzero(as_tuple=True)  # [tokens]
     first, last = position.min(), position.max()
     kept = torch.arange(first, last + 1, device=ids.device)  # positions whose logits are needed
-    hook = base.get_input_embeddings().register_forward_hook(partial(add_noise, neftune_alpha))
-    logits = base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
-    hook.remove()
+    with base.get_input_embeddings().register_forward_hook(partial(add_noise, neftune_alpha)):
+        logits = base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits  # [n, kept, vocabulary]
     return logits[example_index, position - first].float(), example_index, ids[example_index, position + 1]
 
 

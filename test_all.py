@@ -271,7 +271,7 @@ def test_text_encoders_compute_in_float32_in_training_validation_and_use(monkeyp
         return model.hash_encoder(texts)
 
     monkeypatch.setattr(model, "TransformerEncoder", lambda *_: embed)
-    run.net.encoder = model.load_encoder("some encoder")
+    run.net.encode = model.load_encoder("some encoder")
     train.validate(run)
     train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args, run.tokenizer))
     with torch.autocast("cpu", torch.bfloat16):

@@ -50,18 +50,19 @@ from tasks import SOURCES, load_tasks, summary
 parser = make_parser(__doc__)
 parser.usage, parser.fromfile_prefix_chars = "train.py [@FILE ...] [--FLAG VALUE ...]", "@"
 parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-used_by = {}  # {flag: kinds of runs}; [] for those whose network's config has a field of this name
+parser.argument_default = argparse.SUPPRESS  # so that `parse_args` sees which flags were given
+defaults, used_by = {}, {}  # {flag: its default}, {flag: kinds of runs}; [] if the network's config decides
 
 
 def block(title: str, kinds: str, **flags) -> None:
-    """Flags that these kinds of runs use: name=(default, meaning) or name=(default, meaning, choices)."""
+    """Flags that these kinds of runs use: name=(default, meaning) or name=(default, meaning, *choices)."""
     group = parser.add_argument_group(title)
     for name, (default, meaning, *choices) in flags.items():
         options = {"type": type(default), "choices": choices or None}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(f"--{name}", default=default, help=f"{meaning} (default: {default})", **options)
-        used_by[name] = kinds.split()
+        group.add_argument(f"--{name}", help=f"{meaning} (default: {default})", **options)
+        defaults[name], used_by[name] = default, kinds.split()
 
 
 block("all runs", "lora recon descriptions documents",
@@ -80,7 +81,7 @@ block("all runs", "lora recon descriptions documents",
     seed=(0, "of the run's randomness"),
     device=("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one"),
     dtype=("auto", "auto: bfloat16 on a GPU, not for recon", "auto", "float32", "bfloat16"),
-    val_every=(250, "steps between two validations"),
+    val_every=(250, "steps between two validations, and between two saved states"),
     out_dir=("out/run", "a new folder"),
     resume=(False, "continue the interrupted run in --out_dir"),
 )
@@ -145,22 +146,20 @@ def is_used(args: argparse.Namespace, name: str) -> bool:
 
 def parse_args(words: list[str]) -> argparse.Namespace:
     """The settings of a run. A resumed one goes by its train.args, then by `words`."""
-    args = parser.parse_args(words)
-    if args.resume:
-        recorded = [f"@{args.out_dir}/train.args"]
-        before, args = parser.parse_args(recorded), parser.parse_args(recorded + words)
-        for name, old in vars(before).items():
-            new = getattr(args, name)
-            if new != old and name not in MAY_CHANGE:
-                raise UserError(f"--resume: this run has --{name} {old}, not {new}")
+    given = vars(parser.parse_args(words))
+    recorded = dict(defaults)
+    if given.get("resume"):
+        file = f"{given.get('out_dir', defaults['out_dir'])}/train.args"
+        recorded |= vars(parser.parse_args([f"@{file}"]))
+        for name, new in given.items():
+            if new != recorded[name] and name not in MAY_CHANGE:
+                raise UserError(f"--resume: this run has --{name} {recorded[name]}, not {new}")
+    args = argparse.Namespace(**recorded | given)
     net_class = hypernet.find_arch(args.arch)
     args.kind = net_class.reads if args.mode == "sft" else args.mode
-    # (argparse fills in only what a namespace lacks: if it has None for all flags, those given have a value)
-    given = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(used_by))))
-    for name in used_by:
-        if given[name] is not None and not is_used(args, name):
+    for name, value in (recorded | given).items():
+        if name in given and not is_used(args, name):
             raise UserError(f"--{name} is not a setting of --mode {args.mode} ({args.kind})")
-        value = getattr(args, name)
         if not isinstance(value, str) and (value < 0 or (value == 0 and name in NOT_ZERO)):
             raise UserError(f"--{name} must not be {value}")
     if args.warmup > 1:
@@ -221,8 +220,8 @@ def weight_size(adapter: Adapter, measure) -> Tensor:
     """
     total = 0.0
     for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
-        is_used = A.any(-1).any(1)  # [n, R]: in any layer
-        L, ranks = A.shape[1], is_used.sum(-1).clamp(min=1)  # [n]
+        not_padding = A.any(-1).any(1)  # [n, R]: in any layer
+        L, ranks = A.shape[1], not_padding.sum(-1).clamp(min=1)  # [n]
         mean_A = measure(A).sum((1, 2, 3)) / (L * ranks * A.shape[-1])  # [n]
         mean_B = measure(B).sum((1, 2, 3)) / (L * ranks * B.shape[-2])
         total = total + mean_A.mean() + mean_B.mean()
@@ -407,7 +406,7 @@ def learning_rate(step: int, args) -> float:
 
 
 def train(run: Run, folder: Path) -> None:
-    """Train until --max_steps. The weights with the lowest validation loss are kept."""
+    """Train until --max_steps. The weights with the lowest validation loss are kept; without it the last."""
     args, is_first, saved_at = run.args, run.rank == 0, time.monotonic()
     optimizer, state = make_optimizer(run.net, args), {"step": 0, "best": math.inf, "best_step": 0}
     if args.resume:
@@ -421,7 +420,9 @@ def train(run: Run, folder: Path) -> None:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # all processes draw the same tasks, and each takes an equal share; what is random in them differs
+        # All processes draw the same tasks, and each takes an equal share, with equally many examples. So the
+        # mean over the processes is that of the batch: DDP's of gradients, ours of losses. Only what is random
+        # within a step differs. (All run a sharded base model equally often, also in validation.)
         drawn = data.draw(run.tasks, step, args, run.tokenizer)[run.rank :: run.count]
         torch.manual_seed(random.Random(f"{args.seed} {step} {run.rank}").getrandbits(63))
         optimizer.zero_grad()
@@ -582,7 +583,7 @@ def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapt
     net_class, settings = hypernet.find_arch(args.arch), vars(lora_config).copy()
     for field in fields(net_class.config_class):
         if field.name not in settings and field.name in used_by and is_used(args, field.name):
-            settings[field.name] = getattr(args, field.name)  # a flag with the name of a field
+            settings[field.name] = getattr(args, field.name)  # a field beyond those, with the name of a flag
     config = net_class.config_class(**settings)
     config.measure(base)
     net = net_class(config)
