@@ -533,7 +533,8 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
         net = net_class(net_class.config_class(**settings))
     weights = load_file(Path(folder, "hypernet.safetensors"))
-    weights = {key: tensor.float() for key, tensor in weights.items()}
+    # (the file for SmolLM2 also has a std of 1, a number per matrix)
+    weights = {key: tensor.float() for key, tensor in weights.items() if tensor.dim()}
     net.load_state_dict(weights, assign=True)
     return net.eval()
 
