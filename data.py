@@ -33,7 +33,7 @@ class Task:
     reworded: list[str] = field(default_factory=list)  # in wordings that no training description uses
     definition: str = ""  # the instruction of Natural Instructions, if there is one
     is_document: bool = False
-    weight: int = 1  # how often it is among the tasks from which a step draws
+    weight: int = 1  # how often it is among the tasks from which a step draws some
 
     # how eval.py asks and scores; tasks/benchmarks.py has other ways
 
@@ -90,8 +90,8 @@ class Drawn(NamedTuple):
 def draw(tasks: list[Task], step: int, args, tokenizer) -> list[Drawn]:
     """The tasks of a step: --tasks_per_batch of them, or all tasks if there are fewer, or if it is 0.
 
-    Each has a description and --examples_per_task examples. In place of examples that are longer than
-    --max_tokens others of the same task are drawn.
+    Each has a description and --examples_per_task examples. If one of them is longer than --max_tokens, they
+    are drawn again, from those that are not. (Tokens are cached, so that the step need not count them again.)
     """
     rng = random.Random(f"{args.seed} {step}")
     candidates, n = list(range(len(tasks))), min(args.tasks_per_batch or len(tasks), len(tasks))
@@ -164,6 +164,7 @@ def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Tas
                 advice = f"python -m extras.answers {args.tasks} NEW_FOLDER --base_model {args.base_model}"
                 raise UserError(f"{task.name} has questions without an answer; generate it: {advice}")
             texts.update((example.input, example.answers[0]))
+        texts.update(task.descriptions if task.is_document else [])
     model.check_known(tokenizer, list(texts))
     for task in tasks:
         if any(fits(tokenizer, task, task.descriptions[0], e, args) for e in beginning(task.train)):

@@ -102,7 +102,7 @@ def hypernetwork(folder: str, tasks: list[Task], args, device) -> Source:
     net = generate.load_net(folder, "documents" if tasks[0].is_document else "descriptions", args, device)
 
     def write(base, questions: list[Question]) -> lora.Adapter:
-        texts = list(dict.fromkeys(question.description for question in questions))  # each is read once
+        texts = list(dict.fromkeys(question.description for question in questions))  # each once per batch
         written, _ = generate.write_adapters(net, texts, base)
         return lora.select(written, [texts.index(question.description) for question in questions])
 

@@ -173,7 +173,7 @@ class TextToLoRA(nn.Module):
     def start_at(self, mean: Adapter, std: Adapter) -> None:
         """For reconstruction: mean [L, ...] and standard deviation [L, ...] of the oracles.
 
-        Those of z-scores start there; those of delta_w from random weights, without an offset, as published.
+        Only z-scores use them; delta_w starts from random weights alone, as published.
         """
         for name in mean if self.config.recon_loss == "z_score" else ():
             for i, matrix in enumerate("AB"):
@@ -246,6 +246,7 @@ class TextToLoRA(nn.Module):
             A, B = out[:, :, 0], out[:, :, 1]
         A = A.reshape(n, L, c.r, -1)[..., :n_in]  # [n, L, r, in]; medium, small: cut to its width
         B = B.reshape(n, L, c.r, -1)[..., :n_out].mT  # [n, L, out, r]
+        # a matrix is offset + std * (output of the head)
         if c.recon_loss == "z_score":
             A, B = A * self.std[f"{key}_A"], B * self.std[f"{key}_B"]
         return self.offset[f"{key}_A"] + A, self.offset[f"{key}_B"] + B
@@ -350,16 +351,12 @@ class CrossAttention(nn.Module):
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         """latents [b, n, d], context [b, T, d], mask [b, T] (1 for a token) -> [b, n, d]"""
         context = self.norm_context(context)
-        q = self.q_proj(self.norm_latents(latents)).unflatten(-1, (self.heads, -1))  # [b, n, heads, 128]
+        q = self.q_proj(self.norm_latents(latents)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = self.k_proj(context).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [b, heads / 4, T, 128]
         v = self.v_proj(context).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        # 4 heads of queries share keys and values: they become 4 n queries of one head (enable_gqa with a
-        # mask may not take a fused kernel; not measured)
-        q = q.transpose(1, 2).unflatten(1, (-1, 4)).flatten(2, 3)  # [b, heads / 4, 4 n, 128]
         mask = None if mask is None else mask[:, None, None].bool()  # [b, 1, 1, T]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [b, heads / 4, 4 n, 128]
-        h = h.unflatten(2, (4, -1)).flatten(1, 2).transpose(1, 2).flatten(2)  # [b, n, heads * 128]
-        latents = latents + self.norm_post(self.o_proj(h))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [b, heads, n, 128]
+        latents = latents + self.norm_post(self.o_proj(h.transpose(1, 2).flatten(2)))
         return latents + self.norm_postff(self.mlp(self.norm_preff(latents)))
 
 
@@ -460,11 +457,10 @@ class DocToLoRA(nn.Module):
 
     def write_chunks(self, features: Tensor, mask: Tensor | None) -> Adapter:
         """Chunks -> their adapters. features [n, N, T, f], with early_exit [n, T, f]; mask [n, T]."""
-        # N layers are read, L of them have a target
         # in the einsums: n chunk, l layer, m module, r rank; d, e and w are widths
         c, L, M, n = self.config, len(self.layers), len(self.names), len(features)
         if not c.early_exit:  # the adapter of a layer is written from the states of that layer
-            if L < c.n_layers:
+            if L < c.n_layers:  # not all N have a target
                 features = features[:, self.layers]  # [n, L, T, f]
             features = features.flatten(0, 1)  # [n * L, T, f]
             mask = mask if mask is None else mask.repeat_interleave(L, 0)  # [n * L, T]
@@ -540,7 +536,6 @@ def load_hypernet(folder: str | Path) -> nn.Module:
 
 
 MAY_DIFFER = {"base_model", "base_shape", "instruction", "full_stop", "dropout", "input_dropout", "chunk_len"}
-MAY_DIFFER.add("recon_loss")  # the weights of z_score have other names
 
 
 def copy_weights(folder: str, net: nn.Module) -> None:

@@ -62,9 +62,10 @@ class LoRALinear(nn.Linear):
 
 @contextmanager
 def use(base: nn.Module, adapter: Adapter, scaling: float):
-    """Run `base` with an adapter, in a block that holds the forward pass and the backward pass.
+    """Run `base` with an adapter, in a block that holds the forward pass.
 
-    It is computed in the dtype of the base model. A single adapter acts on the whole batch. Of n adapters and
+    It holds the backward pass, too, if that computes layers again (`model.recompute_layers`). The adapter is
+    computed in the dtype of the base model. A single adapter acts on the whole batch. Of n adapters and
     a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on. {} is none. No nesting.
     """
     check_fits(base, adapter)
@@ -319,7 +320,7 @@ def no_dots(name: str) -> str:
 class LoRABank(nn.Module):
     """Ordinary LoRAs, all from the same random A; one optimizer trains them as a batch.
 
-    bank([3, 5]) is a batch of two of them, bank(3) is one.
+    bank([3, 5]) is a batch of two of them, bank(3) is one. Their gradients are clipped together.
     """
 
     def __init__(self, config: LoRAConfig, n: int):

@@ -221,8 +221,9 @@ def recompute_layers(base: nn.Module) -> None:
 
 # -------------------- A prompt: its messages, their text, the token ids --------------------
 #
-# Of the tiny base model: chat -> [{"role": "user", "content": "cat dog"}]; render -> "cat dog ->";
-# render_answer -> " chien<eos>"; example_ids -> the token ids of both. The rest is for other templates.
+# Of the tiny base model: chat -> an empty system message and {"role": "user", "content": "cat dog"};
+# render -> "cat dog ->"; render_answer -> " chien<eos>"; example_ids -> the token ids of both. The rest is
+# for the templates of other base models.
 
 
 def instruct(description: str) -> str:
@@ -416,10 +417,10 @@ def add_noise(alpha: float, embeddings: nn.Module, _, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor | None, early_exit=False) -> Tensor:
-    """The input of each of the L layers, for Doc-to-LoRA. input_ids, mask [n, T] -> [n, L, T, d].
+    """The input of each of the N layers, for Doc-to-LoRA. input_ids, mask [n, T] -> [n, N, T, d].
 
     The input of the last layer is taken after the final norm, as published. With early_exit: only the states
-    after L/4 layers and the final norm, [n, T, d].
+    after N/4 layers and the final norm, [n, T, d].
     """
     decoder, layers = base.get_decoder(), decoder_layers(base)
     n_layers = len(layers) // 4 if early_exit else len(layers) - 1

@@ -45,13 +45,13 @@ from tasks import SOURCES, load_tasks, summary
 # -------------------- Settings --------------------
 #
 # There are four kinds of runs: ordinary LoRAs ("lora"), reconstruction ("recon"), and SFT of a network that
-# reads "descriptions" or "documents". A flag is refused if the kind of run does not use it.
+# reads "descriptions" or "documents". A flag is refused if the kind of run, or its network, does not use it.
 
 parser = make_parser(__doc__)
 parser.usage, parser.fromfile_prefix_chars = "train.py [@FILE ...] [--FLAG VALUE ...]", "@"
 parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
 parser.argument_default = argparse.SUPPRESS  # so that `parse_args` sees which flags were given
-defaults, used_by = {}, {}  # {flag: its default}, {flag: kinds of runs}; [] if the network's config decides
+defaults, used_by = {}, {}  # {flag: its default}, {flag: kinds of runs that use it}
 
 
 def block(title: str, kinds: str, **flags) -> None:
@@ -115,7 +115,7 @@ block("documents", "documents",
     short_first=(False, "short documents first, all from half-way on"),
     distill=(0, "learn the base model's top k tokens with the document in its prompt"),
 )
-block("the network: those that its config has", "",
+block("the network: those that its config has", "network",
     encoder=("preset", "the preset's, hash, base, a hub id or a folder"),
     size=("large", "what one pass through a head of Text-to-LoRA writes", *hypernet.SIZES),
     latent_size=(128, "width of the trunk, or of the Perceiver (published: 512)"),
@@ -128,7 +128,7 @@ block("the network: those that its config has", "",
     chunk_len=(512, "maximum tokens per chunk, without the template's that are added at cuts"),
     chat=(True, "read a chunk as a user turn of the base model's chat template"),
 )
-MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed, where the run is
+MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed, where, and when it is saved
     *("max_steps", "lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard", "device"),
     *("val_every", "out_dir", "resume"),
 }
@@ -137,8 +137,8 @@ NOT_ZERO |= {"head_in_size", "n_blocks", "n_heads", "chunk_len"}
 
 
 def is_used(args: argparse.Namespace, name: str) -> bool:
-    """Whether a run uses a setting."""
-    if used_by[name]:
+    """Whether a run uses a setting: by its kind, or if the config of its network has a field of this name."""
+    if used_by[name] != ["network"]:
         return args.kind in used_by[name]
     config_class = hypernet.find_arch(args.arch).config_class
     return args.mode != "lora" and name in {field.name for field in fields(config_class)}
@@ -420,9 +420,9 @@ def train(run: Run, folder: Path) -> None:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # All processes draw the same tasks, and each takes an equal share, with equally many examples. So the
-        # mean over the processes is that of the batch: DDP's of gradients, ours of losses. Only what is random
-        # within a step differs. (All run a sharded base model equally often, also in validation.)
+        # All processes draw the same tasks, and each takes an equal share, with equally many examples. So
+        # the mean over the processes is that of the batch: DDP's of gradients, ours of losses. Only what is
+        # random within a step differs. (All run a sharded base model equally often, also in validation.)
         drawn = data.draw(run.tasks, step, args, run.tokenizer)[run.rank :: run.count]
         torch.manual_seed(random.Random(f"{args.seed} {step} {run.rank}").getrandbits(63))
         optimizer.zero_grad()

@@ -184,7 +184,8 @@ def test_chat_templates_with_and_without_a_system_message():
     mute = with_template(CHATML.replace("<|im_start|>{{", silent + "<|im_start|>{{", 1))
     for tokenizer in (with_template(odd + "{% if add_generation_prompt %}AI: {% endif %}"), mute):
         refused("does not put answers where it asks for them", model.render_answer, tokenizer, "bye")
-        assert model.render(tokenizer, model.chat(tokenizer, "hello")).endswith((": hello\nAI: ", "assistant\n"))
+        prompt = model.render(tokenizer, model.chat(tokenizer, "hello"))
+        assert prompt.endswith((": hello\nAI: ", "assistant\n"))
 
 
 def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
