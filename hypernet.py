@@ -351,12 +351,16 @@ class CrossAttention(nn.Module):
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         """latents [b, n, d], context [b, T, d], mask [b, T] (1 for a token) -> [b, n, d]"""
         context = self.norm_context(context)
-        q = self.q_proj(self.norm_latents(latents)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = self.q_proj(self.norm_latents(latents)).unflatten(-1, (self.heads, -1))  # [b, n, heads, 128]
         k = self.k_proj(context).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [b, heads / 4, T, 128]
         v = self.v_proj(context).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        # 4 heads of queries share keys and values: they become 4 n queries of one head. (With enable_gqa, torch
+        # has no fused kernel that takes a mask, and the other one copies k and v four times.)
+        q = q.transpose(1, 2).unflatten(1, (-1, 4)).flatten(2, 3)  # [b, heads / 4, 4 n, 128]
         mask = None if mask is None else mask[:, None, None].bool()  # [b, 1, 1, T]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [b, heads, n, 128]
-        latents = latents + self.norm_post(self.o_proj(h.transpose(1, 2).flatten(2)))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [b, heads / 4, 4 n, 128]
+        h = h.unflatten(2, (4, -1)).flatten(1, 2).transpose(1, 2).flatten(2)  # [b, n, heads * 128]
+        latents = latents + self.norm_post(self.o_proj(h))
         return latents + self.norm_postff(self.mlp(self.norm_preff(latents)))
 
 
