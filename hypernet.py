@@ -354,8 +354,8 @@ class CrossAttention(nn.Module):
         q = self.q_proj(self.norm_latents(latents)).unflatten(-1, (self.heads, -1))  # [b, n, heads, 128]
         k = self.k_proj(context).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [b, heads / 4, T, 128]
         v = self.v_proj(context).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        # 4 heads of queries share keys and values: they become 4 n queries of one head. (With enable_gqa, torch
-        # has no fused kernel that takes a mask, and the other one copies k and v four times.)
+        # 4 heads of queries share keys and values: they become 4 n queries of one head. (With enable_gqa,
+        # torch has no fused kernel that takes a mask, and the other one copies k and v four times.)
         q = q.transpose(1, 2).unflatten(1, (-1, 4)).flatten(2, 3)  # [b, heads / 4, 4 n, 128]
         mask = None if mask is None else mask[:, None, None].bool()  # [b, 1, 1, T]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [b, heads / 4, 4 n, 128]
