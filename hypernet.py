@@ -533,8 +533,7 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     with torch.device("meta"):  # only shapes: the weights are put in place of its parameters
         net = net_class(net_class.config_class(**settings))
     weights = load_file(Path(folder, "hypernet.safetensors"))
-    # (the file for SmolLM2 also has a std of 1, a number per matrix)
-    weights = {key: tensor.float() for key, tensor in weights.items() if tensor.dim()}
+    weights = {key: tensor.float() for key, tensor in weights.items()}
     net.load_state_dict(weights, assign=True)
     return net.eval()
 

@@ -44,7 +44,7 @@ from tests.helpers import (
 # -------------------- Flags --------------------
 
 
-@pytest.mark.parametrize("file", [*HERE.glob("config/*.args"), *TINY.glob("*/train.args")])
+@pytest.mark.parametrize("file", [*HERE.glob("config/*.args"), *HERE.glob("checkpoints/*/*/train.args")])
 def test_every_file_of_flags_is_a_run(file, monkeypatch, tmp_path):
     """Each setting is known, and what a run records is what it was given."""
     monkeypatch.chdir(HERE)
