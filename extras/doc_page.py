@@ -22,7 +22,7 @@ BASE = "checkpoints/tiny"  # a Llama of four layers that knows 400 words
 L, RANK, N_IN, N_OUT, SCALING = 4, 2, 384, 128, 128 / 2**0.5  # of down_proj; scaling is alpha / sqrt(r)
 F_IN, D, HEADS, HEAD_SIZE, LATENTS = 128, 128, 4, 128, 8  # F_IN: width of the base model's states
 CHUNK = 3  # tokens: a line such as "cat lamp <eos>", which says that lamp is the answer to cat
-STEPS, BATCH, QUESTIONS, LR = 1500, 32, 8, 2e-3
+STEPS, BATCH, QUESTIONS, LR = 1500, 32, 8, 5e-4
 linear = functools.partial(nn.Linear, bias=False)
 
 
