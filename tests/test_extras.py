@@ -146,7 +146,7 @@ def follow(run: train.Run, optimizer, step: int, drawn: list[data.Drawn], loss: 
 
 
 def test_a_new_network_is_trained_both_ways_and_used(tmp_path):
-    words = "--arch linear --n_tasks 4 --latent_size 8 --input_dropout 0 --lr 1e-4".split()
+    words = "--arch linear --n_tasks 4 --latent_size 8 --input_dropout 0".split()
     losses = fit(tmp_path / "sft", *words, "--max_steps", "8")
     assert losses[-1] < losses[0]
     fit(tmp_path / "oracles", *LORA, "--n_tasks", "4", "--max_steps", "4")
