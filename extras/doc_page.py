@@ -138,7 +138,7 @@ def main() -> None:
     for i, layer in enumerate(base.model.layers):
         layer.mlp.down_proj = LoRALinear(layer.mlp.down_proj, adapters, i)
 
-    train = sorted(splits["train"], key=lambda task: len(task.train))  # short documents come first
+    train = sorted(splits["train"], key=lambda task: len(task.descriptions[0]))  # short documents come first
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
     rate = lambda step: min(25 * (step + 1) / STEPS, (1 - step / STEPS) / 0.96)  # warm-up, then linear to 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
@@ -146,7 +146,11 @@ def main() -> None:
         rng = random.Random(step)
         tasks = rng.sample(train[: int(len(train) * min(1, 1 / 6 + 5 / 3 * step / STEPS))], BATCH)
         adapters.update(net(reader, tokenizer, [task.descriptions[0] for task in tasks]))
-        loss = task_loss(base, tokenizer, [e for task in tasks for e in rng.choices(task.train, k=QUESTIONS)])
+        asked = []
+        for task in tasks:  # the same fact is asked twice only if there are too few
+            draw = rng.sample if len(task.train) >= QUESTIONS else rng.choices
+            asked += draw(task.train, k=QUESTIONS)
+        loss = task_loss(base, tokenizer, asked)
         optimizer.zero_grad()
         loss.backward()  # through the frozen base model, the adapters and the network that wrote them
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -1,7 +1,7 @@
 """The first question that comes to mind: why not a linear map from the text encoder's output to all A and B?
 
-    python train.py --arch linear --latent_size 64 --out_dir out/low                # low-rank: 1.5M parameters
-    python train.py --arch linear --latent_size 0 --lr 5e-4 --out_dir out/linear    # one map: 117M parameters
+    python train.py --arch linear --latent_size 64 --out_dir out/low               # low-rank: 1.5M parameters
+    python train.py --arch linear --latent_size 0 --lr 5e-4 --out_dir out/linear   # one map: 117M parameters
 
 How they compare with Text-to-LoRA is on the card of the tiny world. This file is also the example of a new
 network; the end of hypernet.py says what one must provide.

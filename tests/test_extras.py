@@ -116,7 +116,8 @@ def test_the_pages_get_as_much_right_as_the_readme_says(page, monkeypatch, capsy
 
 def test_the_shipped_reader_loads_into_its_page_and_its_first_losses_are_those_of_train(monkeypatch):
     monkeypatch.chdir(HERE)
-    run, shipped = run_of("@config/d2l.args", "--l2", "0"), hypernet.load_hypernet(TINY / "d2l")
+    run = run_of("@config/d2l.args", "--l2", "0", "--lr", str(doc_page.LR))
+    shipped = hypernet.load_hypernet(TINY / "d2l")
     shipped.connect(run.base, run.tokenizer)
     net, texts = doc_page.DocToLoRA(), ["cat lamp <eos>\nstar knives <eos>", "dog red <eos>"]
     net.load_state_dict(shipped.state_dict())
