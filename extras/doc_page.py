@@ -40,6 +40,8 @@ class LoRALinear(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """An MLP whose hidden values are multiplied by gates."""
+
     def __init__(self, n_in: int, n_hidden: int, n_out: int):
         super().__init__()
         self.gate_proj, self.up_proj = linear(n_in, n_hidden), linear(n_in, n_hidden)
@@ -49,7 +51,9 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class CrossAttention(nn.Module):  # some vectors read others, then an MLP; all heads share keys and values
+class CrossAttention(nn.Module):
+    """Some vectors read others, then an MLP. All heads share keys and values."""
+
     def __init__(self):
         super().__init__()
         for name in ("norm_latents", "norm_context", "norm_post", "norm_preff", "norm_postff"):
@@ -67,7 +71,9 @@ class CrossAttention(nn.Module):  # some vectors read others, then an MLP; all h
         return latents + self.norm_postff(self.mlp(self.norm_preff(latents)))
 
 
-class Perceiver(nn.Module):  # latents read any number of vectors, then r queries read the latents
+class Perceiver(nn.Module):
+    """Latents read any number of vectors, then r queries read the latents."""
+
     def __init__(self):
         super().__init__()
         self.project = SwiGLU(F_IN, 4 * F_IN, D)
