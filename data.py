@@ -4,11 +4,9 @@ A task is a name, descriptions of it in words, and examples (input, right answer
 its text is the description, and its examples are questions about it. Tasks come from the sources in tasks/.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import NamedTuple
 
 import model
@@ -24,42 +22,16 @@ class Example(NamedTuple):
 
 @dataclass
 class Task:
-    """Descriptions and examples, and how answers are scored. A document is a Task with is_document."""
+    """Descriptions and examples. A document is a Task with is_document."""
 
     name: str
     descriptions: Sequence[str]  # of a document: its text
     train: Sequence[Example]
     test: Sequence[Example]
     reworded: list[str] = field(default_factory=list)  # in wordings that no training description uses
-    definition: str = ""  # the instruction of Natural Instructions, if there is one
+    definition: str = ""  # of Natural Instructions: the instruction in prompts, if it is there
     is_document: bool = False
     weight: int = 1  # how often it is among the tasks from which a step draws some
-
-    # how eval.py asks and scores; tasks/benchmarks.py has other ways
-
-    def asked(self, texts: Sequence[str], n: int | None) -> list[tuple[int, str]]:
-        """Indices of the first n test examples (default 25), each with one of the texts in turn."""
-        n = len(self.test[: n or 25])
-        return [(i, texts[i % len(texts)]) for i in range(n)]
-
-    def instruction(self, text: str) -> str:
-        """The instruction before an input, where training had one; `text` is a description."""
-        return model.instruct(self.definition or text)
-
-    def start(self, example: Example) -> str:
-        """How the answer starts, if that is given."""
-        return ""
-
-    def most_tokens(self, tokenizer, example: Example) -> int:
-        """How long an answer may get: two tokens more than the right ones have; longer ones are wrong."""
-        return 2 + max(len(model.tokenize(tokenizer, right)) for right in example.answers)
-
-    def is_right(self, example: Example, answer: str, ended: bool, contains: bool = False) -> bool:
-        """Whether an answer is one of the right ones, and the model has ended it itself; or contains one."""
-        rights = [right.strip() for right in example.answers]
-        if contains:
-            return any(right and right in answer for right in rights)
-        return ended and answer.strip() in rights
 
 
 Splits = dict[str, list[Task]]  # {"train": [...], "val": [...], "test": [...]}
@@ -72,6 +44,8 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
         message = f'there is no split "{split}" with tasks, but: '
         raise UserError(message + (", ".join(existing) or "none at all"))
     tasks = list(splits[split])
+    if n_tasks > len(tasks):
+        raise UserError(f'--n_tasks {n_tasks}: the split "{split}" has {len(tasks)} tasks')
     random.Random(0).shuffle(tasks)
     return tasks[:n_tasks] if n_tasks else tasks
 
@@ -79,59 +53,9 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
 # -------------------- The examples of a training step --------------------
 
 
-class Drawn(NamedTuple):
-    """A task drawn for a step, with one of its descriptions and some of its examples."""
-
-    index: int  # of the task in the list that it was drawn from
-    description: str
-    examples: list[Example]
-
-
-def draw(tasks: list[Task], step: int, args, tokenizer) -> list[Drawn]:
-    """The tasks of a step: --tasks_per_batch of them, or all tasks if there are fewer, or if it is 0.
-
-    Each has a description and --examples_per_task examples. If one of them is longer than --max_tokens, they
-    are drawn again, from those that are not. (Tokens are cached, so that the step need not count them again.)
-    """
-    rng = random.Random(f"{args.seed} {step}")
-    candidates, n = list(range(len(tasks))), min(args.tasks_per_batch or len(tasks), len(tasks))
-    if n < len(tasks):
-        candidates = [i for i in candidates for _ in range(tasks[i].weight)]
-    if args.short_first:  # (sorted by train.prepare) the shortest sixth at first, all from half-way on
-        fraction = min(1, 1 / 6 + 5 / 3 * step / args.max_steps)
-        candidates = candidates[: math.ceil(len(candidates) * fraction)]
-    drawn = []
-    for i in sample(rng, candidates, n):
-        task = tasks[i]
-        description = rng.choice(task.descriptions)
-        examples = sample(rng, task.train, args.examples_per_task)
-        if not all(fits(tokenizer, task, description, example, args) for example in examples):
-            places = rng.sample(range(len(task.train)), min(1000, len(task.train)))
-            others = (task.train[k] for k in places)
-            fitting = (other for other in others if fits(tokenizer, task, description, other, args))
-            fitting = list(islice(fitting, args.examples_per_task))
-            examples = sample(rng, fitting or examples, args.examples_per_task)
-        drawn.append(Drawn(i, description, examples))
-    return drawn
-
-
-def sample(rng: random.Random, values: Sequence, n: int) -> list:
-    """n of the values: without repetition if there are enough."""
-    return rng.sample(values, n) if n <= len(values) else rng.choices(values, k=n)
-
-
-def fits(tokenizer, task: Task, description: str, example: Example, args) -> bool:
-    """Whether an example has at most --max_tokens tokens. (Reconstruction has no tokenizer.)"""
-    if tokenizer is None:
-        return True
-    (row,) = tokenize(tokenizer, [task], [Drawn(0, description, [example])], args)
-    return row.n_tokens <= args.max_tokens
-
-
-class Row(NamedTuple):
+class Ids(NamedTuple):
     """An example as token ids."""
 
-    place: int  # of its task among those drawn, and so of its adapter
     prompt: list[int]
     answer: list[int]  # up to the end mark
     teacher_prompt: list[int]  # for --distill: with the document in it
@@ -141,18 +65,48 @@ class Row(NamedTuple):
         return max(len(self.prompt), len(self.teacher_prompt)) + len(self.answer)
 
 
-def tokenize(tokenizer, tasks: list[Task], drawn: list[Drawn], args) -> list[Row]:
-    """All examples of the tasks that were drawn, the shortest first."""
-    rows = []
-    for place, item in enumerate(drawn):
-        instruction = tasks[item.index].instruction(item.description) if args.instruction else ""
-        for example in item.examples:
-            question, right, teacher_prompt = example.input, example.answers[0], []
-            prompt, answer = model.example_ids(tokenizer, question, right, instruction)
-            if args.distill:
-                teacher_prompt, _ = model.example_ids(tokenizer, question, right, item.description)
-            rows.append(Row(place, prompt, answer, teacher_prompt))
-    return sorted(rows, key=lambda row: row.n_tokens)
+class Drawn(NamedTuple):
+    """A task of a step, with one of its descriptions and some of its examples."""
+
+    index: int  # in the list of tasks
+    description: str
+    examples: list[Ids]
+
+
+def draw(tasks: list[Task], pool: Sequence[int], step: int, args, tokenizer) -> list[Drawn]:
+    """The tasks of a step: --tasks_per_batch of the pool, or all of it if that is 0 or more than there are.
+
+    `pool` holds indices of tasks. Each task has one of its descriptions, and --examples_per_task examples of
+    at most --max_tokens. Reconstruction has no tokenizer: it uses no examples.
+    """
+    rng, drawn = random.Random(f"{args.seed} {step}"), []
+    for i in rng.sample(pool, min(args.tasks_per_batch or len(pool), len(pool))):
+        task, examples = tasks[i], []
+        description = rng.choice(task.descriptions)
+        n = args.examples_per_task if tokenizer else 1
+        for example in sample(rng, task.train, n):
+            if tokenizer:
+                ids = example_ids(tokenizer, task, description, example, args)
+                while ids.n_tokens > args.max_tokens:  # drawn again; `check` has found one that fits
+                    ids = example_ids(tokenizer, task, description, rng.choice(task.train), args)
+                examples.append(ids)
+        drawn.append(Drawn(i, description, examples))
+    return drawn
+
+
+def sample(rng: random.Random, values: Sequence, n: int) -> list:
+    """n of the values: without repetition if there are enough."""
+    return rng.sample(values, n) if n <= len(values) else rng.choices(values, k=n)
+
+
+def example_ids(tokenizer, task: Task, description: str, example: Example, args) -> Ids:
+    """An example as the base model reads it: with the instruction in its prompt if training has one."""
+    question, answer, teacher_prompt = example.input, example.answers[0], []
+    instruction = model.instruct(task.definition or description) if args.instruction else ""
+    prompt, answer_ids = model.example_ids(tokenizer, question, answer, instruction)
+    if args.distill:
+        teacher_prompt, _ = model.example_ids(tokenizer, question, answer, description)
+    return Ids(prompt, answer_ids, teacher_prompt)
 
 
 def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Task]:
@@ -167,8 +121,11 @@ def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Tas
         texts.update(task.descriptions if task.is_document else [])
     model.check_known(tokenizer, list(texts))
     for task in tasks:
-        if any(fits(tokenizer, task, task.descriptions[0], e, args) for e in beginning(task.train)):
-            kept.append(task)
+        longest = max(beginning(task.descriptions), key=len)
+        for example in beginning(task.train):
+            if example_ids(tokenizer, task, longest, example, args).n_tokens <= args.max_tokens:
+                kept.append(task)
+                break
     if not kept:
         raise UserError(f"no example has at most --max_tokens {args.max_tokens} tokens")
     if len(kept) < len(tasks):
@@ -177,6 +134,6 @@ def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Tas
     return kept
 
 
-def beginning(examples: Sequence[Example]) -> Sequence[Example]:
-    """All of a list; of a lazy sequence, which makes examples when they are asked for, the first ones."""
-    return examples if isinstance(examples, list) else examples[:8]
+def beginning(values: Sequence) -> Sequence:
+    """All of a list; of a lazy sequence, which makes its elements when they are asked for, the first ones."""
+    return values if isinstance(values, list) else values[:8]

@@ -4,6 +4,7 @@
     python eval.py --oracles DIR --mt_lora DIR --recon DIR --out results.json
     python eval.py --tasks facts --split long                                           # Doc-to-LoRA
     python eval.py --tasks benchmarks --base_model gemma-2-2b --hypernet DIR --run_code # the paper's table
+    torchrun --nproc_per_node=2 eval.py ...                                             # the same, shared out
 
 The methods:
 
@@ -12,11 +13,11 @@ The methods:
     prompt          the description (or the document) in the prompt
     mt_lora         one LoRA trained on all tasks                                  (--mt_lora DIR)
     oracle          a LoRA trained on the task itself                              (--oracles DIR)
-    t2l             the hypernetwork's adapter, from the task's own descriptions (or the document)
-    t2l_reworded    from wordings that training never used    (tiny; chores)
-    t2l_shuffled    from another task's description
-    t2l_mean        the mean of what the hypernetwork writes for the training tasks
-    t2l_random      from meaningless text
+    net             the hypernetwork's adapter, from the task's own descriptions (or the document)
+    net_reworded    from wordings that training never used                         (tiny; chores)
+    net_shuffled    from another task's description
+    net_mean        the mean of what the hypernetwork writes for the training tasks
+    net_random      from meaningless text
     recon           a hypernetwork trained by reconstruction                       (--recon DIR)
 
 If the adapter was trained with --instruction, the task's definition, or a description, stands in the prompt.
@@ -32,9 +33,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -43,110 +45,142 @@ import generate
 import lora
 import model
 from data import Example, Task
-from support import UserError, check_output, command, make_parser, read_json, write_file
+from support import UserError, check_output, command, make_parser, read_json, say, write_file
 from tasks import as_texts, benchmarks, load_tasks, summary
 
 Scores = dict[str, float]  # {task: share of right answers}
+Texts = list[Sequence[str]]  # of each task
 
 
 class Question(NamedTuple):
     """A test example as it is put to the base model."""
 
-    task: Task
+    place: int  # of its task
+    task: str
     example: Example
     description: str  # from which its adapter is written
     prompt: str
     n_prompt: int  # tokens
     most_tokens: int  # of the answer
 
-    def size(self) -> tuple[int, int, int]:
-        """Questions of similar size are answered together, since a batch takes as long as its longest."""
-        length = len(self.description) if self.task.is_document else 0  # the rank goes by it
-        return length, self.most_tokens, self.n_prompt
 
+class Exam(NamedTuple):
+    """What the methods work with."""
 
-# -------------------- Where adapters come from --------------------
-
-
-class Source(NamedTuple):
-    """What is loaded from a folder, by one of the functions below."""
-
-    config: lora.LoRAConfig  # of its adapters
-    net: nn.Module | None  # the hypernetwork that writes them, if there is one
-    adapters: Callable  # (base, questions) -> the adapters with which they are answered, as one batch
-
-
-def one_adapter(folder: str, tasks: list[Task], args, device) -> Source:
-    """An adapter that answers all questions."""
-    adapter, config = lora.load_adapters([Path(folder)], device)
-    return Source(config, None, lambda base, questions: adapter)
-
-
-def oracles(folder: str, tasks: list[Task], args, device) -> Source:
-    """An adapter for each task."""
-    names = [task.name for task in tasks]
-    missing = [name for name in names if not Path(folder, name).is_dir()]
-    if missing:
-        message = f"{folder} holds adapters of {len(names) - len(missing)} of these {len(names)} tasks"
-        raise UserError(f"{message}, not of {missing[0]} (--split, --n_tasks as in training)")
-    bank, config = lora.load_adapters([Path(folder, name) for name in names], device)
-
-    def choose(base, questions: list[Question]) -> lora.Adapter:
-        return lora.select(bank, [names.index(question.task.name) for question in questions])
-
-    return Source(config, None, choose)
-
-
-def hypernetwork(folder: str, tasks: list[Task], args, device) -> Source:
-    """A hypernetwork that writes an adapter for each description."""
-    net = generate.load_net(folder, "documents" if tasks[0].is_document else "descriptions", args, device)
-
-    def write(base, questions: list[Question]) -> lora.Adapter:
-        texts = list(dict.fromkeys(question.description for question in questions))  # each once per batch
-        written, _ = generate.write_adapters(net, texts, base)
-        return lora.select(written, [texts.index(question.description) for question in questions])
-
-    return Source(net.config, net, write)
-
-
-def imitator(folder: str, tasks: list[Task], args, device) -> Source:
-    """A hypernetwork that was trained by reconstruction."""
-    source = hypernetwork(folder, tasks, args, device)
-    if not source.config.recon_loss:
-        raise UserError(f"--recon {folder}: this hypernetwork was trained by SFT")
-    return source
-
-
-def mean_adapter(base, net, tasks: list[Task]) -> lora.Adapter:
-    """The mean of what a hypernetwork writes for up to 512 training tasks. A [1, L, r, in]"""
-    tasks, mean = tasks[:: math.ceil(len(tasks) / 512)], {}
-    for task in tasks:  # one by one, since all at once would fill the memory
-        written, _ = generate.write_adapters(net, [task.descriptions[0]], base)
-        for name, pair in written.items():
-            parts = [matrix / len(tasks) for matrix in pair]
-            mean[name] = tuple(a + b for a, b in zip(mean.get(name, [0, 0]), parts))
-    return mean
+    tasks: list[Task]
+    training: list[Task]  # the split "train" of the same source
+    specs: dict[str, benchmarks.Spec]  # of benchmarks: how they ask and score
+    loaded: dict[str, Any]  # {flag: a hypernetwork, or adapters and their config}
+    base: nn.Module
+    tokenizer: Any
 
 
 # -------------------- The methods --------------------
 
 
-def own(tasks: list[Task], t: int) -> Sequence[str]:
-    """The descriptions of task t."""
-    return tasks[t].descriptions
+class Method(NamedTuple):
+    """Whose adapters answer, from which texts they are written, and what stands in the prompt."""
+
+    adapters: Callable[[list[Question]], lora.Adapter] = lambda questions: {}  # as one batch; {} is none
+    config: lora.LoRAConfig = lora.LoRAConfig()
+    texts: Texts | None = None  # from which adapters are written
+    in_prompt: Texts | None = None  # where training had an instruction; None: the tasks' own descriptions
+    with_description: bool = False  # it stands in the prompt, whatever training did
+    n_shots: int = 0  # examples in the prompt
 
 
-def reworded(tasks: list[Task], t: int) -> Sequence[str]:
-    return tasks[t].reworded
+def base(exam: Exam) -> Method:
+    return Method()
 
 
-def of_next_task(tasks: list[Task], t: int) -> Sequence[str]:
-    return tasks[(t + 1) % len(tasks)].descriptions if len(tasks) > 1 else []
+def icl(exam: Exam) -> Method:
+    return Method(n_shots=3)
 
 
-def noise(tasks: list[Task], t: int) -> list[str]:
+def prompt(exam: Exam) -> Method:
+    return Method(with_description=True)
+
+
+def mt_lora(exam: Exam) -> Method:
+    adapter, config = exam.loaded["mt_lora"]
+    return Method(lambda questions: adapter, config)
+
+
+def oracle(exam: Exam) -> Method:
+    adapters, config = exam.loaded["oracles"]  # one per task
+    return Method(lambda questions: lora.select(adapters, [asked.place for asked in questions]), config)
+
+
+def net(exam: Exam) -> Method:
+    return written(exam, exam.loaded["hypernet"], [task.descriptions for task in exam.tasks])
+
+
+def net_reworded(exam: Exam) -> Method | None:
+    texts = [task.reworded for task in exam.tasks]
+    return written(exam, exam.loaded["hypernet"], texts, in_prompt=texts) if all(texts) else None
+
+
+def net_shuffled(exam: Exam) -> Method | None:
+    others = [task.descriptions for task in exam.tasks[1:] + exam.tasks[:1]]  # those of the next task
+    return written(exam, exam.loaded["hypernet"], others) if len(others) > 1 else None
+
+
+def net_mean(exam: Exam) -> Method | None:
+    if not exam.training:
+        return None
+    hypernet = exam.loaded["hypernet"]
+    mean = mean_adapter(exam.base, hypernet, exam.training)
+    return Method(lambda questions: mean, hypernet.config)
+
+
+def net_random(exam: Exam) -> Method:
+    texts = [noise(random.Random(place)) for place in range(len(exam.tasks))]
+    return written(exam, exam.loaded["hypernet"], texts)
+
+
+def recon(exam: Exam) -> Method:
+    return written(exam, exam.loaded["recon"], [task.descriptions for task in exam.tasks])
+
+
+METHODS = {  # name: (function, the flag whose folder it needs, what else it needs; without that it gives None)
+    "base": (base, "", ""),
+    "icl": (icl, "", ""),
+    "prompt": (prompt, "", ""),
+    "mt_lora": (mt_lora, "mt_lora", ""),
+    "oracle": (oracle, "oracles", ""),
+    "net": (net, "hypernet", ""),
+    "net_reworded": (net_reworded, "hypernet", "tasks with descriptions in other wordings"),
+    "net_shuffled": (net_shuffled, "hypernet", "a second task"),
+    "net_mean": (net_mean, "hypernet", "training tasks with descriptions"),
+    "net_random": (net_random, "hypernet", ""),
+    "recon": (recon, "recon", ""),
+}
+
+
+def written(exam: Exam, hypernet: nn.Module, texts: Texts, in_prompt: Texts | None = None) -> Method:
+    """The method of a hypernetwork that writes adapters from these texts."""
+
+    def write(questions: list[Question]) -> lora.Adapter:
+        distinct = list(dict.fromkeys(question.description for question in questions))
+        adapters, _ = generate.write_adapters(hypernet, distinct, exam.base)
+        return lora.select(adapters, [distinct.index(question.description) for question in questions])
+
+    return Method(write, hypernet.config, texts, in_prompt)
+
+
+def mean_adapter(base, hypernet, tasks: list[Task]) -> lora.Adapter:
+    """The mean of what a hypernetwork writes for up to 512 training tasks. A [1, L, r, in]"""
+    tasks, mean = tasks[:: math.ceil(len(tasks) / 512)], {}
+    for task in tasks:  # one by one, since all at once would fill the memory
+        adapter, _ = generate.write_adapters(hypernet, [task.descriptions[0]], base)
+        for name, (A, B) in adapter.items():
+            mean_A, mean_B = mean.get(name, (0, 0))
+            mean[name] = (mean_A + A / len(tasks), mean_B + B / len(tasks))
+    return mean
+
+
+def noise(rng: random.Random) -> list[str]:
     """Text without meaning: 8 sentences of random letters."""
-    rng = random.Random(t)
     sentences = []
     for _ in range(8):
         words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(12)]
@@ -154,36 +188,7 @@ def noise(tasks: list[Task], t: int) -> list[str]:
     return sentences
 
 
-def no_text(tasks: list[Task], t: int) -> list[str]:
-    """For adapters that are not written from texts."""
-    return [""]
-
-
-class Method(NamedTuple):
-    """Whose adapter answers, from which texts it is written, and what stands in the prompt."""
-
-    source: Callable | None = None  # one of the functions above; None is no adapter
-    flag: str = ""  # which names the source's folder
-    texts: Callable[[list[Task], int], Sequence[str]] = no_text  # [] if a task has none
-    instructions: Callable[[list[Task], int], Sequence[str]] = own  # for prompts with an instruction
-    is_mean: bool = False  # the mean adapter of the training tasks answers
-    with_description: bool = False  # it stands in the prompt, whatever training did
-    n_shots: int = 0  # examples in the prompt
-
-
-METHODS = {
-    "base": Method(),
-    "icl": Method(n_shots=3),
-    "prompt": Method(with_description=True),
-    "mt_lora": Method(one_adapter, "mt_lora"),
-    "oracle": Method(oracles, "oracles"),
-    "t2l": Method(hypernetwork, "hypernet", own),
-    "t2l_reworded": Method(hypernetwork, "hypernet", reworded, instructions=reworded),
-    "t2l_shuffled": Method(hypernetwork, "hypernet", of_next_task),
-    "t2l_mean": Method(hypernetwork, "hypernet", is_mean=True),
-    "t2l_random": Method(hypernetwork, "hypernet", noise),
-    "recon": Method(imitator, "recon", own),
-}
+# -------------------- The flags, and what they name --------------------
 
 
 def parse_args() -> argparse.Namespace:
@@ -203,21 +208,29 @@ def parse_args() -> argparse.Namespace:
     add("--contains", action="store_true", help="an answer is right if it contains a right answer")
     add("--run_code", action="store_true", help="run code that the model writes: no sandbox!")
     add("--batch_size", type=int, default=256, help="inputs that are answered at once")
+    add("--max_new_tokens", type=int, help="longest answer; default: as long as the right ones need")
     add("--out", help="write settings and scores to this JSON file; extras.plot draws them")
     generate.add_model_flags(parser)
     args = parser.parse_args()
-    if args.batch_size < 1 or args.n_tasks < 0 or (args.n_examples or 0) < 0:
-        raise UserError("--batch_size must be above 0, --n_tasks and --n_examples not below")
+    if args.batch_size < 1 or args.n_tasks < 0 or (args.n_examples is not None and args.n_examples < 1):
+        raise UserError("--batch_size and --n_examples must be above 0, --n_tasks not below")
+    if args.methods:  # (t2l is the former name of net)
+        args.methods = [re.sub("^t2l", "net", name) for name in args.methods.split(",")]
+        for name in args.methods:
+            if name not in METHODS:
+                raise UserError(f"--methods: there is no method {name!r}, but {', '.join(METHODS)}")
+    args.base_model = args.base_model and model.resolve(args.base_model)
+    if args.out and check_output(args.out, ".json").exists():
+        content = read_json(args.out)
+        if not isinstance(content, dict) or content.keys() != {"settings", "results"}:
+            raise UserError(f"--out {args.out} is there already, and does not hold results of eval.py")
     return args
 
 
-def choose_tasks(args) -> tuple[list[Task], list[Task]]:
+def tasks_to_judge(args, specs: dict[str, benchmarks.Spec]) -> tuple[list[Task], list[Task]]:
     """(the tasks of --tasks and --split, with the texts of --descriptions; those of "train")."""
-    names = benchmarks.names_in(args.tasks, args.run_code)
-    if names and args.contains:
-        raise UserError("--contains is not for benchmarks, which have scores of their own")
-    splits = benchmarks.load(names) if names else load_tasks(args.tasks)
-    print(summary(args.tasks, splits))
+    splits = benchmarks.load(list(specs)) if specs else load_tasks(args.tasks)
+    say(summary(args.tasks, splits))
     tasks = data.pick(splits, args.split, args.n_tasks)
     if args.descriptions:
         texts = read_json(args.descriptions)
@@ -237,134 +250,189 @@ def choose_tasks(args) -> tuple[list[Task], list[Task]]:
     return tasks, [task for task in splits.get("train", []) if not task.is_document]
 
 
-def choose_methods(args, tasks: list[Task], training: list[Task]) -> dict[str, tuple[Method, str]]:
-    """{name: (method, folder of its adapters)}: --methods, or all that have what they need; and --compare."""
-    chosen, left_out = {}, []
-    for name in args.methods.split(",") if args.methods else METHODS:
-        if name not in METHODS:
-            raise UserError(f"--methods: there is no method {name!r}, but {', '.join(METHODS)}")
-        method, lacks = METHODS[name], ""
-        folder = getattr(args, method.flag, None) or ""
-        if method.flag == "hypernet" and not folder:
-            try:
-                reads = "documents" if tasks[0].is_document else "descriptions"
-                folder = generate.shipped_hypernet(args.base_model or "tiny", reads)
-            except UserError as e:
-                lacks = str(e)
-        elif method.flag and not folder:
-            lacks = f"needs --{method.flag} DIR"
-        if not all(method.texts(tasks, t) for t in range(len(tasks))) or (method.is_mean and not training):
-            lacks = "needs descriptions that these tasks do not have, a second task, or training tasks"
-        if lacks and args.methods:
-            raise UserError(f"the method {name}: {lacks}")
-        if lacks:
-            left_out.append(f"{name} ({lacks})")
-        else:
-            chosen[name] = method, folder
+def load_trained(args, tasks: list[Task], device) -> dict[str, Any]:
+    """{flag: what its folder holds}, for the flags of the methods to run; --compare's are under their folders."""
+    flags = [METHODS[name][1] for name in args.methods or METHODS]
+    reads, loaded = "documents" if tasks[0].is_document else "descriptions", {}
+    shipped = generate.shipped_hypernet(args.base_model or model.TINY, reads)
+    folders = {"hypernet": args.hypernet or shipped, "recon": args.recon}
+    for flag, folder in folders.items():
+        if folder and flag in flags:
+            loaded[flag] = generate.load_net(folder, reads, args, device)
+    if "recon" in loaded and not loaded["recon"].config.recon_loss:
+        raise UserError(f"--recon {args.recon}: this hypernetwork was trained by SFT")
     for folder in args.compare:
-        label = folder if "/" in folder else f"./{folder}"  # which no method is called
-        chosen[label] = METHODS["t2l"], folder
+        loaded[folder if "/" in folder else f"./{folder}"] = generate.load_net(folder, reads, args, device)
+    if args.mt_lora and "mt_lora" in flags:
+        loaded["mt_lora"] = lora.load_adapters([Path(args.mt_lora)], device)
+    if args.oracles and "oracles" in flags:
+        there = [Path(args.oracles, task.name) for task in tasks if Path(args.oracles, task.name).is_dir()]
+        if len(there) < len(tasks):
+            message = f"{args.oracles} holds adapters of {len(there)} of these {len(tasks)} tasks"
+            raise UserError(f"{message} (--split, --n_tasks as in training)")
+        loaded["oracles"] = lora.load_adapters(there, device)
+    return loaded
+
+
+def methods_to_run(args, exam: Exam) -> dict[str, Method]:
+    """--methods, or all that have what they need; and --compare."""
+    methods, left_out = {}, []
+    for name in args.methods or METHODS:
+        function, flag, needs = METHODS[name]
+        method = None
+        if flag and flag not in exam.loaded:
+            needs = f"--{flag} DIR"
+        else:
+            method = function(exam)
+        if method:
+            methods[name] = method
+        elif args.methods:
+            raise UserError(f"the method {name} needs {needs}")
+        else:
+            left_out.append(f"{name} (needs {needs})")
+    for folder in exam.loaded:
+        if "/" in folder:  # of --compare; no flag has one
+            texts = [task.descriptions for task in exam.tasks]
+            methods[folder] = written(exam, exam.loaded[folder], texts)
     if left_out:
-        print(f"left out: {', '.join(left_out)}")
-    return chosen
+        say(f"left out: {', '.join(left_out)}")
+    return methods
 
 
-# -------------------- Scores --------------------
+# -------------------- Questions, answers and scores --------------------
 
 
-def ask(tasks: list[Task], method: Method, with_instruction: bool, args, base, tokenizer) -> list[Question]:
-    """The questions of a method: all test examples of the tasks, with the texts that it takes.
+def questions_of(exam: Exam, method: Method, args) -> list[Question]:
+    """The questions of a method: the test examples of all tasks, each with one of the texts in turn.
 
-    Those whose prompt does not fit into the base model's window are left out.
+    Those whose prompt does not fit into the base model's window are left out. A benchmark has all examples,
+    each with three texts, as published, and its inputs say what to do.
     """
-    questions, n_too_long, window = [], 0, model.window_of(base)
-    for t, task in enumerate(tasks):
-        instructions = method.instructions(tasks, t)
-        for i, description in task.asked(method.texts(tasks, t), args.n_examples):
-            example, instruction = task.test[i], ""
+    questions, n_too_long, window = [], 0, model.window_of(exam.base)
+    tokenizer, before = exam.tokenizer, model.turn_of(exam.tokenizer).before
+    with_instruction = method.config.instruction if args.instruction is None else args.instruction
+    for place, task in enumerate(exam.tasks):
+        spec, texts = exam.specs.get(task.name), method.texts[place] if method.texts else [""]
+        in_prompt = method.in_prompt[place] if method.in_prompt else task.descriptions
+        for i, example in enumerate(task.test[: args.n_examples or (None if spec else 25)]):
+            description, instruction = in_prompt[i % len(in_prompt)], ""
             if method.with_description:
-                instruction = instructions[i % len(instructions)]
-            elif with_instruction:
-                instruction = task.instruction(instructions[i % len(instructions)])
+                instruction = description
+            elif with_instruction and not spec:
+                instruction = model.instruct(task.definition or description)
             # one more than is needed, because the question itself may be among them
             others = [shot for shot in task.train[: method.n_shots + 1] if shot.input != example.input]
             shots = [(shot.input, shot.answers[0]) for shot in others[: method.n_shots]]
-            chat = model.chat(tokenizer, example.input, instruction, shots)
-            prompt = model.render(tokenizer, chat) + task.start(example)
-            n_prompt, most = len(model.tokenize(tokenizer, prompt)), task.most_tokens(tokenizer, example)
-            most = min(most, args.max_new_tokens or most)
-            if args.contains:
-                most = args.max_new_tokens or max(64, most)
-            if n_prompt + most <= window:
-                questions.append(Question(task, example, description, prompt, n_prompt, most))
-            else:
-                n_too_long += 1
+            asked = model.render(tokenizer, example.input, instruction, shots)
+            if spec and spec.start(example):  # the answer's beginning is given
+                asked += before + spec.start(example)
+            n_prompt = len(model.tokenize(tokenizer, asked))
+            most = most_tokens(tokenizer, example, spec, args)
+            for text in texts[:3] if spec else [texts[i % len(texts)]]:
+                if n_prompt + most <= window:
+                    questions.append(Question(place, task.name, example, text, asked, n_prompt, most))
+                else:
+                    n_too_long += 1
     if n_too_long:
-        print(f"{n_too_long} questions are left out, longer than the base model's window of {window}")
+        say(f"{n_too_long} questions are left out, longer than the base model's window of {window}")
     model.check_known(tokenizer, [question.example.input for question in questions])
-    return sorted(questions, key=Question.size)
+
+    def size(question: Question) -> tuple[int, int, int]:
+        """Questions of similar size are answered together, since a batch takes as long as its longest."""
+        is_document = exam.tasks[question.place].is_document
+        length = len(question.description) if is_document else 0  # the rank goes by it
+        return length, question.most_tokens, question.n_prompt
+
+    return sorted(questions, key=size)
 
 
-def score(name: str, questions: list[Question], source: Source, args, base, tokenizer) -> Scores:
-    """The scores of a method, which are printed. Documents of equal names count as one task."""
-    hits, seconds = {}, 0.0
-    bar = tqdm(total=len(questions), desc=name, unit="answer", leave=False)
-    for i in range(0, len(questions), args.batch_size):
-        batch = questions[i : i + args.batch_size]
+def most_tokens(tokenizer, example: Example, spec: benchmarks.Spec | None, args) -> int:
+    """How long an answer may get: two tokens more than the right ones have; longer ones are wrong."""
+    if args.max_new_tokens is not None:
+        return args.max_new_tokens
+    if spec:
+        return spec.most_tokens
+    most = 2 + max(len(model.tokenize(tokenizer, right)) for right in example.answers)
+    return max(64, most) if args.contains else most
+
+
+def is_right(example: Example, answer: str, ended: bool, contains: bool = False) -> bool:
+    """Whether an answer is one of the right ones, and the model has ended it itself; or contains one."""
+    rights = [right.strip() for right in example.answers]
+    if contains:
+        return any(right and right in answer for right in rights)
+    return ended and answer.strip() in rights
+
+
+def score(name: str, exam: Exam, method: Method, args, process: int = 0, n_processes: int = 1) -> Scores:
+    """The scores of a method, which are printed. Documents of equal names count as one task.
+
+    Of several processes each answers some of the batches; the scores are those of one.
+    """
+    questions, hits, seconds = questions_of(exam, method, args), [], 0.0
+    batches = [questions[i : i + args.batch_size] for i in range(0, len(questions), args.batch_size)]
+    batches = batches[process::n_processes]
+    n_answers = sum(map(len, batches))
+    bar = tqdm(total=n_answers, desc=name, unit="answer", leave=False, disable=process > 0)
+    for batch in batches:
         prompts, most = [question.prompt for question in batch], [question.most_tokens for question in batch]
-        with lora.use(base, source.adapters(base, batch), source.config.scaling):
+        with lora.use(exam.base, method.adapters(batch), method.config.scaling):
             started = time.perf_counter()  # without the writing of adapters
-            answers, ended = model.answer(base, tokenizer, prompts, most)
+            answers, ended = model.answer(exam.base, exam.tokenizer, prompts, most)
             seconds += time.perf_counter() - started
         for question, answer, has_ended in zip(batch, answers, ended):
-            hit = question.task.is_right(question.example, answer, has_ended, args.contains)
-            hits.setdefault(question.task.name, []).append(hit)
+            spec = exam.specs.get(question.task)
+            if spec:
+                hits.append((question.task, spec.metric(question.example, answer)))
+            else:
+                hits.append((question.task, is_right(question.example, answer, has_ended, args.contains)))
         bar.update(len(batch))
     bar.close()
-    scores = {task: statistics.fmean(its_hits) for task, its_hits in hits.items()}
+    if n_processes > 1:
+        gathered = [None] * n_processes
+        dist.all_gather_object(gathered, (hits, seconds))
+        hits = [hit for its_hits, _ in gathered for hit in its_hits]
+        seconds = sum(its_seconds for _, its_seconds in gathered)
+    hits_of = {}
+    for task, hit in hits:
+        hits_of.setdefault(task, []).append(hit)
+    scores = {task: statistics.fmean(its_hits) for task, its_hits in hits_of.items()}
     if scores:
         n_tokens = statistics.fmean(question.n_prompt for question in questions)
         cost = f"{n_tokens:.0f} tokens in a prompt, {1000 * seconds / len(questions):.0f} ms for an answer"
-        print(f"{name:24} {statistics.fmean(scores.values()):.3f}   {cost}", flush=True)
+        say(f"{name:24} {statistics.fmean(scores.values()):.3f}   {cost}")
     return scores
 
 
 @torch.no_grad()
 def main() -> None:
     args = parse_args()
-    if args.out:
-        check_output(args.out, ".json")
     device = model.pick_device(args.device)
-    tasks, training = choose_tasks(args)
-    methods, sources = choose_methods(args, tasks, training), {}  # {(function, folder): Source}
-    for method, folder in methods.values():
-        if method.source and (method.source, folder) not in sources:
-            sources[method.source, folder] = method.source(folder, tasks, args, device)
-    # hypernetworks go first: they record the base model by its name
-    configs = [source.config for source in sorted(sources.values(), key=lambda source: source.net is None)]
+    process, n_processes = model.join_processes(device)
+    specs = benchmarks.specs_of(args.tasks, args.run_code)
+    if args.contains and specs:
+        raise UserError("--contains is not for benchmarks, which have scores of their own")
+    tasks, training = tasks_to_judge(args, specs)
+    loaded = load_trained(args, tasks, device)
+    nets = [trained for trained in loaded.values() if isinstance(trained, nn.Module)]
+    configs = [net.config for net in nets]
+    configs += [trained[1] for trained in loaded.values() if isinstance(trained, tuple)]
     base, tokenizer = generate.load_base_for(configs, args, device)
-    for source in sources.values():
-        if source.net:
-            source.net.connect(base, tokenizer)
+    for net in nets:
+        net.connect(base, tokenizer)
 
-    base_model, results = args.base_model or (configs[0].base_model if configs else "tiny"), {}
-    for name, (method, folder) in methods.items():
-        source = Source(lora.LoRAConfig(), None, lambda base, questions: {})  # no adapter
-        if method.source:
-            source = sources[method.source, folder]
-        if method.is_mean:
-            mean = mean_adapter(base, source.net, training)
-            source = source._replace(adapters=lambda base, questions: mean)
-        with_instruction = source.config.instruction if args.instruction is None else args.instruction
-        questions = ask(tasks, method, with_instruction, args, base, tokenizer)
-        scores = score(name, questions, source, args, base, tokenizer)
+    exam, results = Exam(tasks, training, specs, loaded, base, tokenizer), {}
+    for name, method in methods_to_run(args, exam).items():
+        scores = score(name, exam, method, args, process, n_processes)
         if scores:
             results[name] = scores
-        if args.out:
-            write_results(Path(args.out), vars(args) | {"base_model": base_model}, results)
-    if isinstance(tasks[0], benchmarks.Benchmark):
-        results = benchmarks.beside_published(results, model.preset_of(base_model))
-    print("\n" + make_table(results, args.split))
+        if args.out and process == 0:
+            write_results(Path(args.out), vars(args) | {"base_model": base.name_or_path}, results)
+    if specs:
+        results = benchmarks.beside_published(results, base.name_or_path)
+    say("\n" + make_table(results, args.split))
+    if n_processes > 1:
+        dist.destroy_process_group()
 
 
 def write_results(out: Path, settings: dict, results: dict[str, Scores]) -> None:

@@ -38,6 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input", action="append", default=[], help="a text to answer; several are allowed")
     parser.add_argument("--out", help="adapter folder (default: out/adapter); for several: 0, 1, ... in it")
     parser.add_argument("--merge", help="new folder for a base model with merged weights")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer (default: 64)")
     add_model_flags(parser)
     args = parser.parse_args()
     if args.adapter and (args.hypernet or args.out):
@@ -49,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     for flag, texts in (("--desc", args.desc or []), ("--input", args.input)):
         if not all(text.strip() for text in texts):
             raise UserError(f"a text of {flag} is empty")
+    args.base_model = args.base_model and model.resolve(args.base_model)
     args.out = Path(args.out or "out/adapter")
     if not args.adapter:
         check_out(args.out)
@@ -65,7 +67,7 @@ def add_net_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base_model", help=f"{', '.join(model.PRESETS)}, a hub id or a folder; default: the net's")
     add("--hypernet", help="a folder, or USER/REPO/FOLDER on the hub; default: the shipped one")
-    add("--encoder", help="path or id of the text encoder, if it has moved since training")
+    add("--encoder", help="where the text encoder of training is now: a folder or an id")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +75,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_net_flags(parser)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--instruction", action=switch, help="put the description before inputs; default: as in training")
-    add("--max_new_tokens", type=int, help="longest answer; default: 64, in eval.py as needed")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU that has it")
 
@@ -81,23 +82,32 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 # -------------------- Loading what was trained --------------------
 
 
-def shipped_hypernet(base_model: str, reads: str) -> str:
-    """The folder of the hypernetwork in checkpoints/ for a base model; UserError if there is none."""
-    shape = None
+def shipped_hypernet(base_model: str, reads: str) -> str | None:
+    """The folder of the hypernetwork in checkpoints/ for a base model; None if there is none."""
+    shape = [-1]
     if Path(base_model).is_dir():
         shape = lora.base_shape(AutoConfig.from_pretrained(base_model))
     name = "d2l" if reads == "documents" else "sft_large"
-    for file in Path(lora.TINY).parent.glob(f"*/{name}/config.json"):
+    for file in Path(__file__).parent.glob(f"checkpoints/*/{name}/config.json"):
         config = read_json(file)
-        same_name = config["base_model"].lower() == model.full_name(base_model).lower()
-        if same_name or config["base_shape"] == shape:
+        if model.is_same_base(base_model, shape, model.resolve(config["base_model"]), config["base_shape"]):
             return str(file.parent)
-    raise UserError(f"no hypernetwork for {base_model} is shipped; train one and pass it with --hypernet")
+    return None
 
 
-def load_net(folder: str | None, reads: str, args, device) -> nn.Module:
-    """The hypernetwork of a folder, here or on the hub; by default the shipped one. `connect` it next."""
-    folder = model.fetch(folder or shipped_hypernet(args.base_model or "tiny", reads), hypernet.FILES)
+def net_folder(args, reads: str) -> str:
+    """--hypernet, or the folder of the shipped hypernetwork. UserError if there is none."""
+    base_model = args.base_model or model.TINY
+    folder = args.hypernet or shipped_hypernet(base_model, reads)
+    if not folder:
+        message = f"no hypernetwork that reads {reads} is shipped for {base_model}"
+        raise UserError(f"{message}; train one and pass it with --hypernet")
+    return folder
+
+
+def load_net(folder: str, reads: str, args, device) -> nn.Module:
+    """The hypernetwork of a folder, here or on the hub. `connect` it next."""
+    folder = model.fetch(folder, hypernet.FILES)
     net = hypernet.load_hypernet(folder).to(device)
     if net.reads != reads:
         raise UserError(f"the hypernetwork in {folder} reads {net.reads}, not {reads}")
@@ -108,14 +118,14 @@ def load_net(folder: str | None, reads: str, args, device) -> nn.Module:
 
 def load_base_for(configs: list[lora.LoRAConfig], args, device):
     """The base model of these configs, or --base_model, with LoRA layers for their targets; its tokenizer."""
-    base_model = args.base_model or (configs[0].base_model if configs else "tiny")
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    base, tokenizer = model.load_base(base_model, device, dtype)
+    base_model = model.resolve(args.base_model or (configs[0].base_model if configs else "tiny"))
+    base, tokenizer = model.load_base(base_model, device, getattr(torch, args.dtype) if args.dtype else None)
     names = []
     for config in configs:
-        model.check_base(base_model, lora.base_shape(base.config), config.base_model, config.base_shape)
+        model.check_base(base, config)
         names += config.targets
-    lora.inject(base, list(dict.fromkeys(names)))
+    if names:
+        lora.inject(base, list(dict.fromkeys(names)))
     return base, tokenizer
 
 
@@ -138,15 +148,16 @@ def write_adapters(net: nn.Module, texts: list, base: nn.Module) -> tuple[Adapte
 
 def ask(base, tokenizer, inputs: list[str], adapter: Adapter, scaling: float, instruction: str, args):
     """The answers to some inputs with an adapter; {} is none. Raises UserError if one is too long."""
-    prompts = [model.render(tokenizer, model.chat(tokenizer, text, instruction)) for text in inputs]
+    prompts = [model.render(tokenizer, text, instruction) for text in inputs]
     longest = max(len(model.tokenize(tokenizer, prompt)) for prompt in prompts)
-    n_new, window = args.max_new_tokens or 64, model.window_of(base)
+    n_new, window = args.max_new_tokens, model.window_of(base)
     if longest + n_new > window:
         message = f"a prompt of {longest} tokens and an answer of {n_new}"
         raise UserError(f"{message} do not fit into the base model's window of {window}")
     with lora.use(base, adapter, scaling):
-        answers, _ = model.answer(base, tokenizer, prompts, n_new)
-    return [text.strip() for text in answers]
+        answers, ended = model.answer(base, tokenizer, prompts, n_new)
+    marks = ["" if has_ended else " [cut: --max_new_tokens]" for has_ended in ended]
+    return [text.strip() + mark for text, mark in zip(answers, marks)]
 
 
 def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: str, args) -> None:
@@ -157,7 +168,7 @@ def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: 
     instruction = model.instruct(text) if args.instruction and text else ""
     rows = {"base model": ({}, instruction)}
     longest = max(len(model.tokenize(tokenizer, question)) for question in inputs)
-    n_tokens = len(model.tokenize(tokenizer, text)) + longest + (args.max_new_tokens or 64) + 64  # template
+    n_tokens = len(model.tokenize(tokenizer, text)) + longest + args.max_new_tokens + 64  # template
     if args.doc and n_tokens < model.window_of(base):
         rows["in context"] = ({}, text)
     rows["with adapter"] = (adapter, instruction)
@@ -210,7 +221,7 @@ def save_adapters(out: Path, texts: list[str], adapters: Adapter, config) -> lis
     names = [str(i) for i in range(len(texts))] if len(texts) > 1 else ["."]
     with whole_folder(out) as folder:
         for i, (name, text) in enumerate(zip(names, texts)):
-            lora.save_adapter(folder / name, lora.select(adapters, i), config)
+            lora.save_adapter(folder / name, lora.select(adapters, [i]), config)
             write_file(folder / name / "description.txt", text + "\n")
     return [out / name for name in names]
 
@@ -237,16 +248,16 @@ def main() -> None:
     if not all(document.strip() for document in documents):
         raise UserError("a file of --doc is empty")
     if args.adapter:
-        adapter, config = lora.load_adapter(args.adapter)
+        adapters, config = lora.load_adapter(args.adapter)
         base, tokenizer = load_base_for([config], args, device)
-        adapters = {name: (A[None], B[None]) for name, (A, B) in adapter.items()}
         folders, texts = [args.adapter], [""]
         for name in ("description.txt", "definition.txt"):  # ours, and that of an oracle
             if Path(args.adapter, name).exists():
                 texts = [Path(args.adapter, name).read_text(encoding="utf-8").strip()]
         model.check_known(tokenizer, args.input)
     else:
-        net = load_net(args.hypernet, "documents" if args.doc else "descriptions", args, device)
+        reads = "documents" if args.doc else "descriptions"
+        net = load_net(net_folder(args, reads), reads, args, device)
         config = net.config
         base, tokenizer = load_base_for([config], args, device)
         model.check_known(tokenizer, args.input + documents)
@@ -269,11 +280,11 @@ def main() -> None:
         where = f"{', '.join(adapters)} in {len(config.adapted_layers())} layers"
         print(f"  adapter: {folder}/ (rank {rank} on {where})")
         if args.input:
-            compare(base, tokenizer, args.input, lora.select(adapters, i), config, text, args)
+            compare(base, tokenizer, args.input, lora.select(adapters, [i]), config, text, args)
     if not args.input:
         print('\n  to see what it does, add --input "..."')
     if args.merge:
-        lora.merge(base, lora.select(adapters, 0), config.scaling)
+        lora.merge(base, lora.select(adapters, [0]), config.scaling)
         save_merged(Path(args.merge), base, tokenizer, config, texts[0])
         print(f"\nmerged model: {args.merge}/")
 

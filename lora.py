@@ -1,12 +1,12 @@
 """The adapter: LoRA weights as data, and a frozen model that runs with them.
 
-An adapter is a plain dictionary, the same everywhere in this project:
+Adapters are a plain dictionary, the same everywhere in this project:
 
-    {"q_proj": (A, B), "v_proj": (A, B)}      A [..., L, r, in]    B [..., L, out, r]
+    {"q_proj": (A, B), "v_proj": (A, B)}      A [n, L, r, in]    B [n, L, out, r]
 
-It has one entry per target, stacked over the L decoder layers that have it. A target is a set of linear
-layers with the same name, place and shape; in most models each layer has one. Leading dimensions are a batch
-of adapters. With an adapter a linear layer computes (LoRA, arXiv 2106.09685, eq. 3)
+They are always a batch of n adapters; one adapter is a batch with n = 1. There is one entry per target: the
+linear layers with the same name, place and shape, in the L decoder layers that have one (in most models all).
+With an adapter a linear layer computes (LoRA, arXiv 2106.09685, eq. 3)
 
     y = W x + scaling * B (A x)
 """
@@ -42,7 +42,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.name = name  # its target
         self.dropout = nn.Dropout(dropout)
-        self.A: Tensor | None = None  # [n, r, in] for n adapters
+        self.A: Tensor | None = None  # [n, r, in] while n adapters are in use
         self.B: Tensor | None = None  # [n, out, r]
         self.scaling: float | None = None
 
@@ -53,7 +53,8 @@ class LoRALinear(nn.Linear):
         n = len(self.A)
         if n > 1 and x.dim() == 2:
             raise UserError(f"{self.name} gets tokens without their example (an expert?): adapt other layers")
-        assert len(x) % n == 0, f"a batch of {len(x)} cannot be split among {n} adapters"
+        if len(x) % n:
+            raise ValueError(f"a batch of {len(x)} cannot be split among {n} adapters")
         x = self.dropout(x.to(self.A.dtype))
         x = x.reshape(n, -1, self.in_features)  # [n, batch/n * T, in]: neighbours share an adapter
         update = self.scaling * (x @ self.A.mT) @ self.B.mT  # [n, batch/n * T, out]
@@ -62,23 +63,21 @@ class LoRALinear(nn.Linear):
 
 @contextmanager
 def use(base: nn.Module, adapter: Adapter, scaling: float):
-    """Run `base` with an adapter, in a block that holds the forward pass.
+    """Run `base` with n adapters, in a block that holds the forward pass. {} is none. No nesting.
 
-    It holds the backward pass, too, if that computes layers again (`model.recompute_layers`). The adapter is
-    computed in the dtype of the base model. A single adapter acts on the whole batch. Of n adapters and
-    a batch of n * k, the first k use adapter 0, the next k adapter 1, and so on. {} is none. No nesting.
+    Of a batch of n * k examples the first k have adapter 0, the next k adapter 1, and so on. The adapters are
+    computed in the dtype of the base model. If the backward pass computes layers again
+    (`model.recompute_layers`), the block holds it, too.
     """
     check_fits(base, adapter)
-    for name, (A, B) in adapter.items():
-        layers = base.lora_layers[name]
-        weight = layers[0].weight
-        A, B = A.to(weight.device, weight.dtype), B.to(weight.device, weight.dtype)
-        # unbind: indexing would have a slower backward pass
-        for layer, layer_A, layer_B in zip(layers, A.unbind(-3), B.unbind(-3)):
-            layer.A = layer_A.view(-1, *A.shape[-2:])  # [n, r, in]
-            layer.B = layer_B.view(-1, *B.shape[-2:])  # [n, out, r]
-            layer.scaling = scaling
     try:
+        for name, (A, B) in adapter.items():
+            layers = base.lora_layers[name]
+            weight = layers[0].weight
+            A, B = A.to(weight.device, weight.dtype), B.to(weight.device, weight.dtype)
+            # unbind: indexing would have a slower backward pass
+            for layer, layer_A, layer_B in zip(layers, A.unbind(1), B.unbind(1)):
+                layer.A, layer.B, layer.scaling = layer_A, layer_B, scaling  # [n, r, in], [n, out, r]
         yield
     finally:
         for layer in injected_layers(base):
@@ -86,9 +85,9 @@ def use(base: nn.Module, adapter: Adapter, scaling: float):
 
 
 def check_fits(base: nn.Module, adapter: Adapter) -> None:
-    """Raise UserError if an adapter does not fit the injected layers of a model."""
+    """Raise UserError if adapters do not fit the injected layers of a model."""
     for name, (A, B) in adapter.items():
-        shape = (A.shape[-3], A.shape[-1], B.shape[-2])
+        shape = (*A.shape[1:-2], A.shape[-1], B.shape[-2])
         layers = base.lora_layers.get(name)
         found = layers and (len(layers), layers[0].in_features, layers[0].out_features)
         if found != shape:
@@ -98,10 +97,10 @@ def check_fits(base: nn.Module, adapter: Adapter) -> None:
 
 @torch.no_grad()
 def merge(base: nn.Module, adapter: Adapter, scaling: float) -> None:
-    """Add one adapter to the weights, for good: W + scaling * B A."""
+    """Add one adapter (n = 1) to the weights, for good: W + scaling * B A."""
     check_fits(base, adapter)
     for name, (A, B) in adapter.items():
-        for layer, layer_A, layer_B in zip(base.lora_layers[name], A, B):
+        for layer, layer_A, layer_B in zip(base.lora_layers[name], A[0], B[0]):
             update = scaling * layer_B.float() @ layer_A.float()  # [out, in]
             weight = layer.weight
             layer.weight.data = (weight.float() + update.to(weight.device)).to(weight.dtype)
@@ -217,14 +216,11 @@ def as_targets(targets: dict) -> dict[str, Target]:
     return {name: Target(**entry) if isinstance(entry, dict) else entry for name, entry in targets.items()}
 
 
-TINY = str(Path(__file__).parent / "checkpoints" / "tiny")  # the folder of the base model "tiny"
-
-
 @dataclass
 class LoRAConfig:
     """Adapter metadata: the layers it belongs to, and how it is scaled."""
 
-    base_model: str = ""  # a Hugging Face id, a folder, or "tiny"
+    base_model: str = ""  # a Hugging Face id or a folder
     base_shape: list[int] = field(default_factory=list)  # its layers, hidden size and vocabulary
     n_layers: int = 0  # of the decoder
     targets: dict[str, Target] = field(default_factory=dict)
@@ -272,38 +268,38 @@ def concat_rank(adapters: list[Adapter]) -> Adapter:
     """
     joined = {}
     for name in adapters[0]:
-        A = torch.cat([adapter[name][0] for adapter in adapters], -2)  # [..., L, r1 + r2 + ..., in]
+        A = torch.cat([adapter[name][0] for adapter in adapters], -2)  # [n, L, r1 + r2 + ..., in]
         B = torch.cat([adapter[name][1] for adapter in adapters], -1)
         joined[name] = (A, B)
     return joined
 
 
-def select(adapter: Adapter, index) -> Adapter:
-    """Adapters of a batch: an integer takes one, a list or index tensor a new batch, with repetition."""
-    return {name: (A[index], B[index]) for name, (A, B) in adapter.items()}
+def select(batch: Adapter, indices) -> Adapter:
+    """Some adapters of a batch, as a new batch: a list or tensor of indices, with repetition, or a slice."""
+    return {name: (A[indices], B[indices]) for name, (A, B) in batch.items()}
 
 
 def unbind(batch: Adapter) -> list[Adapter]:
-    """The adapters of a batch, one by one."""
+    """The n adapters of a batch, each as a batch with n = 1."""
     singles = [{} for _ in next(iter(batch.values()))[0]]
     for name, (A, B) in batch.items():
-        for single, single_A, single_B in zip(singles, A.unbind(), B.unbind()):
+        for single, single_A, single_B in zip(singles, A.split(1), B.split(1)):
             single[name] = (single_A, single_B)
     return singles
 
 
-def stack(adapters: list[Adapter]) -> Adapter:
-    """Adapters as a batch."""
-    batch = {}
-    for name in adapters[0]:
-        A = torch.stack([adapter[name][0] for adapter in adapters])  # [n, L, r, in]
-        B = torch.stack([adapter[name][1] for adapter in adapters])
-        batch[name] = (A, B)
-    return batch
+def concat(batches: list[Adapter]) -> Adapter:
+    """Several batches as one."""
+    whole = {}
+    for name in batches[0]:
+        A = torch.cat([batch[name][0] for batch in batches])  # [n1 + n2 + ..., L, r, in]
+        B = torch.cat([batch[name][1] for batch in batches])
+        whole[name] = (A, B)
+    return whole
 
 
 def statistics(batch: Adapter) -> tuple[Adapter, Adapter]:
-    """Mean and standard deviation of n adapters, entry by entry. [n, L, ...] -> [L, ...]"""
+    """Mean and standard deviation of n adapters, entry by entry: [n, L, ...] -> [L, ...], not a batch."""
     mean, std = {}, {}
     for name, pair in batch.items():
         correction = 1 if len(pair[0]) > 1 else 0
@@ -320,7 +316,7 @@ def no_dots(name: str) -> str:
 class LoRABank(nn.Module):
     """Ordinary LoRAs, all from the same random A; one optimizer trains them as a batch.
 
-    bank([3, 5]) is a batch of two of them, bank(3) is one. Their gradients are clipped together.
+    bank([3, 5]) is a batch of two of them. Their gradients are clipped together.
     """
 
     def __init__(self, config: LoRAConfig, n: int):
@@ -333,9 +329,11 @@ class LoRABank(nn.Module):
             self.A[no_dots(name)] = nn.Parameter(A.repeat(n, 1, 1, 1))  # [n, L, r, in]
             self.B[no_dots(name)] = nn.Parameter(torch.zeros(n, L, target.n_out, config.r))
 
-    def forward(self, index: int | list[int]) -> Adapter:
-        keys = {name: no_dots(name) for name in self.config.targets}
-        return {name: (self.A[key][index], self.B[key][index]) for name, key in keys.items()}
+    def forward(self, indices: list[int]) -> Adapter:
+        adapter = {}
+        for name in self.config.targets:
+            adapter[name] = (self.A[no_dots(name)][indices], self.B[no_dots(name)][indices])
+        return adapter
 
 
 # -------------------- Adapter folders, in PEFT's format --------------------
@@ -344,7 +342,7 @@ ADAPTER_FILES = ["adapter_model.safetensors", "adapter_config.json", "prompt.jso
 
 
 def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> None:
-    """Write one adapter as PEFT does, and prompt.json: whether prompts need the task's instruction.
+    """Write one adapter (n = 1) as PEFT does, and prompt.json: whether prompts need the task's instruction.
 
     Its rank is that of its matrices. If this is not config.r, lora_alpha is set to keep the scaling.
     """
@@ -353,12 +351,12 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
         r, target = A.shape[-2], config.targets[name]
         names += target.paths() if "{}" in name else [name]
         for index, path in enumerate(target.paths()):
-            tensors[f"base_model.model.{path}.lora_A.weight"] = A[index]
-            tensors[f"base_model.model.{path}.lora_B.weight"] = B[index]
+            tensors[f"base_model.model.{path}.lora_A.weight"] = A[0, index]
+            tensors[f"base_model.model.{path}.lora_B.weight"] = B[0, index]
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": TINY if config.base_model == "tiny" else config.base_model,
+        "base_model_name_or_path": config.base_model,
         "inference_mode": True,
         "target_modules": names,
         "lora_dropout": 0.0,
@@ -382,7 +380,7 @@ PLAIN = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal",
 
 
 def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
-    """Read an adapter folder in PEFT's format: A [L, r, in], B [L, out, r] per target, and its config.
+    """Read an adapter folder in PEFT's format: A [1, L, r, in], B [1, L, out, r] per target, and its config.
 
     Raises UserError if it is anything but a plain LoRA of one rank and one scaling.
     """
@@ -422,7 +420,7 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     for name, target in config.targets.items():
         A = torch.stack([matrices[path]["A"] for path in target.paths()])  # [L, r, in]
         B = torch.stack([matrices[path]["B"] for path in target.paths()])  # [L, out, r]
-        adapter[name] = (A, B)
+        adapter[name] = (A[None], B[None])
     if not adapter:
         raise UserError(f"{folder} holds an adapter without tensors")
     config.n_layers = 1 + max(config.adapted_layers())
@@ -442,5 +440,5 @@ def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfi
         if kinds[-1] != kinds[0]:
             what = "modules, rank, scaling or prompt.json"
             raise UserError(f"the adapters in {folder} and {folders[0]} differ in {what}")
-    batch = {name: (A.to(device), B.to(device)) for name, (A, B) in stack(adapters).items()}
+    batch = {name: (A.to(device), B.to(device)) for name, (A, B) in concat(adapters).items()}
     return batch, config

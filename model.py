@@ -1,6 +1,7 @@
 """The two frozen models: the base model, which is adapted, and the text encoder, which reads descriptions.
 
-The base model is a preset, a Hugging Face id or a folder; the text encoder "hash", "base", an id or a folder.
+The base model is a Hugging Face id or a folder (`resolve` knows the presets of --base_model); the text encoder
+is "hash", "base" (the base model), an id or a folder.
 """
 
 import os
@@ -8,6 +9,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,9 +34,10 @@ transformers_logging.disable_progress_bar()
 
 # -------------------- Which base model --------------------
 
+TINY = str(Path(__file__).resolve().parent / "checkpoints" / "tiny")
 GTE = "Alibaba-NLP/gte-large-en-v1.5"
-PRESETS = {  # name: (base model, text encoder)
-    "tiny": (lora.TINY, "hash"),
+PRESETS = {  # name for --base_model: (Hugging Face id or folder, text encoder)
+    "tiny": (TINY, "hash"),
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"),
     "gemma-2-2b": ("google/gemma-2-2b-it", GTE),
     "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", GTE),
@@ -42,23 +45,10 @@ PRESETS = {  # name: (base model, text encoder)
 }
 
 
-def source_of(base_model: str) -> str:
-    """Where a base model comes from: a Hugging Face id or a folder."""
-    return PRESETS[base_model][0] if base_model in PRESETS else base_model
-
-
-def full_name(base_model: str) -> str:
-    """The name that config files record: a preset's Hugging Face id, "tiny", an id or a folder."""
-    source = source_of(base_model)
-    return "tiny" if source == lora.TINY else source
-
-
-def preset_of(base_model: str) -> str:
-    """The preset with this name or Hugging Face id; "" if there is none."""
-    for preset in PRESETS:
-        if full_name(preset).lower() == full_name(base_model).lower():
-            return preset
-    return ""
+def resolve(name: str) -> str:
+    """The Hugging Face id, or the absolute path of the folder, that a preset, an id or a folder stands for."""
+    name = PRESETS[name][0] if name in PRESETS else name
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def is_hub_id(name: str) -> bool:
@@ -67,20 +57,22 @@ def is_hub_id(name: str) -> bool:
     return "/" in name and first not in ("", ".", "..", "~") and not Path(first).is_dir()
 
 
-def check_base(name: str, shape: list[int], trained_for: str, trained_shape: list[int]) -> None:
-    """Raise UserError if what was trained for one base model is to be used with another.
+def is_same_base(name: str, shape: list[int], other: str, other_shape: list[int]) -> bool:
+    """Whether two base models are the same. A shape is [layers, hidden size, vocabulary], [] if unknown.
 
-    A shape is [layers, hidden size, vocabulary], [] if it is not known. Two hub ids are compared by name.
-    Folders may be anywhere, so they are compared by shape.
+    Two hub ids are compared by name. Folders may be anywhere, so they are compared by shape.
     """
-    ours, theirs = full_name(name), full_name(trained_for)
-    if is_hub_id(ours) and is_hub_id(theirs):
-        same = ours.lower() == theirs.lower()
-    else:
-        same = ours == theirs or not trained_shape or trained_shape == shape
-    if not same:
-        message = f"what was trained for {trained_for} cannot be used with {name}"
-        raise UserError(f"{message} (layers, hidden size, vocabulary: {trained_shape} and {shape})")
+    if is_hub_id(name) and is_hub_id(other):
+        return name.lower() == other.lower()
+    return name == other or shape == other_shape or not other_shape
+
+
+def check_base(base: nn.Module, config: lora.LoRAConfig) -> None:
+    """Raise UserError if what was trained for one base model is to be used with another."""
+    name, shape = base.name_or_path, lora.base_shape(base.config)
+    if not is_same_base(name, shape, config.base_model, config.base_shape):
+        message = f"what was trained for {config.base_model} cannot be used with {name}"
+        raise UserError(f"{message} (layers, hidden size, vocabulary: {config.base_shape} and {shape})")
 
 
 def fetch(name: str, files: list[str]) -> Path:
@@ -100,12 +92,23 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch finds no CUDA GPU")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         # without cuDNN's attention, which may plan anew for every length of a batch (not measured)
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def join_processes(device: torch.device) -> tuple[int, int]:
+    """(number of this process, how many there are): under torchrun they form a group, otherwise (0, 1)."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)
+    return dist.get_rank(), dist.get_world_size()
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
@@ -121,9 +124,9 @@ def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     if Path(name, "adapter_config.json").exists():
         raise UserError(f"--base_model {name} is an adapter, not a model")
     tokenizer, dtype = load_tokenizer(name), dtype or default_dtype(device)
-    base = load_weights(AutoModelForCausalLM, source_of(name), dtype=dtype)
+    base = load_weights(AutoModelForCausalLM, name, dtype=dtype)
     ends = end_tokens(base, tokenizer)
-    base.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id)
+    base.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
         base.set_attn_implementation("eager")  # with sdpa, transformers before 5.19 drops Gemma 2's softcap
     return base.to(device).requires_grad_(False).eval(), tokenizer
@@ -141,7 +144,7 @@ def load_weights(loader, source: str, **settings) -> nn.Module:
 def load_shapes(name: str) -> nn.Module:
     """The base model without weights, on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(source_of(name)))
+        return AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(name))
 
 
 def load_sharded(name: str, device, dtype: torch.dtype, target_modules: list[str], dropout: float):
@@ -180,7 +183,7 @@ PLAIN_TEMPLATE = (  # for a base model without a chat template: "input -> answer
 
 def load_tokenizer(name: str):
     """The tokenizer of a base model; it has a chat template, and usually a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(source_of(name))
+    tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -190,11 +193,10 @@ def load_tokenizer(name: str):
 
 
 def end_tokens(base: nn.Module, tokenizer) -> list[int]:
-    """The tokens that end an answer: the model's own, and the one that the chat template writes there."""
+    """The tokens that end an answer: the model's own, and the one that answers end with in training."""
     own = base.generation_config.eos_token_id
     ends = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
-    mark = tokenize(tokenizer, marks_of(tokenizer).end or "")[-1:]
-    ends = ends + [token for token in mark if token in tokenizer.added_tokens_decoder]
+    ends = ends + tokenize(tokenizer, turn_of(tokenizer).end)[-1:]
     return [token for token in dict.fromkeys(ends) if token is not None]
 
 
@@ -219,11 +221,10 @@ def recompute_layers(base: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-# -------------------- A prompt: its messages, their text, the token ids --------------------
+# -------------------- Prompts --------------------
 #
-# Of the tiny base model: chat -> an empty system message and {"role": "user", "content": "cat dog"};
-# render -> "cat dog ->"; render_answer -> " chien<eos>"; example_ids -> the token ids of both. The rest is
-# for the templates of other base models.
+# Of the tiny base model, whose template is PLAIN_TEMPLATE, the prompt for "cat dog" is "cat dog ->", and the
+# answer that is learnt " chien<eos>".
 
 
 def instruct(description: str) -> str:
@@ -231,20 +232,37 @@ def instruct(description: str) -> str:
     return description + " Please complete the task without any explanation."
 
 
-def chat(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str]] = ()) -> list[dict]:
-    """The messages that ask the base model: an empty system message, then `text` as a user turn (published).
+class Turn(NamedTuple):
+    """What a chat template writes around an answer, and before the first question."""
 
-    An `instruction` stands before the text. `shots` are earlier (input, answer) turns, for in-context
-    learning.
+    system: list[dict]  # an empty system message (published), if the template takes one
+    before: str  # white space before an answer: " "
+    end: str  # the mark after it: "<|im_end|>"
+
+
+@cache
+def turn_of(tokenizer) -> Turn:
+    """Find it by an example: a question alone, and with its answer, which must continue the first text.
+
+    The end mark is the first special token after the answer, otherwise the tokenizer's EOS.
     """
-    messages = []
-    if marks_of(tokenizer).takes_system:
-        messages.append({"role": "system", "content": ""})
-    for question, answer in shots:
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer})
-    messages.append({"role": "user", "content": f"{instruction}\n\n{text}".strip()})
-    return messages
+    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "<<>>"}
+    for system in ([{"role": "system", "content": ""}], []):
+        try:
+            prompt = fill_template(tokenizer, [*system, question], add_generation_prompt=True)
+            whole = fill_template(tokenizer, [*system, question, answer])
+        except Exception:  # a template that takes no system message raises what it likes
+            continue
+        before, _, after = whole.removeprefix(prompt).partition("<<>>")
+        if not whole.startswith(prompt) or before.strip():
+            continue
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        ends = [after.index(mark) + len(mark) for mark in special if mark in after]
+        end = after[: min(ends)] if ends else tokenizer.eos_token
+        if not end:
+            raise UserError("answers would have no end: neither the chat template nor the tokenizer has a mark")
+        return Turn(system, before, end)
+    raise UserError("the chat template of this base model does not continue a prompt with its answer")
 
 
 # some templates print the date; fix it, so that training and use agree (the default of Llama 3.1)
@@ -261,58 +279,17 @@ def fill_template(tokenizer, messages: list[dict], **settings) -> str:
     return tokenizer.apply_chat_template(messages, **settings)
 
 
-class Marks(NamedTuple):
-    """What a chat template does around an answer."""
+def render(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str]] = ()) -> str:
+    """The prompt that asks for the answer to `text`: a user turn, after an empty system message.
 
-    takes_system: bool  # a prompt may begin with a system message
-    before: str  # the answer: " ", or gpt-oss's channel
-    end: str | None  # after the answer: "<|im_end|>"; None if the template takes no answers
-
-
-@cache
-def marks_of(tokenizer) -> Marks:
-    """Find them by an example. Gemma's template refuses a system message.
-
-    Mistral's (v0.3) moves it into the last user turn, so that a prompt would not be the beginning of the same
-    prompt with its answer. Phi-3's writes "<|end|>", which ends an answer, and then "\\n<|endoftext|>".
+    An `instruction` stands before the text. `shots` are earlier (input, answer) turns.
     """
-    user, answered = {"role": "user", "content": "x"}, {"role": "assistant", "content": "<<>>"}
-    for start in ([{"role": "system", "content": ""}], []):
-        try:
-            prompt = fill_template(tokenizer, [*start, user], add_generation_prompt=True)
-            whole = fill_template(tokenizer, [*start, user, answered])
-        except Exception:  # templates raise arbitrary exceptions
-            continue
-        if whole.startswith(prompt):
-            before, _, after = whole.removeprefix(prompt).partition("<<>>")
-            special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-            ends = [after.index(mark) + len(mark) for mark in special if mark in after]
-            return Marks(bool(start), before, after[: min(ends, default=len(after.rstrip("\n")))])
-    return Marks(False, "", None)
-
-
-def render(tokenizer, messages: list[dict]) -> str:
-    """The prompt as text."""
-    prompt = fill_template(tokenizer, messages, add_generation_prompt=True)
-    return prompt + marks_of(tokenizer).before.rstrip()
-
-
-def render_answer(tokenizer, answer: str) -> str:
-    """The text that the model has to write after the prompt, up to the end mark."""
-    _, before, end = marks_of(tokenizer)
-    if end is None:
-        raise UserError("the chat template of this base model does not put answers where it asks for them")
-    return before[len(before.rstrip()) :] + answer + end
-
-
-def around_document(tokenizer) -> tuple[str, str]:
-    """The text before and after a document: a user turn, as published after an empty system message.
-
-    If the template takes no system message, the published one writes the empty system text and a blank line
-    into the user turn.
-    """
-    before, after = render(tokenizer, chat(tokenizer, "<<>>")).split("<<>>")
-    return before if marks_of(tokenizer).takes_system else before + "\n\n", after
+    messages = list(turn_of(tokenizer).system)
+    for question, answer in shots:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": f"{instruction}\n\n{text}".strip()})
+    return fill_template(tokenizer, messages, add_generation_prompt=True)
 
 
 def tokenize(tokenizer, text: str) -> list[int]:
@@ -320,19 +297,18 @@ def tokenize(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@lru_cache(2**14)  # rendering a chat template takes a millisecond
 def example_ids(tokenizer, question: str, answer: str, instruction: str = "") -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its answer, up to the end mark.
 
     They are tokenized together, if the prompt's tokens stay the same: tokenized alone, the answer may begin
     with a different token from the one that the model generates.
     """
-    messages = chat(tokenizer, question, instruction)
-    prompt, target = render(tokenizer, messages), render_answer(tokenizer, answer)
-    prompt_ids, whole = tokenize(tokenizer, prompt), tokenize(tokenizer, prompt + target)
+    turn, prompt = turn_of(tokenizer), render(tokenizer, question, instruction)
+    answer = turn.before + answer + turn.end
+    prompt_ids, whole = tokenize(tokenizer, prompt), tokenize(tokenizer, prompt + answer)
     if whole[: len(prompt_ids)] == prompt_ids:
         return prompt_ids, whole[len(prompt_ids) :]
-    return prompt_ids, tokenize(tokenizer, target)
+    return prompt_ids, tokenize(tokenizer, answer)
 
 
 def pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
@@ -413,32 +389,6 @@ def add_noise(alpha: float, embeddings: nn.Module, _, x: Tensor) -> Tensor:
         return x
     noise = torch.empty_like(x).uniform_(-1, 1) * alpha / (x.shape[1] * x.shape[2]) ** 0.5
     return x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's embeddings are multiplied by it
-
-
-@torch.no_grad()
-def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor | None, early_exit=False) -> Tensor:
-    """The input of each of the N layers, for Doc-to-LoRA. input_ids, mask [n, T] -> [n, N, T, d].
-
-    The input of the last layer is taken after the final norm, as published. With early_exit: only the states
-    after N/4 layers and the final norm, [n, T, d].
-    """
-    decoder, layers = base.get_decoder(), decoder_layers(base)
-    n_layers = len(layers) // 4 if early_exit else len(layers) - 1
-    inputs = []  # of the layers, [n, T, d] each
-
-    def note_input(layer, args, kwargs) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
-        inputs.append(states[0] if states.dim() == 4 else states)  # Gemma 3n: the first of several versions
-
-    hooks = [layer.register_forward_pre_hook(note_input, with_kwargs=True) for layer in layers]
-    decoder.layers = layers[:n_layers]  # the output of later layers is not needed
-    try:
-        last = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-    finally:
-        decoder.layers = layers
-        for hook in hooks:
-            hook.remove()
-    return last if early_exit else torch.stack([*inputs, last], 1)
 
 
 # -------------------- The text encoder: n descriptions -> [n, E] --------------------

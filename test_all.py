@@ -9,6 +9,7 @@ import ast
 import math
 import re
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ import lora
 import model
 import train
 from data import Example
-from support import read_json, write_file
+from support import UserError, read_json, write_file
 from tasks import chores, load_tasks
 from tests.helpers import (
     D2L,
@@ -33,10 +34,13 @@ from tests.helpers import (
     NAMES,
     SAY,
     SHORT,
+    SIZES,
     TINY,
     close,
     command,
     config_for,
+    drawn_as,
+    drawn_in,
     evaluate,
     fit,
     gradients,
@@ -59,7 +63,7 @@ def test_injected_layer_is_the_equation_and_so_are_its_gradients():
     layer = lora.inject(holder, ["q_proj"])["layers"][0]["q_proj"]
     A, B = torch.randn(1, 4, 12, requires_grad=True), torch.randn(1, 20, 4, requires_grad=True)
     x = torch.randn(3, 5, 12, requires_grad=True)
-    with lora.use(holder, {"q_proj": (A, B)}, 1.7):
+    with lora.use(holder, {"q_proj": (A[None], B[None])}, 1.7):
         y, expected = layer(x), F.linear(x, W + 1.7 * B[0] @ A[0], bias)
         close(y, expected)
         weight = torch.randn_like(y)
@@ -74,14 +78,14 @@ def test_one_adapter_per_row_equals_a_loop_over_rows():
     batch, ids = random_adapter(config, 3), torch.randint(160, (6, 7))
     together = logits_of(base, ids, batch)  # six rows, three adapters: rows 0 and 1 have the first
     for row in range(6):
-        close(together[row], logits_of(base, ids[row : row + 1], lora.select(batch, row // 2))[0])
+        close(together[row], logits_of(base, ids[row : row + 1], lora.select(batch, [row // 2]))[0])
 
 
 def test_dropout_is_on_the_lora_branch_in_training_only():
     holder = lora.inject(one_layer(nn.Linear(50, 50)), ["q_proj"], dropout=0.5)
     layer, x = holder["layers"][0]["q_proj"], torch.ones(1, 50)
     plain = layer(x)
-    with lora.use(holder, {"q_proj": (torch.eye(50)[None], torch.eye(50)[None])}, 1.0):
+    with lora.use(holder, {"q_proj": (torch.eye(50)[None, None], torch.eye(50)[None, None])}, 1.0):
         assert set((layer(x) - plain).round(decimals=3).unique().tolist()) == {0.0, 2.0}
         close(layer.eval()(x) - plain, torch.ones(1, 50))
 
@@ -95,7 +99,7 @@ def test_a_layer_that_gets_the_tokens_of_some_experts_is_refused():
 # -------------------- Text-to-LoRA --------------------
 
 
-@pytest.mark.parametrize("size", hypernet.SIZES)
+@pytest.mark.parametrize("size", SIZES)
 def test_sft_starts_as_a_fresh_lora_and_learns(size):
     net = hypernet.TextToLoRA(small_config(size))
     net.start_as_lora()
@@ -118,10 +122,10 @@ def test_an_offset_is_trained_with_what_is_written():
     assert (net.offset["v_proj_A"].grad == 2).all() and (net.offset["v_proj_B"].grad == 6).all()
 
 
-@pytest.mark.parametrize("size", hypernet.SIZES)
+@pytest.mark.parametrize("size", SIZES)
 def test_the_papers_sizes(size):
     """The number of trained parameters for the paper's base models, rank 8 on q_proj and v_proj."""
-    i = hypernet.SIZES.index(size)
+    i = SIZES.index(size)
     mistral = [[55_424_000, 55_317_504], [34_412_288, 34_346_752], [4_996_096, 4_987_904]][i]
     gemma = [[137_706_752, 137_645_312], [87_353_600, 87_316_736], [21_266_176, 21_261_568]][i]
 
@@ -141,7 +145,7 @@ def test_the_papers_sizes(size):
     assert counts(26, 2304, 2048, 1024, 512, 2048) == gemma
 
 
-@pytest.mark.parametrize("size", hypernet.SIZES)
+@pytest.mark.parametrize("size", SIZES)
 def test_hypernet_files(tmp_path, size):
     net = hypernet.TextToLoRA(small_config(size)).eval()
     for p in net.parameters():
@@ -159,12 +163,10 @@ def test_hypernet_files(tmp_path, size):
 
 
 def test_a_batch_of_answers_is_that_of_each_prompt_alone():
-    base, tokenizer = model.load_base("tiny")
+    base, tokenizer = model.load_base(model.TINY)
     shots = [("cat red", "cat"), ("dog blue", "dog")]
-    chats = [model.chat(tokenizer, "wolf silver", "", shots[:n]) for n in (0, 1, 2)]
-    prompts = [model.render(tokenizer, chat) for chat in chats]
+    prompts = [model.render(tokenizer, "wolf silver", "", shots[:n]) for n in (0, 1, 2)]
     assert prompts[1] == "cat red -> cat<eos>\nwolf silver ->"
-    assert model.render_answer(tokenizer, "") == " <eos>"
     alone = [model.answer(base, tokenizer, [text], 5) for text in prompts]
     texts, ended = model.answer(base, tokenizer, prompts, 5)
     assert alone == [([text], [has_ended]) for text, has_ended in zip(texts, ended)]
@@ -190,26 +192,34 @@ def test_a_folder_of_task_files(tmp_path):
 
 
 def test_what_a_step_draws():
-    tasks = load_tasks("tiny")["train"][:6]
-    args = types.SimpleNamespace(seed=0, tasks_per_batch=3, examples_per_task=2, max_steps=50)
-    args.short_first = False
-    tasks[0].weight = 9
-    often = [item.index for step in range(50) for item in data.draw(tasks, step, args, None)]
-    assert 80 < often.count(0) < 120  # of 150: nine of fourteen
-    tasks[0].weight = 1
-    drawn = [item for step in range(50) for item in data.draw(tasks, step, args, None)]
+    run = run_of(*SHORT, "--n_tasks", "6", "--tasks_per_batch", "3")
+    drawn = [item for step in range(50) for item in drawn_in(run, step)]
     assert {item.index for item in drawn} == set(range(6)) and len({item.description for item in drawn}) > 50
-    again = data.draw(tasks, 7, args, None)
-    assert again == data.draw(tasks, 7, args, None) != data.draw(tasks, 8, args, None)
-    args.seed = 1
-    assert again != data.draw(tasks, 7, args, None)
-    for args.tasks_per_batch in (0, 6, 128):  # all of them, once
-        assert sorted(item.index for item in data.draw(tasks, 7, args, None)) == list(range(6))
-    args.short_first, args.tasks_per_batch = True, 3
-    assert {item.index for item in data.draw(tasks, 0, args, None)} == {0}
-    assert len({item.index for step in range(40, 50) for item in data.draw(tasks, step, args, None)}) == 6
+    assert drawn_in(run, 7) == drawn_in(run, 7) != drawn_in(run, 8)
+    often = replace(run, tasks=[replace(run.tasks[0], weight=9), *run.tasks[1:]], pool=[])
+    drawn = [item.index for step in range(50) for item in drawn_in(often, step)]
+    assert 80 < drawn.count(0) < 120  # of 150: nine of fourteen
+    again, run.args.seed = drawn_in(run, 7), 1
+    assert again != drawn_in(run, 7)
+    for run.args.tasks_per_batch in (0, 6, 128):  # all of them, once
+        whole = replace(run, pool=[])
+        assert sorted(item.index for item in drawn_in(whole, 7)) == list(range(6))
+    with pytest.raises(UserError, match="no multiple of 4 processes"):
+        replace(run, n_processes=4)
     few, more, every = (data.pick({"train": list(range(20))}, "train", n) for n in (3, 9, 0))
     assert few == more[:3] == every[:3]
+    refused("has 20 tasks", data.pick, {"train": list(range(20))}, "train", 21)
+
+
+def test_documents_are_short_at_first(monkeypatch, tmp_path):
+    """The shortest sixth in the first step, all from half-way on."""
+    pools, real = [], data.draw
+    monkeypatch.setattr(data, "draw", lambda tasks, pool, *a: pools.append(pool) or real(tasks, pool, *a))
+    words = [*D2L, *"--n_tasks 60 --tasks_per_batch 2 --examples_per_task 1 --max_steps 4".split()]
+    fit(tmp_path, *words, "--latent_size", "32")
+    assert [len(pool) for pool in pools] == [10, 35, 60, 60] and pools[0] == list(range(10))
+    lengths = [len(task.descriptions[0]) for task in run_of(*words).tasks]
+    assert lengths == sorted(lengths)
 
 
 def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsys, monkeypatch):
@@ -224,8 +234,8 @@ def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsy
     assert capsys.readouterr().out == "1 of 2 tasks are left out: too long for --max_tokens 12\n"
     assert tasks == [mixed]
     for step in range(9):
-        (drawn,) = data.draw(tasks, step, args, tokenizer)
-        assert drawn.examples == [short, short]
+        (drawn,) = data.draw(tasks, [0], step, args, tokenizer)
+        assert drawn.examples == 2 * [data.example_ids(tokenizer, mixed, "x", short, args)]
     run.val_tasks, seen, real = [data.Task("v", ["x"], [], [short, long])], [], train.answer_loss
     monkeypatch.setattr(train, "answer_loss", lambda *a: seen.append(int(a[1].max()) + 1) or real(*a))
     train.validate(run)
@@ -233,10 +243,10 @@ def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsy
     refused("no example has at most", data.check, [too_long], [], args, tokenizer)
     endless = chores.LazyList(lambda i: Example("cat", ["red"]) if i < 99 else 1 / 0)
     data.check([data.Task("endless", ["x"], endless, [])], [], args, tokenizer)
-    args.max_tokens, tokenizer.chat_template = 75, repeated("cat ", 80) + tokenizer.chat_template
-    model.example_ids.cache_clear()
-    other = data.Task("other", ["x"], [Example("dog", ["red"])], [])
-    refused("no example has at most", data.check, [other], [], args, tokenizer)
+    args.instruction = True  # its longest description counts
+    wordy = data.Task("wordy", ["x", repeated("cat ", 9)], [short], [])
+    refused("no example has at most", data.check, [wordy], [], args, tokenizer)
+    refused("more than the base model's window of 512", run_of, *SHORT, "--max_tokens", "600")
 
 
 def test_neftune_noise_has_the_published_size():
@@ -271,9 +281,9 @@ def test_text_encoders_compute_in_float32_in_training_validation_and_use(monkeyp
         return model.hash_encoder(texts)
 
     monkeypatch.setattr(model, "TransformerEncoder", lambda *_: embed)
-    run.net.encode = model.load_encoder("some encoder")
+    run.net.encoder = model.load_encoder("some encoder")
     train.validate(run)
-    train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args, run.tokenizer))
+    train.sft_step(run, run.net, drawn_in(run, 0))
     with torch.autocast("cpu", torch.bfloat16):
         generate.write_adapters(run.net, ["a text that is not cached"], run.base)
     assert seen and not any(seen)
@@ -288,14 +298,14 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
     run.args.l1 = run.args.l2 = 0.1
     for p in run.net.parameters():  # away from B = 0
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    drawn = data.draw(run.tasks, 0, run.args, run.tokenizer)
-    rows = data.tokenize(run.tokenizer, run.tasks, drawn, run.args)
-    lengths = [len(row.prompt) + len(row.answer) for row in rows]
+    drawn = drawn_in(run, 0)
+    examples = train.shortest_first(drawn)
+    lengths = [len(ids.prompt) + len(ids.answer) for _, ids in examples]
     assert lengths == sorted(lengths)
     written = run.net(train.inputs_of(run, drawn))
     sizes = [train.weight_size(written, measure) for measure in (torch.abs, torch.square)]
-    with lora.use(run.base, lora.select(written, [row.place for row in rows]), run.net.config.scaling):
-        whole = train.task_loss(run, rows, None) + 0.1 * sum(sizes)
+    with lora.use(run.base, lora.select(written, [place for place, _ in examples]), run.net.config.scaling):
+        whole = train.task_loss(run, [ids for _, ids in examples], None) + 0.1 * sum(sizes)
         expected = torch.autograd.grad(whole, list(run.net.parameters()))
     passes, layer = [], run.base.get_decoder().layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))  # (reading has none)
@@ -308,7 +318,7 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
         loss, grads = gradients(run)
         close(loss, whole.detach(), 1e-4)
         close(grads, expected, 1e-3, 1e-5)
-    assert sum(passes) == 2 * math.ceil(len(rows) / 3)  # the layers are computed again
+    assert sum(passes) == 2 * math.ceil(len(examples) / 3)  # the layers are computed again
 
 
 def test_validation_measures_what_greedy_answers_give():
@@ -318,11 +328,10 @@ def test_validation_measures_what_greedy_answers_give():
     run.val_tasks = run.val_tasks[:3]
     measured, hits = train.validate(run), []
     for task in run.val_tasks:
-        chats = [model.chat(run.tokenizer, example.input) for example in task.test[:8]]
-        prompts = [model.render(run.tokenizer, chat) for chat in chats]
+        prompts = [model.render(run.tokenizer, example.input) for example in task.test[:8]]
         with lora.use(run.base.eval(), run.net.eval()(task.descriptions[:1]), run.net.config.scaling):
             answers, ended = model.answer(run.base, run.tokenizer, prompts)
-        hits += [task.is_right(*asked) for asked in zip(task.test, answers, ended)]
+        hits += [evaluation.is_right(*asked) for asked in zip(task.test, answers, ended)]
     assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
     run.args.micro_batch = 5
     assert train.validate(run) == pytest.approx(measured, rel=1e-5, abs=1e-5)
@@ -341,11 +350,11 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     run.net.B["q_proj"].data[2] = 1
     train.save(run, tmp_path / "saved")
     assert lora.load_adapter(tmp_path / "saved" / tasks[2].name)[0]["q_proj"][1].min() == 1
-    train.sft_step(run, run.net, [data.Drawn(2, "", tasks[2].train[:1])])
+    train.sft_step(run, run.net, [drawn_as(run, 2, "", tasks[2].train[:1])])
     assert run.net.B["v_proj"].grad.flatten(1).any(1).tolist() == [False, False, True, False]
     fit(tmp_path / "mt", "@config/mt_lora.args", *"--n_tasks 4 --tasks_per_batch 4 --max_steps 3".split())
     A, B = lora.load_adapter(tmp_path / "mt")[0]["q_proj"]
-    assert A.shape == (4, 8, 128) and B.abs().max() > 0
+    assert A.shape == (1, 4, 8, 128) and B.abs().max() > 0
     words = ["@config/recon.args", "--oracles", oracles, "--tasks_per_batch", "16", "--max_steps", "200"]
     losses = fit(tmp_path / "recon", *words, "--n_tasks", "4")
     assert losses[-1] < 0.1 * losses[0]
@@ -362,11 +371,11 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     words += ["--split", "train", "--n_tasks", "4", "--n_examples", "2"]
     results = evaluate(tmp_path / "e.json", *words)
     assert set(results) == {"mt_lora", "oracle"}
-    choose = evaluation.oracles(oracles, tasks, None, "cpu").adapters
-    order = [2, 0, 1]
-    questions = [types.SimpleNamespace(task=tasks[i]) for i in order]
-    for name, (_, B) in choose(None, questions).items():  # each question has the oracle of its task
-        close(B, targets[name][1][order])
+    loaded = {"oracles": lora.load_adapters([oracles / task.name for task in tasks])}
+    exam = evaluation.Exam(tasks, [], {}, loaded, None, None)
+    questions = [types.SimpleNamespace(place=place) for place in (2, 0, 1)]
+    for name, (_, B) in evaluation.oracle(exam).adapters(questions).items():
+        close(B, targets[name][1][[2, 0, 1]])  # each question has the oracle of its task
     other = tmp_path / "oracles" / tasks[0].name  # one of another scaling is refused
     config = lora.load_adapter(other)[1]
     config.alpha = 64
@@ -393,9 +402,9 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     shown = capsys.readouterr().out
     answers = re.findall(r"with adapter  (.*)", shown)
     assert len(answers) == 4 and re.search(r"2 adapters written in \d+\.\d ms", shown)
-    base, tokenizer = model.load_base("tiny")
+    base, tokenizer = model.load_base(model.TINY)
     lora.inject(base, NAMES)
-    prompts = [model.render(tokenizer, model.chat(tokenizer, text)) for text in inputs]
+    prompts = [model.render(tokenizer, text) for text in inputs]
 
     def said() -> list[str]:
         return [text.strip() for text in model.answer(base, tokenizer, prompts)[0]]
@@ -424,7 +433,7 @@ def shapes_in_readme() -> dict[str, list[int]]:
 
 def test_one_step_has_the_shapes_of_the_readme(monkeypatch):
     seen, run = {}, run_of()
-    drawn = data.draw(run.tasks, 0, run.args, run.tokenizer)
+    drawn = drawn_in(run, 0)
     seen["tasks drawn, with a description each"] = [len(drawn)]
 
     def note(owner, function: str, *labels, result=lambda out: [out]):
@@ -467,10 +476,11 @@ def test_one_step_has_the_shapes_of_the_readme(monkeypatch):
 BELOW = {"support": set(), "lora": {"support"}}  # what each may import of the project
 BELOW["model"] = BELOW["lora"] | {"lora"}
 BELOW["hypernet"] = BELOW["data"] = BELOW["model"] | {"model"}
+BELOW["nets"] = BELOW["hypernet"] | {"hypernet"}
 BELOW["tasks"] = BELOW["data"] | {"data"}
 BELOW["train"] = BELOW["generate"] = BELOW["tasks"] | {"hypernet", "tasks"}
 BELOW["eval"] = BELOW["generate"] | {"generate"}
-BELOW["extras"] = BELOW["pictures"] = BELOW["eval"] | {"eval", "train"}
+BELOW["extras"] = BELOW["pictures"] = BELOW["eval"] | {"eval", "nets", "train"}
 
 
 def test_imports_go_one_way():

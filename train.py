@@ -10,7 +10,8 @@
     recon      a hypernetwork, to write the same adapters as the oracles (paper, section 3.1)
     sft        a hypernetwork, by the task loss through the frozen base model (paper, section 3.2)
 
-@FILEs hold flags, see config/. If a flag occurs twice, the last one counts.
+@FILEs hold flags, see config/. If a flag occurs twice, the last one counts. --mode and --arch decide which flags
+there are: `train.py --mode recon --help` shows those of a reconstruction.
 """
 
 import argparse
@@ -22,8 +23,7 @@ import random
 import shlex
 import sys
 import time
-from dataclasses import dataclass, fields
-from datetime import timedelta
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,152 +43,147 @@ from support import UserError, command, make_parser, say, write_file
 from tasks import SOURCES, load_tasks, summary
 
 # -------------------- Settings --------------------
-#
-# There are four kinds of runs: ordinary LoRAs ("lora"), reconstruction ("recon"), and SFT of a network that
-# reads "descriptions" or "documents". A flag is refused if the kind of run, or its network, does not use it.
-
-parser = make_parser(__doc__)
-parser.usage, parser.fromfile_prefix_chars = "train.py [@FILE ...] [--FLAG VALUE ...]", "@"
-parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-parser.argument_default = argparse.SUPPRESS  # so that `parse_args` sees which flags were given
-defaults, used_by = {}, {}  # {flag: its default}, {flag: kinds of runs that use it}
 
 
-def block(title: str, kinds: str, **flags) -> None:
-    """Flags that these kinds of runs use: name=(default, meaning) or name=(default, meaning, *choices)."""
-    group = parser.add_argument_group(title)
-    for name, (default, meaning, *choices) in flags.items():
+def flags_of(parser: argparse.ArgumentParser, mode: str, net_class) -> list[str]:
+    """Add the flags of a run of this mode, with a network of this class. Returns their names.
+
+    A flag that the run does not use is refused by argparse; in the code its value is the default.
+    """
+    names = []
+
+    def flag(name: str, default, meaning: str, *choices, used: bool = True) -> None:
         options = {"type": type(default), "choices": choices or None}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(f"--{name}", help=f"{meaning} (default: {default})", **options)
-        defaults[name], used_by[name] = default, kinds.split()
+        elif isinstance(default, int | float):
+            options = {"type": not_negative(type(default))}
+        if used:
+            parser.add_argument(f"--{name}", default=default, help=f"{meaning} (default: {default})", **options)
+            names.append(name)
+        else:
+            parser.set_defaults(**{name: default})
+
+    flag("mode", "sft", "what is trained, see above", "lora", "recon", "sft")
+    flag("base_model", "tiny", f"{', '.join(model.PRESETS)}, a hub id or a folder")
+    flag("tasks", "tiny", f"{', '.join(SOURCES)}, or a folder of task files")
+    flag("split", "train", "tasks to train on", "train", "val", "test")
+    flag("n_tasks", 0, "use only so many of these tasks (0: all)")
+    flag("max_steps", 600, "training steps")
+    flag("tasks_per_batch", 128, "tasks of a step, over all processes (0: all)")
+    flag("lr", 2e-3, "highest learning rate")
+    flag("warmup", 0.1, "fraction of the steps in which the learning rate rises")
+    flag("schedule", "linear", "decay to 0; late: in the last third", "linear", "late", "cosine")
+    flag("weight_decay", 1e-2, "weight decay of AdamW, only on matrices (and not on latents and scalers)")
+    flag("seed", 0, "of the run's randomness")
+    flag("device", "auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")
+    flag("dtype", "auto", "auto: bfloat16 on a GPU, not for recon", "auto", "float32", "bfloat16")
+    flag("val_every", 250, "steps between two validations, and between two saved states")
+    flag("out_dir", "out/run", "a new folder")
+    flag("resume", False, "continue the interrupted run in --out_dir")
+
+    through_base = mode != "recon"  # reconstruction runs no base model
+    flag("target_modules", "q_proj,v_proj", "linear layers, by the ends of their paths", used=through_base)
+    flag("rank", 8, "rank of an adapter; of each chunk of a document", used=through_base)
+    flag("alpha", 16.0, "scaling is alpha / sqrt(rank)", used=through_base)
+    flag("examples_per_task", 1, "examples of each task of a step", used=through_base)
+    flag("micro_batch", 64, "examples at once, on each process", used=through_base)
+    flag("max_tokens", 512, "longer examples are not drawn", used=through_base)
+    flag("neftune_alpha", 0.0, "noise on the input embeddings (NEFTune)", used=through_base)
+    flag("l1", 0.0, "weight of the mean absolute value of A and B", used=through_base)
+    flag("l2", 1e-3, "weight of the mean square of A and B", used=through_base)
+    flag("gradient_checkpointing", False, "compute activations twice, to save memory", used=through_base)
+
+    reads_documents = mode == "sft" and net_class.reads == "documents"
+    flag("short_first", False, "short documents first, all from half-way on", used=reads_documents)
+    flag("distill", 0, "learn the base's top k tokens with the document in its prompt", used=reads_documents)
+    reads_inputs_alone = through_base and not reads_documents
+    flag("instruction", False, "put the definition before the input", used=reads_inputs_alone)
+    flag("label_smoothing", 0.0, "label smoothing", used=reads_inputs_alone)
+    flag("shard", False, "shard the base model over the processes", used=reads_inputs_alone)
+
+    flag("multi_task", False, "one adapter for all tasks", used=mode == "lora")
+    flag("oracles", "", "the folder that --mode lora wrote", used=mode == "recon")
+    what = "compares A and B over their deviation, or B A"
+    flag("recon_loss", "z_score", what, "z_score", "delta_w", used=mode == "recon")
+
+    has_net = mode != "lora"
+    flag("arch", "t2l", "t2l (Text-to-LoRA), d2l (Doc-to-LoRA), or another file of nets/", used=has_net)
+    flag("init_from", "", "start from the weights of this hypernetwork", used=has_net)
+    in_net = has_net and hasattr(net_class.config_class, "dropout")
+    what = "on the input of adapters, and in the network if it has dropout"
+    flag("dropout", 0.1, what, used=through_base or in_net)
+    for entry in hypernet.settings_of(net_class.config_class) if has_net else ():
+        flag(entry.name, entry.default, entry.metadata["meaning"], *entry.metadata["choices"])
+    return names
 
 
-block("all runs", "lora recon descriptions documents",
-    mode=("sft", "what is trained, see above", "lora", "recon", "sft"),
-    base_model=("tiny", f"{', '.join(model.PRESETS)}, a hub id or a folder"),
-    tasks=("tiny", f"{', '.join(SOURCES)}, or a folder of task files"),
-    split=("train", "tasks to train on", "train", "val", "test"),
-    n_tasks=(0, "use only so many of these tasks (0: all)"),
-    max_steps=(600, "training steps"),
-    tasks_per_batch=(128, "tasks of a step, over all processes (0: all)"),
-    lr=(2e-3, "highest learning rate"),
-    warmup=(0.1, "fraction of the steps in which the learning rate rises"),
-    schedule=("linear", "decay to 0; late: in the last third", "linear", "late", "cosine"),
-    weight_decay=(1e-2, "weight decay of AdamW, only on matrices (and not on latents and scalers)"),
-    dropout=(0.1, "on the input of adapters, and in Text-to-LoRA's trunk"),
-    seed=(0, "of the run's randomness"),
-    device=("auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one"),
-    dtype=("auto", "auto: bfloat16 on a GPU, not for recon", "auto", "float32", "bfloat16"),
-    val_every=(250, "steps between two validations, and between two saved states"),
-    out_dir=("out/run", "a new folder"),
-    resume=(False, "continue the interrupted run in --out_dir"),
-)
-block("hypernetworks", "recon descriptions documents",
-    arch=("t2l", "t2l (Text-to-LoRA), d2l (Doc-to-LoRA), or the name of a file in extras/"),
-    init_from=("", "start from the weights of this hypernetwork"),
-)
-block("runs through the base model: all but recon", "lora descriptions documents",
-    target_modules=("q_proj,v_proj", "linear layers, by the ends of their paths"),
-    rank=(8, "rank of an adapter; of each chunk of a document"),
-    alpha=(16.0, "scaling is alpha / sqrt(rank)"),
-    examples_per_task=(1, "examples of each task of a step"),
-    micro_batch=(64, "examples at once, on each process"),
-    max_tokens=(512, "longer examples are not drawn"),
-    neftune_alpha=(0.0, "noise on the input embeddings (NEFTune)"),
-    l1=(0.0, "weight of the mean absolute value of A and B"),
-    l2=(1e-3, "weight of the mean square of A and B"),
-    gradient_checkpointing=(False, "compute activations twice, to save memory"),
-)
-block("ordinary LoRAs", "lora", multi_task=(False, "one adapter for all tasks"))
-block("reconstruction", "recon",
-    oracles=("", "the folder that --mode lora wrote"),
-    recon_loss=("z_score", "compares A and B over their deviation, or B A", "z_score", "delta_w"),
-)
-block("runs on descriptions, and ordinary LoRAs", "lora descriptions",
-    instruction=(False, "put the definition before the input"),
-    label_smoothing=(0.0, "label smoothing"),
-    shard=(False, "shard the base model over the processes"),
-)
-block("documents", "documents",
-    short_first=(False, "short documents first, all from half-way on"),
-    distill=(0, "learn the base model's top k tokens with the document in its prompt"),
-)
-block("the network: those that its config has", "network",
-    encoder=("preset", "the preset's, hash, base, a hub id or a folder"),
-    size=("large", "what one pass through a head of Text-to-LoRA writes", *hypernet.SIZES),
-    latent_size=(128, "width of the trunk, or of the Perceiver (published: 512)"),
-    head_in_size=(256, "width of the input of the heads"),
-    input_dropout=(0.1, "dropout of the text encoder's output (not published)"),
-    encoder_rank=(0, "rank of a LoRA on the text encoder (0: none; not published)"),
-    early_exit=(False, "read the states after a quarter of the layers, not of each layer"),
-    n_blocks=(9, "cross-attention blocks of the Perceiver"),
-    n_heads=(16, "attention heads of size 128; a quarter as many for keys and values"),
-    chunk_len=(512, "maximum tokens per chunk, without the template's that are added at cuts"),
-    chat=(True, "read a chunk as a user turn of the base model's chat template"),
-)
+def not_negative(kind: type):
+    """The type of a number for argparse."""
+
+    def number(text: str):
+        value = kind(text)
+        if value < 0:
+            raise argparse.ArgumentTypeError(f"it must not be {text}")
+        return value
+
+    return number
+
+
 MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed, where, and when it is saved
     *("max_steps", "lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard", "device"),
     *("val_every", "out_dir", "resume"),
 }
-NOT_ZERO = {"max_steps", "val_every", "rank", "alpha", "examples_per_task", "micro_batch", "max_tokens"}
-NOT_ZERO |= {"head_in_size", "n_blocks", "n_heads", "chunk_len"}
 
 
-def is_used(args: argparse.Namespace, name: str) -> bool:
-    """Whether a run uses a setting: by its kind, or if the config of its network has a field of this name."""
-    if used_by[name] != ["network"]:
-        return args.kind in used_by[name]
-    config_class = hypernet.find_arch(args.arch).config_class
-    return args.mode != "lora" and name in {field.name for field in fields(config_class)}
+def new_parser(**settings) -> argparse.ArgumentParser:
+    """A parser that reads @FILEs: a flag and its value on a line, "#" begins a comment."""
+    parser = make_parser(__doc__, fromfile_prefix_chars="@", **settings)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    return parser
 
 
-def parse_args(words: list[str]) -> argparse.Namespace:
-    """The settings of a run. A resumed one goes by its train.args, then by `words`."""
-    given = vars(parser.parse_args(words))
-    recorded = dict(defaults)
-    if given.get("resume"):
-        file = f"{given.get('out_dir', defaults['out_dir'])}/train.args"
-        recorded |= vars(parser.parse_args([f"@{file}"]))
-        for name, new in given.items():
-            if new != recorded[name] and name not in MAY_CHANGE:
-                raise UserError(f"--resume: this run has --{name} {recorded[name]}, not {new}")
-    args = argparse.Namespace(**recorded | given)
-    net_class = hypernet.find_arch(args.arch)
-    args.kind = net_class.reads if args.mode == "sft" else args.mode
-    for name, value in (recorded | given).items():
-        if name in given and not is_used(args, name):
-            raise UserError(f"--{name} is not a setting of --mode {args.mode} ({args.kind})")
-        if not isinstance(value, str) and (value < 0 or (value == 0 and name in NOT_ZERO)):
-            raise UserError(f"--{name} must not be {value}")
+def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
+    """The settings of a run, and the same as a file of flags. A resumed run goes by its train.args first."""
+    first = new_parser(add_help=False)  # a first look: which flags are there?
+    for name, default in ("mode", "sft"), ("arch", "t2l"), ("out_dir", "out/run"):
+        first.add_argument(f"--{name}", default=default)
+    first.add_argument("--resume", action="store_true")
+    known, _ = first.parse_known_args(words)
+    recorded = [f"@{known.out_dir}/train.args"] if known.resume else []
+    known, _ = first.parse_known_args(recorded + words)
+
+    parser, net_class = new_parser(usage="train.py [@FILE ...] [--FLAG VALUE ...]"), hypernet.find_arch(known.arch)
+    names = flags_of(parser, known.mode, net_class)
+    args = parser.parse_args(recorded + words)
+    if recorded:
+        for name, old in vars(parser.parse_args(recorded)).items():
+            new = getattr(args, name)
+            if new != old and name not in MAY_CHANGE:
+                raise UserError(f"--resume: this run has --{name} {old}, not {new}")
     if args.warmup > 1:
         raise UserError("--warmup is a fraction of the steps")
     if args.mode != "lora" and args.mode not in net_class.modes:
         raise UserError(f"--arch {args.arch} is trained with --mode {' or '.join(net_class.modes)}")
-    if args.encoder == "preset":
-        args.encoder = model.PRESETS.get(model.preset_of(args.base_model), ("", "base"))[1]
+    if "encoder" in names and args.encoder == "preset":
+        encoders = dict(model.PRESETS.values())  # {base model: text encoder}
+        args.encoder = encoders.get(model.resolve(args.base_model), "base")
     if args.dtype == "auto":
         dtype = torch.float32 if args.mode == "recon" else model.default_dtype(model.pick_device(args.device))
         args.dtype = str(dtype).removeprefix("torch.")
     if args.gradient_checkpointing and args.dropout and args.device == "mps":
         raise UserError("--gradient_checkpointing on mps needs --dropout 0: another mask would be drawn")
-    if args.shard and args.kind == "descriptions" and args.encoder == "base":
+    if args.shard and "encoder" in names and args.encoder == "base":
         raise UserError("--shard needs a text encoder beside the sharded base model: --encoder ID or DIR")
-    return args
 
-
-def as_text(args: argparse.Namespace) -> str:
-    """The settings that a run uses, as a file of flags."""
     lines = []
-    for name in used_by:
+    for name in names:
         value = getattr(args, name)
-        if is_used(args, name) and isinstance(value, bool):
+        if name != "resume" and isinstance(value, bool):
             lines.append(f"--{name}" if value else f"--no-{name}")
-        elif is_used(args, name):
+        elif name != "resume":
             lines.append(f"--{name} {shlex.quote(str(value))}")
-    lines.remove("--resume" if args.resume else "--no-resume")
-    return "\n".join(lines) + "\n"
+    return args, "\n".join(lines) + "\n"
 
 
 # -------------------- The losses --------------------
@@ -216,7 +211,7 @@ def distill_loss(logits: Tensor, example_index: Tensor, teacher: Tensor, k: int)
 def weight_size(adapter: Adapter, measure) -> Tensor:
     """Mean of measure(A) plus mean of measure(B), torch.abs or torch.square, summed over the modules.
 
-    Each adapter of the batch counts equally, without the ranks of zeros that pad it (`DocToLoRA.join`).
+    Each adapter of the batch counts equally, without the ranks of zeros that pad it (Doc-to-LoRA).
     """
     total = 0.0
     for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
@@ -252,12 +247,12 @@ def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, std: Adapter) ->
 
 @dataclass
 class Run:
-    """Everything a step needs. Of `count` processes, the one with rank 0 validates, writes and prints."""
+    """Everything a step needs. Of several processes, the one with number 0 writes and prints."""
 
     args: argparse.Namespace
     device: torch.device
-    rank: int
-    count: int
+    process: int  # its number
+    n_processes: int
     tasks: list[data.Task]
     val_tasks: list[data.Task]
     base: nn.Module  # the frozen model; for recon without weights, unless it is the text encoder
@@ -265,6 +260,19 @@ class Run:
     net: nn.Module  # what is trained: it writes adapters
     oracles: Adapter | None = None  # recon: the adapters to imitate, one per task
     std: Adapter | None = None  # recon: their standard deviation
+    pool: list[int] = field(default_factory=list)  # the tasks from which a step draws, by their places
+
+    def __post_init__(self):
+        """A step has --tasks_per_batch tasks: all of them if it is 0, or if there are fewer."""
+        asked, n_tasks = self.args.tasks_per_batch, len(self.tasks)
+        if asked > n_tasks:
+            say(f"a step has all {n_tasks} tasks, fewer than --tasks_per_batch {asked}")
+        n = self.args.tasks_per_batch = min(asked or n_tasks, n_tasks)
+        if n % self.n_processes:
+            message = f"a step has {n} tasks, which is no multiple of {self.n_processes} processes"
+            raise UserError(f"{message}: choose --tasks_per_batch or --n_tasks")
+        for i, task in enumerate(self.tasks):
+            self.pool += [i] * (task.weight if n < n_tasks else 1)
 
 
 def inputs_of(run: Run, drawn: list[data.Drawn]) -> list:
@@ -272,6 +280,12 @@ def inputs_of(run: Run, drawn: list[data.Drawn]) -> list:
     if run.args.mode == "lora":
         return [0 if run.args.multi_task else item.index for item in drawn]
     return [item.description for item in drawn]
+
+
+def shortest_first(drawn: list[data.Drawn]) -> list[tuple[int, data.Ids]]:
+    """All examples of the tasks that were drawn, each with the place of its task, which is its adapter's."""
+    examples = [(place, ids) for place, item in enumerate(drawn) for ids in item.examples]
+    return sorted(examples, key=lambda example: example[1].n_tokens)
 
 
 def autocast(run: Run):
@@ -288,7 +302,7 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
     each takes an equal share of the tasks, and DDP averages the gradients (only dropout and noise differ).
     """
     args, scaling = run.args, run.net.config.scaling
-    rows = data.tokenize(run.tokenizer, run.tasks, drawn, args)  # of all examples, the shortest first
+    examples = shortest_first(drawn)
 
     # 1. One forward pass of the hypernetwork writes all adapters of the step.
     with autocast(run):
@@ -306,18 +320,18 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
             losses[name] = penalty.detach()
 
     # 3. The examples go through the base model, a few of similar length at a time. Each backward pass frees
-    #    the activations, so the memory of a step is that of one micro-batch.
-    for i in range(0, len(rows), args.micro_batch):
-        examples = rows[i : i + args.micro_batch]
-        adapters = lora.select(leaves, [row.place for row in examples])  # A [examples, L, r, in]
+    #    the base model's activations, so only those of one micro-batch are in memory.
+    for i in range(0, len(examples), args.micro_batch):
+        batch = examples[i : i + args.micro_batch]
+        adapters = lora.select(leaves, [place for place, _ in batch])  # A [micro_batch, L, r, in]
         teacher = None
         if args.distill:  # the logits of the base model itself, with the document in its prompt
             with torch.no_grad(), autocast(run):
-                prompts = [(row.teacher_prompt, row.answer) for row in examples]
+                prompts = [(ids.teacher_prompt, ids.answer) for _, ids in batch]
                 teacher, _, _ = model.answer_logits(run.base, prompts)  # [tokens, vocabulary]
         # (with --gradient_checkpointing the backward pass runs the layers again, with their adapters)
         with lora.use(run.base, adapters, scaling):
-            loss = task_loss(run, examples, teacher) * len(examples) / len(rows)
+            loss = task_loss(run, [ids for _, ids in batch], teacher) * len(batch) / len(examples)
             loss.backward()
         losses["task"] += loss.detach()
 
@@ -331,9 +345,9 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
     return losses
 
 
-def task_loss(run: Run, examples: list[data.Row], teacher: Tensor | None) -> Tensor:
+def task_loss(run: Run, examples: list[data.Ids], teacher: Tensor | None) -> Tensor:
     """The loss of examples that go through the base model together, with the adapters in use."""
-    pairs = [(row.prompt, row.answer) for row in examples]
+    pairs = [(ids.prompt, ids.answer) for ids in examples]
     with autocast(run):
         logits, example_index, labels = model.answer_logits(run.base, pairs, run.args.neftune_alpha)
     if teacher is not None:
@@ -342,7 +356,7 @@ def task_loss(run: Run, examples: list[data.Row], teacher: Tensor | None) -> Ten
 
 
 def recon_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Tensor]:
-    """One step of reconstruction, without a base model. As sft_step, it leaves gradients in `net`."""
+    """One step of reconstruction: no base model runs. As sft_step, it leaves gradients in `net`."""
     with autocast(run):
         written = net(inputs_of(run, drawn))
     oracles = lora.select(run.oracles, [item.index for item in drawn])
@@ -357,25 +371,29 @@ def validate(run: Run) -> dict[str, float]:
 
     An answer is right if every token is the most likely one: greedy decoding would give the same.
     """
+    args, drawn, loss, n_right = run.args, [], 0.0, 0
+    for i, task in enumerate(run.val_tasks):
+        text = task.descriptions[0]
+        examples = [data.example_ids(run.tokenizer, task, text, example, args) for example in task.test[:8]]
+        drawn.append(data.Drawn(i, text, examples))
+    examples = shortest_first(drawn)
+    examples = [(place, ids) for place, ids in examples if ids.n_tokens <= args.max_tokens] or examples[:1]
     run.net.eval()
     lora.set_dropout(run.base, False)
-    drawn = [data.Drawn(i, task.descriptions[0], task.test[:8]) for i, task in enumerate(run.val_tasks)]
-    rows, loss, n_right = data.tokenize(run.tokenizer, run.val_tasks, drawn, run.args), 0.0, 0
-    rows = [row for row in rows if row.n_tokens <= run.args.max_tokens] or rows[:1]
     with autocast(run):
         written = run.net(inputs_of(run, drawn))
-        for i in range(0, len(rows), run.args.micro_batch):
-            examples = rows[i : i + run.args.micro_batch]
-            adapters = lora.select(written, [row.place for row in examples])
+        for i in range(0, len(examples), args.micro_batch):
+            batch = examples[i : i + args.micro_batch]
+            adapters = lora.select(written, [place for place, _ in batch])
             with lora.use(run.base, adapters, run.net.config.scaling):
-                pairs = [(row.prompt, row.answer) for row in examples]
+                pairs = [(ids.prompt, ids.answer) for _, ids in batch]
                 logits, example_index, labels = model.answer_logits(run.base, pairs)
-            loss += answer_loss(logits, example_index, labels).item() * len(examples)
+            loss += answer_loss(logits, example_index, labels).item() * len(batch)
             wrong_examples = example_index[logits.argmax(-1) != labels].unique()
-            n_right += len(examples) - len(wrong_examples)
+            n_right += len(batch) - len(wrong_examples)
     run.net.train()
     lora.set_dropout(run.base, True)
-    return {"val_loss": loss / len(rows), "val_accuracy": n_right / len(rows)}
+    return {"val_loss": loss / len(examples), "val_accuracy": n_right / len(examples)}
 
 
 # -------------------- The loop --------------------
@@ -405,36 +423,43 @@ def learning_rate(step: int, args) -> float:
     return args.lr * remaining
 
 
-def train(run: Run, folder: Path) -> None:
+def train(run: Run, folder: Path, settings: str) -> None:
     """Train until --max_steps. The weights with the lowest validation loss are kept; without it the last."""
-    args, is_first, saved_at = run.args, run.rank == 0, time.monotonic()
-    optimizer, state = make_optimizer(run.net, args), {"step": 0, "best": math.inf, "best_step": 0}
+    args, is_first, saved_at = run.args, run.process == 0, time.monotonic()
+    optimizer = make_optimizer(run.net, args)
+    state = {"step": 0, "best": math.inf, "best_step": 0, "first_loss": None}
     if args.resume:
         state = load_state(run, folder, optimizer)
     if is_first:
-        write_file(folder / "train.args", as_text(args))
-    net = DistributedDataParallel(run.net) if run.count > 1 else run.net
-    step, first_loss, measured = state["step"], None, {}
+        write_file(folder / "train.args", settings)
+        if not args.resume:
+            write_file(folder / "metrics.jsonl", "")
+    net = DistributedDataParallel(run.net) if run.n_processes > 1 else run.net
+    step, measured = state["step"], {}
     bar = tqdm(total=args.max_steps, initial=step, disable=not is_first, desc=args.mode)
     while step < args.max_steps:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        pool = run.pool
+        if args.short_first:  # (they are sorted) the shortest sixth at first, all from half-way on
+            fraction = min(1, 1 / 6 + 5 / 3 * step / args.max_steps)
+            pool = pool[: math.ceil(len(pool) * fraction)]
         # All processes draw the same tasks, and each takes an equal share, with equally many examples. So
         # the mean over the processes is that of the batch: DDP's of gradients, ours of losses. Only what is
         # random within a step differs. (All run a sharded base model equally often, also in validation.)
-        drawn = data.draw(run.tasks, step, args, run.tokenizer)[run.rank :: run.count]
-        torch.manual_seed(random.Random(f"{args.seed} {step} {run.rank}").getrandbits(63))
+        drawn = data.draw(run.tasks, pool, step, args, run.tokenizer)[run.process :: run.n_processes]
+        torch.manual_seed(random.Random(f"{args.seed} {step} {run.process}").getrandbits(63))
         optimizer.zero_grad()
         losses = recon_step(run, net, drawn) if args.mode == "recon" else sft_step(run, net, drawn)
         grad_norm = nn.utils.clip_grad_norm_(list(run.net.parameters()), 1.0).item()
         values = torch.stack(list(losses.values()))
-        if run.count > 1:
+        if run.n_processes > 1:
             dist.all_reduce(values)
-        values = (values / run.count).tolist()
+        values = (values / run.n_processes).tolist()
         loss = sum(values)
-        first_loss = first_loss or loss
-        if not math.isfinite(loss + grad_norm) or loss > 100 * max(1.0, first_loss):
+        state["first_loss"] = state["first_loss"] or loss
+        if not math.isfinite(loss + grad_norm) or loss > 100 * max(1.0, state["first_loss"]):
             message = f"the loss is {loss:.3g} in step {step + 1}, the gradient's length {grad_norm:.3g}"
             raise UserError(f"{message}; start again with a lower --lr")
         optimizer.step()
@@ -449,7 +474,7 @@ def train(run: Run, folder: Path) -> None:
         if is_first:
             with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            # the best weights first, then the state: what a kill between them loses is computed again
+            # the best weights first, then the state: what a kill between the two loses is computed again
             if row.get("val_loss", math.nan) <= state["best"]:  # (nan: no validation)
                 state |= {"best": row["val_loss"], "best_step": step}
                 save(run, folder)
@@ -471,34 +496,34 @@ def save(run: Run, folder: Path) -> None:
     if run.args.mode != "lora":
         hypernet.save_hypernet(run.net, folder)
     elif run.args.multi_task:
-        lora.save_adapter(folder, run.net(0), run.net.config)
+        lora.save_adapter(folder, run.net([0]), run.net.config)
     else:
         for i, task in enumerate(run.tasks):
-            lora.save_adapter(folder / task.name, run.net(i), run.net.config)
+            lora.save_adapter(folder / task.name, run.net([i]), run.net.config)
             text = task.definition or task.descriptions[0]
             write_file(folder / task.name / "definition.txt", text + "\n")
 
 
 def save_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Write what --resume needs. Randomness follows from the step."""
-    state |= {"count": run.count, "net": run.net.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state, folder / "state.pt.tmp")
+    networks = {"net": run.net.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | networks | {"n_processes": run.n_processes}, folder / "state.pt.tmp")
     os.replace(folder / "state.pt.tmp", folder / "state.pt")
 
 
 def load_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer) -> dict:
     """Put a saved state into the network and the optimizer, and forget the metrics of later steps."""
     if not (folder / "state.pt").exists():
-        raise UserError(f"--resume: {folder} holds no interrupted run")
+        raise UserError(f"--resume: {folder} holds no interrupted run with a saved state")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if state["step"] > run.args.max_steps:
         raise UserError(f"--max_steps {run.args.max_steps}: this run has done {state['step']} steps")
-    if state["count"] != run.count:
-        message = f"--resume: this run has {state['count']} processes, not {run.count}"
+    if state["n_processes"] != run.n_processes:
+        message = f"--resume: this run has {state['n_processes']} processes, not {run.n_processes}"
         raise UserError(f"{message}: its dropout would be another")
     run.net.load_state_dict(state.pop("net"))
     optimizer.load_state_dict(state.pop("optimizer"))
-    if run.rank == 0:
+    if run.process == 0:
         rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         write_file(folder / "metrics.jsonl", "".join(rows[: state["step"]]))
     return state
@@ -507,12 +532,12 @@ def load_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer) -> dict
 # -------------------- What is trained --------------------
 
 
-def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
+def tasks_to_learn(args) -> tuple[list[data.Task], list[data.Task]]:
     """(tasks to train on, tasks to validate on). UserError if they do not suit the run."""
     splits = load_tasks(args.tasks)
     say(summary(args.tasks, splits))
     tasks, val_tasks = data.pick(splits, args.split, args.n_tasks), splits.get("val", [])
-    if args.kind != "lora":
+    if args.mode != "lora":
         reads = hypernet.find_arch(args.arch).reads
         if tasks[0].is_document != (reads == "documents"):
             message = f"--tasks {args.tasks} cannot be used with --arch {args.arch}, which reads {reads}"
@@ -526,53 +551,57 @@ def choose_tasks(args) -> tuple[list[data.Task], list[data.Task]]:
     return tasks, [task for task in val_tasks if task.test]
 
 
-def prepare(args, device: torch.device, rank: int, count: int) -> Run:
+def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
     """For SFT and ordinary LoRAs: load the tasks and the frozen models, and make what is trained."""
-    tasks, val_tasks = choose_tasks(args)
-    names, dtype = args.target_modules.split(","), getattr(torch, args.dtype)
+    tasks, val_tasks = tasks_to_learn(args)
+    base_model, names, dtype = model.resolve(args.base_model), args.target_modules.split(","), args.dtype
     if args.shard:
-        base, tokenizer = model.load_sharded(args.base_model, device, dtype, names, args.dropout)
+        base, tokenizer = model.load_sharded(base_model, device, getattr(torch, dtype), names, args.dropout)
     else:
-        base, tokenizer = model.load_base(args.base_model, device, dtype)
+        base, tokenizer = model.load_base(base_model, device, getattr(torch, dtype))
         lora.inject(base, names, args.dropout)
     lora.set_dropout(base, True)
     if args.gradient_checkpointing:
         model.recompute_layers(base)
     if device.type == "cpu":
         base.set_attn_implementation("eager")  # its backward pass is faster there
+    if args.max_tokens > model.window_of(base):
+        window = model.window_of(base)
+        raise UserError(f"--max_tokens {args.max_tokens} is more than the base model's window of {window}")
     tasks = data.check(tasks, val_tasks, args, tokenizer)
     if args.short_first:
         tasks.sort(key=lambda task: len(task.descriptions[0]))
     settings = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
-    config = lora.config_for(base, model.full_name(args.base_model), **settings)
+    config = lora.config_for(base, base_model, **settings)
     if args.mode == "lora":
         net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
     else:
         net = make_hypernet(args, config, base, tokenizer, device)
-    return Run(args, device, rank, count, tasks, val_tasks, base, tokenizer, net)
+    return Run(args, device, process, n_processes, tasks, val_tasks, base, tokenizer, net)
 
 
-def prepare_recon(args, device: torch.device, rank: int, count: int) -> Run:
+def prepare_recon(args, device: torch.device, process: int, n_processes: int) -> Run:
     """For reconstruction: oracles, and a base model of shapes only, unless it is the text encoder."""
-    tasks, _ = choose_tasks(args)
+    tasks, _ = tasks_to_learn(args)
     with_oracle = [task for task in tasks if Path(args.oracles, task.name).is_dir()]
     if not with_oracle or not args.oracles:
         which = f"the {args.split} tasks of {args.tasks}"
         raise UserError(f"--oracles {args.oracles or 'DIR is needed: it'} holds no adapters of {which}")
     say(f"oracles of {len(with_oracle)} of {len(tasks)} tasks")
     oracles, config = lora.load_adapters([Path(args.oracles, task.name) for task in with_oracle], device)
+    base_model = model.resolve(args.base_model)
     if args.encoder == "base":
-        base, tokenizer = model.load_base(args.base_model, device, getattr(torch, args.dtype))
+        base, tokenizer = model.load_base(base_model, device, getattr(torch, args.dtype))
     else:
-        base, tokenizer = model.load_shapes(args.base_model), None
-    model.check_base(args.base_model, lora.base_shape(base.config), config.base_model, [])
+        base, tokenizer = model.load_shapes(base_model), None
+    model.check_base(base, config)
     lora.inject(base, list(config.targets))
     lora.check_fits(base, oracles)
     settings = dict(r=config.r, alpha=config.alpha, rslora=config.rslora, instruction=config.instruction)
-    config = lora.config_for(base, model.full_name(args.base_model), **settings)
+    config = lora.config_for(base, base_model, **settings)
     mean, std = lora.statistics(oracles)
     net = make_hypernet(args, config, base, tokenizer, device, mean, std)
-    return Run(args, device, rank, count, with_oracle, [], base, None, net, oracles, std)
+    return Run(args, device, process, n_processes, with_oracle, [], base, None, net, oracles, std)
 
 
 def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapter) -> nn.Module:
@@ -581,10 +610,13 @@ def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapt
     `statistics` are mean and standard deviation of the oracles, for reconstruction.
     """
     net_class, settings = hypernet.find_arch(args.arch), vars(lora_config).copy()
-    for field in fields(net_class.config_class):
-        if field.name not in settings and field.name in used_by and is_used(args, field.name):
-            settings[field.name] = getattr(args, field.name)  # a field beyond those, with the name of a flag
+    for entry in hypernet.settings_of(net_class.config_class):
+        settings[entry.name] = getattr(args, entry.name)
     config = net_class.config_class(**settings)
+    if hasattr(config, "dropout"):
+        config.dropout = args.dropout
+    if statistics:
+        config.recon_loss = args.recon_loss
     config.measure(base)
     net = net_class(config)
     net.recompute = args.gradient_checkpointing
@@ -593,7 +625,7 @@ def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapt
     else:
         net.start_as_lora()
     if args.init_from and not args.resume:
-        hypernet.copy_weights(args.init_from, net)
+        hypernet.copy_weights(args.init_from, net, base)
     net.to(device)  # moved last: random numbers of a GPU would be others
     net.connect(base, tokenizer)
     return net
@@ -603,35 +635,30 @@ def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapt
 
 
 def main() -> None:
-    args = parse_args(sys.argv[1:])
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args, settings = parse_args(sys.argv[1:])
     device, folder = model.pick_device(args.device), Path(args.out_dir)
-    if "RANK" in os.environ:  # torchrun
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)
-    elif args.shard:
+    process, n_processes = model.join_processes(device)
+    if args.shard and "RANK" not in os.environ:
         raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
-    if rank == 0 and not args.resume and folder.exists() and any(folder.iterdir()):
+    in_folder = {path.name for path in folder.glob("*")} - {"train.args", "metrics.jsonl"}  # of a run without state
+    if process == 0 and in_folder and not args.resume:
         raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
     torch.manual_seed(args.seed)
-    run = (prepare_recon if args.mode == "recon" else prepare)(args, device, rank, count)
-    n_drawn = min(args.tasks_per_batch or len(run.tasks), len(run.tasks))
-    if n_drawn % count:
-        message = f"a step has {n_drawn} tasks, which is no multiple of {count} processes"
-        raise UserError(f"{message}: choose --tasks_per_batch or --n_tasks")
-    if n_drawn < args.tasks_per_batch:
-        say(f"a step has all {n_drawn} tasks, fewer than --tasks_per_batch {args.tasks_per_batch}")
+    run = (prepare_recon if args.mode == "recon" else prepare)(args, device, process, n_processes)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     n_parameters = sum(p.numel() for p in run.net.parameters() if p.requires_grad)
-    where = f"on {count} x {where}, in {args.dtype}, into {folder}/"
+    where = f"on {n_processes} x {where}, in {args.dtype}, into {folder}/"
     say(f"{args.mode}: {n_parameters:,} parameters, {where}")
     try:
-        train(run, folder)
+        train(run, folder, settings)
     except KeyboardInterrupt:
         if (folder / "state.pt").exists():
-            say(f"\nto continue from the last state, as it was started: train.py --resume --out_dir {folder}")
+            resume = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
+            say(f"\nto continue from the last state, as it was started: {resume}")
+        else:
+            say(f"\nnothing is saved before step {args.val_every} (--val_every); the same command starts again")
         raise
-    if "RANK" in os.environ:
+    if n_processes > 1:
         gc.collect()  # DDP's reducer must not be the last to hold the group: freeing it may hang
         dist.destroy_process_group()
 

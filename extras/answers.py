@@ -22,8 +22,7 @@ def answer_file(base, tokenizer, content: dict) -> int:
     asked, longest = [], 1  # (entry, prompt)
     for entry in content["questions"]:
         if "answer" not in entry:
-            chat = model.chat(tokenizer, entry["question"].strip(), content["document"])
-            prompt = model.render(tokenizer, chat)
+            prompt = model.render(tokenizer, entry["question"].strip(), content["document"])
             n_tokens = len(model.tokenize(tokenizer, prompt))
             if n_tokens + ANSWER_TOKENS <= model.window_of(base):
                 asked.append((entry, prompt))
@@ -56,7 +55,7 @@ def main() -> None:
         raise UserError(f"{args.out_dir} is in use; choose another folder")
     splits = read_splits(args.folder)
     device = model.pick_device(args.device)
-    base, tokenizer = model.load_base(args.base_model, device)
+    base, tokenizer = model.load_base(model.resolve(args.base_model), device)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     n_left_out = 0
     for path in tqdm(paths.values(), desc="documents", unit="file"):

@@ -49,7 +49,7 @@ def main() -> None:
 
     out = check_output(args.out, ".gguf")
     adapter, config = lora.load_adapter(args.adapter)
-    base = AutoConfig.from_pretrained(model.source_of(args.base_model or config.base_model))
+    base = AutoConfig.from_pretrained(model.resolve(args.base_model or config.base_model))
     if base.model_type not in ARCHITECTURES:
         raise UserError(f"no GGUF adapters for {base.model_type}, but for {', '.join(ARCHITECTURES)}")
     architecture, permutes = ARCHITECTURES[base.model_type]
@@ -67,8 +67,10 @@ def main() -> None:
             key, last = name_map.get_name(path), path.split(".")[-1]
             if key is None:
                 raise UserError(f"llama.cpp has no name for {path} of {base.model_type}")
-            layer_B = permute(B[index], n_heads[last]) if permutes and last in n_heads else B[index]
-            writer.add_tensor(f"{key}.weight.lora_a", A[index].float().contiguous().numpy())  # [r, in]
+            layer_B = B[0, index]
+            if permutes and last in n_heads:
+                layer_B = permute(layer_B, n_heads[last])
+            writer.add_tensor(f"{key}.weight.lora_a", A[0, index].float().contiguous().numpy())  # [r, in]
             writer.add_tensor(f"{key}.weight.lora_b", layer_B.float().contiguous().numpy())  # [out, r]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

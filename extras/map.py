@@ -31,7 +31,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", default="map.png", help="the picture to write")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     generate.add_net_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.base_model = args.base_model and model.resolve(args.base_model)
+    return args
 
 
 def projection(x: Tensor) -> Tensor:
@@ -62,7 +64,8 @@ def main() -> None:
     check_output(args.out, ".png")
     torch.manual_seed(0)
     device = model.pick_device(args.device)
-    net = generate.load_net(args.hypernet, "descriptions", args, device)
+    folder = generate.net_folder(args, "descriptions")
+    net = generate.load_net(folder, "descriptions", args, device)
     if not hasattr(net, "embed_task"):
         raise UserError("the map is of Text-to-LoRA: this network has no task embedding")
     splits = load_tasks(args.tasks)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import hypernet
 import model
+from nets import d2l, rotary
 from support import UserError, command, make_parser, read_json
 
 FILES = ["hypermod.pt", "args.yaml", "adapter_config.json", "pytorch_model.bin"]
@@ -38,7 +39,7 @@ def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
     try:
         if (folder / "pytorch_model.bin").exists():
             content = read_pickle(folder / "pytorch_model.bin")
-            net_class, fields, weights = hypernet.DocToLoRA, doc_fields(content), doc_weights(content)
+            net_class, fields, weights = d2l.DocToLoRA, doc_fields(content), doc_weights(content)
         else:
             import yaml  # comes with transformers; nothing else needs it
 
@@ -49,7 +50,7 @@ def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
             fields = text_fields(peft, args, content, module_order or list(peft["target_modules"]))
             weights = our_weights(content, fields, args)
             is_rotary = fields["size"] == "small" and "rank_emb.0.weight" not in weights
-            net_class = Net if is_rotary else hypernet.TextToLoRA
+            net_class = rotary.Net if is_rotary else hypernet.TextToLoRA
         n_numbers = sum(tensor.numel() for tensor in weights.values())
         if n_numbers > MOST_NUMBERS:
             raise ValueError(f"that network would have {n_numbers:,} parameters")
@@ -65,28 +66,6 @@ def convert(folder: Path, module_order: list[str] | None = None) -> nn.Module:
     except Exception as e:  # broken files raise arbitrary exceptions
         raise UserError(f"{folder} is no published checkpoint{hint}: {e!r}") from None
     return net.eval()
-
-
-def rotate(x: Tensor, positions: int) -> Tensor:
-    """A copy of every row per rank, rotated by its position (RoPE, base 10000). [..., d] -> [..., r, d]"""
-    half = x.shape[-1] // 2
-    frequency = 10000 ** -(torch.arange(half, device=x.device) / half)
-    angle = torch.arange(positions, device=x.device)[:, None] * frequency  # [r, d/2]
-    x1, x2 = x[..., None, :half], x[..., None, half:]  # [..., 1, d/2]
-    return torch.cat([x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()], -1)
-
-
-class Net(hypernet.TextToLoRA):
-    """Small, of some published checkpoints: rank positions are rotations, not a table. mlp2(rotated x)"""
-
-    arch = "published"
-
-    def __init__(self, config: hypernet.TextConfig):
-        super().__init__(config)
-        del self.rank_emb
-
-    def add_ranks(self, x: Tensor) -> Tensor:
-        return self.mlp2(rotate(x, self.config.r))
 
 
 def make_targets(n_layers: int, in_features: dict[str, int], out_features: dict[str, int]) -> dict[str, dict]:
@@ -160,7 +139,7 @@ def text_fields(peft: dict, args: dict, weights: dict[str, Tensor], names: list[
     elif f"heads.{names[0]}.bias" not in weights:
         recon_loss = "z_score"
     return {
-        "base_model": peft["base_model_name_or_path"],
+        "base_model": model.resolve(peft["base_model_name_or_path"]),
         "n_layers": n_layers,
         "targets": make_targets(n_layers, in_features, out_features),
         "r": r,
@@ -244,7 +223,7 @@ def doc_fields(content: dict[str, Any]) -> dict[str, Any]:
     in_features, out_features = network.feature_sizes
     n_blocks = sum("encoder.layers" in key and key.endswith("q_proj.weight") for key in content)
     return {
-        "base_model": content["base_model_name_or_path"],
+        "base_model": model.resolve(content["base_model_name_or_path"]),
         "n_layers": len(network.layer_indices),
         "targets": make_targets(len(network.layer_indices), in_features, out_features),
         "r": r,

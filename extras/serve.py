@@ -14,8 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers import AutoConfig
-
 import generate
 import lora
 import model
@@ -39,19 +37,17 @@ class Writer:
         async with self.lock:
             if not folder.exists() and len(list(self.folder.glob("*"))) < MOST:
                 adapter = await asyncio.to_thread(self.net, [text])
-                lora.save_adapter(folder, lora.select(adapter, 0), self.net.config)
+                lora.save_adapter(folder, adapter, self.net.config)
         return str(folder) if folder.exists() else None
 
 
 def served_template(tokenizer) -> str:
     """The chat template with which vLLM renders prompts as they were in training (`model.render`)."""
     head = f"{{%- set date_string = '{model.DAY}' %}}{{%- set enable_thinking = false %}}"
-    takes_system, before, _ = model.marks_of(tokenizer)
-    if takes_system:
+    if model.turn_of(tokenizer).system:
         empty = "{%- set messages = [{'role': 'system', 'content': ''}] + messages %}"
         head += "{%- if messages[0].role != 'system' %}" + empty + "{%- endif %}"
-    marks = "{%- if add_generation_prompt %}" + before.rstrip() + "{%- endif %}"
-    return model.FIXED_DAY + head + tokenizer.get_chat_template() + marks
+    return model.FIXED_DAY + head + tokenizer.get_chat_template()
 
 
 def main() -> None:
@@ -61,12 +57,13 @@ def main() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-    net = generate.load_net(args.hypernet, "descriptions", args, "cpu").requires_grad_(False)
+    served, args.base_model = args.base_model, args.base_model and model.resolve(args.base_model)
+    folder = generate.net_folder(args, "descriptions")
+    net = generate.load_net(folder, "descriptions", args, "cpu").requires_grad_(False)
     if net.config.instruction:
         raise UserError("this network was trained with the description in the prompt, too")
     name = args.base_model or net.config.base_model
-    shape = lora.base_shape(AutoConfig.from_pretrained(model.source_of(name)))
-    model.check_base(name, shape, net.config.base_model, net.config.base_shape)
+    model.check_base(model.load_shapes(name), net.config)
     tokenizer = model.load_tokenizer(name)
     net.connect(model.load_base(name)[0] if net.config.encoder == "base" else None, tokenizer)
 
@@ -83,7 +80,7 @@ def main() -> None:
         ranks = [rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= net.config.r]
         if not ranks:
             raise UserError(f"vLLM takes adapters up to rank 512, not {net.config.r}")
-        sys.argv = ["vllm", "--model", tokenizer.name_or_path, "--served-model-name", net.config.base_model]
+        sys.argv = ["vllm", "--model", name, "--served-model-name", served or name]
         sys.argv += ["--enable-lora", "--max-lora-rank", str(ranks[0]), "--chat-template", str(template)]
         sys.argv += ["--host", "127.0.0.1"] + of_vllm  # of two --host the last one counts
         runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import generate
+import hypernet
 import lora
 import model
 from support import UserError, command, make_parser, read_json
@@ -25,21 +26,23 @@ MOST_LINES, MOST_LETTERS = 32, 20_000  # of what a visitor may type
 def parse_args() -> argparse.Namespace:
     """The flags."""
     parser = make_parser(__doc__)
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer (default: 64)")
     parser.add_argument("--port", type=int, default=7860, help="port of this machine")
     generate.add_model_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.base_model = args.base_model and model.resolve(args.base_model)
+    return args
 
 
 def load_nets(args, device) -> list:
     """The hypernetwork of --hypernet, or those that are shipped: one for descriptions, one for documents."""
-    nets, errors = [], []
-    for reads in ("descriptions", "documents"):
-        try:
-            nets.append(generate.load_net(args.hypernet, reads, args, device))
-        except UserError as e:
-            errors.append(e)
-    if not nets:
-        raise errors[0]
+    if args.hypernet:
+        reads = hypernet.load_hypernet(model.fetch(args.hypernet, hypernet.FILES)).reads
+        return [generate.load_net(args.hypernet, reads, args, device)]
+    nets = [generate.load_net(generate.net_folder(args, "descriptions"), "descriptions", args, device)]
+    folder = generate.shipped_hypernet(args.base_model or model.TINY, "documents")
+    if folder:
+        nets.append(generate.load_net(folder, "documents", args, device))
     return nets
 
 
@@ -68,13 +71,12 @@ def main() -> None:
             try:
                 model.check_known(tokenizer, questions + ([text] if net.reads == "documents" else []))
                 adapters, milliseconds = generate.write_adapters(net, [text], base)
-                adapter, scaling = lora.select(adapters, 0), net.config.scaling
                 answers = []
-                for its_adapter in ({}, adapter):
-                    said = generate.ask(base, tokenizer, questions, its_adapter, scaling, instruction, args)
-                    answers.append(said)
+                scaling = net.config.scaling
+                for its in ({}, adapters):
+                    answers.append(generate.ask(base, tokenizer, questions, its, scaling, instruction, args))
                 archive = Path(folder.name, net.reads, "adapter.zip")
-                lora.save_adapter(archive.with_suffix(""), adapter, net.config)
+                lora.save_adapter(archive.with_suffix(""), adapters, net.config)
                 shutil.make_archive(str(archive.with_suffix("")), "zip", archive.with_suffix(""))
             except UserError as e:
                 raise gradio.Error(html.escape(str(e)), print_exception=False) from None
@@ -90,7 +92,8 @@ def main() -> None:
         results = [table, gradio.Markdown(), gradio.File(label="The adapter, as PEFT loads it")]
         net.connect(base, tokenizer)
         function = partial(answer, net)
-        file = Path(lora.TINY).parent / model.preset_of(net.config.base_model) / "examples.json"
+        presets = {model.resolve(preset): preset for preset in model.PRESETS}
+        file = Path(model.TINY).parent / presets.get(net.config.base_model, "") / "examples.json"
         examples = read_json(file).get(net.reads) if file.exists() else None
         settings = dict(examples=examples, flagging_mode="never", api_name=title.lower())
         tabs[title] = gradio.Interface(function, boxes, results, submit_btn="Write an adapter", **settings)

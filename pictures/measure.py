@@ -29,7 +29,7 @@ def measure(
         example = None
         if with_example:
             example = torch.cat(pictures.draw_pairs([edit] * 8, rng), -1).to(source.device)
-        with lora.use(base, lora.select(adapters, i), scaling):
+        with lora.use(base, lora.select(adapters, [i]), scaling):
             images = pictures.sample(base, source, example).cpu().numpy()
         for scene, image in zip(scenes, images):
             right = apply(edit, scene)

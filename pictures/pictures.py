@@ -195,11 +195,10 @@ def make_trained(mode: str, base: Transformer) -> nn.Module:
     config = lora.config_for(base, "pictures", r=4, alpha=8.0)
     if mode != "hypernet":
         return lora.LoRABank(config, len(TEST) if mode == "oracles" else 1)
-    settings = dict(latent_size=96, head_in_size=64, dropout=0.0, input_dropout=0.2)
+    settings = dict(encoder="hash", latent_size=96, head_in_size=64, dropout=0.0, input_dropout=0.2)
     net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), **settings, input_size=model.HASH_WIDTH))
     net.start_as_lora()
     net.offset.requires_grad_(False)  # LoRA's initialisation stays
-    net.connect(None, None)  # its text encoder needs no model
     return net
 
 
@@ -239,6 +238,8 @@ def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
     torch.manual_seed(0)
     base = Transformer().to(device) if mode == "base" else load_base(folder, device)
     trained = make_trained(mode, base).to(device)
+    if mode == "hypernet":
+        trained.connect(None, None)  # its text encoder needs no model
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,7 +247,7 @@ def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
     if state.exists():
         saved = torch.load(state, map_location="cpu", weights_only=True)
         first = saved["step"]
-        if first >= steps:
+        if first > steps:
             raise UserError(f"--steps {steps}: the run in {folder} has done {first} steps")
         trained.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])

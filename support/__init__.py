@@ -28,15 +28,15 @@ def command(main) -> None:
         message = " ".join(str(e).split())[:500]  # some libraries write pages
         if not isinstance(e, UserError):
             message = f"{type(e).__name__}: {message}"
-        rank = os.environ.get("RANK", "0")
-        print("error:" if rank == "0" else f"error in process {rank}:", message, file=sys.stderr)
+        process = os.environ.get("RANK", "0")  # torchrun's name for the number of a process
+        print("error:" if process == "0" else f"error in process {process}:", message, file=sys.stderr)
         sys.exit(2)
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str, **settings) -> argparse.ArgumentParser:
     """argparse, with the docstring of a command as it is written."""
-    layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=layout, allow_abbrev=False)
+    settings |= dict(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(allow_abbrev=False, **settings)
 
 
 def say(message: str) -> None:

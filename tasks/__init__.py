@@ -25,6 +25,8 @@ def load_tasks(source: str | Path) -> Splits:
     """The tasks of a source, `tasks/SOURCE.py`, or of a folder of task files, by split."""
     name = str(source).replace("-", "_")
     if name in SOURCES:
+        also = f"--tasks {source} is a source in tasks/ and a folder here; write ./{source} for the folder"
+        expect(not Path(source).is_dir(), also)
         return importlib.import_module(f"tasks.{name}").load()
     known = f"neither {', '.join(SOURCES)} nor a folder of task files"
     expect(Path(source).is_dir(), f"--tasks {source}: {known}")

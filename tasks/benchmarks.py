@@ -15,9 +15,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlencode
@@ -25,7 +24,7 @@ from urllib.parse import urlencode
 from tqdm import tqdm
 
 from data import Example, Splits, Task
-from support import UserError, read_json, write_file
+from support import UserError, read_json, say, write_file
 from tasks.download import cache_folder, download
 
 ROWS_SERVICE = "https://datasets-server.huggingface.co/rows"
@@ -197,7 +196,7 @@ def run_program(program: str, seconds: int = 10) -> bool:
 
 
 class Spec(NamedTuple):
-    """Where the records of a benchmark are, and what to do with them."""
+    """Where the records of a benchmark are, and how eval.py asks and scores them."""
 
     dataset: str
     config: str
@@ -207,31 +206,6 @@ class Spec(NamedTuple):
     metric: Callable[[Example, str], bool] = first_character
     most_tokens: int = 8  # of an answer
     start: Callable[[Example], str] = no_start  # of the answer, given
-
-
-@dataclass
-class Benchmark(Task):
-    """A benchmark as a task: all test examples, each with three descriptions, as published."""
-
-    spec: Spec | None = None
-
-    def asked(self, texts: Sequence[str], n: int | None) -> list[tuple[int, str]]:
-        """Each example with three of the texts."""
-        n = len(self.test[:n])
-        return [(i, text) for i in range(n) for text in texts[:3]]
-
-    def instruction(self, text: str) -> str:
-        """Nothing: the inputs say what to do."""
-        return ""
-
-    def start(self, example: Example) -> str:
-        return self.spec.start(example)
-
-    def most_tokens(self, tokenizer, example: Example) -> int:
-        return self.spec.most_tokens
-
-    def is_right(self, example: Example, answer: str, ended: bool, contains: bool = False) -> bool:
-        return self.spec.metric(example, answer)
 
 
 BENCHMARKS = {
@@ -271,7 +245,7 @@ def load_records(name: str) -> list[dict]:
     return records
 
 
-def benchmark_task(name: str) -> Benchmark:
+def benchmark_task(name: str) -> Task:
     """One benchmark as a task: all records, shuffled, to test on, and four of them as shots."""
     spec, records, test, shots = BENCHMARKS[name], load_records(name), [], []
     random.Random(0).shuffle(records)
@@ -279,37 +253,38 @@ def benchmark_task(name: str) -> Benchmark:
         example, shown = spec.to_example(record)
         test.append(example)
         shots.append(Example(example.input, [shown]))
-    return Benchmark(name, read_json(TEXTS)["descriptions"][name], shots[-4:], test, spec=spec)
+    return Task(name, read_json(TEXTS)["descriptions"][name], shots[-4:], test)
 
 
-def names_in(tasks: str, run_code: bool) -> list[str]:
-    """The benchmarks that --tasks names; [] if it names another source.
+def specs_of(tasks: str, run_code: bool) -> dict[str, Spec]:
+    """{name: spec} of the benchmarks that --tasks names; {} if it names another source.
 
     Without run_code those that run code are left out. Raises UserError for unknown names, or if none is left.
     """
     names = list(BENCHMARKS) if tasks == "benchmarks" else tasks.split(",")
     unknown = [name for name in names if name not in BENCHMARKS]
     if len(unknown) == len(names):
-        return []
+        return {}
     if unknown:
         raise UserError(f"--tasks {tasks}: there is no benchmark {', '.join(unknown)}")
+    specs = {name: BENCHMARKS[name] for name in names}
     if run_code:
-        return names
-    without_code = [name for name in names if BENCHMARKS[name].metric is not passes_tests]
+        return specs
+    without_code = {name: spec for name, spec in specs.items() if spec.metric is not passes_tests}
     if not without_code:
         raise UserError(f"{tasks} is scored by running code that the model writes: pass --run_code")
-    if len(without_code) < len(names):
-        print("without --run_code there are no scores for humaneval and mbpp")
+    if len(without_code) < len(specs):
+        say("without --run_code there are no scores for humaneval and mbpp")
     return without_code
 
 
-def beside_published(results: dict[str, dict[str, float]], preset: str) -> dict[str, dict[str, float]]:
+def beside_published(results: dict[str, dict[str, float]], base_model: str) -> dict[str, dict[str, float]]:
     """Scores {method: {benchmark: score}} with their averages, and the paper's for the same base model."""
     table = {}
     for method, scores in results.items():
         table[method] = scores | {"average": statistics.fmean(scores.values())}
     all_measured = all(len(scores) == len(BENCHMARKS) for scores in results.values())
-    for method, percents in read_json(TEXTS)["published"].get(preset, {}).items():
+    for method, percents in read_json(TEXTS)["published"].get(base_model, {}).items():
         measured = {name for scores in results.values() for name in scores}
         if all_measured:  # otherwise the averages are not comparable
             measured.add("average")
@@ -319,6 +294,6 @@ def beside_published(results: dict[str, dict[str, float]], preset: str) -> dict[
     return table
 
 
-def load(names: list[str] = list(BENCHMARKS)) -> Splits:
-    """The benchmarks, all of them in the split "test"."""
+def load(names: list[str]) -> Splits:
+    """These benchmarks, all of them in the split "test"."""
     return {"train": [], "val": [], "test": [benchmark_task(name) for name in names]}

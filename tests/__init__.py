@@ -1,0 +1,5 @@
+"""Tests never ask the hub."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

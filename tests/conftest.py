@@ -13,6 +13,7 @@ from torch import nn
 import hypernet
 import lora
 import model
+from nets import d2l
 from tasks import download, load_tasks, tiny
 from tests.helpers import TINY, config_for, needs_gpu, random_adapter, small_config, tiny_llama
 
@@ -39,10 +40,10 @@ def one_thread():
 def reader(tmp_path_factory) -> Path:
     """A random Doc-to-LoRA hypernetwork for the tiny base, in its folder."""
     torch.manual_seed(0)
-    base, _ = model.load_base("tiny")
-    config = config_for(base, ["down_proj"], "tiny", alpha=2 * 8**2)
+    base, _ = model.load_base(model.TINY)
+    config = config_for(base, ["down_proj"], model.TINY, alpha=2 * 8**2)
     sizes = dict(input_size=128, latent_size=32, n_blocks=1, n_heads=4, chunk_len=6)
-    net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(config) | sizes))
+    net = d2l.DocToLoRA(d2l.DocConfig(**vars(config) | sizes))
     for p in [*net.scaler.values(), *net.bias.values()]:
         nn.init.normal_(p, std=0.2)
     folder = tmp_path_factory.mktemp("reader")
@@ -74,8 +75,8 @@ def places(tmp_path_factory, reader) -> dict[str, Path]:
     """Folders and files with which commands go wrong."""
     tmp = tmp_path_factory.mktemp("mistakes")
     tiny_llama(vocab_size=len(tiny.VOCABULARY)).save_pretrained(tmp / "base")
-    model.load_base("tiny")[1].save_pretrained(tmp / "base")
-    net = hypernet.TextToLoRA(small_config("small", base_model="base", input_size=8192))
+    model.load_base(model.TINY)[1].save_pretrained(tmp / "base")
+    net = hypernet.TextToLoRA(small_config("small", base_model=str(tmp / "base"), input_size=8192))
     hypernet.save_hypernet(net, tmp / "other")
     task = {"Definition": ["Swap."], "Instances": [{"input": "Paris Rome", "output": ["Rome Paris"]}]}
     question = {"document": "cat lamp <eos>", "questions": [{"question": "cat"}]}
@@ -85,6 +86,7 @@ def places(tmp_path_factory, reader) -> dict[str, Path]:
         "tasks/swap.json": json.dumps(task),
         "open/a.json": json.dumps(question),
         "cut/train.args": "--mode sft\n",
+        "mine.json": '{"a": ["do it"]}',
     }
     for file, text in texts.items():
         (tmp / file).parent.mkdir(exist_ok=True)
@@ -94,4 +96,4 @@ def places(tmp_path_factory, reader) -> dict[str, Path]:
     lora.save_adapter(tmp / "oracles" / name, random_adapter(config), config)
     own = dict(base=tmp / "base", other=tmp / "other", foreign=tmp / "foreign", reader=reader)
     own["adapter"] = tmp / "oracles" / name
-    return own | dict(tmp=tmp, note=tmp / "note.txt", net=TINY / "sft_large")
+    return own | dict(tmp=tmp, note=tmp / "note.txt", mine=tmp / "mine.json", net=TINY / "sft_large", tiny=TINY)

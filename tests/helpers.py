@@ -24,7 +24,8 @@ import train
 from support import UserError, read_json
 from tasks import chores, facts, tiny
 
-HERE, TINY = Path(__file__).parents[1], Path(lora.TINY)
+HERE, TINY = Path(__file__).parents[1], Path(model.TINY)
+SIZES = ("large", "medium", "small")
 NAMES, SCALING = ["q_proj", "v_proj"], 16 / 8**0.5
 DESC = "Keep only the animals and translate them into French."
 SAY = ["--desc", DESC]
@@ -39,12 +40,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 
 for source in (tiny, facts, chores):
     source.load = functools.cache(source.load)  # making the tasks takes a second
-read_base, read_tiny = model.load_base, functools.cache(functools.partial(model.load_base, "tiny"))
+read_base, read_tiny = model.load_base, functools.cache(functools.partial(model.load_base, model.TINY))
 
 
 def load_base(name: str, device="cpu", dtype: torch.dtype | None = None):
     """As model.load_base, but the tiny base model is read once, and copied for each use."""
-    if name == "tiny" and torch.device(device).type == "cpu":
+    if name == model.TINY and torch.device(device).type == "cpu":
         return copy.deepcopy(read_tiny(dtype=dtype))
     return read_base(name, device, dtype)
 
@@ -84,12 +85,12 @@ def config_for(base: nn.Module, names=NAMES, base_model: str = "x", **settings) 
     return lora.config_for(base, base_model, **settings)
 
 
-def random_adapter(config: lora.LoRAConfig, *batch: int, r: int = 8) -> lora.Adapter:
-    """An adapter of small random weights, A [*batch, L, r, in] and B [*batch, L, out, r] of each module."""
+def random_adapter(config: lora.LoRAConfig, n: int = 1, r: int = 8) -> lora.Adapter:
+    """n adapters of small random weights."""
     adapter = {}
     for name, target in config.targets.items():
-        A = torch.randn(*batch, len(target.layers), r, target.n_in) * 0.1
-        B = torch.randn(*batch, len(target.layers), target.n_out, r) * 0.1
+        A = torch.randn(n, len(target.layers), r, target.n_in) * 0.1
+        B = torch.randn(n, len(target.layers), target.n_out, r) * 0.1
         adapter[name] = (A, B)
     return adapter
 
@@ -118,7 +119,7 @@ def small_config(size: str, **changes) -> hypernet.TextConfig:
     targets = {}
     for name, n_out in (("q_proj", 10), ("v_proj", 6)):
         targets[name] = lora.Target(f"model.layers.{{}}.self_attn.{name}", [0, 1, 2], 10, n_out)
-    sizes = dict(targets=targets, n_layers=3, r=4, input_size=7, latent_size=24, head_in_size=20, size=size)
+    sizes = dict(encoder="hash", targets=targets, n_layers=3, r=4, input_size=7, latent_size=24, head_in_size=20, size=size)
     return hypernet.TextConfig(**sizes | changes)
 
 
@@ -134,15 +135,26 @@ def command(module, *words) -> int:
 
 def run_of(*words, device="cpu") -> train.Run:
     """What train.py prepares for these flags."""
-    args = train.parse_args([*map(str, words), "--out_dir", "unused"])
+    args, _ = train.parse_args([*map(str, words), "--out_dir", "unused"])
     return train.prepare(args, torch.device(device), 0, 1)
+
+
+def drawn_in(run: train.Run, step: int) -> list[data.Drawn]:
+    """What a step of a run draws."""
+    return data.draw(run.tasks, run.pool, step, run.args, run.tokenizer)
+
+
+def drawn_as(run: train.Run, i: int, text: str, examples: list[data.Example]) -> data.Drawn:
+    """Task i with a text and examples that a test has chosen."""
+    ids = [data.example_ids(run.tokenizer, run.tasks[i], text, example, run.args) for example in examples]
+    return data.Drawn(i, text, ids)
 
 
 def gradients(run: train.Run, step: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss and the gradients that a training step leaves in the network."""
     run.net.zero_grad()
     torch.manual_seed(0)
-    losses = train.sft_step(run, run.net, data.draw(run.tasks, step, run.args, run.tokenizer))
+    losses = train.sft_step(run, run.net, drawn_in(run, step))
     return sum(losses.values()), [p.grad.clone() for p in run.net.parameters()]
 
 

@@ -5,16 +5,16 @@ import re
 
 import torch
 
-import data
 import generate
 import hypernet
 import lora
 import model
 import train
 from extras import answers
+from nets import d2l
 from support import read_json, write_file
 from tasks import load_tasks
-from tests.helpers import D2L, close, command, evaluate, fit, logits_of, repeated, run_of, tiny_llama
+from tests.helpers import D2L, close, command, drawn_as, evaluate, fit, logits_of, repeated, run_of, tiny_llama
 
 
 def test_the_perceivers_size():
@@ -23,35 +23,37 @@ def test_the_perceivers_size():
     sizes = dict(n_layers=26, targets=targets, input_size=2304)
     for changes, n in ({"n_blocks": 8}, 309_468_064), ({}, 315_237_792), ({"early_exit": True}, 315_340_192):
         with torch.device("meta"):
-            net = hypernet.DocToLoRA(hypernet.DocConfig(**sizes, **changes))
+            net = d2l.DocToLoRA(d2l.DocConfig(**sizes, **changes))
         assert sum(p.numel() for p in net.parameters()) == n
 
 
 def test_queries_are_in_the_published_order():
     """That of the modules' names, whatever order --target_modules has."""
     targets = {name: lora.Target("", [0], 8, 8) for name in ("up_proj", "down_proj")}
-    net = hypernet.DocToLoRA(hypernet.DocConfig(n_layers=1, targets=targets, input_size=8, n_blocks=1))
+    net = d2l.DocToLoRA(d2l.DocConfig(n_layers=1, targets=targets, input_size=8, n_blocks=1))
     assert net.names == ["down_proj", "up_proj"]
 
 
 def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch):
     """Neither the other documents of a batch, nor how many chunks are read at once, nor their order."""
-    parts = hypernet.split_document(list(range(1200)), 500)
+    parts = d2l.split_document(list(range(1200)), 500)
     assert [len(part) for part in parts] == [400, 400, 400] and sum(parts, []) == list(range(1200))
-    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base("tiny")
+    net, (base, tokenizer) = hypernet.load_hypernet(reader), model.load_base(model.TINY)
     lora.inject(base, net.names)
     texts = ["cat -> red", "dog -> blue horse chair\nbird hat lemon apple sun", "hat -> sun moon tree"]
 
     net.connect(base, tokenizer)
-    chunks, counts = hypernet.split_documents(net.config, texts, tokenizer)
+    chunks, counts = d2l.split_documents(net.config, texts, tokenizer)
     assert len(chunks) == sum(counts) and counts[1] > 1
-    tokenizer.chat_template = "{% for m in messages %}horse {{ m.content }} ->{% endfor %}"
-    model.marks_of.cache_clear()
-    begins = model.tokenize(tokenizer, model.around_document(tokenizer)[0])
-    split, _ = hypernet.split_documents(net.config, texts, tokenizer)
+    user, answer = "horse {{ m.content }} ->", "{{ m.content }}<eos>"
+    turn = "{% if m.role == 'assistant' %}" + answer + "{% else %}" + user + "{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    model.turn_of.cache_clear()
+    begins = model.tokenize(tokenizer, d2l.around_document(tokenizer)[0])
+    split, _ = d2l.split_documents(net.config, texts, tokenizer)
     assert begins and all(chunk[: len(begins)] == begins for chunk in split)  # later chunks, too
     tokenizer.chat_template = model.PLAIN_TEMPLATE
-    model.marks_of.cache_clear()
+    model.turn_of.cache_clear()
     assert {chunk[-1] for chunk in chunks} == set(model.tokenize(tokenizer, "->"))  # a turn each
 
     def delta(documents):
@@ -70,9 +72,9 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
     sizes = [train.weight_size(lora.select(net(texts[i : i + 1]), slice(None)), torch.abs) for i in range(3)]
     close(train.weight_size(net(texts), torch.abs), sum(sizes) / 3, 1e-4)
     with monkeypatch.context() as patch:
-        patch.setattr(hypernet, "TOKENS_READ_AT_ONCE", 1)
-        reads, real = [], hypernet.read_chunks
-        patch.setattr(hypernet, "read_chunks", lambda *a: reads.append(1) or real(*a))
+        patch.setattr(d2l, "TOKENS_READ_AT_ONCE", 1)
+        reads, real = [], d2l.read_chunks
+        patch.setattr(d2l, "read_chunks", lambda *a: reads.append(1) or real(*a))
         close(net(texts)["down_proj"][0], A)
         assert len(reads) == len(chunks)
     net.start_as_lora()
@@ -83,9 +85,9 @@ def test_how_a_document_is_read_does_not_change_its_adapter(reader, monkeypatch)
 def test_early_exit_is_after_a_quarter_of_the_layers():
     base, ids = tiny_llama(num_hidden_layers=8), torch.randint(160, (2, 5))
     states = base.model(ids, output_hidden_states=True).hidden_states  # input of each layer, output
-    early = model.hidden_states(base, ids, None, early_exit=True)
+    early = d2l.hidden_states(base, ids, None, early_exit=True)
     close(early, base.model.norm(states[2]))
-    every = model.hidden_states(base, ids, None)  # after an early exit, too
+    every = d2l.hidden_states(base, ids, None)  # after an early exit, too
     close(every[:, :7], torch.stack(states[:7], 1))
     close(every[:, 7], base.model.norm(states[7]))
 
@@ -114,9 +116,9 @@ def test_a_document_is_read_once_and_answered_from_the_weights(tmp_path, capsys)
     both = ["--doc", tmp_path / "cat.txt", "--doc", tmp_path / "dog.txt"]  # one adapter
     assert command(generate, *both, "--hypernet", net, "--out", tmp_path / "both") == 0
     assert lora.load_adapter(tmp_path / "both")[0]["down_proj"][0].shape[-2] == 2 * 7  # six chunks, a bias
-    words = ["--tasks", docs, "--split", "train", "--hypernet", net, "--methods", "base,t2l,t2l_shuffled"]
+    words = ["--tasks", docs, "--split", "train", "--hypernet", net, "--methods", "base,net,net_shuffled"]
     results = evaluate(tmp_path / "e.json", *words)
-    assert [results[k]["mean"] for k in ("base", "t2l", "t2l_shuffled")] == [0, 1, 0]
+    assert [results[k]["mean"] for k in ("base", "net", "net_shuffled")] == [0, 1, 0]
 
 
 def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in_its_prompt(reader):
@@ -125,7 +127,7 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     run.net = hypernet.load_hypernet(reader)
     run.net.connect(run.base, run.tokenizer)
     document, example = run.tasks[0].descriptions[0], run.tasks[0].train[0]
-    loss = train.sft_step(run, run.net, [data.Drawn(0, document, [example])])["task"]
+    loss = train.sft_step(run, run.net, [drawn_as(run, 0, document, [example])])["task"]
     written = run.net([document])
     logprobs = []
     for instruction, adapter in ((document, {}), ("", written)):
@@ -137,7 +139,7 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     close(loss, expected, 1e-4)
     assert expected > 0.1
     run.args.distill = 10**6  # more than the base model has tokens
-    assert train.sft_step(run, run.net, [data.Drawn(0, document, [example])])["task"].isfinite()
+    assert train.sft_step(run, run.net, [drawn_as(run, 0, document, [example])])["task"].isfinite()
 
 
 def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path, capsys):
@@ -149,8 +151,8 @@ def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path,
     write_file(folder / "splits.json", {"train": ["a", "long"], "val": ["b"]})
     words = [folder, out, "--base_model", "tiny"]
     assert command(answers, *words) == 0 and "left out: 1 questions" in capsys.readouterr().out
-    base, tokenizer = model.load_base("tiny")
-    prompt = model.render(tokenizer, model.chat(tokenizer, "cat", "cat -> red <eos>"))
+    base, tokenizer = model.load_base(model.TINY)
+    prompt = model.render(tokenizer, "cat", "cat -> red <eos>")
     (said,), _ = model.answer(base, tokenizer, [prompt], 64)
     content = read_json(out / "a.json")
     assert content["questions"] == [{"question": "cat", "answer": said.strip()}, known]

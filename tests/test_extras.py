@@ -24,9 +24,10 @@ import hypernet
 import lora
 import model
 import train
-from extras import doc_page, linear, one_page, serve, web
+from extras import doc_page, one_page, serve, web
 from extras import gguf as converter
 from extras import map as mapping
+from nets import linear
 from support import read_json, write_file
 from tests.helpers import (
     DESC,
@@ -37,6 +38,7 @@ from tests.helpers import (
     close,
     command,
     config_for,
+    drawn_as,
     fit,
     needs_time,
     random_adapter,
@@ -91,7 +93,7 @@ def test_its_first_losses_are_those_of_train(monkeypatch):
     seen, texts = first_steps(one_page, one_page.TextToLoRA, run, monkeypatch)
     optimizer = train.make_optimizer(run.net, run.args)
     for step, (examples, loss) in enumerate(seen):
-        drawn = [data.Drawn(0, text, [example]) for text, example in zip(texts[step], examples)]
+        drawn = [drawn_as(run, 0, text, [example]) for text, example in zip(texts[step], examples)]
         follow(run, optimizer, step, drawn, loss)
 
 
@@ -129,7 +131,7 @@ def test_the_shipped_reader_loads_into_its_page_and_its_first_losses_are_those_o
     optimizer = train.make_optimizer(run.net, run.args)
     for step, (examples, loss) in enumerate(seen):
         asked = iter(examples)
-        drawn = [data.Drawn(0, text, list(islice(asked, doc_page.QUESTIONS))) for text in read[step]]
+        drawn = [drawn_as(run, 0, text, list(islice(asked, doc_page.QUESTIONS))) for text in read[step]]
         follow(run, optimizer, step, drawn, loss)
 
 
@@ -143,7 +145,7 @@ def follow(run: train.Run, optimizer, step: int, drawn: list[data.Drawn], loss: 
     optimizer.step()
 
 
-# -------------------- A new network: extras/linear.py --------------------
+# -------------------- A new network: nets/linear.py --------------------
 
 
 def test_a_new_network_is_trained_both_ways_and_used(tmp_path):
@@ -211,20 +213,19 @@ def test_a_description_is_the_name_of_its_adapter(stand_in, monkeypatch):
         assert stand_in.found[name] is None
     for text in texts:
         adapter, _ = stand_in.found[f"t2l: {text}"]
-        close(adapter["q_proj"], lora.select(net([text]), 0)["q_proj"])
+        close(adapter["q_proj"], net([text])["q_proj"])
     assert not stand_in.folder.exists()  # it went with the server
 
 
 def test_prompts_are_those_of_training():
-    tokenizer = model.load_base("tiny")[1]
-    said = "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}{{ m.content }}"
+    tokenizer = model.load_base(model.TINY)[1]
     dated = "{{ strftime_now('%d') }}{{ date_string }}{{ enable_thinking }}" + CHATML
-    for template in (tokenizer.chat_template, dated, CHATML.replace("\n{{ m.content }}", "\n" + said)):
+    for template in (tokenizer.chat_template, dated):
         tokenizer.chat_template = template
         asked = [{"role": "user", "content": "cat dog"}]
         settings = dict(add_generation_prompt=True, tokenize=False)
         settings["chat_template"] = serve.served_template(tokenizer)
-        ours = model.render(tokenizer, model.chat(tokenizer, "cat dog"))
+        ours = model.render(tokenizer, "cat dog")
         assert tokenizer.apply_chat_template(asked, **settings) == ours
 
 
@@ -257,12 +258,12 @@ def test_the_file_holds_the_adapter(tmp_path, capsys, make, permuted):
     for name, (A, B) in adapter.items():
         for layer in range(2):
             key = f"blk.{layer}.{names[name]}.weight.lora"
-            ours, rank = B[layer], A.shape[-2]
+            ours, rank = B[0, layer], A.shape[-2]
             if permuted and name in ("q_proj", "k_proj"):  # llama.cpp rotates neighbours, transformers halves
                 heads = ours.view(-1, 2, 4, rank)  # [heads, half, place in it, r]
                 ours = torch.stack([heads[:, 0], heads[:, 1]], 2).reshape(-1, rank)
             theirs = alpha / rank * tensors[f"{key}_b"] @ tensors[f"{key}_a"]
-            torch.testing.assert_close(theirs, config.scaling * ours @ A[layer], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(theirs, config.scaling * ours @ A[0, layer], rtol=1e-4, atol=1e-5)
     GPTNeoXConfig(num_hidden_layers=2).save_pretrained(tmp_path / "base")
     assert command(converter, tmp_path / "adapter", tmp_path / "b.gguf") == 2
     assert "no GGUF adapters for gpt_neox, but for llama" in capsys.readouterr().err

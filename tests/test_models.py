@@ -8,18 +8,19 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-import data
 import hypernet
 import lora
 import model
 import train
 from data import Example, Task
+from nets import d2l
 from support import read_json, write_file
 from tests.helpers import (
     NAMES,
     SCALING,
     close,
     config_for,
+    drawn_as,
     logits_of,
     one_layer,
     random_adapter,
@@ -178,11 +179,11 @@ def test_adapters_on_layers_that_differ(tmp_path, family):
     plain = base(ids).logits
     together = logits_of(base, ids, batch)
     for row in range(2):
-        alone = logits_of(base, ids[row : row + 1], lora.select(batch, row))
+        alone = logits_of(base, ids[row : row + 1], lora.select(batch, [row]))
         close(alone[0], together[row], 1e-4, 1e-4)
     assert (together - plain).abs().max() > 0.01
 
-    first = lora.select(batch, 0)
+    first = lora.select(batch, [0])
     lora.save_adapter(tmp_path, first, config)
     again, config_again = lora.load_adapter(tmp_path)
     assert config_again.targets == config.targets
@@ -207,24 +208,24 @@ def test_networks_write_for_layers_that_differ(family, reads, args):
     """One step of SFT: every parameter gets a gradient, the adapters fit the base model."""
     *attention, down = targets_of(family)
     names = attention if reads == "descriptions" else [down]
-    base, tokenizer = random_base(family), model.load_base("tiny")[1]
+    base, tokenizer = random_base(family), model.load_base(model.TINY)[1]
     config = config_for(base, names, r=2)
     lora.inject(base, names)
     model.recompute_layers(base)
     if reads == "descriptions":
-        sizes = dict(input_size=8192, latent_size=16, head_in_size=8, size="medium")
+        sizes = dict(encoder="hash", input_size=8192, latent_size=16, head_in_size=8, size="medium")
         net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config) | sizes))
     else:
         sizes = dict(input_size=32, latent_size=16, n_blocks=1, n_heads=4, chunk_len=9)
         sizes["early_exit"] = family == "llama"
-        net = hypernet.DocToLoRA(hypernet.DocConfig(**vars(config) | sizes))
+        net = d2l.DocToLoRA(d2l.DocConfig(**vars(config) | sizes))
         for p in net.bias.values():
             nn.init.normal_(p, std=0.1)
     examples = [Example(f"in {i}", [f"out {i}"]) for i in range(2)]
     tasks = [Task(str(i), [f"do this {i}"], examples, []) for i in range(2)]
     run = train.Run(args, torch.device("cpu"), 0, 1, tasks, [], base, tokenizer, net)
     net.connect(base, tokenizer)
-    drawn = [data.Drawn(i, task.descriptions[0], examples) for i, task in enumerate(tasks)]
+    drawn = [drawn_as(run, i, task.descriptions[0], examples) for i, task in enumerate(tasks)]
     train.sft_step(run, net, drawn)
     for name, p in net.named_parameters():
         assert p.grad.isfinite().all(), name
@@ -260,5 +261,5 @@ def test_training_sees_the_inputs_that_generation_sees():
 def test_gemma_2_keeps_its_softcap(tmp_path):
     """Some versions of transformers drop it with sdpa attention."""
     random_base("gemma2").save_pretrained(tmp_path)
-    model.load_base("tiny")[1].save_pretrained(tmp_path)
+    model.load_base(model.TINY)[1].save_pretrained(tmp_path)
     assert model.load_base(str(tmp_path))[0].config._attn_implementation == "eager"

@@ -31,6 +31,7 @@ from tests.helpers import (
     TINY,
     close,
     command,
+    evaluate,
     fit,
     gradients,
     losses_of,
@@ -66,7 +67,7 @@ def is_root(module: nn.Module) -> bool:
 def main() -> None:
     """Count the layers of a sharded base model that are whole, and the bytes of its layers."""
     torch.distributed.init_process_group("gloo")
-    base, _ = model.load_sharded("tiny", "cpu", torch.float32, ["q_proj"], 0.0)
+    base, _ = model.load_sharded(model.TINY, "cpu", torch.float32, ["q_proj"], 0.0)
     layers = base.get_decoder().layers
 
     def is_whole(layer) -> bool:
@@ -89,6 +90,7 @@ def main() -> None:
 DOCS = [*D2L, *"--n_tasks 200 --tasks_per_batch 4 --latent_size 32 --l1 0.1 --l2 0.1".split()]
 LONG = [*SHORT, *"--micro_batch 3 --max_tokens 16 --l1 0.1 --gradient_checkpointing".split()]
 MULTI = ["@config/mt_lora.args", *"--n_tasks 8 --tasks_per_batch 4 --shard".split()]
+JUDGE = "--n_tasks 4 --n_examples 5 --methods base,net,net_mean".split()
 RUNS = {"sft": SHORT, "documents": DOCS, "sharded": [*LONG, "--shard"], "multi_sharded": MULTI}
 
 
@@ -101,6 +103,8 @@ def pair(tmp_path_factory):
     folder, commands = tmp_path_factory.mktemp("pair"), {"layers": ["tests.test_processes"]}
     for name, words in RUNS.items():
         commands[name] = ["train", *words, "--max_steps", "5", "--out_dir", str(folder / name)]
+    judge = ["eval", *JUDGE, "--batch_size", "7"]
+    commands["judge"] = [*judge, "--out", str(folder / "scores.json")]
     commands["odd"] = ["train", *SHORT, "--tasks_per_batch", "3", "--out_dir", str(folder / "odd")]
     write_file(folder / "commands.json", commands)
     write_file(folder / "ports.json", [free_port() for _ in commands])
@@ -132,6 +136,14 @@ def test_two_processes_are_one(pair, tmp_path, name, one_thread):
     assert max((files[0][key] - files[1][key]).abs().max() for key in files[0]) < 5e-4
 
 
+def test_two_processes_give_the_scores_of_one(pair, tmp_path):
+    folder, _ = pair
+    alone = evaluate(tmp_path / "one.json", *JUDGE, "--batch_size", "7")
+    assert read_json(folder / "scores.json")["results"] == alone and alone["net"]["mean"] > 0.5
+    first, second = [(folder / f"judge-{process}.txt").read_text() for process in (0, 1)]
+    assert first.count("| net |") == 1 and "| net |" not in second
+
+
 def test_a_step_that_processes_cannot_share_equally_is_refused(pair):
     said = [(pair[0] / f"odd-{rank}.txt").read_text() for rank in (0, 1)]
     assert all("a step has 3 tasks, which is no multiple of 2 processes" in text for text in said)
@@ -141,7 +153,7 @@ def test_a_sharded_base_model_is_never_whole(pair):
     """After a forward pass at most one layer is gathered; each process keeps half of the bytes."""
     _, seen = pair
     assert seen["roots"] == 1 and seen["whole"][0] == 0 and max(seen["whole"]) <= 1
-    whole = sum(p.nbytes for p in model.load_base("tiny")[0].get_decoder().layers.parameters())
+    whole = sum(p.nbytes for p in model.load_base(model.TINY)[0].get_decoder().layers.parameters())
     assert whole / 2 <= seen["bytes"] < 0.55 * whole
 
 
@@ -167,7 +179,7 @@ def test_every_command_on_cuda(tmp_path):
     recon = ["@config/recon.args", "--oracles", tmp_path / "oracles", "--tasks_per_batch", "4", *steps]
     fit(tmp_path / "recon", *recon)
     assert command(generate, *SAY, "--hypernet", tmp_path / "sft", "--out", tmp_path / "adapter") == 0
-    methods = ["--methods", "base,icl,t2l,mt_lora,recon", "--mt_lora", tmp_path / "mt", "--split", "val"]
+    methods = ["--methods", "base,icl,net,mt_lora,recon", "--mt_lora", tmp_path / "mt", "--split", "val"]
     methods += ["--recon", tmp_path / "recon", "--n_examples", "2"]
     assert command(evaluation, *methods) == 0
     long = ["--tasks", "facts", "--split", "long", "--n_tasks", "3", "--n_examples", "3"]

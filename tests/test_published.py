@@ -18,6 +18,7 @@ import lora
 import model
 import train
 from extras import published
+from nets import d2l
 from support import read_json, write_file
 from tests.helpers import NAMES, SCALING, close, command, golden, logits_of, refused
 
@@ -26,7 +27,7 @@ RECON_FILES = [f"llama_{size}_recon_{loss}" for size in ("L", "M", "S", "Srot") 
 RECON_FILES.append("llama_L_recon_f")
 
 
-def published_folder(folder: Path, weights: dict, base_model="tiny", order=NAMES, **args) -> Path:
+def published_folder(folder: Path, weights: dict, base_model="u/b", order=NAMES, **args) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(weights, folder / "hypermod.pt")
     args = dict(emb_model="", training_task="sft", factorized=False, delta_w_scaling=10000) | args
@@ -220,7 +221,7 @@ def test_golden_documents(tmp_path, monkeypatch, file):
     # from token ids to logits
     base, mask = golden_base(), tensors["e2e/ctx_attn_mask"]
     assert net.config.targets == lora.find_targets(base, ["down_proj"])
-    features = model.hidden_states(base, tensors["e2e/ctx_ids"], mask, net.config.early_exit)
+    features = d2l.hidden_states(base, tensors["e2e/ctx_ids"], mask, net.config.early_exit)
     real = mask.bool()
     close(features.movedim(-2, 1)[real], tensors["e2e/features"].movedim(-2, 1)[real], 1e-4, 1e-4)
     counts = tensors["e2e/n_ctx_chunks"].tolist()
@@ -247,11 +248,11 @@ def test_golden_published_document_checkpoint():
     net.config.chunk_len = info["max_ctx_chunk_len"]
     net.connect(base, tokenizer)
     documents = net(info["documents"])["down_proj"]
-    _, counts = hypernet.split_documents(net.config, info["documents"], tokenizer)
+    _, counts = d2l.split_documents(net.config, info["documents"], tokenizer)
     assert counts == tensors["batch/n_ctx_chunks"].tolist()
     close(documents, (tensors["batch/A/down_proj"], tensors["batch/B/down_proj"].mT))
     for i in range(3):
-        adapter = lora.select({"down_proj": documents}, i)
+        adapter = lora.select({"down_proj": documents}, [i])
         for turn in ("plain", "system") if i == 0 else ("plain",):
             logits = logits_of(base, tensors[f"question/{turn}/input_ids"], adapter, net.config.scaling)
             close(logits, tensors[f"doc{i}/logits/{turn}"], 1e-4, 5e-4)

@@ -42,12 +42,12 @@ README_FACTS = {4: 0.97, 16: 0.80}  # by the number of facts
 
 def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path):
     first, *others = README_SCORES
-    words = ["--hypernet", TINY / first, "--methods", "t2l,t2l_random", "--compare"]
+    words = ["--hypernet", TINY / first, "--methods", "net,net_random", "--compare"]
     results = evaluate(tmp_path / "s.json", *words, *(TINY / name for name in others))
-    scores = {"t2l": README_SCORES[first]} | {str(TINY / name): README_SCORES[name] for name in others}
+    scores = {"net": README_SCORES[first]} | {str(TINY / name): README_SCORES[name] for name in others}
     for name, score in scores.items():
         assert results[name]["mean"] >= score - 0.03 and len(results[name]["per_task"]) == 25
-    assert results["t2l_random"]["mean"] < 0.1
+    assert results["net_random"]["mean"] < 0.1
 
 
 N_REPEATED = 20  # steps
@@ -79,10 +79,10 @@ def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path, monkeypatch)
         of_two_lengths += make_documents(facts.document, (n_lines, n_lines), 20, "facts exam")
     monkeypatch.setattr(facts, "load", lambda: {"long": of_two_lengths})
     words = ["--tasks", "facts", "--split", "long", "--n_examples", "3"]
-    results = evaluate(tmp_path / "d.json", *words, "--methods", "t2l,t2l_shuffled")
+    results = evaluate(tmp_path / "d.json", *words, "--methods", "net,net_shuffled")
     for n_lines, expected in README_FACTS.items():
-        assert results["t2l"]["per_task"][f"{n_lines} lines"] >= expected - 0.1
-        assert results["t2l_shuffled"]["per_task"][f"{n_lines} lines"] < 0.05
+        assert results["net"]["per_task"][f"{n_lines} lines"] >= expected - 0.1
+        assert results["net_shuffled"]["per_task"][f"{n_lines} lines"] < 0.05
 
 
 @needs_models
@@ -95,7 +95,7 @@ def test_the_card_shows_what_the_network_does():
     net.config.encoder = REAL[3]
     lora.inject(base, list(net.config.targets))
     net.connect(base, tokenizer)
-    prompts = [model.render(tokenizer, model.chat(tokenizer, text)) for text in inputs]
+    prompts = [model.render(tokenizer, text) for text in inputs]
     with lora.use(base, net(list(texts)), net.config.scaling):
         said, _ = model.answer(base, tokenizer, prompts, 48)
     assert len(rows) == 12 and [text.strip() for text in said] == list(shown)

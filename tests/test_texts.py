@@ -18,14 +18,14 @@ from transformers import (
     T5EncoderModel,
 )
 
-import data
 import eval as evaluation
 import generate
 import hypernet
 import model
 import train
+from nets import d2l
 from support import read_json, write_file
-from tests.helpers import SHORT, close, command, fit, refused, repeated, run_of, tiny_llama
+from tests.helpers import SHORT, close, command, drawn_in, fit, refused, repeated, run_of, tiny_llama
 
 # -------------------- Text encoders --------------------
 
@@ -97,7 +97,7 @@ def test_gte_loads_without_its_own_code(tmp_path):
 
 
 def test_base_encoder_reads_the_last_token():
-    base, tokenizer = model.load_base("tiny")
+    base, tokenizer = model.load_base(model.TINY)
     encode = model.load_encoder("base", "cpu", base, tokenizer)
     alone = encode(["cat dog"])[0]
     hidden = base.model(torch.tensor([tokenizer("cat dog")["input_ids"]])).last_hidden_state
@@ -123,12 +123,12 @@ def test_a_lora_on_the_text_encoder_is_trained_and_used(tmp_path):
     """At first it changes nothing; it gets gradients, is saved, and changes what the network reads."""
     (tmp_path / "bert").mkdir()
     bert_folder(tmp_path / "bert")
-    words = [*SHORT, "--encoder", tmp_path / "bert", "--encoder_rank", "2"]
+    words = [*SHORT, "--encoder", tmp_path / "bert", "--arch", "encoder_lora", "--encoder_rank", "2"]
     run, texts = run_of(*words), ["one two", "three"]
     first = run.net.encode(texts)
     close(first, model.load_encoder(str(tmp_path / "bert"), full_stop=True)(texts))
     nn.init.normal_(run.net.heads["q_proj"].weight, std=0.1)
-    train.sft_step(run, run.net, data.draw(run.tasks, 0, run.args, run.tokenizer))
+    train.sft_step(run, run.net, drawn_in(run, 0))
     grads = [p.grad.abs().max() for p in run.net.encoder_lora.B.values()]
     assert len(grads) == 6 and min(grads) > 0  # query, key, value, three dense layers
     fit(tmp_path / "net", *words, "--max_steps", "3", "--lr", "0.1")
@@ -146,7 +146,7 @@ CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 def with_template(template: str, *marks: str):
     """The tiny base model's tokenizer with another chat template, and special tokens."""
-    tokenizer = model.load_base("tiny")[1]
+    tokenizer = model.load_base(model.TINY)[1]
     tokenizer.chat_template = template
     tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
     return tokenizer
@@ -154,48 +154,50 @@ def with_template(template: str, *marks: str):
 
 def test_chat_templates_with_and_without_a_system_message():
     chatml, content = with_template(CHATML), "{{ m.content }}"
-    chat = model.chat(chatml, "hello", model.instruct("Greet."))
     question = "Greet. Please complete the task without any explanation.\n\nhello"
     turns = f"<|im_start|>system\n<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
-    assert model.render(chatml, chat) == turns + "<|im_start|>assistant\n"
+    assert model.render(chatml, "hello", model.instruct("Greet.")) == turns + "<|im_start|>assistant\n"
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     without = with_template(refuses + CHATML)
-    assert model.around_document(without)[0] == "<|im_start|>user\n\n\n"
+    assert d2l.around_document(without)[0] == "<|im_start|>user\n\n\n"
     think = "<think></think>{% endif %}"
     thinks = CHATML.replace(content, "{% if m.role == 'assistant' %}" + think + content)
-    thinks = with_template(thinks + "{% if add_generation_prompt and not enable_thinking %}" + think)
-    # what a template writes before an answer, as gpt-oss's channel, belongs to the prompt
-    channel = "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}"
-    channel = with_template(CHATML.replace(content, channel + content))
-    assert model.render(channel, chat).endswith("<|im_start|>assistant\n<|channel|>final<|message|>")
+    thinks = with_template(thinks + "{% if add_generation_prompt and not enable_thinking %}" + think, "<|im_end|>")
     # Mistral's v0.3 writes the system text into the last user turn, so it is left out
     start = "{% set system = 'S' if messages[0].role == 'system' and messages[-1].role == 'user' else '' %}"
     moves = with_template(start + CHATML.replace(content, "{{ system }}" + content))
     for tokenizer in (without, moves):
-        assert model.chat(tokenizer, "hello") == [{"role": "user", "content": "hello"}]
-    # Phi-3 writes a second mark, which is not part of the answer
+        assert model.render(tokenizer, "hello").startswith("<|im_start|>user\nhello<|im_end|>")
+    # Phi-3 writes a second mark, which is not part of the answer; Falcon none, so it is the tokenizer's EOS
     two = CHATML.replace("<|im_end|>\n", "<|im_end|>\n<|endoftext|>")
     two = with_template(two, "<|im_end|>", "<|endoftext|>")
-    for tokenizer in (chatml, without, thinks, channel, moves, two):
-        assert model.render_answer(tokenizer, "bye") == "bye<|im_end|>"
-    # some have no place for an answer, or refuse it
+    chatml = with_template(CHATML, "<|im_end|>")
+    falcon = "{% for m in messages %}{{ 'AI: ' if m.role == 'assistant' }}{{ m.content }} {% endfor %}"
+    falcon = with_template(falcon + "{% if add_generation_prompt %}AI: {% endif %}")
+    for tokenizer, end in [(other, "<|im_end|>") for other in (chatml, thinks, two)] + [(falcon, "<eos>")]:
+        _, answer = model.example_ids(tokenizer, "cat", "red")
+        assert answer[-1:] == model.tokenize(tokenizer, end) and len(model.tokenize(tokenizer, end)) == 1
+    falcon = with_template(falcon.chat_template)
+    falcon.eos_token = None
+    refused("answers would have no end", model.render, falcon, "cat")
+    # some write something else before an answer, as gpt-oss's channel, have no place for one, or refuse it
+    channel = "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}"
+    channel = with_template(CHATML.replace(content, channel + content))
     odd = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     silent = "{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
     mute = with_template(CHATML.replace("<|im_start|>{{", silent + "<|im_start|>{{", 1))
-    for tokenizer in (with_template(odd + "{% if add_generation_prompt %}AI: {% endif %}"), mute):
-        refused("does not put answers where it asks for them", model.render_answer, tokenizer, "bye")
-        prompt = model.render(tokenizer, model.chat(tokenizer, "hello"))
-        assert prompt.endswith((": hello\nAI: ", "assistant\n"))
+    for tokenizer in (channel, with_template(odd + "{% if add_generation_prompt %}AI: {% endif %}"), mute):
+        refused("does not continue a prompt with its answer", model.render, tokenizer, "hello")
 
 
 def test_a_base_model_without_a_chat_template_keeps_its_first_token(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    plain = model.load_base("tiny")[1]
+    plain = model.load_base(model.TINY)[1]
     plain.chat_template, plain.bos_token = None, "<unk>"
     plain.save_pretrained(tmp_path)
 
     def prompt(tokenizer):
-        return model.render(tokenizer, model.chat(tokenizer, "cat"))
+        return model.render(tokenizer, "cat")
 
     assert prompt(model.load_base(str(tmp_path))[1]) == "cat ->"  # its first token is not used
     first, text = {"SpecialToken": {"id": "<unk>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
@@ -225,13 +227,13 @@ def test_the_answer_is_tokenized_as_the_model_would_write_it(tmp_path):
     turn = "{% if m.role == 'user' %}" + user + "{% elif m.content %}" + assistant + "{% endif %}"
     fast.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
     assert fast(" Paris</s>")["input_ids"] == [2, 5, 1]  # alone
-    assert model.example_ids(fast, "where", "Paris", "") == ([3, 6, 4], [5, 1])
+    assert model.example_ids(fast, "where", "Paris") == ([3, 6, 4], [5, 1])
 
 
 def test_the_mark_that_the_template_writes_after_an_answer_ends_it(tmp_path):
     """In Qwen's base models generation_config.json names another one."""
     tiny_llama().save_pretrained(tmp_path)
-    tokenizer = model.load_base("tiny")[1]
+    tokenizer = model.load_base(model.TINY)[1]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(tmp_path)
@@ -241,10 +243,10 @@ def test_the_mark_that_the_template_writes_after_an_answer_ends_it(tmp_path):
 
 
 def test_a_prompt_does_not_depend_on_the_day():
-    tokenizer = model.load_base("tiny")[1]
-    today = "{{ date_string }} {{ strftime_now('%d %b %Y') }} {{ messages[-1].content }}"
-    tokenizer.chat_template = today
-    assert model.render(tokenizer, [{"role": "user", "content": "x"}]) == "26 Jul 2024 26 Jul 2024 x"
+    tokenizer = model.load_base(model.TINY)[1]
+    today = "{{ date_string }} {{ strftime_now('%d %b %Y') }}"
+    tokenizer.chat_template = today + "{% for m in messages %} {{ m.content }}{% endfor %}"
+    assert model.render(tokenizer, "x").startswith("26 Jul 2024 26 Jul 2024")
 
 
 def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatch, capsys):
@@ -252,26 +254,25 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
     folder.mkdir()
     task = {"Definition": "red hat", "descriptions": ["Swap them."], "Instances": instances}
     write_file(folder / "swap.json", task)
-    seen, real = set(), model.chat
-    monkeypatch.setattr(model, "chat", lambda *a: seen.add(real(*a)[-1]["content"]) or real(*a))
+    seen, real = set(), model.render
+    monkeypatch.setattr(model, "render", lambda *a: seen.add(real(*a).removesuffix(" ->")) or real(*a))
 
     def prompts_of(module, *words) -> set[str]:
         seen.clear()
         assert command(module, *words) == 0
-        return seen - {"", "x"}  # by which the template is measured
+        return set(seen)
 
     for given, expected in ([], "cat dog"), (["--instruction"], model.instruct("red hat") + "\n\ncat dog"):
         net = tmp_path / f"net{len(given)}"
-        model.example_ids.cache_clear()
-        words = [*SHORT, "--max_steps", "1", "--tasks", folder, "--out_dir", net, *given]
+        words = [*SHORT, "--n_tasks", "0", "--max_steps", "1", "--tasks", folder, "--out_dir", net, *given]
         assert prompts_of(train, *words) == {expected}
         own = ["--hypernet", net, "--split", "train", "--tasks", folder]
-        assert prompts_of(evaluation, *own, "--methods", "t2l") == {expected}  # as in training
-        assert prompts_of(evaluation, *own, "--methods", "base,t2l") == {"cat dog", expected}
+        assert prompts_of(evaluation, *own, "--methods", "net") == {expected}  # as in training
+        assert prompts_of(evaluation, *own, "--methods", "base,net") == {"cat dog", expected}
         words = ["--desc", "red hat", "--input", "cat dog", "--hypernet", net, "--out", tmp_path / "out"]
         assert prompts_of(generate, *words) == {expected}
-    assert prompts_of(evaluation, *own, "--methods", "t2l", "--no-instruction") == {"cat dog"}
+    assert prompts_of(evaluation, *own, "--methods", "net", "--no-instruction") == {"cat dog"}
     one = ["--methods", "mt_lora", "--mt_lora", tmp_path / "out", "--tasks", folder, "--split", "train"]
     assert prompts_of(evaluation, *one) == {expected}  # an adapter, too, is asked as it was trained
-    both = ["--compare", tmp_path / "net0", "--tasks", folder, "--split", "train", "--methods", "t2l"]
+    both = ["--compare", tmp_path / "net0", "--tasks", folder, "--split", "train", "--methods", "net"]
     assert len(prompts_of(evaluation, "--hypernet", net, *both)) == 2  # each as it was trained

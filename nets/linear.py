@@ -1,10 +1,10 @@
 """The first question that comes to mind: why not a linear map from the text encoder's output to all A and B?
 
-    python train.py --arch linear --latent_size 64 --out_dir out/low               # low-rank: 1.5M parameters
+    python train.py --arch linear --out_dir out/low                                # low-rank: 1.5M parameters
     python train.py --arch linear --latent_size 0 --lr 5e-4 --out_dir out/linear   # one map: 117M parameters
 
 How they compare with Text-to-LoRA is on the card of the tiny world. This file is also the example of a new
-network; the end of hypernet.py says what one must provide.
+network; the end of hypernet.py lists what one must provide.
 """
 
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import hypernet
 import lora
 import model
+from hypernet import HypernetConfig, setting
 from lora import Adapter
 
 
 @dataclass
-class LinearConfig(hypernet.HypernetConfig):
-    """Settings of the linear map; train.py has flags of these names."""
+class LinearConfig(HypernetConfig):
+    """Settings of the linear map."""
 
-    encoder: str = "hash"
+    encoder: str = setting("preset", "the preset's, hash, base, a hub id or a folder")
     input_size: int = 1024  # E, the width of the text encoder's output
-    latent_size: int = 0  # width between two linear maps; 0: a single one
-    input_dropout: float = 0.1
+    latent_size: int = setting(64, "width between two linear maps; 0: a single map")
+    input_dropout: float = setting(0.1, "dropout of the text encoder's output")
 
     def measure(self, base: nn.Module) -> None:
         self.input_size = model.encoder_width(self.encoder, base)
