@@ -42,7 +42,7 @@ def pick(splits: Splits, split: str, n_tasks: int = 0) -> list[Task]:
     if not splits.get(split):
         existing = [name for name, tasks in splits.items() if tasks]
         message = f'there is no split "{split}" with tasks, but: '
-        raise UserError(message + (", ".join(existing) or "none at all"))
+        raise UserError(message + (", ".join(existing) or "none at all") + " (--split)")
     tasks = list(splits[split])
     if n_tasks > len(tasks):
         raise UserError(f'--n_tasks {n_tasks}: the split "{split}" has {len(tasks)} tasks')

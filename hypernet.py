@@ -57,6 +57,7 @@ class TextConfig(HypernetConfig):
     latent_size: int = setting(128, "width of the trunk; half of it is the task embedding")
     head_in_size: int = setting(256, "width of the input of the heads")
     input_dropout: float = setting(0.1, "dropout of the text encoder's output (not published)")
+    skip: float = setting(0.0, "factor on the task embedding, added to the input of the heads (published: 0)")
 
     def measure(self, base: nn.Module) -> None:
         self.input_size = model.encoder_width(self.encoder, base)
@@ -157,6 +158,9 @@ class TextToLoRA(nn.Module):
     def connect(self, base: nn.Module | None, tokenizer) -> None:
         """Load the frozen text encoder, a function and so no part of the network's weights."""
         c, device = self.config, next(self.parameters()).device
+        width = model.encoder_width(c.encoder, base)
+        if width != c.input_size:
+            raise UserError(f"--encoder {c.encoder} is {width} wide; this network was trained with {c.input_size}")
         self.encoder = model.load_encoder(c.encoder, device, base, tokenizer, c.full_stop)
 
     def forward(self, texts: list[str]) -> Adapter:
@@ -171,7 +175,11 @@ class TextToLoRA(nn.Module):
 
     def write(self, text_emb: Tensor) -> Adapter:
         """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
-        x = self.trunk(self.rows(self.embed_task(text_emb)))  # [n, L, M, ..., head_in]
+        task_emb = self.embed_task(text_emb)  # [n, d/2]
+        x = self.trunk(self.rows(task_emb))  # [n, L, M, ..., head_in]
+        if self.config.skip:  # past the trunk: the heads learn sooner what a description changes
+            direct = self.config.skip * F.pad(task_emb, (0, x.shape[-1] - task_emb.shape[-1]))  # [n, head_in]
+            x = x + direct.view(len(x), *[1] * (x.dim() - 2), -1)
         adapter = {}
         for m, name in enumerate(self.config.targets):
             layers = self.config.positions(name)  # those that have the target: all of them in most models

@@ -96,6 +96,15 @@ def test_a_layer_that_gets_the_tokens_of_some_experts_is_refused():
         refused("tokens without their example", holder["layers"][0]["q_proj"], torch.randn(7, 4))
 
 
+def test_an_adapter_that_cannot_be_put_in_use_leaves_nothing_behind(monkeypatch):
+    base = lora.inject(tiny_llama(), NAMES)
+    A, B = random_adapter(config_for(base), 1)["v_proj"]
+    broken = types.SimpleNamespace(shape=A.shape, to=lambda *_: 1 / 0)  # as if there were no memory for it
+    with pytest.raises(ZeroDivisionError):
+        lora.use(base, random_adapter(config_for(base), 1) | {"v_proj": (broken, B)}, 1.0).__enter__()
+    assert all(layer.A is None for layer in lora.injected_layers(base))
+
+
 # -------------------- Text-to-LoRA --------------------
 
 
@@ -271,6 +280,28 @@ def test_z_scores_have_the_deviation_of_a_sample():
             close(net.offset[key], values.mean(0))
             close(net.std[key], values.std(0), 1e-4)
     assert not any(p.requires_grad for p in [*net.offset.values(), *net.std.values()])
+    net = hypernet.TextToLoRA(small_config("large", recon_loss="delta_w"))
+    net.start_at(*lora.statistics(oracles))
+    assert not any(offset.any() for offset in net.offset.values())
+
+
+def test_each_layer_has_the_adapter_of_its_own_row():
+    """Also if only some layers have a target, and the heads see the task embedding directly if `skip` is set."""
+    config = small_config("large", skip=0.5)
+    config.targets["v_proj"] = replace(config.targets["v_proj"], layers=[0, 2])
+    net, emb = hypernet.TextToLoRA(config).eval(), torch.randn(2, 7)
+    task_emb = net.embed_task(emb)
+    x = net.trunk(net.rows(task_emb))  # [2, 3 layers, 2 modules, 20]
+    x[..., :12] += 0.5 * task_emb[:, None, None]
+    for i, layer in enumerate((0, 2)):
+        A, B = net.heads["v_proj"](x[:, layer, 1]).split([4 * 10, 4 * 6], -1)
+        close(net.write(emb)["v_proj"][0][:, i], A.view(2, 4, 10))
+        close(net.write(emb)["v_proj"][1][:, i], B.view(2, 4, 6).mT)
+    published = hypernet.TextToLoRA(replace(config, skip=0.0)).eval()
+    published.load_state_dict(net.state_dict())  # it has no parameters
+    x = net.trunk(net.rows(task_emb))
+    close(published.write(emb)["q_proj"][0].flatten(2), net.heads["q_proj"](x[:, :, 0])[..., :40])
+    refused("not a string", net, "one text")
 
 
 def test_text_encoders_compute_in_float32_in_training_validation_and_use(monkeypatch):
@@ -282,8 +313,11 @@ def test_text_encoders_compute_in_float32_in_training_validation_and_use(monkeyp
 
     monkeypatch.setattr(model, "TransformerEncoder", lambda *_: embed)
     run.net.encoder = model.load_encoder("some encoder")
+    in_bfloat16 = []
+    run.net.mixer.register_forward_hook(lambda *_: in_bfloat16.append(torch.is_autocast_enabled("cpu")))
     train.validate(run)
     train.sft_step(run, run.net, drawn_in(run, 0))
+    assert in_bfloat16 == [True, True]  # the network proper
     with torch.autocast("cpu", torch.bfloat16):
         generate.write_adapters(run.net, ["a text that is not cached"], run.base)
     assert seen and not any(seen)
@@ -333,7 +367,7 @@ def test_validation_measures_what_greedy_answers_give():
             answers, ended = model.answer(run.base, run.tokenizer, prompts)
         hits += [evaluation.is_right(*asked) for asked in zip(task.test, answers, ended)]
     assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
-    run.args.micro_batch = 5
+    run.args.micro_batch, run.args.neftune_alpha, run.args.label_smoothing = 5, 5.0, 0.5  # of training alone
     assert train.validate(run) == pytest.approx(measured, rel=1e-5, abs=1e-5)
 
 
@@ -346,6 +380,8 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     fit(oracles, *LORA, "--n_tasks", "4", "--max_steps", "10")
     targets, _ = lora.load_adapters([oracles / task.name for task in tasks])
     assert all(B.abs().amax((1, 2, 3)).min() > 0 for _, B in targets.values())
+    for task in tasks:
+        assert (oracles / task.name / "definition.txt").read_text() == task.descriptions[0] + "\n"
     run = run_of(*LORA, "--n_tasks", "4")
     run.net.B["q_proj"].data[2] = 1
     train.save(run, tmp_path / "saved")
@@ -417,6 +453,12 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     assert answers[:2] == ["chat chien", "ours loup"]
     named = read_json(tmp_path / "two" / "0" / "adapter_config.json")["base_model_name_or_path"]
     assert named == str(TINY)  # where PEFT finds it
+    args = types.SimpleNamespace(max_new_tokens=3)
+    n_fit = model.window_of(base) - args.max_new_tokens - 1  # words; the prompt has a mark, too
+    (cut,) = generate.ask(base, tokenizer, [repeated("cat ", n_fit)], {}, 1.0, "", args)
+    assert cut.endswith("[cut: --max_new_tokens]")
+    too_long = [repeated("cat ", n_fit + 1)]
+    refused("do not fit into the base model's window", generate.ask, base, tokenizer, too_long, {}, 1.0, "", args)
     words = ["--adapter", tmp_path / "two" / "0", "--input", inputs[0]]
     assert command(generate, *words) == 0 and "with adapter  chat chien" in capsys.readouterr().out
 

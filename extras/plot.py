@@ -1,6 +1,6 @@
 """Draw a run, or the scores that eval.py wrote (needs matplotlib).
 
-    python -m extras.plot out/sft run.png              # losses and accuracy over the steps
+    python -m extras.plot out/sft run.png              # losses (smoothed) and accuracy over the steps
     python -m extras.plot results.json scores.png      # bars of all methods; for documents over their length
 """
 
@@ -17,9 +17,9 @@ def draw_run(ax, folder: Path) -> None:
     width = max(1, len(rows) // 50)
     means = []
     for i in range(len(rows)):
-        recent = losses[max(0, i - width) : i + 1]
+        recent = losses[max(0, i + 1 - width) : i + 1]
         means.append(sum(recent) / len(recent))
-    ax.plot(steps, means, label="loss")
+    ax.plot(steps, means, label=f"loss (mean of {width} steps)" if width > 1 else "loss")
     for key in ("val_loss", "val_accuracy"):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
@@ -40,7 +40,7 @@ def draw_lengths(ax, results: dict) -> None:
 def draw_bars(ax, results: dict, split: str) -> None:
     """A bar for each method."""
     means = {method: scores["mean"] for method, scores in reversed(results.items())}
-    colours = ["#2f6db5" if method == "t2l" else "#b8c4d6" for method in means]
+    colours = ["#2f6db5" if method in ("net", "t2l") else "#b8c4d6" for method in means]  # t2l: formerly
     bars = ax.barh(list(means), list(means.values()), color=colours)
     ax.bar_label(bars, fmt="%.2f", padding=3)
     ax.set(xlim=(0, 1.12), xlabel=f"right answers on {split} tasks")

@@ -5,11 +5,7 @@ Optional: gguf, matplotlib.
 
 import asyncio
 import re
-import sys
-import types
-import zipfile
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,13 +20,11 @@ import hypernet
 import lora
 import model
 import train
-from extras import doc_page, one_page, serve, web
+from extras import doc_page, one_page, serve
 from extras import gguf as converter
 from extras import map as mapping
 from nets import linear
-from support import read_json, write_file
 from tests.helpers import (
-    DESC,
     HERE,
     LORA,
     SCALING,
@@ -173,48 +167,13 @@ def test_a_new_network_is_trained_both_ways_and_used(tmp_path):
 # -------------------- Descriptions as names of models --------------------
 
 
-@pytest.fixture
-def stand_in(monkeypatch):
-    """What serve.py needs of vLLM. Its main() asks the resolver for each name in `asked`."""
-    vllm = types.SimpleNamespace(asked=[], found={}, resolvers={})
-
-    def main() -> None:
-        vllm.words = sys.argv
-        (resolver,) = vllm.resolvers.values()
-
-        async def ask():
-            return await asyncio.gather(*(resolver.resolve_lora("tiny", name) for name in vllm.asked))
-
-        for name, request in zip(vllm.asked, asyncio.run(ask())):
-            vllm.found[name] = request and lora.load_adapter(request[2])
-        vllm.template = Path(sys.argv[sys.argv.index("--chat-template") + 1]).read_text()
-        vllm.folder = Path(request[2])
-
-    registry = types.SimpleNamespace(register_resolver=vllm.resolvers.__setitem__)
-    monkeypatch.setattr(serve.runpy, "run_module", lambda *_, **__: main())
-    modules = {}
-    modules["vllm.lora.request"] = dict(LoRARequest=lambda *fields: fields)
-    modules["vllm.lora.resolver"] = dict(LoRAResolver=object, LoRAResolverRegistry=registry)
-    for name, members in modules.items():
-        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
-    return vllm
-
-
-def test_a_description_is_the_name_of_its_adapter(stand_in, monkeypatch):
-    monkeypatch.setattr(serve, "MOST", 3)
-    texts = ["Keep the fruits.", "Reverse the animals.", "Shout the colours."]
-    names = [f"t2l: {text}" for text in texts]
-    stand_in.asked = ["typo", "t2l: ", *names, *names, "t2l: more", "t2l:" + texts[0]]
-    assert command(serve, "--port", "8123") == 0
-    assert stand_in.words[-4:] == ["--host", "127.0.0.1", "--port", "8123"]
+def test_a_description_is_the_name_of_its_adapter(tmp_path):
     net = hypernet.load_hypernet(TINY / "sft_large")
     net.connect(None, None)
-    for name in ("typo", "t2l: ", "t2l: more"):
-        assert stand_in.found[name] is None
-    for text in texts:
-        adapter, _ = stand_in.found[f"t2l: {text}"]
-        close(adapter["q_proj"], net([text])["q_proj"])
-    assert not stand_in.folder.exists()  # it went with the server
+    writer, text = serve.Writer(net.requires_grad_(False), tmp_path), "Keep the fruits."
+    assert asyncio.run(writer.folder_of("typo")) is asyncio.run(writer.folder_of("t2l: ")) is None
+    adapter, _ = lora.load_adapter(asyncio.run(writer.folder_of(f"t2l: {text}")))
+    close(adapter["q_proj"], net([text])["q_proj"])
 
 
 def test_prompts_are_those_of_training():
@@ -227,13 +186,6 @@ def test_prompts_are_those_of_training():
         settings["chat_template"] = serve.served_template(tokenizer)
         ours = model.render(tokenizer, "cat dog")
         assert tokenizer.apply_chat_template(asked, **settings) == ours
-
-
-def test_a_network_that_needs_the_prompt_is_refused(tmp_path, stand_in, capsys):
-    hypernet.save_hypernet(hypernet.load_hypernet(TINY / "sft_small"), tmp_path)
-    write_file(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"instruction": True})
-    assert command(serve, "--hypernet", tmp_path) == 2
-    assert "with the description in the prompt, too" in capsys.readouterr().err
 
 
 # -------------------- Adapters for llama.cpp --------------------
@@ -294,44 +246,3 @@ def test_the_map_of_the_tiny_world(tmp_path, capsys):
     assert out.stat().st_size > 5000 and "40 tasks" in capsys.readouterr().out
     assert command(mapping, "--hypernet", TINY / "d2l", "--out", out) == 2
     assert "reads documents, not descriptions" in capsys.readouterr().err
-
-
-# -------------------- The page --------------------
-
-
-class Gradio(types.SimpleNamespace):
-    """A stand-in for gradio: `Interface` notes the function of each tab, everything else is nothing."""
-
-    class Error(Exception):
-        def __init__(self, message: str, print_exception: bool):
-            super().__init__(message)
-
-    def Interface(self, function, *_, api_name: str, **__):
-        self.functions[api_name] = function
-
-    def __getattr__(self, name: str):
-        return self
-
-    def __call__(self, *_, **__):
-        return self
-
-
-def test_the_page_answers(monkeypatch):
-    """The functions of its tabs, while it is up."""
-    gradio, shown = Gradio(functions={}), []
-
-    def launch(*_, **__):
-        table, said, archive = gradio.functions["description"](DESC, "cat red dog shirt")
-        shown.extend(table)
-        assert re.fullmatch(r"Written in \d+\.\d ms\.", said)
-        assert set(zipfile.ZipFile(archive).namelist()) >= set(lora.ADAPTER_FILES)
-        for text, message in (" ", "Both boxes"), ("a <unicorn>", "no token for &lt;unicorn&gt;;"):
-            with pytest.raises(Gradio.Error, match=message):
-                gradio.functions["description"]("x", text)
-        shown.extend(gradio.functions["document"]("cat lamp <eos>", "cat")[0])
-
-    monkeypatch.setitem(sys.modules, "gradio", gradio)
-    monkeypatch.setattr(Gradio, "launch", launch, raising=False)
-    assert command(web) == 0
-    assert [row[0] for row in shown] == ["cat red dog shirt", "cat"]
-    assert [row[2] for row in shown] == ["chat chien", "lamp"]

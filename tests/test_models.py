@@ -115,15 +115,10 @@ GEMMA_3N |= dict(activation_sparsity_pattern=[0.0] * 4)
 INPUTS = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=64, num_kv_shared_layers=2)
 NEMOTRON = dict(mamba_num_heads=4, mamba_head_dim=8, n_groups=1, ssm_state_size=8, chunk_size=8)
 NEMOTRON |= dict(n_routed_experts=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=40)
-FAMILIES = {  # what differs from the common settings below
+FAMILIES = {  # whose layers differ in kind; what differs from the common settings below
     "llama": {},
-    "mistral": {},
-    "gemma": {},
     "gemma2": {},
     "gemma3_text": dict(layer_types=SLIDING),
-    "qwen2": dict(head_dim=None),
-    "qwen3": {},
-    "cohere": dict(head_dim=None),
     "phi3": dict(head_dim=None),
     "qwen3_5_text": LINEAR | dict(layer_types=MIXED),
     "qwen3_next": LINEAR | EXPERTS | dict(layer_types=MIXED, shared_expert_intermediate_size=16),
@@ -136,9 +131,6 @@ FAMILIES = {  # what differs from the common settings below
     "nemotron_h": NEMOTRON,
     "falcon_h1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8),
     "gpt_oss": dict(layer_types=SLIDING, num_local_experts=4, num_experts_per_tok=2),
-    "smollm3": {},
-    "olmo3": {},
-    "ministral3": {},
 }
 ATTENTION = {  # otherwise q_proj and v_proj
     "phi3": ["qkv_proj"],

@@ -86,6 +86,9 @@ def test_training_on_pictures_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "SAVE_EVERY", 1)
     words = ["--train", "base", "--steps", "4", "--weights", tmp_path / "b"]
     assert command(pictures, *words) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "write_file", lambda *_: 1 / 0)  # as if the disk were full at the end
+        assert command(pictures, *words) == 2
     assert command(pictures, *words) == 0 and len(calls) == 2 + 3
     weights = [load_file(tmp_path / name / "base.safetensors") for name in "ab"]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

@@ -100,6 +100,12 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     assert zlib.crc32(repr(texts).encode()) == 168807393  # otherwise scores are of other tasks
 
 
+def test_a_folder_with_the_name_of_a_source_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facts").mkdir()
+    refused("is a source in tasks/ and a folder here; write ./facts", load_tasks, "facts")
+
+
 def test_lots_of_loras_is_downloaded_once_and_whole(server):
     splits = read_json(lots_of_loras.NAMES)
     assert [len(splits[k]) for k in ("train", "val")] == [479, 11]
