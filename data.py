@@ -74,22 +74,18 @@ class Drawn(NamedTuple):
 
 
 def draw(tasks: list[Task], pool: Sequence[int], step: int, args, tokenizer) -> list[Drawn]:
-    """The tasks of a step: --tasks_per_batch of the pool, or all of it if that is 0 or more than there are.
+    """The tasks of a step: --tasks_per_batch of the pool, which holds indices of tasks.
 
-    `pool` holds indices of tasks. Each task has one of its descriptions, and --examples_per_task examples of
-    at most --max_tokens. Reconstruction has no tokenizer: it uses no examples.
+    Each has one of its descriptions, and --examples_per_task examples. Reconstruction has no tokenizer: it
+    draws examples, so that the random numbers are those of SFT, and uses none.
     """
     rng, drawn = random.Random(f"{args.seed} {step}"), []
-    for i in rng.sample(pool, min(args.tasks_per_batch or len(pool), len(pool))):
+    for i in sample(rng, pool, args.tasks_per_batch):
         task, examples = tasks[i], []
         description = rng.choice(task.descriptions)
-        n = args.examples_per_task if tokenizer else 1
-        for example in sample(rng, task.train, n):
+        for example in sample(rng, task.train, args.examples_per_task):
             if tokenizer:
-                ids = example_ids(tokenizer, task, description, example, args)
-                while ids.n_tokens > args.max_tokens:  # drawn again; `check` has found one that fits
-                    ids = example_ids(tokenizer, task, description, rng.choice(task.train), args)
-                examples.append(ids)
+                examples.append(draw_short(rng, tokenizer, task, description, example, args))
         drawn.append(Drawn(i, description, examples))
     return drawn
 
@@ -99,7 +95,17 @@ def sample(rng: random.Random, values: Sequence, n: int) -> list:
     return rng.sample(values, n) if n <= len(values) else rng.choices(values, k=n)
 
 
-def example_ids(tokenizer, task: Task, description: str, example: Example, args) -> Ids:
+def draw_short(rng: random.Random, tokenizer, task: Task, description: str, example: Example, args) -> Ids:
+    """The example, or another one of the task if it is longer than --max_tokens."""
+    for _ in range(1000):
+        ids = to_ids(tokenizer, task, description, example, args)
+        if ids.n_tokens <= args.max_tokens:
+            break
+        example = rng.choice(task.train)
+    return ids
+
+
+def to_ids(tokenizer, task: Task, description: str, example: Example, args) -> Ids:
     """An example as the base model reads it: with the instruction in its prompt if training has one."""
     question, answer, teacher_prompt = example.input, example.answers[0], []
     instruction = model.instruct(task.definition or description) if args.instruction else ""
@@ -123,7 +129,7 @@ def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Tas
     for task in tasks:
         longest = max(beginning(task.descriptions), key=len)
         for example in beginning(task.train):
-            if example_ids(tokenizer, task, longest, example, args).n_tokens <= args.max_tokens:
+            if to_ids(tokenizer, task, longest, example, args).n_tokens <= args.max_tokens:
                 kept.append(task)
                 break
     if not kept:

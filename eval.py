@@ -55,10 +55,10 @@ Texts = list[Sequence[str]]  # of each task
 class Question(NamedTuple):
     """A test example as it is put to the base model."""
 
-    place: int  # of its task
-    task: str
+    index: int  # of its task
+    task: str  # its name
     example: Example
-    description: str  # from which its adapter is written
+    text: str  # from which its adapter is written
     prompt: str
     n_prompt: int  # tokens
     most_tokens: int  # of the answer
@@ -70,7 +70,8 @@ class Exam(NamedTuple):
     tasks: list[Task]
     training: list[Task]  # the split "train" of the same source
     specs: dict[str, benchmarks.Spec]  # of benchmarks: how they ask and score
-    loaded: dict[str, Any]  # {flag: a hypernetwork, or adapters and their config}
+    nets: dict[str, nn.Module]  # {flag: the hypernetwork in its folder}
+    adapters: dict[str, tuple[lora.Adapter, lora.LoRAConfig]]  # {flag: what its folder holds}
     base: nn.Module
     tokenizer: Any
 
@@ -89,90 +90,82 @@ class Method(NamedTuple):
     n_shots: int = 0  # examples in the prompt
 
 
-def base(exam: Exam) -> Method:
-    return Method()
-
-
-def icl(exam: Exam) -> Method:
-    return Method(n_shots=3)
-
-
-def prompt(exam: Exam) -> Method:
-    return Method(with_description=True)
-
-
-def mt_lora(exam: Exam) -> Method:
-    adapter, config = exam.loaded["mt_lora"]
+def by_one_lora(exam: Exam) -> Method:
+    adapter, config = exam.adapters["mt_lora"]
     return Method(lambda questions: adapter, config)
 
 
-def oracle(exam: Exam) -> Method:
-    adapters, config = exam.loaded["oracles"]  # one per task
-    return Method(lambda questions: lora.select(adapters, [asked.place for asked in questions]), config)
+def by_oracles(exam: Exam) -> Method:
+    adapters, config = exam.adapters["oracles"]  # one per task
+    return Method(lambda questions: lora.select(adapters, [asked.index for asked in questions]), config)
 
 
-def net(exam: Exam) -> Method:
-    return written(exam, exam.loaded["hypernet"], [task.descriptions for task in exam.tasks])
+def by_net(exam: Exam, flag: str = "hypernet") -> Method:
+    return written(exam, exam.nets[flag], [task.descriptions for task in exam.tasks])
 
 
-def net_reworded(exam: Exam) -> Method | None:
+def by_net_reworded(exam: Exam) -> Method | None:
     texts = [task.reworded for task in exam.tasks]
-    return written(exam, exam.loaded["hypernet"], texts, in_prompt=texts) if all(texts) else None
+    return written(exam, exam.nets["hypernet"], texts, in_prompt=texts) if all(texts) else None
 
 
-def net_shuffled(exam: Exam) -> Method | None:
-    others = [task.descriptions for task in exam.tasks[1:] + exam.tasks[:1]]  # those of the next task
-    return written(exam, exam.loaded["hypernet"], others) if len(others) > 1 else None
+def by_net_shuffled(exam: Exam) -> Method | None:
+    texts = [task.descriptions for task in exam.tasks[1:] + exam.tasks[:1]]  # those of the next task
+    return written(exam, exam.nets["hypernet"], texts) if len(texts) > 1 else None
 
 
-def net_mean(exam: Exam) -> Method | None:
+def by_net_mean(exam: Exam) -> Method | None:
     if not exam.training:
         return None
-    hypernet = exam.loaded["hypernet"]
-    mean = mean_adapter(exam.base, hypernet, exam.training)
-    return Method(lambda questions: mean, hypernet.config)
+    net = exam.nets["hypernet"]
+    mean = mean_adapter(exam.base, net, exam.training)
+    return Method(lambda questions: mean, net.config)
 
 
-def net_random(exam: Exam) -> Method:
-    texts = [noise(random.Random(place)) for place in range(len(exam.tasks))]
-    return written(exam, exam.loaded["hypernet"], texts)
+def by_net_random(exam: Exam) -> Method:
+    texts = [noise(random.Random(index)) for index in range(len(exam.tasks))]
+    return written(exam, exam.nets["hypernet"], texts)
 
 
-def recon(exam: Exam) -> Method:
-    return written(exam, exam.loaded["recon"], [task.descriptions for task in exam.tasks])
+class Row(NamedTuple):
+    """A method of the table."""
+
+    function: Callable[[Exam], Method | None]  # None if it lacks what it needs
+    flag: str = ""  # the flag whose folder it needs
+    needs: str = ""  # what else
 
 
-METHODS = {  # name: (function, the flag whose folder it needs, what else it needs; without that it gives None)
-    "base": (base, "", ""),
-    "icl": (icl, "", ""),
-    "prompt": (prompt, "", ""),
-    "mt_lora": (mt_lora, "mt_lora", ""),
-    "oracle": (oracle, "oracles", ""),
-    "net": (net, "hypernet", ""),
-    "net_reworded": (net_reworded, "hypernet", "tasks with descriptions in other wordings"),
-    "net_shuffled": (net_shuffled, "hypernet", "a second task"),
-    "net_mean": (net_mean, "hypernet", "training tasks with descriptions"),
-    "net_random": (net_random, "hypernet", ""),
-    "recon": (recon, "recon", ""),
+METHODS = {
+    "base": Row(lambda exam: Method()),
+    "icl": Row(lambda exam: Method(n_shots=3)),
+    "prompt": Row(lambda exam: Method(with_description=True)),
+    "mt_lora": Row(by_one_lora, "mt_lora"),
+    "oracle": Row(by_oracles, "oracles"),
+    "net": Row(by_net, "hypernet"),
+    "net_reworded": Row(by_net_reworded, "hypernet", "tasks with descriptions in other wordings"),
+    "net_shuffled": Row(by_net_shuffled, "hypernet", "a second task"),
+    "net_mean": Row(by_net_mean, "hypernet", "training tasks with descriptions"),
+    "net_random": Row(by_net_random, "hypernet"),
+    "recon": Row(lambda exam: by_net(exam, "recon"), "recon"),
 }
 
 
-def written(exam: Exam, hypernet: nn.Module, texts: Texts, in_prompt: Texts | None = None) -> Method:
+def written(exam: Exam, net: nn.Module, texts: Texts, in_prompt: Texts | None = None) -> Method:
     """The method of a hypernetwork that writes adapters from these texts."""
 
     def write(questions: list[Question]) -> lora.Adapter:
-        distinct = list(dict.fromkeys(question.description for question in questions))
-        adapters, _ = generate.write_adapters(hypernet, distinct, exam.base)
-        return lora.select(adapters, [distinct.index(question.description) for question in questions])
+        distinct = list(dict.fromkeys(question.text for question in questions))
+        adapters, _ = generate.write_adapters(net, distinct, exam.base)
+        return lora.select(adapters, [distinct.index(question.text) for question in questions])
 
-    return Method(write, hypernet.config, texts, in_prompt)
+    return Method(write, net.config, texts, in_prompt)
 
 
-def mean_adapter(base, hypernet, tasks: list[Task]) -> lora.Adapter:
+def mean_adapter(base, net, tasks: list[Task]) -> lora.Adapter:
     """The mean of what a hypernetwork writes for up to 512 training tasks. A [1, L, r, in]"""
     tasks, mean = tasks[:: math.ceil(len(tasks) / 512)], {}
     for task in tasks:  # one by one, since all at once would fill the memory
-        adapter, _ = generate.write_adapters(hypernet, [task.descriptions[0]], base)
+        adapter, _ = generate.write_adapters(net, [task.descriptions[0]], base)
         for name, (A, B) in adapter.items():
             mean_A, mean_B = mean.get(name, (0, 0))
             mean[name] = (mean_A + A / len(tasks), mean_B + B / len(tasks))
@@ -250,28 +243,33 @@ def tasks_to_judge(args, specs: dict[str, benchmarks.Spec]) -> tuple[list[Task],
     return tasks, [task for task in splits.get("train", []) if not task.is_document]
 
 
-def load_trained(args, tasks: list[Task], device) -> dict[str, Any]:
-    """{flag: what its folder holds}, for the flags of the methods to run; --compare's are under their folders."""
-    flags = [METHODS[name][1] for name in args.methods or METHODS]
-    reads, loaded = "documents" if tasks[0].is_document else "descriptions", {}
+def load_nets(args, tasks: list[Task], device) -> dict[str, nn.Module]:
+    """{flag: hypernetwork} for the methods to run, and {folder: hypernetwork} for --compare."""
+    flags = [METHODS[name].flag for name in args.methods or METHODS]
+    reads, nets = "documents" if tasks[0].is_document else "descriptions", {}
     shipped = generate.shipped_hypernet(args.base_model or model.TINY, reads)
-    folders = {"hypernet": args.hypernet or shipped, "recon": args.recon}
-    for flag, folder in folders.items():
+    for flag, folder in ("hypernet", args.hypernet or shipped), ("recon", args.recon):
         if folder and flag in flags:
-            loaded[flag] = generate.load_net(folder, reads, args, device)
-    if "recon" in loaded and not loaded["recon"].config.recon_loss:
+            nets[flag] = generate.load_net(folder, reads, args, device)
+    if "recon" in nets and not nets["recon"].config.recon_loss:
         raise UserError(f"--recon {args.recon}: this hypernetwork was trained by SFT")
     for folder in args.compare:
-        loaded[folder if "/" in folder else f"./{folder}"] = generate.load_net(folder, reads, args, device)
+        nets[folder if "/" in folder else f"./{folder}"] = generate.load_net(folder, reads, args, device)
+    return nets
+
+
+def load_adapters(args, tasks: list[Task], device) -> dict[str, tuple[lora.Adapter, lora.LoRAConfig]]:
+    """{flag: (adapters, their config)} for the methods to run."""
+    flags, adapters = [METHODS[name].flag for name in args.methods or METHODS], {}
     if args.mt_lora and "mt_lora" in flags:
-        loaded["mt_lora"] = lora.load_adapters([Path(args.mt_lora)], device)
+        adapters["mt_lora"] = lora.load_adapters([Path(args.mt_lora)], device)
     if args.oracles and "oracles" in flags:
         there = [Path(args.oracles, task.name) for task in tasks if Path(args.oracles, task.name).is_dir()]
         if len(there) < len(tasks):
             message = f"{args.oracles} holds adapters of {len(there)} of these {len(tasks)} tasks"
             raise UserError(f"{message} (--split, --n_tasks as in training)")
-        loaded["oracles"] = lora.load_adapters(there, device)
-    return loaded
+        adapters["oracles"] = lora.load_adapters(there, device)
+    return adapters
 
 
 def methods_to_run(args, exam: Exam) -> dict[str, Method]:
@@ -280,7 +278,7 @@ def methods_to_run(args, exam: Exam) -> dict[str, Method]:
     for name in args.methods or METHODS:
         function, flag, needs = METHODS[name]
         method = None
-        if flag and flag not in exam.loaded:
+        if flag and flag not in {*exam.nets, *exam.adapters}:
             needs = f"--{flag} DIR"
         else:
             method = function(exam)
@@ -290,10 +288,9 @@ def methods_to_run(args, exam: Exam) -> dict[str, Method]:
             raise UserError(f"the method {name} needs {needs}")
         else:
             left_out.append(f"{name} (needs {needs})")
-    for folder in exam.loaded:
-        if "/" in folder:  # of --compare; no flag has one
-            texts = [task.descriptions for task in exam.tasks]
-            methods[folder] = written(exam, exam.loaded[folder], texts)
+    for folder in exam.nets:
+        if "/" in folder:  # of --compare, not a flag
+            methods[folder] = by_net(exam, folder)
     if left_out:
         say(f"left out: {', '.join(left_out)}")
     return methods
@@ -311,15 +308,15 @@ def questions_of(exam: Exam, method: Method, args) -> list[Question]:
     questions, n_too_long, window = [], 0, model.window_of(exam.base)
     tokenizer, before = exam.tokenizer, model.turn_of(exam.tokenizer).before
     with_instruction = method.config.instruction if args.instruction is None else args.instruction
-    for place, task in enumerate(exam.tasks):
-        spec, texts = exam.specs.get(task.name), method.texts[place] if method.texts else [""]
-        in_prompt = method.in_prompt[place] if method.in_prompt else task.descriptions
+    for index, task in enumerate(exam.tasks):
+        spec, texts = exam.specs.get(task.name), method.texts[index] if method.texts else [""]
+        in_prompt = method.in_prompt[index] if method.in_prompt else task.descriptions
         for i, example in enumerate(task.test[: args.n_examples or (None if spec else 25)]):
-            description, instruction = in_prompt[i % len(in_prompt)], ""
+            shown, instruction = in_prompt[i % len(in_prompt)], ""
             if method.with_description:
-                instruction = description
+                instruction = shown
             elif with_instruction and not spec:
-                instruction = model.instruct(task.definition or description)
+                instruction = model.instruct(task.definition or shown)
             # one more than is needed, because the question itself may be among them
             others = [shot for shot in task.train[: method.n_shots + 1] if shot.input != example.input]
             shots = [(shot.input, shot.answers[0]) for shot in others[: method.n_shots]]
@@ -330,7 +327,7 @@ def questions_of(exam: Exam, method: Method, args) -> list[Question]:
             most = most_tokens(tokenizer, example, spec, args)
             for text in texts[:3] if spec else [texts[i % len(texts)]]:
                 if n_prompt + most <= window:
-                    questions.append(Question(place, task.name, example, text, asked, n_prompt, most))
+                    questions.append(Question(index, task.name, example, text, asked, n_prompt, most))
                 else:
                     n_too_long += 1
     if n_too_long:
@@ -339,8 +336,8 @@ def questions_of(exam: Exam, method: Method, args) -> list[Question]:
 
     def size(question: Question) -> tuple[int, int, int]:
         """Questions of similar size are answered together, since a batch takes as long as its longest."""
-        is_document = exam.tasks[question.place].is_document
-        length = len(question.description) if is_document else 0  # the rank goes by it
+        is_document = exam.tasks[question.index].is_document
+        length = len(question.text) if is_document else 0  # the rank goes by it
         return length, question.most_tokens, question.n_prompt
 
     return sorted(questions, key=size)
@@ -413,15 +410,13 @@ def main() -> None:
     if args.contains and specs:
         raise UserError("--contains is not for benchmarks, which have scores of their own")
     tasks, training = tasks_to_judge(args, specs)
-    loaded = load_trained(args, tasks, device)
-    nets = [trained for trained in loaded.values() if isinstance(trained, nn.Module)]
-    configs = [net.config for net in nets]
-    configs += [trained[1] for trained in loaded.values() if isinstance(trained, tuple)]
+    nets, adapters = load_nets(args, tasks, device), load_adapters(args, tasks, device)
+    configs = [net.config for net in nets.values()] + [config for _, config in adapters.values()]
     base, tokenizer = generate.load_base_for(configs, args, device)
-    for net in nets:
+    for net in nets.values():
         net.connect(base, tokenizer)
 
-    exam, results = Exam(tasks, training, specs, loaded, base, tokenizer), {}
+    exam, results = Exam(tasks, training, specs, nets, adapters, base, tokenizer), {}
     for name, method in methods_to_run(args, exam).items():
         scores = score(name, exam, method, args, process, n_processes)
         if scores:
@@ -431,7 +426,7 @@ def main() -> None:
     if specs:
         results = benchmarks.beside_published(results, base.name_or_path)
     say("\n" + make_table(results, args.split))
-    if n_processes > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -177,9 +177,8 @@ class TextToLoRA(nn.Module):
         """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
         task_emb = self.embed_task(text_emb)  # [n, d/2]
         x = self.trunk(self.rows(task_emb))  # [n, L, M, ..., head_in]
-        if self.config.skip:  # past the trunk: the heads learn sooner what a description changes
-            direct = self.config.skip * F.pad(task_emb, (0, x.shape[-1] - task_emb.shape[-1]))  # [n, head_in]
-            x = x + direct.view(len(x), *[1] * (x.dim() - 2), -1)
+        if self.config.skip:
+            x = self.add_task(x, task_emb)
         adapter = {}
         for m, name in enumerate(self.config.targets):
             layers = self.config.positions(name)  # those that have the target: all of them in most models
@@ -209,6 +208,13 @@ class TextToLoRA(nn.Module):
         if self.config.size == "small":
             x = self.add_ranks(x)  # [n, L, M, 2, r, d]
         return self.mlp3(x)
+
+    def add_task(self, x: Tensor, task_emb: Tensor) -> Tensor:
+        """Past the trunk, which slows learning down: x [n, ..., head_in] + skip * task_emb [n, d/2]."""
+        direct = F.pad(task_emb, (0, x.shape[-1] - task_emb.shape[-1]))  # [n, head_in]
+        while direct.dim() < x.dim():
+            direct = direct[:, None]  # [n, 1, ..., head_in]
+        return x + self.config.skip * direct
 
     def add_ranks(self, x: Tensor) -> Tensor:
         """A row for each rank. [..., d] -> [..., r, d]. That mlp2 is applied again is published."""
@@ -308,7 +314,8 @@ def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
 #     net_class.modes      how train.py may train it: "sft", "recon"
 #     net_class.config_class
 #                          a dataclass: HypernetConfig and further fields. Each `setting` is a flag of train.py
-#                          when this network is trained; a field `dropout` gets the value of --dropout
+#                          when this network is trained, with a name that no other flag has; a plain field
+#                          `dropout` gets the value of --dropout
 #     config.measure(base) sets fields that depend on the frozen models
 #     net_class(config)    the network, with random weights; net.config is its config
 #     net.connect(base, tokenizer)

@@ -48,7 +48,7 @@ PRESETS = {  # name for --base_model: (Hugging Face id or folder, text encoder)
 def resolve(name: str) -> str:
     """The Hugging Face id, or the absolute path of the folder, that a preset, an id or a folder stands for."""
     name = PRESETS[name][0] if name in PRESETS else name
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def is_hub_id(name: str) -> bool:

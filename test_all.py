@@ -237,14 +237,14 @@ def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsy
     long = Example(repeated("cat dog cow sun ", 9), ["red"])
     mixed = data.Task("mixed", ["x"], [long] * 9 + [short], [])
     too_long = data.Task("long", ["x"], [long], [])
-    args.max_tokens = 12
+    args.max_tokens, args.tasks_per_batch = 12, 1
     capsys.readouterr()
     tasks = data.check([mixed, too_long], [], args, tokenizer)
     assert capsys.readouterr().out == "1 of 2 tasks are left out: too long for --max_tokens 12\n"
     assert tasks == [mixed]
     for step in range(9):
         (drawn,) = data.draw(tasks, [0], step, args, tokenizer)
-        assert drawn.examples == 2 * [data.example_ids(tokenizer, mixed, "x", short, args)]
+        assert drawn.examples == 2 * [data.to_ids(tokenizer, mixed, "x", short, args)]
     run.val_tasks, seen, real = [data.Task("v", ["x"], [], [short, long])], [], train.answer_loss
     monkeypatch.setattr(train, "answer_loss", lambda *a: seen.append(int(a[1].max()) + 1) or real(*a))
     train.validate(run)
@@ -407,10 +407,10 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     words += ["--split", "train", "--n_tasks", "4", "--n_examples", "2"]
     results = evaluate(tmp_path / "e.json", *words)
     assert set(results) == {"mt_lora", "oracle"}
-    loaded = {"oracles": lora.load_adapters([oracles / task.name for task in tasks])}
-    exam = evaluation.Exam(tasks, [], {}, loaded, None, None)
-    questions = [types.SimpleNamespace(place=place) for place in (2, 0, 1)]
-    for name, (_, B) in evaluation.oracle(exam).adapters(questions).items():
+    adapters = {"oracles": lora.load_adapters([oracles / task.name for task in tasks])}
+    exam = evaluation.Exam(tasks, [], {}, {}, adapters, None, None)
+    questions = [types.SimpleNamespace(index=index) for index in (2, 0, 1)]
+    for name, (_, B) in evaluation.by_oracles(exam).adapters(questions).items():
         close(B, targets[name][1][[2, 0, 1]])  # each question has the oracle of its task
     other = tmp_path / "oracles" / tasks[0].name  # one of another scaling is refused
     config = lora.load_adapter(other)[1]
@@ -465,8 +465,8 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
 
 # -------------------- What the README says --------------------
 def shapes_in_readme() -> dict[str, list[int]]:
-    """{place: shape} of the table "One step, in shapes"."""
-    shapes, table = {}, (HERE / "README.md").read_text().split("### One step, in shapes")[1].split("## ")[0]
+    """{place: shape} of the table of a training step."""
+    shapes, table = {}, (HERE / "README.md").read_text().split(" in shapes: ")[1].split("## ")[0]
     for line in table.splitlines():
         if found := re.fullmatch(r"\| (.+) \| `(.+)` \| `\[(.+)\]` \|", line):
             shapes[found[1]] = [int(n) for n in found[3].split(", ")]

@@ -48,7 +48,7 @@ from tasks import SOURCES, load_tasks, summary
 def flags_of(parser: argparse.ArgumentParser, mode: str, net_class) -> list[str]:
     """Add the flags of a run of this mode, with a network of this class. Returns their names.
 
-    A flag that the run does not use is refused by argparse; in the code its value is the default.
+    A flag that the run does not use is refused by argparse; for the code it has its default.
     """
     names = []
 
@@ -82,7 +82,7 @@ def flags_of(parser: argparse.ArgumentParser, mode: str, net_class) -> list[str]
     flag("out_dir", "out/run", "a new folder")
     flag("resume", False, "continue the interrupted run in --out_dir")
 
-    through_base = mode != "recon"  # reconstruction runs no base model
+    through_base = mode != "recon"  # no loss of reconstruction goes through the base model
     flag("target_modules", "q_proj,v_proj", "linear layers, by the ends of their paths", used=through_base)
     flag("rank", 8, "rank of an adapter; of each chunk of a document", used=through_base)
     flag("alpha", 16.0, "scaling is alpha / sqrt(rank)", used=through_base)
@@ -145,16 +145,18 @@ def new_parser(**settings) -> argparse.ArgumentParser:
 
 def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
     """The settings of a run, and the same as a file of flags. A resumed run goes by its train.args first."""
-    first = new_parser(add_help=False)  # a first look: which flags are there?
+    # a first look: --mode and --arch say which flags there are
+    looker = new_parser(add_help=False)
     for name, default in ("mode", "sft"), ("arch", "t2l"), ("out_dir", "out/run"):
-        first.add_argument(f"--{name}", default=default)
-    first.add_argument("--resume", action="store_true")
-    known, _ = first.parse_known_args(words)
-    recorded = [f"@{known.out_dir}/train.args"] if known.resume else []
-    known, _ = first.parse_known_args(recorded + words)
+        looker.add_argument(f"--{name}", default=default)
+    looker.add_argument("--resume", action="store_true")
+    seen, _ = looker.parse_known_args(words)
+    recorded = [f"@{seen.out_dir}/train.args"] if seen.resume else []
+    seen, _ = looker.parse_known_args(recorded + words)
 
-    parser, net_class = new_parser(usage="train.py [@FILE ...] [--FLAG VALUE ...]"), hypernet.find_arch(known.arch)
-    names = flags_of(parser, known.mode, net_class)
+    net_class = hypernet.find_arch(seen.arch)
+    parser = new_parser(usage="train.py [@FILE ...] [--FLAG VALUE ...]")
+    names = flags_of(parser, seen.mode, net_class)
     args = parser.parse_args(recorded + words)
     if recorded:
         for name, old in vars(parser.parse_args(recorded)).items():
@@ -163,6 +165,8 @@ def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
                 raise UserError(f"--resume: this run has --{name} {old}, not {new}")
     if args.warmup > 1:
         raise UserError("--warmup is a fraction of the steps")
+    if not args.examples_per_task:
+        raise UserError("--examples_per_task must be above 0")
     if args.mode != "lora" and args.mode not in net_class.modes:
         raise UserError(f"--arch {args.arch} is trained with --mode {' or '.join(net_class.modes)}")
     if "encoder" in names and args.encoder == "preset":
@@ -356,7 +360,7 @@ def task_loss(run: Run, examples: list[data.Ids], teacher: Tensor | None) -> Ten
 
 
 def recon_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Tensor]:
-    """One step of reconstruction: no base model runs. As sft_step, it leaves gradients in `net`."""
+    """One step of reconstruction. As sft_step, it leaves gradients in `net`."""
     with autocast(run):
         written = net(inputs_of(run, drawn))
     oracles = lora.select(run.oracles, [item.index for item in drawn])
@@ -374,7 +378,7 @@ def validate(run: Run) -> dict[str, float]:
     args, drawn, loss, n_right = run.args, [], 0.0, 0
     for i, task in enumerate(run.val_tasks):
         text = task.descriptions[0]
-        examples = [data.example_ids(run.tokenizer, task, text, example, args) for example in task.test[:8]]
+        examples = [data.to_ids(run.tokenizer, task, text, example, args) for example in task.test[:8]]
         drawn.append(data.Drawn(i, text, examples))
     examples = shortest_first(drawn)
     examples = [(place, ids) for place, ids in examples if ids.n_tokens <= args.max_tokens] or examples[:1]
@@ -554,19 +558,20 @@ def tasks_to_learn(args) -> tuple[list[data.Task], list[data.Task]]:
 def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
     """For SFT and ordinary LoRAs: load the tasks and the frozen models, and make what is trained."""
     tasks, val_tasks = tasks_to_learn(args)
-    base_model, names, dtype = model.resolve(args.base_model), args.target_modules.split(","), args.dtype
+    base_model, dtype = model.resolve(args.base_model), getattr(torch, args.dtype)
+    names = args.target_modules.split(",")
     if args.shard:
-        base, tokenizer = model.load_sharded(base_model, device, getattr(torch, dtype), names, args.dropout)
+        base, tokenizer = model.load_sharded(base_model, device, dtype, names, args.dropout)
     else:
-        base, tokenizer = model.load_base(base_model, device, getattr(torch, dtype))
+        base, tokenizer = model.load_base(base_model, device, dtype)
         lora.inject(base, names, args.dropout)
     lora.set_dropout(base, True)
     if args.gradient_checkpointing:
         model.recompute_layers(base)
     if device.type == "cpu":
         base.set_attn_implementation("eager")  # its backward pass is faster there
-    if args.max_tokens > model.window_of(base):
-        window = model.window_of(base)
+    window = model.window_of(base)
+    if args.max_tokens > window:
         raise UserError(f"--max_tokens {args.max_tokens} is more than the base model's window of {window}")
     tasks = data.check(tasks, val_tasks, args, tokenizer)
     if args.short_first:
@@ -590,7 +595,7 @@ def prepare_recon(args, device: torch.device, process: int, n_processes: int) ->
     say(f"oracles of {len(with_oracle)} of {len(tasks)} tasks")
     oracles, config = lora.load_adapters([Path(args.oracles, task.name) for task in with_oracle], device)
     base_model = model.resolve(args.base_model)
-    if args.encoder == "base":
+    if getattr(args, "encoder", "") == "base":
         base, tokenizer = model.load_base(base_model, device, getattr(torch, args.dtype))
     else:
         base, tokenizer = model.load_shapes(base_model), None
@@ -656,9 +661,9 @@ def main() -> None:
             resume = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
             say(f"\nto continue from the last state, as it was started: {resume}")
         else:
-            say(f"\nnothing is saved before step {args.val_every} (--val_every); the same command starts again")
+            say(f"\nno state was saved yet (see --val_every); the same command starts again")
         raise
-    if n_processes > 1:
+    if dist.is_initialized():
         gc.collect()  # DDP's reducer must not be the last to hold the group: freeing it may hang
         dist.destroy_process_group()
 

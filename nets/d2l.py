@@ -37,9 +37,9 @@ class DocConfig(HypernetConfig):
 
     def measure(self, base: nn.Module) -> None:
         self.input_size = base.config.get_text_config().hidden_size
-        longest, window = self.chunk_len, model.window_of(base)
-        if longest > window:
-            raise UserError(f"--chunk_len {longest} is more than the base model's window of {window} tokens")
+        window = model.window_of(base)
+        if self.chunk_len > window:
+            raise UserError(f"--chunk_len {self.chunk_len} is more than the base model's window of {window}")
 
 
 # -------------------- Split --------------------

@@ -30,6 +30,8 @@ class EncoderLoRAConfig(hypernet.TextConfig):
         self.encoder_targets = lora.as_targets(self.encoder_targets)
 
     def measure(self, base: nn.Module) -> None:
+        if self.encoder in ("hash", "base"):
+            raise UserError(f"--arch encoder_lora needs a text encoder of the hub or a folder, not {self.encoder}")
         super().measure(base)
         self.encoder_targets = lora.find_targets(model.load_text_model(self.encoder), [])
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import hypernet
+from support import UserError
 
 
 def rotate(x: Tensor, positions: int) -> Tensor:
@@ -24,6 +25,8 @@ class Net(hypernet.TextToLoRA):
     arch = "rotary"
 
     def __init__(self, config: hypernet.TextConfig):
+        if config.size != "small":
+            raise UserError("--arch rotary is only for --size small")
         super().__init__(config)
         del self.rank_emb
 

@@ -146,7 +146,7 @@ def drawn_in(run: train.Run, step: int) -> list[data.Drawn]:
 
 def drawn_as(run: train.Run, i: int, text: str, examples: list[data.Example]) -> data.Drawn:
     """Task i with a text and examples that a test has chosen."""
-    ids = [data.example_ids(run.tokenizer, run.tasks[i], text, example, run.args) for example in examples]
+    ids = [data.to_ids(run.tokenizer, run.tasks[i], text, example, run.args) for example in examples]
     return data.Drawn(i, text, ids)
 
 

@@ -120,6 +120,9 @@ eval | --tasks piqa --contains | is not for benchmarks
 train | --base_model ./nowhere | OSError
 train | --micro_batch -1 | it must not be -1
 train | --warmup 2 | is a fraction
+train | --examples_per_task 0 | must be above 0
+train | --arch rotary | only for --size small
+train | --arch encoder_lora | needs a text encoder of the hub
 train | --resume --out_dir {foreign} | train.args
 train | --shard | --shard needs several processes
 train | --arch foo-bar | there is no such network, but t2l, d2l, encoder_lora
@@ -354,7 +357,7 @@ def test_a_run_without_a_state_is_started_again(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(train, "sft_step", interrupted_in_call(2, train.sft_step)[0])
         assert command(train, *words) == 130
-    assert "nothing is saved before step 250 (--val_every)" in capsys.readouterr().out
+    assert "no state was saved yet (see --val_every); the same command starts again" in capsys.readouterr().out
     assert command(train, *words, "--resume") == 2
     assert command(train, *words) == 0 and len(losses_of(tmp_path / "run")) == 3
 

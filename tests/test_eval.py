@@ -32,47 +32,47 @@ def tiny():
     return model.load_base(model.TINY)
 
 
-def exam_of(tasks: list[data.Task], tiny, training=(), specs=None, **changes) -> evaluation.Exam:
+def exam_of(tasks: list[data.Task], tiny, training=(), specs=None) -> evaluation.Exam:
     """These tasks, with the small shipped hypernetwork of the tiny world."""
     base, tokenizer = tiny
-    loaded = {"hypernet": hypernet.load_hypernet(TINY / "sft_small")}
-    loaded["hypernet"].connect(base, tokenizer)
+    net = hypernet.load_hypernet(TINY / "sft_small")
+    net.connect(base, tokenizer)
     if not hasattr(base, "lora_layers"):
         lora.inject(base, NAMES)
-    return evaluation.Exam(tasks, list(training), specs or {}, loaded | changes, base, tokenizer)
+    return evaluation.Exam(tasks, list(training), specs or {}, {"hypernet": net}, {}, base, tokenizer)
 
 
 def test_which_descriptions_a_method_is_given(tiny):
     tasks = load_tasks("tiny")["test"][:3]
 
     def used(name, with_instruction=False, exam=exam_of(tasks, tiny)):
-        method = evaluation.METHODS[name][0](exam)
+        method = evaluation.METHODS[name].function(exam)
         return evaluation.questions_of(exam, method, args(instruction=with_instruction))
 
     for question in used("net_reworded"):
-        assert question.description in tasks[question.place].reworded
+        assert question.text in tasks[question.index].reworded
     for question in used("net_shuffled"):
-        assert question.description in tasks[(question.place + 1) % 3].descriptions
+        assert question.text in tasks[(question.index + 1) % 3].descriptions
     known = {text for task in tasks for text in [*task.descriptions, *task.reworded]}
-    assert not known & {question.description for question in used("net_random")}
+    assert not known & {question.text for question in used("net_random")}
     assert len(used("net")) == 75
 
     def instruction(question) -> str:
         return question.prompt.removesuffix(f"\n\n{question.example.input} ->")
 
-    assert all(instruction(asked) in tasks[asked.place].descriptions for asked in used("prompt"))
+    assert all(instruction(asked) in tasks[asked.index].descriptions for asked in used("prompt"))
     for question in used("net_shuffled", True):  # the task's own instruction
-        assert instruction(question) in [model.instruct(text) for text in tasks[question.place].descriptions]
+        assert instruction(question) in [model.instruct(text) for text in tasks[question.index].descriptions]
     for name in ("net", "net_reworded"):  # the prompt says what the network reads
         for question in used(name, True):
-            assert instruction(question) == model.instruct(question.description)
+            assert instruction(question) == model.instruct(question.text)
     examples = [Example("cat", ["red"]) for i in range(30)]
     piqa = benchmarks.BENCHMARKS["piqa"]._replace(start=lambda example: "so")
     exam = exam_of([data.Task("piqa", list("abcd"), [], examples)], tiny, specs={"piqa": piqa})
     asked = used("net", True, exam)
     assert len(used("base", exam=exam)) == 30
     assert asked[0].prompt == "cat -> so"  # the start of the answer stands where the answer would
-    assert sorted(question.description for question in asked) == 30 * ["a"] + 30 * ["b"] + 30 * ["c"]
+    assert sorted(question.text for question in asked) == 30 * ["a"] + 30 * ["b"] + 30 * ["c"]
 
 
 def test_scores_and_their_interval(monkeypatch, tiny):
@@ -89,7 +89,7 @@ def test_scores_and_their_interval(monkeypatch, tiny):
     def score(*right: str, **changes) -> float:
         tasks = [data.Task("x", ["d"], [], [Example("cat dog", [answer]) for answer in right])]
         exam = exam_of(tasks, tiny)
-        return evaluation.score("base", exam, evaluation.base(exam), args(**changes))["x"]
+        return evaluation.score("base", exam, evaluation.Method(), args(**changes))["x"]
 
     assert score("red cat sun moon") == 1 and score("red") == 0  # an answer that goes on is wrong
     assert score("red cat sun") == 0
@@ -112,7 +112,7 @@ def test_examples_in_the_prompt_are_not_those_asked(tiny):
     task = load_tasks("tiny")["test"][0]
     task = data.Task("x", ["d"], task.train[:4], [*task.test[:9], task.train[0]])  # one is in both parts
     exam = exam_of([task], tiny)
-    for question in evaluation.questions_of(exam, evaluation.icl(exam), args()):
+    for question in evaluation.questions_of(exam, evaluation.Method(n_shots=3), args()):
         *shown, asked = question.prompt.split("<eos>\n")
         shots = [shot.split(" ->")[0] for shot in shown]
         assert len(shots) == 3 and set(shots) <= {example.input for example in task.train}
@@ -199,8 +199,8 @@ def test_the_mean_adapter_is_that_of_the_training_tasks(tiny):
     tasks = load_tasks("tiny")["train"][:3]
     exam = exam_of(tasks, tiny, training=tasks)
     with torch.no_grad():
-        written = exam.loaded["hypernet"]([task.descriptions[0] for task in tasks])
-    mean = evaluation.net_mean(exam).adapters([])
+        written = exam.nets["hypernet"]([task.descriptions[0] for task in tasks])
+    mean = evaluation.by_net_mean(exam).adapters([])
     for name, (A, B) in written.items():
         close(mean[name], (A.mean(0, keepdim=True), B.mean(0, keepdim=True)), 1e-4)
     names = {*evaluation.METHODS} - {"mt_lora", "oracle", "recon"}
@@ -209,5 +209,5 @@ def test_the_mean_adapter_is_that_of_the_training_tasks(tiny):
     assert {*evaluation.methods_to_run(args(), exam)} == names - {"net_mean", "net_shuffled"}
     refused("net_shuffled needs a second task", evaluation.methods_to_run, args(methods=["net_shuffled"]), exam)
     chosen = args(base_model="mistralai/x", methods=["net"])
-    none = exam._replace(loaded=evaluation.load_trained(chosen, tasks, "cpu"))
+    none = exam._replace(nets=evaluation.load_nets(chosen, tasks, "cpu"))
     refused("the method net needs --hypernet DIR", evaluation.methods_to_run, chosen, none)

@@ -139,6 +139,18 @@ def follow(run: train.Run, optimizer, step: int, drawn: list[data.Drawn], loss: 
     optimizer.step()
 
 
+# -------------------- The program of extras/README.md --------------------
+
+
+def test_the_path_from_python(tmp_path, monkeypatch, capsys):
+    page = (HERE / "extras" / "README.md").read_text()
+    program = page.split("## From Python")[1].split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert capsys.readouterr().out == "[' chat chien', ' shirt dog red cat']\n"
+    assert lora.load_adapter("out/one")[1].r == 8
+
+
 # -------------------- A new network: nets/linear.py --------------------
 
 

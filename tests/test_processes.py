@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -184,6 +185,23 @@ def test_every_command_on_cuda(tmp_path):
     assert command(evaluation, *methods) == 0
     long = ["--tasks", "facts", "--split", "long", "--n_tasks", "3", "--n_examples", "3"]
     assert command(evaluation, *long, "--hypernet", TINY / "d2l") == 0
+
+
+PRETEND = os.environ.get("T2L_PRETEND", "")  # a program that runs another one on a pretended GPU
+
+
+@pytest.mark.skipif(not PRETEND, reason="T2L_PRETEND names no pretended GPU")
+@pytest.mark.parametrize("name", ["sft", "documents", "pictures", "generate", "eval"])
+def test_no_tensor_is_on_the_wrong_device(name, tmp_path):
+    out = ["--out_dir", tmp_path / "run", "--max_steps", "2", "--val_every", "1"]
+    commands = {"sft": ["train.py", *SHORT, *out], "documents": ["train.py", *DOCS, *out]}
+    commands["pictures"] = ["-m", "pictures.pictures", "--train", "hypernet", "--steps", "1", "--weights", tmp_path]
+    commands["generate"] = ["generate.py", *SAY, "--input", "cat red dog shirt", "--out", tmp_path / "a"]
+    commands["eval"] = ["eval.py", "--n_tasks", "2", "--n_examples", "2"]
+    shutil.copy(HERE / "pictures" / "base.safetensors", tmp_path)
+    words = [sys.executable, PRETEND, *map(str, commands[name])]
+    run = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
+    assert run.returncode == 0 and "DeviceMismatch" not in run.stderr, run.stderr[-2000:]
 
 
 # -------------------- Devices, without a GPU --------------------
