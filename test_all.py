@@ -491,7 +491,7 @@ def test_one_step_has_the_shapes_of_the_readme(monkeypatch):
 
     note(run.net, "encode", "output of the text encoder")
     note(run.net, "embed_task", "task embeddings")
-    note(run.net, "rows", "rows: task, layer, module side by side")
+    note(run.net, "rows", "rows: vectors of task, layer and module, concatenated")
     note(run.net, "trunk", "input of the heads")
     written = ("A of `q_proj`", "B of `v_proj`, whose output is smaller")
     note(run.net, "forward", *written, result=lambda out: (out["q_proj"][0], out["v_proj"][1]))

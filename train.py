@@ -52,7 +52,7 @@ def flags_of(parser: argparse.ArgumentParser, mode: str, net_class) -> list[str]
     """
     names = []
 
-    def flag(name: str, default, meaning: str, *choices, used: bool = True) -> None:
+    def flag(name: str, default, meaning: str, *choices) -> None:
         options = {"type": type(default), "choices": choices or None}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
@@ -64,6 +64,7 @@ def flags_of(parser: argparse.ArgumentParser, mode: str, net_class) -> list[str]
         else:
             parser.set_defaults(**{name: default})
 
+    used = True  # by all runs
     flag("mode", "sft", "what is trained, see above", "lora", "recon", "sft")
     flag("base_model", "tiny", f"{', '.join(model.PRESETS)}, a hub id or a folder")
     flag("tasks", "tiny", f"{', '.join(SOURCES)}, or a folder of task files")
@@ -82,39 +83,42 @@ def flags_of(parser: argparse.ArgumentParser, mode: str, net_class) -> list[str]
     flag("out_dir", "out/run", "a new folder")
     flag("resume", False, "continue the interrupted run in --out_dir")
 
-    through_base = mode != "recon"  # no loss of reconstruction goes through the base model
-    flag("target_modules", "q_proj,v_proj", "linear layers, by the ends of their paths", used=through_base)
-    flag("rank", 8, "rank of an adapter; of each chunk of a document", used=through_base)
-    flag("alpha", 16.0, "scaling is alpha / sqrt(rank)", used=through_base)
-    flag("examples_per_task", 1, "examples of each task of a step", used=through_base)
-    flag("micro_batch", 64, "examples at once, on each process", used=through_base)
-    flag("max_tokens", 512, "longer examples are not drawn", used=through_base)
-    flag("neftune_alpha", 0.0, "noise on the input embeddings (NEFTune)", used=through_base)
-    flag("l1", 0.0, "weight of the mean absolute value of A and B", used=through_base)
-    flag("l2", 1e-3, "weight of the mean square of A and B", used=through_base)
-    flag("gradient_checkpointing", False, "compute activations twice, to save memory", used=through_base)
+    used = mode in ("sft", "lora")  # the losses that go through the base model
+    flag("target_modules", "q_proj,v_proj", "linear layers, by the ends of their paths")
+    flag("rank", 8, "rank of an adapter; of each chunk of a document")
+    flag("alpha", 16.0, "scaling is alpha / sqrt(rank)")
+    flag("examples_per_task", 1, "examples of each task of a step")
+    flag("micro_batch", 64, "examples at once, on each process")
+    flag("max_tokens", 512, "longer examples are not drawn")
+    flag("neftune_alpha", 0.0, "noise on the input embeddings (NEFTune)")
+    flag("l1", 0.0, "weight of the mean absolute value of A and B")
+    flag("l2", 1e-3, "weight of the mean square of A and B")
+    flag("gradient_checkpointing", False, "compute activations twice, to save memory")
 
-    reads_documents = mode == "sft" and net_class.reads == "documents"
-    flag("short_first", False, "short documents first, all from half-way on", used=reads_documents)
-    flag("distill", 0, "learn the base's top k tokens with the document in its prompt", used=reads_documents)
-    reads_inputs_alone = through_base and not reads_documents
-    flag("instruction", False, "put the definition before the input", used=reads_inputs_alone)
-    flag("label_smoothing", 0.0, "label smoothing", used=reads_inputs_alone)
-    flag("shard", False, "shard the base model over the processes", used=reads_inputs_alone)
+    used = mode == "sft" and net_class.reads == "documents"
+    flag("short_first", False, "short documents first, all from half-way on")
+    flag("distill", 0, "learn the base model's top k tokens with the document in its prompt")
 
-    flag("multi_task", False, "one adapter for all tasks", used=mode == "lora")
-    flag("oracles", "", "the folder that --mode lora wrote", used=mode == "recon")
-    what = "compares A and B over their deviation, or B A"
-    flag("recon_loss", "z_score", what, "z_score", "delta_w", used=mode == "recon")
+    used = mode == "lora" or (mode == "sft" and net_class.reads == "descriptions")
+    flag("instruction", False, "put the definition before the input")
+    flag("label_smoothing", 0.0, "label smoothing")
+    flag("shard", False, "shard the base model over the processes")
 
-    has_net = mode != "lora"
-    flag("arch", "t2l", "t2l (Text-to-LoRA), d2l (Doc-to-LoRA), or another file of nets/", used=has_net)
-    flag("init_from", "", "start from the weights of this hypernetwork", used=has_net)
-    in_net = has_net and hasattr(net_class.config_class, "dropout")
-    what = "on the input of adapters, and in the network if it has dropout"
-    flag("dropout", 0.1, what, used=through_base or in_net)
-    for entry in hypernet.settings_of(net_class.config_class) if has_net else ():
+    used = mode == "lora"
+    flag("multi_task", False, "one adapter for all tasks")
+
+    used = mode == "recon"
+    flag("oracles", "", "the folder that --mode lora wrote")
+    flag("recon_loss", "z_score", "compares A and B over their deviation, or B A", "z_score", "delta_w")
+
+    used = mode in ("sft", "recon")  # what is trained is a hypernetwork
+    flag("arch", "t2l", "t2l (Text-to-LoRA), d2l (Doc-to-LoRA), or another file of nets/")
+    flag("init_from", "", "start from the weights of this hypernetwork")
+    for entry in hypernet.settings_of(net_class.config_class) if used else ():
         flag(entry.name, entry.default, entry.metadata["meaning"], *entry.metadata["choices"])
+
+    used = mode in ("sft", "lora") or hasattr(net_class.config_class, "dropout")
+    flag("dropout", 0.1, "on the input of adapters, and in the network if it has dropout")
     return names
 
 
@@ -179,7 +183,11 @@ def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
         raise UserError("--gradient_checkpointing on mps needs --dropout 0: another mask would be drawn")
     if args.shard and "encoder" in names and args.encoder == "base":
         raise UserError("--shard needs a text encoder beside the sharded base model: --encoder ID or DIR")
+    return args, as_file(args, names)
 
+
+def as_file(args: argparse.Namespace, names: list[str]) -> str:
+    """The settings as a file of flags, but for --resume."""
     lines = []
     for name in names:
         value = getattr(args, name)
@@ -187,7 +195,7 @@ def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
             lines.append(f"--{name}" if value else f"--no-{name}")
         elif name != "resume":
             lines.append(f"--{name} {shlex.quote(str(value))}")
-    return args, "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 # -------------------- The losses --------------------

@@ -10,6 +10,7 @@ from support import check_output, command, make_parser, write_file
 
 DESCRIPTION, INPUT = "Write the animals in Spanish, back to front.", "skirt cat bird shirt"
 INK, GREY, FROZEN, TRAINED = "#1c2733", "#5b6b7b", "#e3ebf3", "#ffe2b0"
+LABEL = "font-style='italic'"
 STYLE = "font-family='DejaVu Sans, Verdana, sans-serif' font-size='14' text-anchor='middle'"
 MARKER = (
     "<marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='8' markerHeight='8' orient='auto'>"
@@ -27,8 +28,9 @@ def box(x: int, y: int, width: int, lines: list[str], fill: str) -> str:
     return svg
 
 
-def words(x: int, y: int, text: str, colour: str = INK, weight: str = "normal") -> str:
-    return f"<text x='{x}' y='{y}' fill='{colour}' font-weight='{weight}'>{escape(text)}</text>"
+def words(x: int, y: int, text: str, style: str = "") -> str:
+    """A line of text, in the middle or as `style` says."""
+    return f"<text x='{x}' y='{y}' fill='{INK}' {style}>{escape(text)}</text>"
 
 
 def arrow(x1: int, y1: int, x2: int, y2: int) -> str:
@@ -38,7 +40,7 @@ def arrow(x1: int, y1: int, x2: int, y2: int) -> str:
 def draw(before: str, after: str) -> str:
     """The figure as SVG, on a ground of its own: it is read in light and in dark pages."""
     parts = [
-        words(175, 34, "a description, no examples", GREY),
+        words(175, 40, "a description:", LABEL),
         words(175, 66, DESCRIPTION.split(", ")[0] + ","),
         words(175, 86, DESCRIPTION.split(", ")[1]),
         arrow(318, 72, 348, 72),
@@ -47,20 +49,18 @@ def draw(before: str, after: str) -> str:
         box(590, 72, 140, ["hypernetwork", "(trained once)"], TRAINED),
         arrow(661, 72, 688, 72),
         box(770, 72, 160, ["LoRA adapter:", "A, B of each layer"], "#ffffff"),
-        words(130, 182, "an input", GREY),
-        words(630, 156, "without the adapter", GREY),
-        words(130, 212, INPUT),
+        words(130, 190, "the prompt:", LABEL),
+        words(130, 214, INPUT),
         arrow(226, 200, 300, 176),
         box(400, 176, 190, ["language model (frozen)"], FROZEN),
         arrow(496, 176, 526, 176),
-        words(630, 181, before),
+        words(536, 181, before, "text-anchor='start'"),
         arrow(226, 216, 300, 244),
-        box(400, 246, 190, ["the same + adapter"], FROZEN),
+        box(400, 246, 190, ["the same, with adapter"], FROZEN),
         f"<path d='M770,102 L770,282 L400,282 L400,268' fill='none' stroke='{GREY}' stroke-width='1.6' "
         "marker-end='url(#tip)'/>",
         arrow(496, 246, 526, 246),
-        words(630, 226, "with the adapter", GREY),
-        words(630, 251, after, weight="bold"),
+        words(536, 251, after, "text-anchor='start' font-weight='bold'"),
     ]
     ground = f"<rect width='880' height='304' rx='10' fill='#fafbfc' stroke='{FROZEN}'/>"
     size = "width='880' height='304' viewBox='0 0 880 304'"
