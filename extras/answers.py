@@ -1,77 +1,211 @@
-"""Generate missing answers about documents: python -m extras.answers FOLDER OUT_DIR --base_model NAME
+"""Make documents with questions and answers, to train Doc-to-LoRA on: from plain texts, or from open questions.
 
-FOLDER holds documents with questions, see the README. Questions without an answer are answered by the base
-model with the document in its prompt, as published. OUT_DIR gets the same files with all answers; a second
-call goes on with files that are not there yet.
+    python -m extras.answers notes/ out/notes --base_model smollm2-135m
+    python train.py @config/needle.args --tasks out/notes --out_dir out/reader     # and other flags for longer texts
+
+FOLDER holds texts (.txt, .md), or documents with questions as JSON files (see extras/README.md). As in the
+published recipe, the base model is asked for questions about each text, of several kinds, and then answers them
+with the text in its prompt. Long texts are cut into parts at paragraphs. Whole texts are held out for validation
+and testing. OUT_DIR gets a file for each part, and splits.json; a second call goes on with parts that are not
+there yet. All answers are greedy, so a second run gives the same.
 """
 
+import argparse
+import random
+import re
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 import model
 from support import UserError, command, make_parser, read_json, write_file
 from tasks import read_splits, read_task, task_files
 
-ANSWER_TOKENS = 64  # the longest answer
+ANSWER_TOKENS = 64  # the longest answer, and so many for each question
 PROMPT_TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
+KINDS = [  # of questions, each asked for in a prompt of its own
+    "about facts that the text states",
+    "about names, places and terms in the text",
+    "about numbers, dates and amounts in the text",
+    "that begin with why or how and that the text answers",
+    "about what the text or one of its paragraphs says as a whole",
+]
 
 
-def answer_file(base, tokenizer, content: dict) -> int:
-    """Answer the open questions of one file, in place, and drop the others. Returns how many are dropped."""
-    asked, longest = [], 1  # (entry, prompt)
-    for entry in content["questions"]:
-        if "answer" not in entry:
-            prompt = model.render(tokenizer, entry["question"].strip(), content["document"])
-            n_tokens = len(model.tokenize(tokenizer, prompt))
-            if n_tokens + ANSWER_TOKENS <= model.window_of(base):
-                asked.append((entry, prompt))
-                longest = max(longest, n_tokens)
-    at_once = max(1, PROMPT_TOKENS_AT_ONCE // longest)
-    for i in range(0, len(asked), at_once):
-        entries, prompts = zip(*asked[i : i + at_once])
-        answers, _ = model.answer(base, tokenizer, list(prompts), ANSWER_TOKENS)
-        for entry, answer in zip(entries, answers):
-            entry["answer"] = answer.strip()
-    answered = [entry for entry in content["questions"] if entry.get("answer")]
+def parse_args() -> argparse.Namespace:
+    """The flags."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=Path, help="texts, or documents with questions")
+    add("out_dir", metavar="OUT_DIR", type=Path, help="a new folder")
+    add("--base_model", required=True, help="what asks and answers: a preset, an id or a folder")
+    add("--questions", type=int, default=10, help="about each part of a text (default: 10)")
+    add("--max_tokens", type=int, default=384, help="of a part of a text (default: 384)")
+    add("--held_out", type=float, default=0.1, help="fraction of the texts for val, and for test (default: 0.1)")
+    add("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
+    return parser.parse_args()
+
+
+# -------------------- Texts -> parts --------------------
+
+
+def read_texts(folder: Path) -> dict[str, str]:
+    """{name: text} of the .txt and .md files of a folder. UserError for a file without text."""
+    texts = {}
+    for path in sorted([*folder.glob("*.txt"), *folder.glob("*.md")]):
+        try:
+            text = path.read_text(encoding="utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is no text in UTF-8") from None
+        if not text:
+            raise UserError(f"{path} is empty")
+        if path.stem in texts:
+            raise UserError(f"{folder} holds two texts called {path.stem}")
+        texts[path.stem] = text
+    return texts
+
+
+def split_text(tokenizer, text: str, max_tokens: int) -> list[str]:
+    """Cut a text into parts of at most so many tokens: between paragraphs; long ones between sentences, or words."""
+    parts = [""]
+    for piece, joint in pieces_of(tokenizer, text, max_tokens):
+        longer = f"{parts[-1]}{joint}{piece}" if parts[-1] else piece
+        if len(model.tokenize(tokenizer, longer)) <= max_tokens:
+            parts[-1] = longer
+        else:
+            parts.append(piece)
+    return [part for part in parts if part]
+
+
+def pieces_of(tokenizer, text: str, max_tokens: int) -> list[tuple[str, str]]:
+    """The smallest pieces that a text is cut into, each with what joins it to the piece before."""
+    pieces = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        sentences, joint = [paragraph.strip()], "\n\n"
+        if len(model.tokenize(tokenizer, paragraph)) > max_tokens:
+            sentences = re.split(r"(?<=[.!?])\s+", paragraph.strip())
+        for sentence in sentences:
+            words = [sentence]
+            if len(model.tokenize(tokenizer, sentence)) > max_tokens:
+                words = sentence.split()
+            for word in words:
+                pieces.append((word, joint))
+                joint = " "
+    return pieces
+
+
+# -------------------- Questions and answers --------------------
+
+
+def ask_all(base, tokenizer, prompts: list[str], n_new: int) -> list[str | None]:
+    """The greedy answers to prompts, a few at a time; None if prompt or answer is too long."""
+    lengths = [len(model.tokenize(tokenizer, prompt)) for prompt in prompts]
+    fitting = [i for i, length in enumerate(lengths) if length + n_new <= model.window_of(base)]
+    at_once = max(1, PROMPT_TOKENS_AT_ONCE // (max(lengths, default=0) + n_new))
+    answers = [None] * len(prompts)
+    for i in range(0, len(fitting), at_once):
+        batch = fitting[i : i + at_once]
+        said, ended = model.answer(base, tokenizer, [prompts[k] for k in batch], n_new)
+        for k, text, has_ended in zip(batch, said, ended):
+            answers[k] = text.strip() if has_ended else None
+    return answers
+
+
+def write_questions(base, tokenizer, document: str, n: int) -> list[dict]:
+    """Up to n questions about a document, of all kinds in turn, none twice."""
+    n_each = -(-n // len(KINDS))
+    prompts = []
+    for kind in KINDS:
+        task = f"Write {n_each} short questions {kind}. Write one question per line and nothing else."
+        prompts.append(model.render(tokenizer, f"{document}\n\n{task}"))
+    said = ask_all(base, tokenizer, prompts, ANSWER_TOKENS * n_each)
+    questions = {}  # {question in small letters: question}
+    for answer in said:
+        lines = [re.sub(r"^[\s\d.)*-]+", "", line).strip() for line in (answer or "").splitlines()]
+        for line in [line for line in lines if line.endswith("?")][:n_each]:  # neither headings nor half a line
+            questions.setdefault(line.lower(), line)
+    return [{"question": question} for question in list(questions.values())[:n]]
+
+
+def answer_questions(base, tokenizer, content: dict) -> int:
+    """Answer the open questions of a file, in place, and drop the others. Returns how many are dropped."""
+    open_ones = [entry for entry in content["questions"] if "answer" not in entry]
+    prompts = []
+    for entry in open_ones:
+        prompts.append(model.render(tokenizer, entry["question"].strip(), content["document"]))
+    for entry, answer in zip(open_ones, ask_all(base, tokenizer, prompts, ANSWER_TOKENS)):
+        entry["answer"] = answer
+    answered = [entry for entry in content["questions"] if entry["answer"]]
     n_dropped = len(content["questions"]) - len(answered)
     content["questions"] = answered
     return n_dropped
 
 
+# -------------------- The folder --------------------
+
+
+def hold_out(names: list[str], fraction: float) -> dict[str, list[str]]:
+    """Whole texts for training, validation and testing, the same every time."""
+    names, n = sorted(names), round(fraction * len(names))
+    random.Random(0).shuffle(names)
+    return {"train": names[2 * n :], "val": names[:n], "test": names[n : 2 * n]}
+
+
+def documents_of(args, tokenizer) -> tuple[dict[str, dict], dict[str, list[str]]]:
+    """({name: content of a file to be completed}, their splits), from texts or from JSON files."""
+    texts, files = read_texts(args.folder), task_files(args.folder)
+    if bool(texts) == bool(files):
+        which = "both texts and JSON files" if texts else "neither texts (.txt, .md) nor JSON files"
+        raise UserError(f"{args.folder} holds {which}")
+    contents = {}
+    if files:
+        for name, path in files.items():
+            if not read_task(path).is_document:
+                raise UserError(f"{path} is a task; only documents can have open questions")
+            contents[name] = read_json(path)
+        return contents, read_splits(args.folder)
+    names_of = {}  # {name of a text: names of its parts}
+    for name, text in texts.items():
+        parts = split_text(tokenizer, text, args.max_tokens)
+        names_of[name] = [f"{name}-{i:03}" if len(parts) > 1 else name for i in range(len(parts))]
+        for part_name, part in zip(names_of[name], parts):
+            contents[part_name] = {"document": part}
+    splits = {}
+    for split, names in hold_out(list(texts), args.held_out).items():
+        splits[split] = [part for name in sorted(names) for part in names_of[name]]
+    return contents, splits
+
+
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="documents and questions")
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a new folder")
-    parser.add_argument("--base_model", required=True, help="what answers: a preset, an id or a folder")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
-    args = parser.parse_args()
-    paths = task_files(args.folder)
-    for path in paths.values():
-        if not read_task(path).is_document:
-            raise UserError(f"{path} is a task; only documents can have open questions")
+    args = parse_args()
+    name = model.resolve(args.base_model)
+    if AutoTokenizer.from_pretrained(name).chat_template is None:
+        raise UserError(f"--base_model {args.base_model} has no chat template; take an instruction-tuned model")
+    tokenizer = model.load_tokenizer(name)
+    contents, splits = documents_of(args, tokenizer)
     in_out = {path.stem for path in args.out_dir.glob("*")}
-    if args.out_dir.resolve() == args.folder.resolve() or not in_out <= {*paths, "splits"}:
+    if args.out_dir.resolve() == args.folder.resolve() or not in_out <= {*contents, "splits"}:
         raise UserError(f"{args.out_dir} is in use; choose another folder")
-    splits = read_splits(args.folder)
-    device = model.pick_device(args.device)
-    base, tokenizer = model.load_base(model.resolve(args.base_model), device)
+    base, tokenizer = model.load_base(name, model.pick_device(args.device))
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    n_left_out = 0
-    for path in tqdm(paths.values(), desc="documents", unit="file"):
-        if not (args.out_dir / path.name).exists():
-            content = read_json(path)
-            n_left_out += answer_file(base, tokenizer, content)
-            if content["questions"]:
-                write_file(args.out_dir / path.name, content)
-    if (args.folder / "splits.json").exists():
-        kept = task_files(args.out_dir)
-        for split, names in splits.items():
-            splits[split] = [name for name in names if name in kept]
-        write_file(args.out_dir / "splits.json", splits)
-    if n_left_out:
-        print(f"left out: {n_left_out} questions; the document is too long, or the answer was empty")
-    print(f"answered: {len(task_files(args.out_dir))} documents, in {args.out_dir} (train.py --tasks)")
+    n_dropped = 0
+    for name, content in tqdm(contents.items(), desc="documents", unit="part"):
+        if (args.out_dir / f"{name}.json").exists():
+            continue
+        if "questions" not in content:
+            content["questions"] = write_questions(base, tokenizer, content["document"], args.questions)
+        n_dropped += answer_questions(base, tokenizer, content)
+        if content["questions"]:
+            write_file(args.out_dir / f"{name}.json", content)
+    kept = task_files(args.out_dir)
+    for split, names in splits.items():
+        splits[split] = [name for name in names if name in kept]
+    write_file(args.out_dir / "splits.json", splits)
+    if n_dropped:
+        print(f"left out: {n_dropped} questions; the document or the answer is too long, or the answer was empty")
+    n_questions = sum(len(read_json(path)["questions"]) for path in kept.values())
+    print(f"{n_questions} answers about {len(kept)} documents, in {args.out_dir} (train.py --tasks)")
 
 
 if __name__ == "__main__":

@@ -161,3 +161,42 @@ def test_missing_answers_are_those_of_the_base_model_with_the_document(tmp_path,
     (out / "b.json").unlink()
     assert command(answers, *words) == 0 and read_json(out / "a.json")["name"] == "kept"
     assert {split: len(tasks) for split, tasks in load_tasks(out).items()} == dict(train=2, val=1, test=0)
+
+
+def test_texts_become_documents_with_questions(tmp_path, monkeypatch, capsys):
+    """The base model asks and answers; here its words are given. Whole texts are held out."""
+    folder, out, prompts = tmp_path / "notes", tmp_path / "out", []
+    folder.mkdir()
+    for i in range(5):
+        (folder / f"n{i}.txt").write_text("cat dog cow\n\nred blue\n\n" + repeated("hat ", 9) + f"{i}")
+
+    def says(base, tokenizer, batch, n_new):
+        prompts.extend(batch)
+        asks = "Here they are:\n1. Is it red?\n2) is it red?\n- Is it blue?\n\n* Is it a cat?\nIs it"
+        return [asks if "questions" in prompt else "sun" for prompt in batch], [True] * len(batch)
+
+    monkeypatch.setattr(model, "answer", says)
+    words = [folder, out, "--base_model", "tiny", "--questions", "10", "--max_tokens", "6", "--held_out", "0.2"]
+    assert command(answers, *words) == 0
+    parts = [read_json(out / f"n0-00{i}.json")["document"] for i in range(3)]
+    assert parts == ["cat dog cow\n\nred blue\n\nhat", "hat hat hat hat hat hat", "hat hat 0"]
+    entries = read_json(out / "n3-001.json")["questions"]
+    assert [entry["question"] for entry in entries] == ["Is it red?"]  # two of each kind, none twice
+    assert {entry["answer"] for entry in entries} == {"sun"}
+    splits = {split: [task.descriptions[0] for task in tasks] for split, tasks in load_tasks(out).items()}
+    assert {split: len(texts) for split, texts in splits.items()} == dict(train=9, val=3, test=3)
+    (out / "n1-000.json").unlink()
+    prompts.clear()
+    assert command(answers, *words) == 0 and {"cat dog cow" in prompt for prompt in prompts} == {True}
+    for file, content, said in (
+        ("empty.txt", b" \n", "empty.txt is empty"),
+        ("latin.md", "caf\u00e9".encode("latin-1"), "latin.md is no text in UTF-8"),
+        ("n0.md", b"x", "two texts called n0"),
+        ("a.json", b"{}", "holds both texts and JSON files"),
+    ):
+        (folder / file).write_bytes(content)
+        assert command(answers, *words) == 2 and said in capsys.readouterr().err
+        (folder / file).unlink()
+    (tmp_path / "nothing").mkdir()
+    assert command(answers, tmp_path / "nothing", out, "--base_model", "tiny") == 2
+    assert "neither texts" in capsys.readouterr().err
