@@ -6,7 +6,7 @@ its text is the description, and its examples are questions about it. Tasks come
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import model
@@ -97,7 +97,7 @@ def sample(rng: random.Random, values: Sequence, n: int) -> list:
 
 def draw_short(rng: random.Random, tokenizer, task: Task, description: str, example: Example, args) -> Ids:
     """The example, or another one of the task if it is longer than --max_tokens."""
-    for _ in range(1000):
+    for _ in range(1000):  # `check` has found a short one, so this ends much sooner
         ids = to_ids(tokenizer, task, description, example, args)
         if ids.n_tokens <= args.max_tokens:
             break
@@ -116,7 +116,10 @@ def to_ids(tokenizer, task: Task, description: str, example: Example, args) -> I
 
 
 def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Task]:
-    """The tasks with an example of at most --max_tokens. UserError for examples that cannot be learnt."""
+    """The tasks with an example of at most --max_tokens. UserError for examples that cannot be learnt.
+
+    Where the description is in the prompt, a task keeps those with which an example is short enough.
+    """
     texts, kept = set(), []
     for task in tasks + val_tasks:
         for example in [*beginning(task.train), *task.test]:
@@ -127,11 +130,16 @@ def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Tas
         texts.update(task.descriptions if task.is_document else [])
     model.check_known(tokenizer, list(texts))
     for task in tasks:
-        longest = max(beginning(task.descriptions), key=len)
-        for example in beginning(task.train):
-            if to_ids(tokenizer, task, longest, example, args).n_tokens <= args.max_tokens:
-                kept.append(task)
-                break
+        descriptions = beginning(task.descriptions)
+        shortest = min(beginning(task.train), key=lambda example: len(example.input + example.answers[0]))
+
+        def fits(description: str) -> bool:
+            return to_ids(tokenizer, task, description, shortest, args).n_tokens <= args.max_tokens
+
+        if fits(max(descriptions, key=len)):
+            kept.append(task)
+        elif any(fits(description) for description in descriptions):
+            kept.append(replace(task, descriptions=list(filter(fits, descriptions))))
     if not kept:
         raise UserError(f"no example has at most --max_tokens {args.max_tokens} tokens")
     if len(kept) < len(tasks):

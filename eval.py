@@ -205,8 +205,11 @@ def parse_args() -> argparse.Namespace:
     add("--out", help="write settings and scores to this JSON file; extras.plot draws them")
     generate.add_model_flags(parser)
     args = parser.parse_args()
-    if args.batch_size < 1 or args.n_tasks < 0 or (args.n_examples is not None and args.n_examples < 1):
-        raise UserError("--batch_size and --n_examples must be above 0, --n_tasks not below")
+    for name in ("batch_size", "n_examples", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be above 0")
+    if args.n_tasks < 0:
+        raise UserError("--n_tasks must not be negative")
     if args.methods:  # (t2l is the former name of net)
         args.methods = [re.sub("^t2l", "net", name) for name in args.methods.split(",")]
         for name in args.methods:
@@ -345,12 +348,11 @@ def questions_of(exam: Exam, method: Method, args) -> list[Question]:
 
 def most_tokens(tokenizer, example: Example, spec: benchmarks.Spec | None, args) -> int:
     """How long an answer may get: two tokens more than the right ones have; longer ones are wrong."""
-    if args.max_new_tokens is not None:
-        return args.max_new_tokens
-    if spec:
-        return spec.most_tokens
-    most = 2 + max(len(model.tokenize(tokenizer, right)) for right in example.answers)
-    return max(64, most) if args.contains else most
+    lengths = [len(model.tokenize(tokenizer, right)) for right in example.answers]
+    most = spec.most_tokens if spec else 2 + max(lengths)
+    if args.contains:
+        return args.max_new_tokens or max(64, most)
+    return min(most, args.max_new_tokens or most)
 
 
 def is_right(example: Example, answer: str, ended: bool, contains: bool = False) -> bool:

@@ -45,6 +45,8 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--hypernet and --out go with --desc or --doc")
     if args.doc and (args.encoder or args.instruction) or args.adapter and args.encoder:
         raise UserError("--encoder and --instruction go with --desc")
+    if args.max_new_tokens < 1:
+        raise UserError("--max_new_tokens must be above 0")
     if args.merge and len(args.desc or []) > 1:
         raise UserError("--merge takes a single --desc")
     for flag, texts in (("--desc", args.desc or []), ("--input", args.input)):

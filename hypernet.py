@@ -98,6 +98,8 @@ class TextToLoRA(nn.Module):
         c, d, dropout, M = config, config.latent_size, config.dropout, len(config.targets)
         if d % 4 or d == 0:
             raise UserError(f"--latent_size must be a multiple of 4, not {d}")
+        if c.skip and c.head_in_size < d // 2:
+            raise UserError(f"--skip needs --head_in_size {d // 2} or more, half of --latent_size")
         self.config, self.layers, z_score = c, c.adapted_layers(), c.recon_loss == "z_score"
 
         # rows: the embeddings of task, layer and module
@@ -270,10 +272,15 @@ def load_hypernet(folder: str | Path) -> nn.Module:
         if [*Path(folder).glob("adapter_config.json"), *Path(folder).glob("*/adapter_config.json")]:
             raise UserError(f"{folder} holds adapters, not a hypernetwork; generate.py --adapter uses one")
         if Path(folder, "train.args").exists():
-            raise UserError(f"the run in {folder} has not saved weights yet; train.py --resume continues it")
+            raise UserError(f"the run in {folder} has not saved weights yet")
     settings = read_json(Path(folder, "config.json"))
     if "arch" not in settings:
         raise UserError(f"{folder} holds a model, not a hypernetwork")
+    if settings["arch"] == "t2l" and "encoder_rank" in settings:  # as it was written before nets/encoder_lora.py
+        if settings["encoder_rank"]:
+            settings["arch"] = "encoder_lora"
+        else:
+            del settings["encoder_rank"], settings["encoder_targets"]
     net_class = find_arch(settings.pop("arch"))
     if settings["base_model"] == "tiny":
         settings["base_model"] = model.TINY
@@ -293,6 +300,8 @@ def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
     start = load_hypernet(folder)
     ours, theirs = net.config, start.config
     model.check_base(base, theirs)
+    if net.arch != start.arch:
+        raise UserError(f"--init_from {folder}: that network is of --arch {start.arch}, not {net.arch}")
     for name, value in vars(ours).items():
         other = getattr(theirs, name, None)
         differs = other != value or (name == "targets" and list(other) != list(value))

@@ -244,7 +244,7 @@ class Turn(NamedTuple):
 def turn_of(tokenizer) -> Turn:
     """Find it by an example: a question alone, and with its answer, which must continue the first text.
 
-    The end mark is the first special token after the answer, otherwise the tokenizer's EOS.
+    The end mark is the first added token after the answer, otherwise the tokenizer's EOS.
     """
     question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "<<>>"}
     for system in ([{"role": "system", "content": ""}], []):
@@ -256,8 +256,8 @@ def turn_of(tokenizer) -> Turn:
         before, _, after = whole.removeprefix(prompt).partition("<<>>")
         if not whole.startswith(prompt) or before.strip():
             continue
-        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        ends = [after.index(mark) + len(mark) for mark in special if mark in after]
+        marks = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
+        ends = [after.index(mark) + len(mark) for mark in marks if mark in after]
         end = after[: min(ends)] if ends else tokenizer.eos_token
         if not end:
             raise UserError("answers would have no end: neither the chat template nor the tokenizer has a mark")

@@ -252,9 +252,10 @@ def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsy
     refused("no example has at most", data.check, [too_long], [], args, tokenizer)
     endless = chores.LazyList(lambda i: Example("cat", ["red"]) if i < 99 else 1 / 0)
     data.check([data.Task("endless", ["x"], endless, [])], [], args, tokenizer)
-    args.instruction = True  # its longest description counts
-    wordy = data.Task("wordy", ["x", repeated("cat ", 9)], [short], [])
-    refused("no example has at most", data.check, [wordy], [], args, tokenizer)
+    args.instruction = True  # a description that is too long for every example goes
+    wordy = data.Task("wordy", ["x", repeated("cat ", 9)], [short, long], [])
+    (kept,) = data.check([wordy], [], args, tokenizer)
+    assert kept.descriptions == ["x"] and len(data.draw([kept], [0], 0, args, tokenizer)[0].examples) == 2
     refused("more than the base model's window of 512", run_of, *SHORT, "--max_tokens", "600")
 
 

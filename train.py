@@ -57,7 +57,8 @@ def flags_of(parser: argparse.ArgumentParser, mode: str, net_class) -> list[str]
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, int | float):
-            options = {"type": not_negative(type(default))}
+            may_be_zero = default == 0 or isinstance(default, float) or "0: " in meaning
+            options = {"type": number_of(type(default), 0 if may_be_zero else 1)}
         if used:
             parser.add_argument(f"--{name}", default=default, help=f"{meaning} (default: {default})", **options)
             names.append(name)
@@ -122,12 +123,12 @@ def flags_of(parser: argparse.ArgumentParser, mode: str, net_class) -> list[str]
     return names
 
 
-def not_negative(kind: type):
+def number_of(kind: type, least: int):
     """The type of a number for argparse."""
 
     def number(text: str):
         value = kind(text)
-        if value < 0:
+        if value < least:
             raise argparse.ArgumentTypeError(f"it must not be {text}")
         return value
 
@@ -169,13 +170,11 @@ def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
                 raise UserError(f"--resume: this run has --{name} {old}, not {new}")
     if args.warmup > 1:
         raise UserError("--warmup is a fraction of the steps")
-    if not args.examples_per_task:
-        raise UserError("--examples_per_task must be above 0")
     if args.mode != "lora" and args.mode not in net_class.modes:
         raise UserError(f"--arch {args.arch} is trained with --mode {' or '.join(net_class.modes)}")
     if "encoder" in names and args.encoder == "preset":
-        encoders = dict(model.PRESETS.values())  # {base model: text encoder}
-        args.encoder = encoders.get(model.resolve(args.base_model), "base")
+        encoders = {base.lower(): encoder for base, encoder in model.PRESETS.values()}
+        args.encoder = encoders.get(model.resolve(args.base_model).lower(), "base")
     if args.dtype == "auto":
         dtype = torch.float32 if args.mode == "recon" else model.default_dtype(model.pick_device(args.device))
         args.dtype = str(dtype).removeprefix("torch.")
@@ -444,8 +443,6 @@ def train(run: Run, folder: Path, settings: str) -> None:
         state = load_state(run, folder, optimizer)
     if is_first:
         write_file(folder / "train.args", settings)
-        if not args.resume:
-            write_file(folder / "metrics.jsonl", "")
     net = DistributedDataParallel(run.net) if run.n_processes > 1 else run.net
     step, measured = state["step"], {}
     bar = tqdm(total=args.max_steps, initial=step, disable=not is_first, desc=args.mode)
@@ -653,8 +650,7 @@ def main() -> None:
     process, n_processes = model.join_processes(device)
     if args.shard and "RANK" not in os.environ:
         raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
-    in_folder = {path.name for path in folder.glob("*")} - {"train.args", "metrics.jsonl"}  # of a run without state
-    if process == 0 and in_folder and not args.resume:
+    if process == 0 and not args.resume and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
     torch.manual_seed(args.seed)
     run = (prepare_recon if args.mode == "recon" else prepare)(args, device, process, n_processes)
@@ -668,8 +664,10 @@ def main() -> None:
         if (folder / "state.pt").exists():
             resume = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
             say(f"\nto continue from the last state, as it was started: {resume}")
-        else:
-            say(f"\nno state was saved yet (see --val_every); the same command starts again")
+        elif process == 0 and not (folder / "config.json").exists():  # the folder is as it was before
+            for name in ("train.args", "metrics.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            say("\nno state was saved yet (see --val_every); the same command starts again")
         raise
     if dist.is_initialized():
         gc.collect()  # DDP's reducer must not be the last to hold the group: freeing it may hang

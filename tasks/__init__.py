@@ -25,8 +25,6 @@ def load_tasks(source: str | Path) -> Splits:
     """The tasks of a source, `tasks/SOURCE.py`, or of a folder of task files, by split."""
     name = str(source).replace("-", "_")
     if name in SOURCES:
-        also = f"--tasks {source} is a source in tasks/ and a folder here; write ./{source} for the folder"
-        expect(not Path(source).is_dir(), also)
         return importlib.import_module(f"tasks.{name}").load()
     known = f"neither {', '.join(SOURCES)} nor a folder of task files"
     expect(Path(source).is_dir(), f"--tasks {source}: {known}")
@@ -37,7 +35,10 @@ def summary(source: str, splits: Splits) -> str:
     """What a source of tasks holds, in one line."""
     counts = ", ".join(f"{len(tasks)} {split}" for split, tasks in splits.items() if tasks)
     n_unused = 0
-    if Path(source).is_dir():
+    if str(source).replace("-", "_") in SOURCES:
+        if Path(source).is_dir():
+            source = f"{source} (in the project; ./{source} is the folder here)"
+    elif Path(source).is_dir():
         n_unused = len(task_files(Path(source))) - sum(len(tasks) for tasks in splits.values())
     unused = f"; splits.json does not name {n_unused} files" if n_unused else ""
     return f"tasks in {source}: {counts}{unused}"

@@ -120,7 +120,10 @@ eval | --tasks piqa --contains | is not for benchmarks
 train | --base_model ./nowhere | OSError
 train | --micro_batch -1 | it must not be -1
 train | --warmup 2 | is a fraction
-train | --examples_per_task 0 | must be above 0
+train | --examples_per_task 0 | it must not be 0
+train | --arch d2l --n_blocks 0 | it must not be 0
+train | --skip 1 --head_in_size 8 | --skip needs --head_in_size 64
+generate | --desc x --max_new_tokens 0 | must be above 0
 train | --arch rotary | only for --size small
 train | --arch encoder_lora | needs a text encoder of the hub
 train | --resume --out_dir {foreign} | train.args
@@ -135,7 +138,7 @@ train | --mode lora --tasks facts | tasks of equal names
 train | --mode recon --oracles {foreign} | holds no adapters of the train
 train | --mode recon --oracles {tmp}/oracles | another model
 train | --mode recon --oracles {tmp}/oracles --arch d2l | is trained with --mode sft
-train | --target_modules down_proj --alpha 128 --init_from {reader} | has other settings
+train | --init_from {reader} | that network is of --arch d2l, not t2l
 train | --out_dir {foreign} | is in use
 pictures.pictures | --desc x --input a.png --out a.png | would overwrite
 pictures.pictures | --train base | is there already

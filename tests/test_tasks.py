@@ -14,7 +14,7 @@ import model
 from data import Example
 from extras import pretrain
 from support import UserError, read_json
-from tasks import benchmarks, chores, load_tasks, lots_of_loras, tiny
+from tasks import benchmarks, chores, load_tasks, lots_of_loras, summary, tiny
 from tests.helpers import command, refused
 
 
@@ -103,7 +103,8 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
 def test_a_folder_with_the_name_of_a_source_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "facts").mkdir()
-    refused("is a source in tasks/ and a folder here; write ./facts", load_tasks, "facts")
+    said = summary("facts", {"train": [1, 2]})
+    assert said == "tasks in facts (in the project; ./facts is the folder here): 2 train"
 
 
 def test_lots_of_loras_is_downloaded_once_and_whole(server):
