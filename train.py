@@ -443,6 +443,8 @@ def train(run: Run, folder: Path, settings: str) -> None:
         state = load_state(run, folder, optimizer)
     if is_first:
         write_file(folder / "train.args", settings)
+        if not args.resume:
+            write_file(folder / "metrics.jsonl", "")
     net = DistributedDataParallel(run.net) if run.n_processes > 1 else run.net
     step, measured = state["step"], {}
     bar = tqdm(total=args.max_steps, initial=step, disable=not is_first, desc=args.mode)
@@ -650,7 +652,9 @@ def main() -> None:
     process, n_processes = model.join_processes(device)
     if args.shard and "RANK" not in os.environ:
         raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
-    if process == 0 and not args.resume and folder.exists() and any(folder.iterdir()):
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    found -= {"metrics.jsonl"}  # of a run that Ctrl-C stopped before its first state
+    if process == 0 and not args.resume and found:
         raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
     torch.manual_seed(args.seed)
     run = (prepare_recon if args.mode == "recon" else prepare)(args, device, process, n_processes)
@@ -664,9 +668,8 @@ def main() -> None:
         if (folder / "state.pt").exists():
             resume = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
             say(f"\nto continue from the last state, as it was started: {resume}")
-        elif process == 0 and not (folder / "config.json").exists():  # the folder is as it was before
-            for name in ("train.args", "metrics.jsonl"):
-                (folder / name).unlink(missing_ok=True)
+        elif process == 0 and not (folder / "config.json").exists():
+            (folder / "train.args").unlink(missing_ok=True)
             say("\nno state was saved yet (see --val_every); the same command starts again")
         raise
     if dist.is_initialized():
