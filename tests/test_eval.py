@@ -97,6 +97,15 @@ def test_scores_and_their_interval(monkeypatch, tiny):
     assert score("cat sun", contains=True) == 1 and score("cat moon", contains=True) == 0
 
 
+def test_each_of_several_processes_answers_its_share(monkeypatch, tiny):
+    exam, given = exam_of(load_tasks("tiny")["test"][:1], tiny), []
+    monkeypatch.setattr(evaluation.dist, "all_gather_object", lambda out, share: given.append(share))
+    for process in 0, 1:
+        with pytest.raises(TypeError):  # nobody fills in what the other one has
+            evaluation.score("base", exam, evaluation.Method(), args(n_examples=20), process, 2)
+    assert [len(hits) for hits, _ in given] == [12, 8]  # of batches of 8, 8 and 4
+
+
 def test_an_answer_is_cut_at_its_own_limit_and_counts_if_the_model_ended_it(tiny):
     """Also in a batch with longer ones; otherwise "right, and more" would be cut to what is right."""
     examples = [Example("cat", ["a"]), Example("cat", ["a b c d e f g"])]
