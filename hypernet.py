@@ -162,7 +162,8 @@ class TextToLoRA(nn.Module):
         c, device = self.config, next(self.parameters()).device
         width = model.encoder_width(c.encoder, base)
         if width != c.input_size:
-            raise UserError(f"--encoder {c.encoder} is {width} wide; this network was trained with {c.input_size}")
+            trained = f"this network was trained with {c.input_size}"
+            raise UserError(f"--encoder {c.encoder} is {width} wide; {trained}")
         self.encoder = model.load_encoder(c.encoder, device, base, tokenizer, c.full_stop)
 
     def forward(self, texts: list[str]) -> Adapter:
@@ -252,7 +253,7 @@ def find_arch(arch: str):
         return TextToLoRA
     names = sorted(path.stem for path in Path(__file__).parent.glob("nets/*.py"))
     if arch not in names:
-        raise UserError(f"--arch {arch}: there is no such network, but t2l, {', '.join(names)} (files of nets/)")
+        raise UserError(f"--arch {arch}: there is no such network, but t2l, {', '.join(names)} (in nets/)")
     return importlib.import_module(f"nets.{arch}").Net
 
 
@@ -276,7 +277,7 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     settings = read_json(Path(folder, "config.json"))
     if "arch" not in settings:
         raise UserError(f"{folder} holds a model, not a hypernetwork")
-    if settings["arch"] == "t2l" and "encoder_rank" in settings:  # as it was written before nets/encoder_lora.py
+    if settings["arch"] == "t2l" and "encoder_rank" in settings:  # of before nets/encoder_lora.py
         if settings["encoder_rank"]:
             settings["arch"] = "encoder_lora"
         else:
@@ -322,9 +323,9 @@ def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
 #     net_class.reads      "descriptions" or "documents": the tasks that it is trained on
 #     net_class.modes      how train.py may train it: "sft", "recon"
 #     net_class.config_class
-#                          a dataclass: HypernetConfig and further fields. Each `setting` is a flag of train.py
-#                          when this network is trained, with a name that no other flag has; a plain field
-#                          `dropout` gets the value of --dropout
+#                          a dataclass: HypernetConfig and further fields. Each `setting` is a flag of
+#                          train.py when this network is trained, with a name that no other flag has; a plain
+#                          field `dropout` gets the value of --dropout
 #     config.measure(base) sets fields that depend on the frozen models
 #     net_class(config)    the network, with random weights; net.config is its config
 #     net.connect(base, tokenizer)
@@ -335,8 +336,8 @@ def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
 #     net.recompute        set by --gradient_checkpointing: compute activations again, to save memory
 #     net.start_as_lora()  for SFT: write LoRA's initialisation, with B = 0, for every text
 #     net.start_at(mean, std)
-#                          for reconstruction: the oracles' mean and standard deviation, {name: (A, B)} without
-#                          a batch dimension
+#                          for reconstruction: the oracles' mean and standard deviation, {name: (A, B)}
+#                          without a batch dimension
 #     net.no_decay()       parameters with two or more dimensions without weight decay; may be left out
 #
 # Parameters with requires_grad must all receive gradients (DDP requires it).

@@ -1,7 +1,7 @@
 """The two frozen models: the base model, which is adapted, and the text encoder, which reads descriptions.
 
-The base model is a Hugging Face id or a folder (`resolve` knows the presets of --base_model); the text encoder
-is "hash", "base" (the base model), an id or a folder.
+The base model is a Hugging Face id or a folder (`resolve` knows the presets of --base_model). The text
+encoder is "hash", "base" (the base model), an id or a folder.
 """
 
 import os
@@ -46,7 +46,7 @@ PRESETS = {  # name for --base_model: (Hugging Face id or folder, text encoder)
 
 
 def resolve(name: str) -> str:
-    """The Hugging Face id, or the absolute path of the folder, that a preset, an id or a folder stands for."""
+    """The Hugging Face id, or the absolute path of the folder, that a name for --base_model stands for."""
     name = PRESETS[name][0] if name in PRESETS else name
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
@@ -260,7 +260,7 @@ def turn_of(tokenizer) -> Turn:
         ends = [after.index(mark) + len(mark) for mark in marks if mark in after]
         end = after[: min(ends)] if ends else tokenizer.eos_token
         if not end:
-            raise UserError("answers would have no end: neither the chat template nor the tokenizer has a mark")
+            raise UserError("answers would have no end: chat template and tokenizer have no mark for it")
         return Turn(system, before, end)
     raise UserError("the chat template of this base model does not continue a prompt with its answer")
 

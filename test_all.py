@@ -287,7 +287,7 @@ def test_z_scores_have_the_deviation_of_a_sample():
 
 
 def test_each_layer_has_the_adapter_of_its_own_row():
-    """Also if only some layers have a target, and the heads see the task embedding directly if `skip` is set."""
+    """Also if only some layers have a target. With `skip` the heads see the task embedding directly."""
     config = small_config("large", skip=0.5)
     config.targets["v_proj"] = replace(config.targets["v_proj"], layers=[0, 2])
     net, emb = hypernet.TextToLoRA(config).eval(), torch.randn(2, 7)
@@ -459,7 +459,8 @@ def test_generate_writes_what_it_shows(tmp_path, capsys):
     (cut,) = generate.ask(base, tokenizer, [repeated("cat ", n_fit)], {}, 1.0, "", args)
     assert cut.endswith("[cut: --max_new_tokens]")
     too_long = [repeated("cat ", n_fit + 1)]
-    refused("do not fit into the base model's window", generate.ask, base, tokenizer, too_long, {}, 1.0, "", args)
+    asked = (base, tokenizer, too_long, {}, 1.0, "", args)
+    refused("do not fit into the base model's window", generate.ask, *asked)
     words = ["--adapter", tmp_path / "two" / "0", "--input", inputs[0]]
     assert command(generate, *words) == 0 and "with adapter  chat chien" in capsys.readouterr().out
 

@@ -10,8 +10,8 @@
     recon      a hypernetwork, to write the same adapters as the oracles (paper, section 3.1)
     sft        a hypernetwork, by the task loss through the frozen base model (paper, section 3.2)
 
-@FILEs hold flags, see config/. If a flag occurs twice, the last one counts. --mode and --arch decide which flags
-there are: `train.py --mode recon --help` shows those of a reconstruction.
+@FILEs hold flags, see config/. If a flag occurs twice, the last one counts. --mode and --arch decide which
+flags there are: `train.py --mode recon --help` shows those of a reconstruction.
 """
 
 import argparse
@@ -60,7 +60,8 @@ def flags_of(parser: argparse.ArgumentParser, mode: str, net_class) -> list[str]
             may_be_zero = default == 0 or isinstance(default, float) or "0: " in meaning
             options = {"type": number_of(type(default), 0 if may_be_zero else 1)}
         if used:
-            parser.add_argument(f"--{name}", default=default, help=f"{meaning} (default: {default})", **options)
+            meaning = f"{meaning} (default: {default})"
+            parser.add_argument(f"--{name}", default=default, help=meaning, **options)
             names.append(name)
         else:
             parser.set_defaults(**{name: default})

@@ -1,13 +1,13 @@
-"""Make documents with questions and answers, to train Doc-to-LoRA on: from plain texts, or from open questions.
+"""Make documents with questions and answers, to train Doc-to-LoRA on, from texts or from open questions.
 
-    python -m extras.answers notes/ out/notes --base_model smollm2-135m
-    python train.py @config/needle.args --tasks out/notes --out_dir out/reader     # and other flags for longer texts
+    python -m extras.answers notes/ out/notes --base_model NAME
+    python train.py @config/needle.args --tasks out/notes --out_dir out/reader   # and flags for longer texts
 
 FOLDER holds texts (.txt, .md), or documents with questions as JSON files (see extras/README.md). As in the
-published recipe, the base model is asked for questions about each text, of several kinds, and then answers them
-with the text in its prompt. Long texts are cut into parts at paragraphs. Whole texts are held out for validation
-and testing. OUT_DIR gets a file for each part, and splits.json; a second call goes on with parts that are not
-there yet. All answers are greedy, so a second run gives the same.
+published recipe, the base model is asked for questions about each text, of several kinds, and then answers
+them with the text in its prompt. Long texts are cut into parts at paragraphs. Whole texts are held out for
+validation and testing. OUT_DIR gets a file for each part, and splits.json; a second call goes on with parts
+that are not there yet. All answers are greedy, so a second run gives the same.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     add("--base_model", required=True, help="what asks and answers: a preset, an id or a folder")
     add("--questions", type=int, default=10, help="about each part of a text (default: 10)")
     add("--max_tokens", type=int, default=384, help="of a part of a text (default: 384)")
-    add("--held_out", type=float, default=0.1, help="fraction of the texts for val, and for test (default: 0.1)")
+    add("--held_out", type=float, default=0.1, help="fraction of texts for val, and for test (default: 0.1)")
     add("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     return parser.parse_args()
 
@@ -67,7 +67,7 @@ def read_texts(folder: Path) -> dict[str, str]:
 
 
 def split_text(tokenizer, text: str, max_tokens: int) -> list[str]:
-    """Cut a text into parts of at most so many tokens: between paragraphs; long ones between sentences, or words."""
+    """Cut a text between paragraphs, or sentences, or words, into parts of at most so many tokens."""
     parts = [""]
     for piece, joint in pieces_of(tokenizer, text, max_tokens):
         longer = f"{parts[-1]}{joint}{piece}" if parts[-1] else piece
@@ -123,7 +123,8 @@ def write_questions(base, tokenizer, document: str, n: int) -> list[dict]:
     questions = {}  # {question in small letters: question}
     for answer in said:
         lines = [re.sub(r"^[\s\d.)*-]+", "", line).strip() for line in (answer or "").splitlines()]
-        for line in [line for line in lines if line.endswith("?")][:n_each]:  # neither headings nor half a line
+        whole = [line for line in lines if line.endswith("?")]  # no headings, no half a line
+        for line in whole[:n_each]:
             questions.setdefault(line.lower(), line)
     return [{"question": question} for question in list(questions.values())[:n]]
 
@@ -181,7 +182,7 @@ def main() -> None:
     args = parse_args()
     name = model.resolve(args.base_model)
     if AutoTokenizer.from_pretrained(name).chat_template is None:
-        raise UserError(f"--base_model {args.base_model} has no chat template; take an instruction-tuned model")
+        raise UserError(f"--base_model {args.base_model} has no chat template: take an instruct model")
     tokenizer = model.load_tokenizer(name)
     contents, splits = documents_of(args, tokenizer)
     in_out = {path.stem for path in args.out_dir.glob("*")}
@@ -203,7 +204,7 @@ def main() -> None:
         splits[split] = [name for name in names if name in kept]
     write_file(args.out_dir / "splits.json", splits)
     if n_dropped:
-        print(f"left out: {n_dropped} questions; the document or the answer is too long, or the answer was empty")
+        print(f"left out: {n_dropped} questions, because document or answer is too long, or the answer empty")
     n_questions = sum(len(read_json(path)["questions"]) for path in kept.values())
     print(f"{n_questions} answers about {len(kept)} documents, in {args.out_dir} (train.py --tasks)")
 

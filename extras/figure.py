@@ -1,4 +1,4 @@
-"""Draw the figure of the README, with answers of the tiny world: python -m extras.figure assets/overview.svg"""
+"""Draw the figure of the README, with real answers: python -m extras.figure assets/overview.svg"""
 
 from html import escape
 

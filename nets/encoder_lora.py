@@ -31,7 +31,8 @@ class EncoderLoRAConfig(hypernet.TextConfig):
 
     def measure(self, base: nn.Module) -> None:
         if self.encoder in ("hash", "base"):
-            raise UserError(f"--arch encoder_lora needs a text encoder of the hub or a folder, not {self.encoder}")
+            message = f"--arch encoder_lora needs a text encoder of the hub or a folder, not {self.encoder}"
+            raise UserError(message)
         super().measure(base)
         self.encoder_targets = lora.find_targets(model.load_text_model(self.encoder), [])
 

@@ -1,4 +1,4 @@
-"""The small Text-to-LoRA of some published checkpoints: a rank's position is a rotation, not a learned embedding.
+"""The small Text-to-LoRA of some published checkpoints: a rank is a rotation, not a learned embedding.
 
 `python -m extras.published` writes such networks.
 """

@@ -96,4 +96,5 @@ def places(tmp_path_factory, reader) -> dict[str, Path]:
     lora.save_adapter(tmp / "oracles" / name, random_adapter(config), config)
     own = dict(base=tmp / "base", other=tmp / "other", foreign=tmp / "foreign", reader=reader)
     own["adapter"] = tmp / "oracles" / name
-    return own | dict(tmp=tmp, note=tmp / "note.txt", mine=tmp / "mine.json", net=TINY / "sft_large", tiny=TINY)
+    own |= dict(note=tmp / "note.txt", mine=tmp / "mine.json")
+    return own | dict(tmp=tmp, net=TINY / "sft_large", tiny=TINY)

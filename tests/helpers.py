@@ -119,7 +119,8 @@ def small_config(size: str, **changes) -> hypernet.TextConfig:
     targets = {}
     for name, n_out in (("q_proj", 10), ("v_proj", 6)):
         targets[name] = lora.Target(f"model.layers.{{}}.self_attn.{name}", [0, 1, 2], 10, n_out)
-    sizes = dict(encoder="hash", targets=targets, n_layers=3, r=4, input_size=7, latent_size=24, head_in_size=20, size=size)
+    sizes = dict(encoder="hash", targets=targets, n_layers=3, r=4, input_size=7)
+    sizes |= dict(latent_size=24, head_in_size=20, size=size)
     return hypernet.TextConfig(**sizes | changes)
 
 

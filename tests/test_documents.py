@@ -14,7 +14,18 @@ from extras import answers
 from nets import d2l
 from support import read_json, write_file
 from tasks import load_tasks
-from tests.helpers import D2L, close, command, drawn_as, evaluate, fit, logits_of, repeated, run_of, tiny_llama
+from tests.helpers import (
+    D2L,
+    close,
+    command,
+    drawn_as,
+    evaluate,
+    fit,
+    logits_of,
+    repeated,
+    run_of,
+    tiny_llama,
+)
 
 
 def test_the_perceivers_size():
@@ -176,7 +187,8 @@ def test_texts_become_documents_with_questions(tmp_path, monkeypatch, capsys):
         return [asks if "questions" in prompt else "sun" for prompt in batch], [True] * len(batch)
 
     monkeypatch.setattr(model, "answer", says)
-    words = [folder, out, "--base_model", "tiny", "--questions", "10", "--max_tokens", "6", "--held_out", "0.2"]
+    words = [folder, out, "--base_model", "tiny"]
+    words += ["--questions", "10", "--max_tokens", "6", "--held_out", "0.2"]
     assert command(answers, *words) == 0
     parts = [read_json(out / f"n0-00{i}.json")["document"] for i in range(3)]
     assert parts == ["cat dog cow\n\nred blue\n\nhat", "hat hat hat hat hat hat", "hat hat 0"]

@@ -19,7 +19,8 @@ from tasks import benchmarks, load_tasks
 from tests.helpers import NAMES, TINY, close, command, refused, repeated
 
 ARGS = dict(n_examples=None, batch_size=8, contains=False, max_new_tokens=None, base_model=None, encoder=None)
-ARGS |= dict(methods=None, compare=[], hypernet=None, mt_lora=None, oracles=None, recon=None, instruction=None)
+ARGS |= dict(methods=None, compare=[], hypernet=None, mt_lora=None, oracles=None, recon=None)
+ARGS["instruction"] = None
 
 
 def args(**changes) -> types.SimpleNamespace:
@@ -110,7 +111,8 @@ def test_an_answer_is_cut_at_its_own_limit_and_counts_if_the_model_ended_it(tiny
     """Also in a batch with longer ones; otherwise "right, and more" would be cut to what is right."""
     examples = [Example("cat", ["a"]), Example("cat", ["a b c d e f g"])]
     assert [evaluation.most_tokens(tiny[1], example, None, args()) for example in examples] == [3, 9]
-    assert evaluation.is_right(examples[0], " a ", True) and not evaluation.is_right(examples[0], " a ", False)
+    assert evaluation.is_right(examples[0], " a ", True)
+    assert not evaluation.is_right(examples[0], " a ", False)
     (whole,), _ = model.answer(*tiny, ["cat ->"], 64)
     n = len(whole.split())
     texts, ended = model.answer(*tiny, 3 * ["cat ->"], [n - 1, n, n + 1])
@@ -170,7 +172,7 @@ def test_eval_writes_the_promised_json_and_table(tmp_path, capsys, monkeypatch):
 def test_methods_without_adapters_leave_the_base_model_as_it_is(monkeypatch):
     """No layer is replaced. The former names of methods are known."""
     seen, real = [], evaluation.score
-    monkeypatch.setattr(evaluation, "score", lambda name, exam, *a: seen.append((name, exam)) or real(name, exam, *a))
+    monkeypatch.setattr(evaluation, "score", lambda *a: seen.append(a[:2]) or real(*a))
     words = ["--n_tasks", "2", "--n_examples", "2", "--methods"]
     assert command(evaluation, *words, "base,prompt") == 0
     assert not any(hasattr(exam.base, "lora_layers") for _, exam in seen)
@@ -216,7 +218,8 @@ def test_the_mean_adapter_is_that_of_the_training_tasks(tiny):
     assert {*evaluation.methods_to_run(args(), exam)} == names
     exam = exam_of(tasks[:1], tiny)
     assert {*evaluation.methods_to_run(args(), exam)} == names - {"net_mean", "net_shuffled"}
-    refused("net_shuffled needs a second task", evaluation.methods_to_run, args(methods=["net_shuffled"]), exam)
+    chosen = args(methods=["net_shuffled"])
+    refused("net_shuffled needs a second task", evaluation.methods_to_run, chosen, exam)
     chosen = args(base_model="mistralai/x", methods=["net"])
     none = exam._replace(nets=evaluation.load_nets(chosen, tasks, "cpu"))
     refused("the method net needs --hypernet DIR", evaluation.methods_to_run, chosen, none)

@@ -195,7 +195,7 @@ PRETEND = os.environ.get("T2L_PRETEND", "")  # a program that runs another one o
 def test_no_tensor_is_on_the_wrong_device(name, tmp_path):
     out = ["--out_dir", tmp_path / "run", "--max_steps", "2", "--val_every", "1"]
     commands = {"sft": ["train.py", *SHORT, *out], "documents": ["train.py", *DOCS, *out]}
-    commands["pictures"] = ["-m", "pictures.pictures", "--train", "hypernet", "--steps", "1", "--weights", tmp_path]
+    commands["pictures"] = "-m pictures.pictures --train hypernet --steps 1 --weights".split() + [tmp_path]
     commands["generate"] = ["generate.py", *SAY, "--input", "cat red dog shirt", "--out", tmp_path / "a"]
     commands["eval"] = ["eval.py", "--n_tasks", "2", "--n_examples", "2"]
     shutil.copy(HERE / "pictures" / "base.safetensors", tmp_path)

@@ -162,7 +162,8 @@ def test_chat_templates_with_and_without_a_system_message():
     assert d2l.around_document(without)[0] == "<|im_start|>user\n\n\n"
     think = "<think></think>{% endif %}"
     thinks = CHATML.replace(content, "{% if m.role == 'assistant' %}" + think + content)
-    thinks = with_template(thinks + "{% if add_generation_prompt and not enable_thinking %}" + think, "<|im_end|>")
+    thinks += "{% if add_generation_prompt and not enable_thinking %}" + think
+    thinks = with_template(thinks, "<|im_end|>")
     # Mistral's v0.3 writes the system text into the last user turn, so it is left out
     start = "{% set system = 'S' if messages[0].role == 'system' and messages[-1].role == 'user' else '' %}"
     moves = with_template(start + CHATML.replace(content, "{{ system }}" + content))
