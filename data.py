@@ -74,10 +74,10 @@ class Drawn(NamedTuple):
 
 
 def draw(tasks: list[Task], pool: Sequence[int], step: int, args, tokenizer) -> list[Drawn]:
-    """The tasks of a step: --tasks_per_batch of the pool, which holds indices of tasks.
+    """The tasks of a step: --tasks_per_batch of the pool, which holds indices of tasks (by weight, repeated).
 
     Each has one of its descriptions, and --examples_per_task examples. Reconstruction has no tokenizer: it
-    draws examples, so that the random numbers are those of SFT, and uses none.
+    draws examples and uses none, so that a seed draws the same tasks as in SFT.
     """
     rng, drawn = random.Random(f"{args.seed} {step}"), []
     for i in sample(rng, pool, args.tasks_per_batch):

@@ -213,7 +213,7 @@ class TextToLoRA(nn.Module):
         return self.mlp3(x)
 
     def add_task(self, x: Tensor, task_emb: Tensor) -> Tensor:
-        """Past the trunk, which slows learning down: x [n, ..., head_in] + skip * task_emb [n, d/2]."""
+        """A way past the trunk, by which the heads learn sooner: x [n, ..., head_in] + skip * task_emb."""
         direct = F.pad(task_emb, (0, x.shape[-1] - task_emb.shape[-1]))  # [n, head_in]
         while direct.dim() < x.dim():
             direct = direct[:, None]  # [n, 1, ..., head_in]

@@ -3,8 +3,8 @@
     document --> chunks --base model--> states of its layers --Perceiver--> A, B of each chunk --> one adapter
 
 A document is split into chunks. The frozen base model reads each of them; a Perceiver turns its states into
-r vectors for each layer and module, and an MLP and a head for each layer turn these into A and B. The
-adapters of the chunks are joined along the rank.
+r vectors for each layer and module. An MLP for each layer, and a head for each layer and module, turn these
+into A and B. The adapters of the chunks are joined along the rank.
 """
 
 import math

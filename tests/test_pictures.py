@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import lora
 from pictures import edits, pictures
-from tests.helpers import close, command, interrupted_in_call, losses_of
+from tests.helpers import close, command, interrupted_in_call, losses_of, needs_time
 
 
 def test_edits_of_pictures_do_what_they_say():
@@ -96,6 +96,7 @@ def test_training_on_pictures_is_resumed(tmp_path, monkeypatch):
     assert pictures.load_hypernet(tmp_path / "a").config.r == 4
 
 
+@needs_time
 @pytest.mark.parametrize("mode", ["base", "hypernet"])
 def test_the_command_repeats_its_first_steps(mode, tmp_path, monkeypatch, one_thread):
     step_loss, _ = interrupted_in_call(21, pictures.step_loss)

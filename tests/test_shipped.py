@@ -61,10 +61,10 @@ def test_the_command_of_the_base_model_repeats_its_first_steps(one_thread, tmp_p
     assert pretrain.tokenize([data.Example("cat", ["red"])])[0] == ids + answer
 
 
-SLOW = [pytest.param("sft_small", marks=needs_time)]
+SLOW = [pytest.param(name, marks=needs_time) for name in ("sft_small", "d2l")]
 
 
-@pytest.mark.parametrize("name", ["sft_large", "d2l", *SLOW])
+@pytest.mark.parametrize("name", ["sft_large", *SLOW])
 def test_the_command_of_a_hypernetwork_repeats_its_first_steps(name, tmp_path, monkeypatch, one_thread):
     sft_step, _ = interrupted_in_call(N_REPEATED + 1, train.sft_step)
     monkeypatch.setattr(train, "sft_step", sft_step)
