@@ -115,6 +115,7 @@ def by_net_shuffled(exam: Exam) -> Method | None:
 
 
 def by_net_mean(exam: Exam) -> Method | None:
+    """The mean of what the hypernetwork writes for the training tasks; None if there are none."""
     if not exam.training:
         return None
     net = exam.nets["hypernet"]

@@ -53,6 +53,7 @@ def flags_of(parser: argparse.ArgumentParser, mode: str, net_class) -> list[str]
     names = []
 
     def flag(name: str, default, meaning: str, *choices) -> None:
+        """One flag. `used` is set before each block of them."""
         options = {"type": type(default), "choices": choices or None}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}

@@ -30,6 +30,7 @@ class EncoderLoRAConfig(hypernet.TextConfig):
         self.encoder_targets = lora.as_targets(self.encoder_targets)
 
     def measure(self, base: nn.Module) -> None:
+        """Find the linear layers of the text encoder. UserError if it is none of the hub or a folder."""
         if self.encoder in ("hash", "base"):
             message = f"--arch encoder_lora needs a text encoder of the hub or a folder, not {self.encoder}"
             raise UserError(message)

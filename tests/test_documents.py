@@ -195,8 +195,7 @@ def test_texts_become_documents_with_questions(tmp_path, monkeypatch, capsys):
     entries = read_json(out / "n3-001.json")["questions"]
     assert [entry["question"] for entry in entries] == ["Is it red?"]  # two of each kind, none twice
     assert {entry["answer"] for entry in entries} == {"sun"}
-    splits = {split: [task.descriptions[0] for task in tasks] for split, tasks in load_tasks(out).items()}
-    assert {split: len(texts) for split, texts in splits.items()} == dict(train=9, val=3, test=3)
+    assert {split: len(tasks) for split, tasks in load_tasks(out).items()} == dict(train=9, val=3, test=3)
     (out / "n1-000.json").unlink()
     prompts.clear()
     assert command(answers, *words) == 0 and {"cat dog cow" in prompt for prompt in prompts} == {True}
