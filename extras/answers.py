@@ -29,7 +29,7 @@ KINDS = [  # of questions, each asked for in a prompt of its own
     "about names, places and terms in the text",
     "about numbers, dates and amounts in the text",
     "that begin with why or how and that the text answers",
-    "about what the text or one of its paragraphs says as a whole",
+    "about the main point of the text",
 ]
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import string
 import time
 import zlib
 
@@ -14,7 +15,7 @@ import model
 from data import Example
 from extras import pretrain
 from support import UserError, read_json
-from tasks import benchmarks, chores, load_tasks, lots_of_loras, summary, tiny
+from tasks import benchmarks, chores, families, load_tasks, lots_of_loras, summary, tiny
 from tests.helpers import command, refused
 
 
@@ -98,6 +99,45 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     tested = splits["single"] + splits["test"] + splits["unseen"]
     texts = [(task.name, [*task.descriptions[:8]], task.train[:8], task.test) for task in tested]
     assert zlib.crc32(repr(texts).encode()) == 168807393  # otherwise scores are of other tasks
+
+
+@pytest.mark.parametrize("family, sort, values, question, right", [
+    ("replace", "words", [",", " and"], "cat, dog", "cat and dog"),
+    ("mask_rest", "name", ["name-last", "*"], "Ida Rossi", "Ida R****"),
+    ("around_part", "record", ["record-city", "<b></b>"], "age: 3; name: Al Po; job: cook; city: Rome",
+     "age: 3; name: Al Po; job: cook; city: <b>Rome</b>"),
+    ("drop", "date", ["date-y"], "2024-03-05", "03-05"),
+    ("drop", "sentence", ["sentence-time"], "Al hid the red cup at dawn.", "Al hid the red cup."),
+    ("to_front", "price", ["price-cents", " - "], "$12.34", "34 - $12"),
+    ("end", "path", ["2", "path-stem"], "a/b/cup.txt", "up"),
+    ("swap", "code", ["code-letters", "code-last"], "AB-1234-C", "C-1234-AB"),
+    ("number", "words", ["words-items", "(a)"], "cat, dog, cow", "(a) cat (b) dog (c) cow"),
+    ("order", "words", ["first to the end", "words-items"], "cat, dog, cow", "dog, cow, cat"),
+])  # fmt: skip
+def test_a_family_does_what_its_name_says(family, sort, values, question, right):
+    chore = families.Chore("", family, sort, dict(zip(families.slots_of(family), values)))
+    assert families.answer(chore, question) == right
+
+
+def test_what_families_withhold_is_nowhere_in_their_training():
+    train, withheld = families.all_chores()
+    assert len(train) > 1000 and len(withheld) > 200
+    for family in families.FAMILIES:
+        seen = [families.parameters_of(chore) for chore in train if chore.family == family]
+        rest = [families.parameters_of(chore) for chore in withheld if chore.family == family]
+        assert rest and all(parameters - set().union(*seen) for parameters in rest)
+    for part, written in families.DATA["descriptions"].items():
+        for family, template in [(family, text) for family in written for text in written[family]]:
+            slots = {slot for _, slot, _, _ in string.Formatter().parse(template)} - {None, "text"}
+            assert slots == set(families.slots_of(family)), (part, template)
+    splits = load_tasks("families")
+    names = {split: {task.name for task in tasks} for split, tasks in splits.items()}
+    assert len(names["train"]) == len(splits["train"])
+    assert names["families"] < names["train"] and not names["withheld"] & names["train"]
+    for task in splits["withheld"]:
+        assert len(task.reworded) == 3 and list(task.descriptions) == task.reworded
+    texts = [(task.name, task.reworded, task.descriptions[:3], task.test) for task in splits["families"]]
+    assert zlib.crc32(repr(texts).encode()) == 124309195  # otherwise scores are of other tasks
 
 
 def test_a_folder_with_the_name_of_a_source_is_named(tmp_path, monkeypatch):
