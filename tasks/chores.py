@@ -244,6 +244,11 @@ def chores_for(sort: str | None) -> list[str]:
     return chores + [f"any-{name}" for name in DATA["chores"]["any"]]
 
 
+def inputs_of(sort: str) -> list[str]:
+    """20 texts, to tell by what chores make of them whether two are the same."""
+    return [MAKE[sort](Draw(f"{sort} {i}")) for i in range(20)]
+
+
 def all_chains() -> list[Chain]:
     """All single chores, and all chains of two.
 
@@ -251,8 +256,8 @@ def all_chains() -> list[Chain]:
     equal answers, the first one is kept.
     """
     chains = []
-    for sort, make in MAKE.items():
-        inputs = [make(Draw(f"{sort} {i}")) for i in range(20)]
+    for sort in MAKE:
+        inputs = inputs_of(sort)
         known = [answers((sort, chore), inputs) for chore in chores_for(sort)]
         for first in chores_for(sort):
             middle = answers((sort, first), inputs)

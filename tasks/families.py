@@ -186,7 +186,7 @@ def new_ones(found: list[Chore], inputs: dict[str, list[str]], known: set[tuple]
 
 def all_chores() -> tuple[list[Chore], list[Chore]]:
     """Chores to train on, and those with a parameter that is withheld. None does what chores.py does."""
-    inputs = {sort: [make(Draw(f"{sort} {i}")) for i in range(20)] for sort, make in MAKE.items()}
+    inputs = {sort: chores.inputs_of(sort) for sort in MAKE}
     known = {tuple(chores.answers(chain, inputs[chain[0]])) for chain in chores.all_chains()}
     train, withheld = [], []
     for family in FAMILIES:
