@@ -8,7 +8,8 @@ parameters of each family, its last slot, is in no training task of it. The spli
     withheld   chores of the families with parameters that are withheld
 
 families.json holds the values of slots and their names, and descriptions with slots, which were written as
-those of chores.py are: by voices of their own, from inputs and outputs alone, some for testing only.
+those of chores.py are: by voices of their own, from inputs and outputs alone, three per family for testing
+only. The names in the slots of those are mostly the same as in training.
 """
 
 import inspect
