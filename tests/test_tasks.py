@@ -139,7 +139,7 @@ def test_what_families_withhold_is_nowhere_in_their_training():
     for task in splits["withheld"]:
         assert len(task.reworded) == 3 and list(task.descriptions) == task.reworded
     texts = [(task.name, task.reworded, task.descriptions[:3], task.test) for task in splits["families"]]
-    assert zlib.crc32(repr(texts).encode()) == 1793792711  # otherwise scores are of other tasks
+    assert zlib.crc32(repr(texts).encode()) == 731275384  # otherwise scores are of other tasks
 
 
 def test_a_folder_with_the_name_of_a_source_is_named(tmp_path, monkeypatch):
