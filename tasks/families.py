@@ -1,7 +1,7 @@
 """Families of chores: what one does to a text, with a parameter. Some 1,000, beside those of chores.py.
 
-"Replace every comma by a tilde." is of the family `replace`, and its parameter is the tilde. A fifth of the
-parameters of each family, its last slot, is in no training task of it. The splits are those of chores.py, and
+"Replace every comma by a tilde." is of the family `replace`. The parameter is what stands in the last slot,
+here the tilde; a fifth of them is in no training task of the family. The splits are those of chores.py, and
 
     train      these chores, too
     families   the families' chores of the training tasks, to measure
@@ -33,8 +33,8 @@ PARTS = FORMS | {
     "record": "".join(rf"(?=.*{key}: (?P<{key}>[\w ]+))" for key in ("name", "city", "age", "job")) + ".*",
     "words": r"(?P<first>\w+), (?P<second>\w+)(, \w+)*, (?P<last>\w+)",
 }
-SEPARATORS = {"name": " ", "date": "-", "time": ":", "phone": " ", "record": "; ", "path": "/", "code": "-"}
-SEPARATORS["words"] = ", "
+SEPARATORS = {"name": " ", "date": "-", "time": ":", "phone": " ", "code": "-"}
+SEPARATORS |= {"record": "; ", "path": "/", "words": ", "}
 SIGNS = " -:@./,"
 
 
@@ -59,9 +59,9 @@ class Text(str):
 
     def without(self, part: str) -> str:
         """The text without a part, and without the sign between it and the part before it, or after it."""
-        start, end = self.span(part)
         if self.sort == "record":
             return chores.without_field(self, part.split("-")[1])
+        start, end = self.span(part)
         before, after = self[:start].rstrip(SIGNS), self[end:]
         return before + after if before.strip("+$") else after.lstrip(SIGNS)
 
@@ -194,9 +194,9 @@ def all_chores() -> tuple[list[Chore], list[Chore]]:
         found = chores_of(family)
         random.Random(family).shuffle(found)
         parameters = sorted(set().union(*map(parameters_of, found)))
-        hidden = set(part_of(parameters, family, test=True))
-        seen = [chore for chore in found if not hidden & parameters_of(chore)]
-        rest = [chore for chore in found if hidden & parameters_of(chore)]
+        unknown = set(part_of(parameters, family, test=True))
+        seen = [chore for chore in found if not unknown & parameters_of(chore)]
+        rest = [chore for chore in found if unknown & parameters_of(chore)]
         train += islice(new_ones(seen, inputs, known), N_TRAIN)
         withheld += islice(new_ones(rest, inputs, known), N_WITHHELD)
     return train, withheld
@@ -205,10 +205,10 @@ def all_chores() -> tuple[list[Chore], list[Chore]]:
 # -------------------- Descriptions --------------------
 
 
-def name_in(rng: random.Random, part: str, slot: str, value: str) -> str:
+def name_in(rng: random.Random, split: str, slot: str, value: str) -> str:
     """What a value is called in a description, for "train" or "test"."""
     if slot in ("part", "other", "items"):
-        return rng.choice(DATA["names"][part][value])
+        return rng.choice(DATA["names"][split][value])
     if slot in ("label", "note", "hidden"):
         return rng.choice(['"{}"', "'{}'", "{}"]).format(value)
     is_sign = slot in ("gap", "mark", "cover", "joiner")
@@ -220,17 +220,17 @@ def name_in(rng: random.Random, part: str, slot: str, value: str) -> str:
     return rng.choice(names)
 
 
-def describe(chore: Chore, i: int, part: str = "train") -> str:
+def describe(chore: Chore, i: int, split: str = "train") -> str:
     """Description i of a chore: one of its family, with names in its slots."""
-    rng = random.Random(f"{chore.name} {part} {i}")
-    templates = DATA["descriptions"][part][chore.family]
-    template = rng.choice(templates) if part == "train" else templates[i]
-    names = {slot: name_in(rng, part, slot, value) for slot, value in chore.values.items()}
-    names["text"] = rng.choice(DATA["names"][part][chore.sort])
+    rng = random.Random(f"{chore.name} {split} {i}")
+    templates = DATA["descriptions"][split][chore.family]
+    template = rng.choice(templates) if split == "train" else templates[i]
+    names = {slot: name_in(rng, split, slot, value) for slot, value in chore.values.items()}
+    names["text"] = rng.choice(DATA["names"][split][chore.sort])
     return chores.capitalise(template.format(**names))
 
 
-def make_task(chore: Chore, part: str = "train") -> Task:
+def make_task(chore: Chore, split: str = "train") -> Task:
     """The task as data. Training examples and descriptions are drawn afresh in each step."""
 
     def example(i: int, test: bool = False) -> Example:
@@ -238,7 +238,7 @@ def make_task(chore: Chore, part: str = "train") -> Task:
         return Example(text, [answer(chore, text)])
 
     reworded = [describe(chore, i, "test") for i in range(len(DATA["descriptions"]["test"][chore.family]))]
-    descriptions = LazyList(lambda i: describe(chore, i)) if part == "train" else reworded
+    descriptions = LazyList(lambda i: describe(chore, i)) if split == "train" else reworded
     test = [example(i, test=True) for i in range(chores.N_EXAMPLES)]
     return Task(chore.name, descriptions, LazyList(example), test, reworded, weight=WEIGHT)
 
