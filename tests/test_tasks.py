@@ -133,8 +133,11 @@ def test_what_families_withhold_is_nowhere_in_their_training():
                 found = {slot for _, slot, _, _ in string.Formatter().parse(template)}
                 assert found | {"text", None} == slots, (part, template)
     splits = load_tasks("families")
-    known, rest, all_of_them = [{task.name for task in splits[k]} for k in ("families", "withheld", "train")]
-    assert len(all_of_them) == len(splits["train"]) and known < all_of_them and not rest & all_of_them
+    names = {}
+    for split in ("train", "families", "withheld"):
+        names[split] = {task.name for task in splits[split]}
+    assert len(names["train"]) == len(splits["train"])
+    assert names["families"] < names["train"] and not names["withheld"] & names["train"]
     for task in splits["withheld"]:
         assert len(task.reworded) == 3 and list(task.descriptions) == task.reworded
     texts = [(task.name, task.reworded, task.descriptions[:3], task.test) for task in splits["families"]]
