@@ -1,7 +1,7 @@
 """Make documents with questions and answers, to train Doc-to-LoRA on, from texts or from open questions.
 
     python -m extras.answers notes/ out/notes --base_model NAME
-    python train.py @config/needle.args --tasks out/notes --out_dir out/reader   # and flags for longer texts
+    python train.py @config/reader.args --tasks out/notes --init_from out/needle --out_dir out/reader
 
 FOLDER holds texts (.txt, .md), or documents with questions as JSON files (see extras/README.md). As in the
 published recipe, the base model is asked for questions about each text, of several kinds, and then answers
