@@ -1,6 +1,6 @@
 """Text-to-LoRA with a LoRA on its text encoder, which is trained with the network (not published).
 
-    python train.py @config/chores.args --out_dir out/chores
+    python train.py @config/families.args --out_dir out/families
 
 The text encoder itself stays frozen.
 """

@@ -104,9 +104,10 @@ def test_the_card_shows_what_the_network_does():
 @needs_models
 @needs_time
 def test_the_command_for_smollm2_repeats_its_first_steps(tmp_path):
-    """On two processes, in bfloat16, whose kernels differ from processor to processor."""
+    """The first of two commands. In bfloat16, whose kernels differ from processor to processor."""
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py"]
-    start += [f"@{SMOLLM2}/sft_large/train.args", *REAL, "--device", "cpu", "--out_dir", tmp_path / "again"]
+    start += ["@config/families.args", *REAL, "--dtype", "bfloat16", "--device", "cpu"]
+    start += ["--out_dir", tmp_path / "again"]
     run = subprocess.Popen(start, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     metrics = tmp_path / "again" / "metrics.jsonl"
     while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
