@@ -33,8 +33,8 @@ DATA = read_json(Path(__file__).parent / "chores.json")
 WRITTEN = read_json(Path(__file__).parent / "chores_descriptions.json")
 N_VAL, N_TEST = 32, 100  # chains to validate and to test
 N_EXAMPLES = 10  # test examples of a task
-WEIGHT = 40  # a single chore is drawn as often as so many chains, since chains are learnt from single ones
-WEIGHT_ANY = 4  # of a chore for any text, which has a task for each sort of input
+WEIGHT = 15  # a single chore is drawn as often as so many chains, since chains are learnt from single ones
+WEIGHT_ANY = 2  # of a chore for any text, which has a task for each sort of input
 
 # -------------------- Values --------------------
 
