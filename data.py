@@ -5,7 +5,7 @@ its text is the description, and its examples are questions about it. Tasks come
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -20,6 +20,26 @@ class Example(NamedTuple):
     answers: list[str]  # the first one is learnt
 
 
+def is_exact(example: Example, answer: str, has_ended: bool) -> bool:
+    """Whether an answer is one of the right ones, and the model has ended it itself."""
+    return has_ended and answer.strip() in [right.strip() for right in example.answers]
+
+
+class Rules(NamedTuple):
+    """How eval.py puts the questions of a task and scores the answers. Benchmarks have rules of their own."""
+
+    is_right: Callable[[Example, str, bool], bool] = is_exact  # of an answer and whether the model ended it
+    most_tokens: int = 0  # of an answer; 0: two more than the right ones have
+    start: Callable[[Example], str] = lambda example: ""  # of the answer, which is given
+    most_examples: int | None = 25  # by default; None: all
+    n_texts: int = 1  # how many texts each question is answered with
+    with_instruction: bool = True  # whether one may stand in the prompt
+    meaningless: Sequence[str] = ()  # texts of net_random, if they are given
+
+
+EXACT = Rules()
+
+
 @dataclass
 class Task:
     """Descriptions and examples. A document is a Task with is_document."""
@@ -32,6 +52,7 @@ class Task:
     definition: str = ""  # of Natural Instructions: the instruction in prompts, if it is there
     is_document: bool = False
     weight: int = 1  # how often it is among the tasks from which a step draws some
+    rules: Rules = EXACT
 
 
 Splits = dict[str, list[Task]]  # {"train": [...], "val": [...], "test": [...]}
@@ -76,16 +97,21 @@ class Drawn(NamedTuple):
 def draw(tasks: list[Task], pool: Sequence[int], step: int, args, tokenizer) -> list[Drawn]:
     """The tasks of a step: --tasks_per_batch of the pool, which holds indices of tasks (by weight, repeated).
 
-    Each has one of its descriptions, and --examples_per_task examples. Reconstruction has no tokenizer: it
-    draws examples and uses none, so that a seed draws the same tasks as in SFT.
+    Each has one of its descriptions, and --examples_per_task examples of at most --max_tokens. Reconstruction
+    has no tokenizer: it draws examples and uses none, so that a seed draws the same tasks as in SFT.
     """
     rng, drawn = random.Random(f"{args.seed} {step}"), []
     for i in sample(rng, pool, args.tasks_per_batch):
         task, examples = tasks[i], []
         description = rng.choice(task.descriptions)
-        for example in sample(rng, task.train, args.examples_per_task):
-            if tokenizer:
-                examples.append(draw_short(rng, tokenizer, task, description, example, args))
+        chosen = sample(rng, task.train, args.examples_per_task)
+        for example in chosen if tokenizer else ():
+            ids, n_tries = to_ids(tokenizer, task, description, example, args), 1
+            while ids.n_tokens > args.max_tokens:
+                if n_tries == 1000:
+                    raise UserError(f"{task.name}: 1,000 examples have more than --max_tokens {args.max_tokens}")
+                ids, n_tries = to_ids(tokenizer, task, description, rng.choice(task.train), args), n_tries + 1
+            examples.append(ids)
         drawn.append(Drawn(i, description, examples))
     return drawn
 
@@ -115,12 +141,15 @@ def to_ids(tokenizer, task: Task, description: str, example: Example, args) -> I
     return Ids(prompt, answer_ids, teacher_prompt)
 
 
-def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Task]:
-    """The tasks with an example of at most --max_tokens. UserError for examples that cannot be learnt.
+N_VALIDATE = 8  # at most so many examples of each validation task
 
-    Where the description is in the prompt, a task keeps those with which an example is short enough.
+
+def examine(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> tuple[list[Task], list[Drawn]]:
+    """(the tasks with an example of at most --max_tokens, such examples of the validation tasks).
+
+    UserError for examples that cannot be learnt.
     """
-    texts, kept = set(), []
+    texts, kept, exam = set(), [], []
     for task in tasks + val_tasks:
         for example in [*beginning(task.train), *task.test]:
             if not example.answers:
@@ -130,22 +159,26 @@ def check(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Tas
         texts.update(task.descriptions if task.is_document else [])
     model.check_known(tokenizer, list(texts))
     for task in tasks:
-        descriptions = beginning(task.descriptions)
         shortest = min(beginning(task.train), key=lambda example: len(example.input + example.answers[0]))
 
         def fits(description: str) -> bool:
             return to_ids(tokenizer, task, description, shortest, args).n_tokens <= args.max_tokens
 
-        if fits(max(descriptions, key=len)):
+        if fits(max(beginning(task.descriptions), key=len)):
             kept.append(task)
-        elif any(fits(description) for description in descriptions):
-            kept.append(replace(task, descriptions=list(filter(fits, descriptions))))
+        elif fitting := [text for text in beginning(task.descriptions) if fits(text)]:  # --instruction
+            kept.append(replace(task, descriptions=fitting))
     if not kept:
         raise UserError(f"no example has at most --max_tokens {args.max_tokens} tokens")
     if len(kept) < len(tasks):
         n = len(tasks) - len(kept)
         say(f"{n} of {len(tasks)} tasks are left out: too long for --max_tokens {args.max_tokens}")
-    return kept
+    for i, task in enumerate(val_tasks):
+        text = task.descriptions[0]
+        ids = [to_ids(tokenizer, task, text, example, args) for example in task.test[:N_VALIDATE]]
+        if short := [example for example in ids if example.n_tokens <= args.max_tokens]:
+            exam.append(Drawn(i, text, short))
+    return kept, exam
 
 
 def beginning(values: Sequence) -> Sequence:

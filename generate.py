@@ -25,7 +25,7 @@ import hypernet
 import lora
 import model
 from lora import Adapter
-from support import UserError, command, make_parser, read_json, write_file
+from support import UserError, at_least, command, make_parser, read_json, write_file
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,15 +38,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input", action="append", default=[], help="a text to answer; several are allowed")
     parser.add_argument("--out", help="adapter folder (default: out/adapter); for several: 0, 1, ... in it")
     parser.add_argument("--merge", help="new folder for a base model with merged weights")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer (default: 64)")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=64, help="longest answer (default: 64)")
     add_model_flags(parser)
     args = parser.parse_args()
     if args.adapter and (args.hypernet or args.out):
         raise UserError("--hypernet and --out go with --desc or --doc")
     if args.doc and (args.encoder or args.instruction) or args.adapter and args.encoder:
         raise UserError("--encoder and --instruction go with --desc")
-    if args.max_new_tokens < 1:
-        raise UserError("--max_new_tokens must be above 0")
     if args.merge and len(args.desc or []) > 1:
         raise UserError("--merge takes a single --desc")
     for flag, texts in (("--desc", args.desc or []), ("--input", args.input)):
@@ -107,14 +105,14 @@ def net_folder(args, reads: str) -> str:
     return folder
 
 
-def load_net(folder: str, reads: str, args, device) -> nn.Module:
-    """The hypernetwork of a folder, here or on the hub. `connect` it next."""
+def load_net(folder: str, reads: str, device, encoder: str | None = None) -> nn.Module:
+    """The hypernetwork of a folder, here or on the hub, perhaps with another --encoder. `connect` it next."""
     folder = model.fetch(folder, hypernet.FILES)
     net = hypernet.load_hypernet(folder).to(device)
     if net.reads != reads:
         raise UserError(f"the hypernetwork in {folder} reads {net.reads}, not {reads}")
-    if args.encoder and reads == "descriptions":
-        net.config.encoder = args.encoder
+    if encoder and reads == "descriptions":
+        net.config.encoder = encoder
     return net
 
 
@@ -259,7 +257,7 @@ def main() -> None:
         model.check_known(tokenizer, args.input)
     else:
         reads = "documents" if args.doc else "descriptions"
-        net = load_net(net_folder(args, reads), reads, args, device)
+        net = load_net(net_folder(args, reads), reads, device, args.encoder)
         config = net.config
         base, tokenizer = load_base_for([config], args, device)
         model.check_known(tokenizer, args.input + documents)

@@ -8,7 +8,7 @@ Other networks are in nets/, a file each. The end of this file says what a new o
 """
 
 import importlib
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -16,20 +16,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import encoders
 import lora
 import model
 from lora import Adapter, LoRAConfig
 from support import UserError, read_json, write_file
 
 
-def setting(default, meaning: str, *choices):
-    """A field of a config that is a flag of train.py, with its default, its meaning and its choices."""
-    return field(default=default, metadata={"meaning": meaning, "choices": choices})
+def setting(default, least, meaning: str, *choices):
+    """A field of a config that is a flag of train.py. `least` is the least value of a number."""
+    return field(default=default, metadata={"setting": (default, least, meaning, *choices)})
 
 
-def settings_of(config_class) -> list[Field]:
-    """The fields of a config that are flags."""
-    return [entry for entry in fields(config_class) if "meaning" in entry.metadata]
+def settings_of(config_class) -> list[tuple]:
+    """The fields of a config that are flags: (name, default, least value, meaning, *choices)."""
+    return [(f.name, *f.metadata["setting"]) for f in fields(config_class) if "setting" in f.metadata]
 
 
 @dataclass
@@ -49,18 +50,18 @@ class HypernetConfig(LoRAConfig):
 class TextConfig(HypernetConfig):
     """Text-to-LoRA's settings."""
 
-    encoder: str = setting("preset", "the preset's, hash, base, a hub id or a folder")
+    encoder: str = setting("preset", None, "the preset's, hash, base, a hub id or a folder")
     input_size: int = 1024  # E, the width of the text encoder's output
     full_stop: bool = True  # descriptions that end in a letter get one, as published (not with "hash")
     dropout: float = 0.1  # in the trunk; that of train.py's --dropout, as published
-    size: str = setting("large", "what one pass through a head writes", "large", "medium", "small")
-    latent_size: int = setting(128, "width of the trunk; half of it is the task embedding")
-    head_in_size: int = setting(256, "width of the input of the heads")
-    input_dropout: float = setting(0.1, "dropout of the text encoder's output (not published)")
-    skip: float = setting(0.0, "factor on the task embedding, added to the input of the heads (published: 0)")
+    size: str = setting("large", None, "what one pass through a head writes", "large", "medium", "small")
+    latent_size: int = setting(128, 4, "width of the trunk; half of it is the task embedding")
+    head_in_size: int = setting(256, 1, "width of the input of the heads")
+    input_dropout: float = setting(0.1, 0, "dropout of the text encoder's output (not published)")
+    skip: float = setting(0.0, 0, "factor on the task embedding, added to the heads' input (published: 0)")
 
     def measure(self, base: nn.Module) -> None:
-        self.input_size = model.encoder_width(self.encoder, base)
+        self.input_size = encoders.width(self.encoder, base)
 
 
 class Residual(nn.Sequential):
@@ -160,11 +161,11 @@ class TextToLoRA(nn.Module):
     def connect(self, base: nn.Module | None, tokenizer) -> None:
         """Load the frozen text encoder, a function and so no part of the network's weights."""
         c, device = self.config, next(self.parameters()).device
-        width = model.encoder_width(c.encoder, base)
+        width = encoders.width(c.encoder, base)
         if width != c.input_size:
             trained = f"this network was trained with {c.input_size}"
             raise UserError(f"--encoder {c.encoder} is {width} wide; {trained}")
-        self.encoder = model.load_encoder(c.encoder, device, base, tokenizer, c.full_stop)
+        self.encoder = encoders.load(c.encoder, device, base, tokenizer, c.full_stop)
 
     def forward(self, texts: list[str]) -> Adapter:
         """n descriptions -> A [n, L, r, in], B [n, L, out, r]."""
@@ -311,7 +312,9 @@ def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
         if differs and name not in MAY_DIFFER:
             message = f"--init_from {folder}: that network has other settings"
             raise UserError(f"{message} ({name}: {other}, not {value})")
-    net.load_state_dict(start.state_dict())
+    learned = [name for name, p in net.named_parameters() if p.requires_grad]  # oracles' mean and std are not
+    weights = start.state_dict()
+    net.load_state_dict({name: weights[name] for name in learned}, strict=False)
 
 
 # -------------------- A new network --------------------

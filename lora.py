@@ -316,8 +316,11 @@ def no_dots(name: str) -> str:
 class LoRABank(nn.Module):
     """Ordinary LoRAs, all from the same random A; one optimizer trains them as a batch.
 
-    bank([3, 5]) is a batch of two of them. Their gradients are clipped together.
+    bank([3, 5]) is a batch of two of them. A single one answers to every number. Their gradients are clipped
+    together.
     """
+
+    reads = "numbers"
 
     def __init__(self, config: LoRAConfig, n: int):
         super().__init__()
@@ -330,7 +333,8 @@ class LoRABank(nn.Module):
             self.B[no_dots(name)] = nn.Parameter(torch.zeros(n, L, target.n_out, config.r))
 
     def forward(self, indices: list[int]) -> Adapter:
-        adapter = {}
+        n, adapter = len(next(iter(self.A.values()))), {}
+        indices = [0] * len(indices) if n == 1 else indices
         for name in self.config.targets:
             adapter[name] = (self.A[no_dots(name)][indices], self.B[no_dots(name)][indices])
         return adapter

@@ -1,33 +1,25 @@
-"""The two frozen models: the base model, which is adapted, and the text encoder, which reads descriptions.
+"""The frozen base model, which is adapted: loading it, prompts, answers, logits.
 
-The base model is a Hugging Face id or a folder (`resolve` knows the presets of --base_model). The text
-encoder is "hash", "base" (the base model), an id or a folder.
+It is a Hugging Face id or a folder; `resolve` knows the presets of --base_model.
 """
 
 import os
-import re
-import sys
-import zlib
-from collections.abc import Callable
 from datetime import timedelta
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download  # comes with transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
-from transformers.utils import cached_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import lora
-from support import UserError, read_json
+from support import UserError
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -340,24 +332,22 @@ def check_known(tokenizer, texts: list[str]) -> None:
 
 
 @torch.no_grad()
-def answer(base: nn.Module, tokenizer, prompts: list[str], most: int | list[int] = 64):
+def answer(base: nn.Module, tokenizer, prompts: list[str], most: int = 64) -> tuple[list[str], list[bool]]:
     """Greedy answers to rendered prompts, in one batch: (texts, whether the model ended each one itself).
 
-    `most` is how many tokens an answer may have, with the end mark; a list has a number for each.
+    `most` is how many tokens an answer may have, with the end mark.
     """
-    limits = most if isinstance(most, list) else [most] * len(prompts)
     sequences = [tokenize(tokenizer, prompt) for prompt in prompts]
     ids = pad(sequences, tokenizer.pad_token_id or 0, left=True).to(base.device)  # [n, T]
     mask = pad([[1] * len(sequence) for sequence in sequences], 0, left=True).to(base.device)
-    out = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False)
+    out = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False)
     ends, texts, ended = set(base.generation_config.eos_token_id or []), [], []
-    for prompt_ids, row, limit in zip(ids.tolist(), out[:, ids.shape[1] :].tolist(), limits):
-        n_tokens = next((i for i, token in enumerate(row[:limit]) if token in ends), limit)
-        ended.append(n_tokens < min(limit, len(row)))
-        row = row[:n_tokens]
+    for prompt_ids, row in zip(sequences, out[:, ids.shape[1] :].tolist()):
+        n_tokens = next((i for i, token in enumerate(row) if token in ends), len(row))
+        ended.append(n_tokens < len(row))
         # some tokenizers drop the first space of a text, so prompt and answer are decoded together
         before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
-        whole = tokenizer.decode(prompt_ids + row, skip_special_tokens=True)
+        whole = tokenizer.decode(prompt_ids + row[:n_tokens], skip_special_tokens=True)
         texts.append(whole[len(before) :])
     return texts, ended
 
@@ -389,150 +379,3 @@ def add_noise(alpha: float, embeddings: nn.Module, _, x: Tensor) -> Tensor:
         return x
     noise = torch.empty_like(x).uniform_(-1, 1) * alpha / (x.shape[1] * x.shape[2]) ** 0.5
     return x + noise * getattr(embeddings, "embed_scale", 1.0)  # Gemma's embeddings are multiplied by it
-
-
-# -------------------- The text encoder: n descriptions -> [n, E] --------------------
-
-
-def load_encoder(
-    name: str, device="cpu", base=None, tokenizer=None, full_stop=False
-) -> Callable[[list[str]], Tensor]:
-    """The text encoder of this name: "hash", "base" (the base model), a hub id or a folder.
-
-    It is a function: n descriptions -> [n, E], in float32. With `full_stop`, descriptions that end in a
-    letter get one, as published (not with "hash").
-    """
-    if name == "hash":
-        return lambda texts: hash_encoder(texts).to(device)
-    encode = partial(base_encoder, base, tokenizer) if name == "base" else TransformerEncoder(name, device)
-
-    @lru_cache(2**13)  # frozen: each text is read once, and alone, so that nothing depends on its batch
-    @torch.no_grad()
-    def encode_one(text: str) -> Tensor:
-        with torch.autocast(torch.device(device).type, enabled=False):
-            return encode([end_sentence(text, full_stop)])[0]
-
-    return lambda texts: torch.stack([encode_one(text.strip()) for text in texts])
-
-
-def end_sentence(text: str, full_stop: bool) -> str:
-    """With `full_stop`, a text that ends in a letter gets one."""
-    return f"{text}." if full_stop and text[-1:].isalpha() else text
-
-
-def encoder_width(name: str, base: nn.Module) -> int:
-    """E of a text encoder; only its config is read."""
-    if name == "hash":
-        return HASH_WIDTH
-    if name == "base":
-        return base.config.get_text_config().hidden_size
-    fields, _ = PretrainedConfig.get_config_dict(name)
-    if "hidden_size" in fields:  # also of gte-*-v1.5, whose type AutoConfig does not know
-        return fields["hidden_size"]
-    return transformers.AutoConfig.from_pretrained(name).hidden_size
-
-
-FUNCTION_WORDS = """a an the of to in on at by for from with or but is are was were be been it its this that
-    these those them they their there you your i me my we our as then than so what which who whatever any some
-    please into out up down . , ; : - ?""".split()  # they say little about the task
-HASH_WIDTH = 8192
-
-
-def hash_encoder(texts: list[str]) -> Tensor:
-    """Feature hashing, no network: signed sums of words, pairs of near words and 3- to 5-letter pieces."""
-    out = np.zeros((len(texts), HASH_WIDTH), np.float32)  # [n, E]
-    for vector, text in zip(out, texts):
-        words = re.findall(r"\w+|[^\w\s]", text.lower())
-        weights = [0.3 if word in FUNCTION_WORDS else 1.0 for word in words]
-        features = [(word, 2 * weight) for word, weight in zip(words, weights)]
-        for gap in (1, 2):
-            for i in range(len(words) - gap):
-                features.append((f"{words[i]} {gap} {words[i + gap]}", max(weights[i], weights[i + gap])))
-        for n in (3, 4, 5):
-            for word, weight in zip(words, weights):
-                marked = f"#{word}#"
-                features += [(marked[i : i + n], weight) for i in range(len(marked) + 1 - n)]
-        for feature, weight in features:
-            code = zlib.crc32(feature.encode())
-            vector[code % HASH_WIDTH] += weight if code >> 31 else -weight
-    return F.normalize(torch.from_numpy(out), dim=-1)
-
-
-def base_encoder(base: nn.Module, tokenizer, texts: list[str]) -> Tensor:
-    """The base model as text encoder: its last state at the last token (paper, section 3). [n, E]"""
-    check_known(tokenizer, texts)
-    sequences = [tokenizer(text)["input_ids"] for text in texts]
-    ids = pad(sequences, 0).to(base.device)  # [n, T]
-    h = base.base_model(input_ids=ids).last_hidden_state.float()  # [n, T, E]
-    last = torch.tensor([len(sequence) - 1 for sequence in sequences])
-    return F.normalize(h[torch.arange(len(texts)), last], dim=-1)
-
-
-class TransformerEncoder:
-    """A text encoder of the hub, pooled as its own 1_Pooling/config.json says: mean, CLS or last token."""
-
-    def __init__(self, name: str, device="cpu"):
-        self.tokenizer, self.pooling = AutoTokenizer.from_pretrained(name), read_pooling(name)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
-        self.model = load_text_model(name).to(device).requires_grad_(False).eval()
-        positions = getattr(self.model.config, "max_position_embeddings", 0)  # T5 and XLNet have no limit
-        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
-        unused = getattr(table, "padding_idx", None)  # RoBERTa-style models start at padding_idx + 1
-        positions -= 0 if unused is None else unused + 1
-        self.max_length = min(8192, positions) if positions > 0 else 8192  # tokens
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        settings = dict(padding=True, padding_side="right", truncation=True, max_length=self.max_length)
-        batch = self.tokenizer(texts, return_tensors="pt", **settings).to(self.model.device)
-        if batch["input_ids"].shape[1] == self.max_length:
-            print(f"note: the text encoder reads {self.max_length} tokens of a description", file=sys.stderr)
-        h = self.model(**batch).last_hidden_state.float()  # [n, T, E]
-        mask = batch["attention_mask"]  # [n, T]
-        if self.pooling == "cls":
-            h = h[:, 0]
-        elif self.pooling == "lasttoken":
-            h = h[torch.arange(len(h)), mask.sum(1) - 1]
-        else:
-            h = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return F.normalize(h, dim=-1)  # [n, E]
-
-
-def read_pooling(name: str) -> str:
-    """cls, lasttoken or mean, in the old or the new format of sentence-transformers; mean without a file."""
-    file = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
-    fields = read_json(file) if file else {}
-    modes = [fields["pooling_mode"]] if "pooling_mode" in fields else []  # "cls"
-    for key, active in fields.items():
-        if key.startswith("pooling_mode_") and active:  # "pooling_mode_cls_token": true
-            modes.append(key.removeprefix("pooling_mode_").removesuffix("s").removesuffix("_token"))
-    mode, *others = modes or ["mean"]
-    if others or mode not in ("mean", "cls", "lasttoken"):
-        raise UserError(f"--encoder {name}: pooling by {', '.join(map(str, modes))} is not implemented")
-    return mode
-
-
-def load_text_model(name: str) -> nn.Module:
-    """The network of a text encoder in float32; that of gte-*-v1.5 without the code of its repository."""
-    fields, _ = PretrainedConfig.get_config_dict(name)
-    if fields.get("model_type") == "new":
-        if not hasattr(transformers, "GteModel"):
-            raise UserError(f"{name} needs transformers 5.18 or newer")
-        config = gte_config(fields)
-        return load_weights(transformers.GteModel, name, config=config, dtype=torch.float32)
-    config = transformers.AutoConfig.from_pretrained(name)
-    of_encoder = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # of T5 only its encoder
-    loader = transformers.AutoModelForTextEncoding if of_encoder else transformers.AutoModel
-    return load_weights(loader, name, dtype=torch.float32)
-
-
-def gte_config(config: dict):
-    """The config of gte-*-v1.5 for transformers' implementation of it."""
-    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-    if config.get("rope_scaling"):  # NTK scaling by k: theta * k, and all frequencies by k^(-2 / head size)
-        k = config["rope_scaling"]["factor"]
-        head_size = config["hidden_size"] // config["num_attention_heads"]
-        rope = {"rope_type": "linear", "factor": k ** (2 / head_size), "rope_theta": config["rope_theta"] * k}
-    replaced = ("auto_map", "rope_scaling", "rope_theta", "model_type")
-    kept = {key: value for key, value in config.items() if key not in replaced}
-    return transformers.GteConfig(**kept, rope_parameters=rope)

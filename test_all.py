@@ -18,6 +18,7 @@ from torch import nn
 from transformers import GemmaConfig, LlamaConfig
 
 import data
+import encoders
 import eval as evaluation
 import generate
 import hypernet
@@ -25,7 +26,9 @@ import lora
 import model
 import train
 from data import Example
-from support import UserError, read_json, write_file
+from encoders import hub
+from encoders.hash import hash_texts
+from support import read_json, write_file
 from tasks import chores, load_tasks
 from tests.helpers import (
     D2L,
@@ -179,8 +182,7 @@ def test_a_batch_of_answers_is_that_of_each_prompt_alone():
     alone = [model.answer(base, tokenizer, [text], 5) for text in prompts]
     texts, ended = model.answer(base, tokenizer, prompts, 5)
     assert alone == [([text], [has_ended]) for text, has_ended in zip(texts, ended)]
-    _, cut = model.answer(base, tokenizer, prompts, [1, 5, 5])  # each has its own limit
-    assert cut == [False, *ended[1:]] and all(ended)
+    assert all(ended) and not any(model.answer(base, tokenizer, prompts, 1)[1])
 
 
 # -------------------- Tasks, and the examples of a step --------------------
@@ -205,16 +207,14 @@ def test_what_a_step_draws():
     drawn = [item for step in range(50) for item in drawn_in(run, step)]
     assert {item.index for item in drawn} == set(range(6)) and len({item.description for item in drawn}) > 50
     assert drawn_in(run, 7) == drawn_in(run, 7) != drawn_in(run, 8)
-    often = replace(run, tasks=[replace(run.tasks[0], weight=9), *run.tasks[1:]], pool=[])
+    often = replace(run, pool=9 * [0] + [1, 2, 3, 4, 5])
     drawn = [item.index for step in range(50) for item in drawn_in(often, step)]
     assert 80 < drawn.count(0) < 120  # of 150: nine of fourteen
     again, run.args.seed = drawn_in(run, 7), 1
     assert again != drawn_in(run, 7)
-    for run.args.tasks_per_batch in (0, 6, 128):  # all of them, once
-        whole = replace(run, pool=[])
+    for n in "0", "6", "128":  # all of them, once
+        whole = run_of(*SHORT, "--n_tasks", "6", "--tasks_per_batch", n)
         assert sorted(item.index for item in drawn_in(whole, 7)) == list(range(6))
-    with pytest.raises(UserError, match="no multiple of 4 processes"):
-        replace(run, n_processes=4)
     few, more, every = (data.pick({"train": list(range(20))}, "train", n) for n in (3, 9, 0))
     assert few == more[:3] == every[:3]
     refused("has 20 tasks", data.pick, {"train": list(range(20))}, "train", 21)
@@ -231,30 +231,30 @@ def test_documents_are_short_at_first(monkeypatch, tmp_path):
     assert lengths == sorted(lengths)
 
 
-def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsys, monkeypatch):
+def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsys):
     run = run_of(*SHORT)
     tokenizer, args, short = run.tokenizer, run.args, Example("cat", ["red"])
     long = Example(repeated("cat dog cow sun ", 9), ["red"])
     mixed = data.Task("mixed", ["x"], [long] * 9 + [short], [])
-    too_long = data.Task("long", ["x"], [long], [])
+    too_long = data.Task("long", ["x"], [long], [long])
     args.max_tokens, args.tasks_per_batch = 12, 1
     capsys.readouterr()
-    tasks = data.check([mixed, too_long], [], args, tokenizer)
+    val = [data.Task("v", ["x"], [], [short, long, short]), too_long]
+    tasks, exam = data.examine([mixed, too_long], val, args, tokenizer)
     assert capsys.readouterr().out == "1 of 2 tasks are left out: too long for --max_tokens 12\n"
-    assert tasks == [mixed]
+    ids = data.to_ids(tokenizer, mixed, "x", short, args)
+    assert tasks == [mixed] and exam == [data.Drawn(0, "x", [ids, ids])]  # nor are long ones validated
     for step in range(9):
-        (drawn,) = data.draw(tasks, [0], step, args, tokenizer)
-        assert drawn.examples == 2 * [data.to_ids(tokenizer, mixed, "x", short, args)]
-    run.val_tasks, seen, real = [data.Task("v", ["x"], [], [short, long])], [], train.answer_loss
-    monkeypatch.setattr(train, "answer_loss", lambda *a: seen.append(int(a[1].max()) + 1) or real(*a))
-    train.validate(run)
-    assert seen == [1]  # nor is the long one validated
-    refused("no example has at most", data.check, [too_long], [], args, tokenizer)
+        assert data.draw(tasks, [0], step, args, tokenizer)[0].examples == [ids, ids]
+    refused("no example has at most", data.examine, [too_long], [], args, tokenizer)
     endless = chores.LazyList(lambda i: Example("cat", ["red"]) if i < 99 else 1 / 0)
-    data.check([data.Task("endless", ["x"], endless, [])], [], args, tokenizer)
+    data.examine([data.Task("endless", ["x"], endless, [])], [], args, tokenizer)
+    hardly = chores.LazyList(lambda i: short if i < 8 else long)  # only what is looked at first is short
+    (hardly,), _ = data.examine([data.Task("hardly", ["x"], hardly, [])], [], args, tokenizer)
+    refused("hardly: 1,000 examples have more than --max_tokens 12", data.draw, [hardly], [0], 0, args, tokenizer)
     args.instruction = True  # a description that is too long for every example goes
     wordy = data.Task("wordy", ["x", repeated("cat ", 9)], [short, long], [])
-    (kept,) = data.check([wordy], [], args, tokenizer)
+    (kept,), _ = data.examine([wordy], [], args, tokenizer)
     assert kept.descriptions == ["x"] and len(data.draw([kept], [0], 0, args, tokenizer)[0].examples) == 2
     refused("more than the base model's window of 512", run_of, *SHORT, "--max_tokens", "600")
 
@@ -310,10 +310,10 @@ def test_text_encoders_compute_in_float32_in_training_validation_and_use(monkeyp
 
     def embed(texts: list[str]) -> torch.Tensor:
         seen.append(torch.is_autocast_enabled("cpu"))
-        return model.hash_encoder(texts)
+        return hash_texts(texts)
 
-    monkeypatch.setattr(model, "TransformerEncoder", lambda *_: embed)
-    run.net.encoder = model.load_encoder("some encoder")
+    monkeypatch.setattr(hub, "TransformerEncoder", lambda *_: embed)
+    run.net.encoder = encoders.load("some encoder")
     in_bfloat16 = []
     run.net.mixer.register_forward_hook(lambda *_: in_bfloat16.append(torch.is_autocast_enabled("cpu")))
     train.validate(run)
@@ -334,13 +334,13 @@ def test_a_step_in_micro_batches_is_the_step_of_one_backward_pass(words):
     for p in run.net.parameters():  # away from B = 0
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     drawn = drawn_in(run, 0)
-    examples = train.shortest_first(drawn)
-    lengths = [len(ids.prompt) + len(ids.answer) for _, ids in examples]
+    written = run.net(run.inputs(drawn))
+    ((examples, adapters),) = train.micro_batches(drawn, written, 100)
+    lengths = [ids.n_tokens for ids in examples]
     assert lengths == sorted(lengths)
-    written = run.net(train.inputs_of(run, drawn))
     sizes = [train.weight_size(written, measure) for measure in (torch.abs, torch.square)]
-    with lora.use(run.base, lora.select(written, [place for place, _ in examples]), run.net.config.scaling):
-        whole = train.task_loss(run, [ids for _, ids in examples], None) + 0.1 * sum(sizes)
+    with lora.use(run.base, adapters, run.net.config.scaling):
+        whole = train.task_loss(run, examples, None) + 0.1 * sum(sizes)
         expected = torch.autograd.grad(whole, list(run.net.parameters()))
     passes, layer = [], run.base.get_decoder().layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))  # (reading has none)
@@ -360,16 +360,20 @@ def test_validation_measures_what_greedy_answers_give():
     run = run_of()
     run.net = hypernet.load_hypernet(TINY / "sft_small")
     run.net.connect(run.base, run.tokenizer)
-    run.val_tasks = run.val_tasks[:3]
-    measured, hits = train.validate(run), []
-    for task in run.val_tasks:
+    run.exam, hits = run.exam[:3], []
+    measured = train.validate(run)
+    for item, task in zip(run.exam, load_tasks("tiny")["val"]):
+        assert item.description == task.descriptions[0]
         prompts = [model.render(run.tokenizer, example.input) for example in task.test[:8]]
         with lora.use(run.base.eval(), run.net.eval()(task.descriptions[:1]), run.net.config.scaling):
             answers, ended = model.answer(run.base, run.tokenizer, prompts)
-        hits += [evaluation.is_right(*asked) for asked in zip(task.test, answers, ended)]
+        hits += [data.is_exact(*asked) for asked in zip(task.test, answers, ended)]
     assert measured["val_accuracy"] == sum(hits) / 24 > 0.5 and 0 < measured["val_loss"] < 0.5
     run.args.micro_batch, run.args.neftune_alpha, run.args.label_smoothing = 5, 5.0, 0.5  # of training alone
+    n_texts = []
+    run.net.register_forward_pre_hook(lambda _, args: n_texts.append(len(args[0])))
     assert train.validate(run) == pytest.approx(measured, rel=1e-5, abs=1e-5)
+    assert n_texts == [1, 1, 1]  # not all adapters at once: those of documents are large
 
 
 # -------------------- Commands, end to end --------------------
@@ -409,10 +413,9 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     results = evaluate(tmp_path / "e.json", *words)
     assert set(results) == {"mt_lora", "oracle"}
     adapters = {"oracles": lora.load_adapters([oracles / task.name for task in tasks])}
-    exam = evaluation.Exam(tasks, [], {}, {}, adapters, None, None)
-    questions = [types.SimpleNamespace(index=index) for index in (2, 0, 1)]
-    for name, (_, B) in evaluation.by_oracles(exam).adapters(questions).items():
-        close(B, targets[name][1][[2, 0, 1]])  # each question has the oracle of its task
+    exam = evaluation.Exam(types.SimpleNamespace(instruction=None), tasks, [], {}, adapters, None, None)
+    for name, (_, B) in evaluation.by_oracle(exam, 2).adapters.items():
+        close(B[0], targets[name][1][2])  # each task has its own
     other = tmp_path / "oracles" / tasks[0].name  # one of another scaling is refused
     config = lora.load_adapter(other)[1]
     config.alpha = 64
@@ -519,10 +522,11 @@ def test_one_step_has_the_shapes_of_the_readme(monkeypatch):
 # -------------------- Imports go one way --------------------
 BELOW = {"support": set(), "lora": {"support"}}  # what each may import of the project
 BELOW["model"] = BELOW["lora"] | {"lora"}
-BELOW["hypernet"] = BELOW["data"] = BELOW["model"] | {"model"}
+BELOW["encoders"] = BELOW["data"] = BELOW["model"] | {"model"}
+BELOW["hypernet"] = BELOW["encoders"] | {"encoders"}
 BELOW["nets"] = BELOW["hypernet"] | {"hypernet"}
 BELOW["tasks"] = BELOW["data"] | {"data"}
-BELOW["train"] = BELOW["generate"] = BELOW["tasks"] | {"hypernet", "tasks"}
+BELOW["train"] = BELOW["generate"] = BELOW["tasks"] | {"encoders", "hypernet", "tasks"}
 BELOW["eval"] = BELOW["generate"] | {"generate"}
 BELOW["extras"] = BELOW["pictures"] = BELOW["eval"] | {"eval", "nets", "train"}
 

@@ -23,7 +23,7 @@ import random
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,108 +39,77 @@ import hypernet
 import lora
 import model
 from lora import Adapter
-from support import UserError, command, make_parser, say, write_file
+from support import UserError, at_least, command, make_parser, say, write_file
 from tasks import SOURCES, load_tasks, summary
 
 # -------------------- Settings --------------------
 
-
-def flags_of(parser: argparse.ArgumentParser, mode: str, net_class) -> list[str]:
-    """Add the flags of a run of this mode, with a network of this class. Returns their names.
-
-    A flag that the run does not use is refused by argparse; for the code it has its default.
-    """
-    names = []
-
-    def flag(name: str, default, meaning: str, *choices) -> None:
-        """One flag. `used` is set before each block of them."""
-        options = {"type": type(default), "choices": choices or None}
-        if isinstance(default, bool):
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(default, int | float):
-            may_be_zero = default == 0 or isinstance(default, float) or "0: " in meaning
-            options = {"type": number_of(type(default), 0 if may_be_zero else 1)}
-        if used:
-            meaning = f"{meaning} (default: {default})"
-            parser.add_argument(f"--{name}", default=default, help=meaning, **options)
-            names.append(name)
-        else:
-            parser.set_defaults(**{name: default})
-
-    used = True  # by all runs
-    flag("mode", "sft", "what is trained, see above", "lora", "recon", "sft")
-    flag("base_model", "tiny", f"{', '.join(model.PRESETS)}, a hub id or a folder")
-    flag("tasks", "tiny", f"{', '.join(SOURCES)}, or a folder of task files")
-    flag("split", "train", "tasks to train on", "train", "val", "test")
-    flag("n_tasks", 0, "use only so many of these tasks (0: all)")
-    flag("max_steps", 600, "training steps")
-    flag("tasks_per_batch", 128, "tasks of a step, over all processes (0: all)")
-    flag("lr", 2e-3, "highest learning rate")
-    flag("warmup", 0.1, "fraction of the steps in which the learning rate rises")
-    flag("schedule", "linear", "decay to 0; late: in the last third", "linear", "late", "cosine")
-    flag("weight_decay", 1e-2, "weight decay of AdamW, only on matrices (and not on latents and scalers)")
-    flag("seed", 0, "of the run's randomness")
-    flag("device", "auto", "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")
-    flag("dtype", "auto", "auto: bfloat16 on a GPU, not for recon", "auto", "float32", "bfloat16")
-    flag("val_every", 250, "steps between two validations, and between two saved states")
-    flag("out_dir", "out/run", "a new folder")
-    flag("resume", False, "continue the interrupted run in --out_dir")
-
-    used = mode in ("sft", "lora")  # the losses that go through the base model
-    flag("target_modules", "q_proj,v_proj", "linear layers, by the ends of their paths")
-    flag("rank", 8, "rank of an adapter; of each chunk of a document")
-    flag("alpha", 16.0, "scaling is alpha / sqrt(rank)")
-    flag("examples_per_task", 1, "examples of each task of a step")
-    flag("micro_batch", 64, "examples at once, on each process")
-    flag("max_tokens", 512, "longer examples are not drawn")
-    flag("neftune_alpha", 0.0, "noise on the input embeddings (NEFTune)")
-    flag("l1", 0.0, "weight of the mean absolute value of A and B")
-    flag("l2", 1e-3, "weight of the mean square of A and B")
-    flag("gradient_checkpointing", False, "compute activations twice, to save memory")
-
-    used = mode == "sft" and net_class.reads == "documents"
-    flag("short_first", False, "short documents first, all from half-way on")
-    flag("distill", 0, "learn the base model's top k tokens with the document in its prompt")
-
-    used = mode == "lora" or (mode == "sft" and net_class.reads == "descriptions")
-    flag("instruction", False, "put the definition before the input")
-    flag("label_smoothing", 0.0, "label smoothing")
-    flag("shard", False, "shard the base model over the processes")
-
-    used = mode == "lora"
-    flag("multi_task", False, "one adapter for all tasks")
-
-    used = mode == "recon"
-    flag("oracles", "", "the folder that --mode lora wrote")
-    flag("recon_loss", "z_score", "compares A and B over their deviation, or B A", "z_score", "delta_w")
-
-    used = mode in ("sft", "recon")  # what is trained is a hypernetwork
-    flag("arch", "t2l", "t2l (Text-to-LoRA), d2l (Doc-to-LoRA), or another file of nets/")
-    flag("init_from", "", "start from the weights of this hypernetwork")
-    for entry in hypernet.settings_of(net_class.config_class) if used else ():
-        flag(entry.name, entry.default, entry.metadata["meaning"], *entry.metadata["choices"])
-
-    used = mode in ("sft", "lora") or hasattr(net_class.config_class, "dropout")
-    flag("dropout", 0.1, "on the input of adapters, and in the network if it has dropout")
-    return names
-
-
-def number_of(kind: type, least: int):
-    """The type of a number for argparse."""
-
-    def number(text: str):
-        value = kind(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"it must not be {text}")
-        return value
-
-    return number
-
-
+SETTINGS = {  # {group: [(name, default, least value of a number, meaning, *choices)]}
+    "all runs": [
+        ("mode", "sft", None, "what is trained, see above", "lora", "recon", "sft"),
+        ("base_model", "tiny", None, f"{', '.join(model.PRESETS)}, a hub id or a folder"),
+        ("tasks", "tiny", None, f"{', '.join(SOURCES)}, or a folder of task files"),
+        ("split", "train", None, "tasks to train on", "train", "val", "test"),
+        ("n_tasks", 0, 0, "use only so many of these tasks (0: all)"),
+        ("max_steps", 600, 1, "training steps"),
+        ("tasks_per_batch", 128, 0, "tasks of a step, over all processes (0: all)"),
+        ("lr", 2e-3, 0, "highest learning rate"),
+        ("warmup", 0.1, 0, "fraction of the steps in which the learning rate rises"),
+        ("schedule", "linear", None, "decay to 0; late: in the last third", "linear", "late", "cosine"),
+        ("weight_decay", 1e-2, 0, "weight decay of AdamW, only on matrices (and not on latents and scalers)"),
+        ("seed", 0, 0, "of the run's randomness"),
+        ("device", "auto", None, "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one"),
+        ("dtype", "auto", None, "auto: bfloat16 on a GPU, not for recon", "auto", "float32", "bfloat16"),
+        ("val_every", 250, 1, "steps between two validations, and between two saved states"),
+        ("out_dir", "out/run", None, "a new folder"),
+        ("resume", False, None, "continue the interrupted run in --out_dir"),
+    ],
+    "base model": [  # the loss goes through it
+        ("target_modules", "q_proj,v_proj", None, "linear layers, by the ends of their paths"),
+        ("rank", 8, 1, "rank of an adapter; of each chunk of a document"),
+        ("alpha", 16.0, 1e-3, "scaling is alpha / sqrt(rank)"),
+        ("examples_per_task", 1, 1, "examples of each task of a step"),
+        ("micro_batch", 64, 1, "examples at once, on each process"),
+        ("max_tokens", 512, 1, "longer examples are not drawn"),
+        ("neftune_alpha", 0.0, 0, "noise on the input embeddings (NEFTune)"),
+        ("l1", 0.0, 0, "weight of the mean absolute value of A and B"),
+        ("l2", 1e-3, 0, "weight of the mean square of A and B"),
+        ("gradient_checkpointing", False, None, "compute activations twice, to save memory"),
+    ],
+    "documents": [
+        ("short_first", False, None, "short documents first, all from half-way on"),
+        ("distill", 0, 0, "learn the base model's top k tokens with the document in its prompt (0: the answers)"),
+    ],
+    "no documents": [
+        ("instruction", False, None, "put the definition before the input"),
+        ("label_smoothing", 0.0, 0, "label smoothing"),
+        ("shard", False, None, "shard the base model over the processes"),
+    ],
+    "lora": [("multi_task", False, None, "one adapter for all tasks")],
+    "recon": [
+        ("oracles", "", None, "the folder that --mode lora wrote"),
+        ("recon_loss", "z_score", None, "compares A and B over their deviation, or B A", "z_score", "delta_w"),
+    ],
+    "hypernetwork": [
+        ("arch", "t2l", None, "t2l (Text-to-LoRA), d2l (Doc-to-LoRA), or another file of nets/"),
+        ("init_from", "", None, "start from the weights of this hypernetwork"),
+    ],
+    "dropout": [("dropout", 0.1, 0, "on the input of adapters, and in the network if it has dropout")],
+}
 MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed, where, and when it is saved
     *("max_steps", "lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard", "device"),
     *("val_every", "out_dir", "resume"),
 }
+
+
+def groups_of(mode: str, net_class) -> set[str]:
+    """The groups of settings that a run of this mode has, with a network of this class."""
+    documents, has_dropout = net_class.reads == "documents", hasattr(net_class.config_class, "dropout")
+    return {
+        "sft": {"all runs", "base model", "documents" if documents else "no documents", "hypernetwork", "dropout"},
+        "lora": {"all runs", "base model", "no documents", "lora", "dropout"},
+        "recon": {"all runs", "recon", "hypernetwork", "dropout" if has_dropout else ""},
+    }[mode]
 
 
 def new_parser(**settings) -> argparse.ArgumentParser:
@@ -150,21 +119,43 @@ def new_parser(**settings) -> argparse.ArgumentParser:
     return parser
 
 
+def add_flag(parser: argparse.ArgumentParser, name: str, default, least, meaning: str, *choices) -> None:
+    """Add the flag of a setting. Its type is that of the default."""
+    options = {"type": str, "choices": choices or None}
+    if isinstance(default, bool):
+        options = {"action": argparse.BooleanOptionalAction}
+    elif least is not None:
+        options = {"type": at_least(least, type(default))}
+    parser.add_argument(f"--{name}", default=default, help=f"{meaning} (default: {default})", **options)
+
+
 def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
-    """The settings of a run, and the same as a file of flags. A resumed run goes by its train.args first."""
-    # a first look: --mode and --arch say which flags there are
+    """The settings of a run, and the same as a file of flags. A resumed run goes by its train.args first.
+
+    A setting that the run does not use has its default, and its flag is refused by argparse.
+    """
+    # a first look: which groups of settings the run has
     looker = new_parser(add_help=False)
-    for name, default in ("mode", "sft"), ("arch", "t2l"), ("out_dir", "out/run"):
-        looker.add_argument(f"--{name}", default=default)
-    looker.add_argument("--resume", action="store_true")
+    for setting in SETTINGS["all runs"] + SETTINGS["hypernetwork"]:
+        add_flag(looker, *setting)
     seen, _ = looker.parse_known_args(words)
     recorded = [f"@{seen.out_dir}/train.args"] if seen.resume else []
     seen, _ = looker.parse_known_args(recorded + words)
-
     net_class = hypernet.find_arch(seen.arch)
+    used, names = groups_of(seen.mode, net_class), []
+
     parser = new_parser(usage="train.py [@FILE ...] [--FLAG VALUE ...]")
-    names = flags_of(parser, seen.mode, net_class)
+    for group, settings in SETTINGS.items():
+        if group == "hypernetwork":
+            settings = settings + hypernet.settings_of(net_class.config_class)
+        for name, default, *more in settings:
+            if group in used:
+                add_flag(parser, name, default, *more)
+                names.append(name)
+            else:
+                parser.set_defaults(**{name: default})
     args = parser.parse_args(recorded + words)
+
     if recorded:
         for name, old in vars(parser.parse_args(recorded)).items():
             new = getattr(args, name)
@@ -174,7 +165,7 @@ def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
         raise UserError("--warmup is a fraction of the steps")
     if args.mode != "lora" and args.mode not in net_class.modes:
         raise UserError(f"--arch {args.arch} is trained with --mode {' or '.join(net_class.modes)}")
-    if "encoder" in names and args.encoder == "preset":
+    if getattr(args, "encoder", "") == "preset":
         encoders = {base.lower(): encoder for base, encoder in model.PRESETS.values()}
         args.encoder = encoders.get(model.resolve(args.base_model).lower(), "base")
     if args.dtype == "auto":
@@ -182,7 +173,7 @@ def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
         args.dtype = str(dtype).removeprefix("torch.")
     if args.gradient_checkpointing and args.dropout and args.device == "mps":
         raise UserError("--gradient_checkpointing on mps needs --dropout 0: another mask would be drawn")
-    if args.shard and "encoder" in names and args.encoder == "base":
+    if args.shard and getattr(args, "encoder", "") == "base" and args.mode == "sft":
         raise UserError("--shard needs a text encoder beside the sharded base model: --encoder ID or DIR")
     return args, as_file(args, names)
 
@@ -267,43 +258,32 @@ class Run:
     process: int  # its number
     n_processes: int
     tasks: list[data.Task]
-    val_tasks: list[data.Task]
+    pool: list[int]  # from which a step draws tasks: their places, each as often as its weight says
+    exam: list[data.Drawn]  # to validate: tasks with a description and examples
     base: nn.Module  # the frozen model; for recon without weights, unless it is the text encoder
-    tokenizer: Any  # recon: None, since it uses no examples
+    tokenizer: Any  # None for recon, which uses no examples
     net: nn.Module  # what is trained: it writes adapters
     oracles: Adapter | None = None  # recon: the adapters to imitate, one per task
     std: Adapter | None = None  # recon: their standard deviation
-    pool: list[int] = field(default_factory=list)  # the tasks from which a step draws, by their places
 
-    def __post_init__(self):
-        """A step has --tasks_per_batch tasks: all of them if it is 0, or if there are fewer."""
-        asked, n_tasks = self.args.tasks_per_batch, len(self.tasks)
-        if asked > n_tasks:
-            say(f"a step has all {n_tasks} tasks, fewer than --tasks_per_batch {asked}")
-        n = self.args.tasks_per_batch = min(asked or n_tasks, n_tasks)
-        if n % self.n_processes:
-            message = f"a step has {n} tasks, which is no multiple of {self.n_processes} processes"
-            raise UserError(f"{message}: choose --tasks_per_batch or --n_tasks")
-        for i, task in enumerate(self.tasks):
-            self.pool += [i] * (task.weight if n < n_tasks else 1)
+    def inputs(self, drawn: list[data.Drawn]) -> list:
+        """What `net` writes adapters from: the texts of tasks, or the numbers of ordinary LoRAs."""
+        if self.net.reads == "numbers":
+            return [item.index for item in drawn]
+        return [item.description for item in drawn]
+
+    def autocast(self):
+        """Compute in bfloat16 if --dtype says so; the weights of `net` stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bfloat16")
 
 
-def inputs_of(run: Run, drawn: list[data.Drawn]) -> list:
-    """What `run.net` writes adapters from: the texts of tasks, or the numbers of ordinary LoRAs."""
-    if run.args.mode == "lora":
-        return [0 if run.args.multi_task else item.index for item in drawn]
-    return [item.description for item in drawn]
-
-
-def shortest_first(drawn: list[data.Drawn]) -> list[tuple[int, data.Ids]]:
-    """All examples of the tasks that were drawn, each with the place of its task, which is its adapter's."""
+def micro_batches(drawn: list[data.Drawn], adapters: Adapter, n: int):
+    """The examples of tasks, n of similar length at a time: (their ids, an adapter for each)."""
     examples = [(place, ids) for place, item in enumerate(drawn) for ids in item.examples]
-    return sorted(examples, key=lambda example: example[1].n_tokens)
-
-
-def autocast(run: Run):
-    """Compute in bfloat16 if --dtype says so; the weights of `net` stay in float32."""
-    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.dtype == "bfloat16")
+    examples.sort(key=lambda example: example[1].n_tokens)
+    for i in range(0, len(examples), n):
+        batch = examples[i : i + n]
+        yield [ids for _, ids in batch], lora.select(adapters, [place for place, _ in batch])
 
 
 def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Tensor]:
@@ -315,11 +295,10 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
     each takes an equal share of the tasks, and DDP averages the gradients (only dropout and noise differ).
     """
     args, scaling = run.args, run.net.config.scaling
-    examples = shortest_first(drawn)
 
     # 1. One forward pass of the hypernetwork writes all adapters of the step.
-    with autocast(run):
-        written = net(inputs_of(run, drawn))  # A [tasks, L, r, in], B [tasks, L, out, r]
+    with run.autocast():
+        written = net(run.inputs(drawn))  # A [tasks, L, r, in], B [tasks, L, out, r]
 
     # 2. Detached, they are leaves: they collect the gradients of everything that is computed with them.
     leaves = {}
@@ -334,17 +313,16 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
 
     # 3. The examples go through the base model, a few of similar length at a time. Each backward pass frees
     #    the base model's activations, so only those of one micro-batch are in memory.
-    for i in range(0, len(examples), args.micro_batch):
-        batch = examples[i : i + args.micro_batch]
-        adapters = lora.select(leaves, [place for place, _ in batch])  # A [micro_batch, L, r, in]
+    n_examples = sum(len(item.examples) for item in drawn)
+    for examples, adapters in micro_batches(drawn, leaves, args.micro_batch):  # A [micro_batch, L, r, in]
         teacher = None
         if args.distill:  # the logits of the base model itself, with the document in its prompt
-            with torch.no_grad(), autocast(run):
-                prompts = [(ids.teacher_prompt, ids.answer) for _, ids in batch]
+            with torch.no_grad(), run.autocast():
+                prompts = [(ids.teacher_prompt, ids.answer) for ids in examples]
                 teacher, _, _ = model.answer_logits(run.base, prompts)  # [tokens, vocabulary]
         # (with --gradient_checkpointing the backward pass runs the layers again, with their adapters)
         with lora.use(run.base, adapters, scaling):
-            loss = task_loss(run, [ids for _, ids in batch], teacher) * len(batch) / len(examples)
+            loss = task_loss(run, examples, teacher) * len(examples) / n_examples
             loss.backward()
         losses["task"] += loss.detach()
 
@@ -361,7 +339,7 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
 def task_loss(run: Run, examples: list[data.Ids], teacher: Tensor | None) -> Tensor:
     """The loss of examples that go through the base model together, with the adapters in use."""
     pairs = [(ids.prompt, ids.answer) for ids in examples]
-    with autocast(run):
+    with run.autocast():
         logits, example_index, labels = model.answer_logits(run.base, pairs, run.args.neftune_alpha)
     if teacher is not None:
         return distill_loss(logits, example_index, teacher, run.args.distill)
@@ -369,9 +347,9 @@ def task_loss(run: Run, examples: list[data.Ids], teacher: Tensor | None) -> Ten
 
 
 def recon_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Tensor]:
-    """One step of reconstruction. As sft_step, it leaves gradients in `net`."""
-    with autocast(run):
-        written = net(inputs_of(run, drawn))
+    """One step of reconstruction. Like sft_step, it leaves gradients in `net`."""
+    with run.autocast():
+        written = net(run.inputs(drawn))
     oracles = lora.select(run.oracles, [item.index for item in drawn])
     loss = recon_loss(run.args.recon_loss, written, oracles, run.std)
     loss.backward()
@@ -380,40 +358,35 @@ def recon_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, T
 
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
-    """Cross-entropy and accuracy on up to 8 examples of each validation task, with its first description.
+    """Cross-entropy and accuracy on the validation tasks, a few tasks at a time.
 
     An answer is right if every token is the most likely one: greedy decoding would give the same.
     """
-    args, drawn, loss, n_right = run.args, [], 0.0, 0
-    for i, task in enumerate(run.val_tasks):
-        text = task.descriptions[0]
-        examples = [data.to_ids(run.tokenizer, task, text, example, args) for example in task.test[:8]]
-        drawn.append(data.Drawn(i, text, examples))
-    examples = shortest_first(drawn)
-    examples = [(place, ids) for place, ids in examples if ids.n_tokens <= args.max_tokens] or examples[:1]
+    n_examples, loss, n_right = sum(len(item.examples) for item in run.exam), 0.0, 0
     run.net.eval()
     lora.set_dropout(run.base, False)
-    with autocast(run):
-        written = run.net(inputs_of(run, drawn))
-        for i in range(0, len(examples), args.micro_batch):
-            batch = examples[i : i + args.micro_batch]
-            adapters = lora.select(written, [place for place, _ in batch])
-            with lora.use(run.base, adapters, run.net.config.scaling):
-                pairs = [(ids.prompt, ids.answer) for _, ids in batch]
-                logits, example_index, labels = model.answer_logits(run.base, pairs)
-            loss += answer_loss(logits, example_index, labels).item() * len(batch)
-            wrong_examples = example_index[logits.argmax(-1) != labels].unique()
-            n_right += len(batch) - len(wrong_examples)
+    at_once = max(1, run.args.micro_batch // data.N_VALIDATE)
+    for i in range(0, len(run.exam), at_once):
+        drawn = run.exam[i : i + at_once]
+        with run.autocast():
+            written = run.net(run.inputs(drawn))
+            for examples, adapters in micro_batches(drawn, written, run.args.micro_batch):
+                pairs = [(ids.prompt, ids.answer) for ids in examples]
+                with lora.use(run.base, adapters, run.net.config.scaling):
+                    logits, example_index, labels = model.answer_logits(run.base, pairs)
+                loss += answer_loss(logits, example_index, labels).item() * len(examples)
+                wrong_examples = example_index[logits.argmax(-1) != labels].unique()
+                n_right += len(examples) - len(wrong_examples)
     run.net.train()
     lora.set_dropout(run.base, True)
-    return {"val_loss": loss / len(examples), "val_accuracy": n_right / len(examples)}
+    return {"val_loss": loss / n_examples, "val_accuracy": n_right / n_examples}
 
 
 # -------------------- The loop --------------------
 
 
 def make_optimizer(net: nn.Module, args) -> torch.optim.Optimizer:
-    """AdamW. What is no matrix has no weight decay, nor what the network lists."""
+    """AdamW. Only matrices have weight decay, without those that the network excludes."""
     without = {id(p) for p in net.no_decay()} if hasattr(net, "no_decay") else set()
     groups = {0.0: [], args.weight_decay: []}  # {weight decay: parameters}
     for p in net.parameters():
@@ -440,7 +413,7 @@ def train(run: Run, folder: Path, settings: str) -> None:
     """Train until --max_steps. The weights with the lowest validation loss are kept; without it the last."""
     args, is_first, saved_at = run.args, run.process == 0, time.monotonic()
     optimizer = make_optimizer(run.net, args)
-    state = {"step": 0, "best": math.inf, "best_step": 0, "first_loss": None}
+    state = {"step": 0, "best": math.inf, "best_step": 0}
     if args.resume:
         state = load_state(run, folder, optimizer)
     if is_first:
@@ -471,8 +444,7 @@ def train(run: Run, folder: Path, settings: str) -> None:
             dist.all_reduce(values)
         values = (values / run.n_processes).tolist()
         loss = sum(values)
-        state["first_loss"] = state["first_loss"] or loss
-        if not math.isfinite(loss + grad_norm) or loss > 100 * max(1.0, state["first_loss"]):
+        if not math.isfinite(loss + grad_norm):
             message = f"the loss is {loss:.3g} in step {step + 1}, the gradient's length {grad_norm:.3g}"
             raise UserError(f"{message}; start again with a lower --lr")
         optimizer.step()
@@ -481,7 +453,7 @@ def train(run: Run, folder: Path, settings: str) -> None:
         row = {"step": step, "loss": loss} | {f"loss_{name}": value for name, value in zip(losses, values)}
         row |= {"lr": lr, "grad_norm": grad_norm}
         is_due = step % args.val_every == 0 or step == args.max_steps
-        if is_due and run.val_tasks and (is_first or args.shard):
+        if is_due and run.exam and (is_first or args.shard):
             measured = validate(run)
             row |= measured
         if is_first:
@@ -506,7 +478,7 @@ def train(run: Run, folder: Path, settings: str) -> None:
 
 def save(run: Run, folder: Path) -> None:
     """Write what was trained: a hypernetwork, one adapter folder per task, or the multi-task adapter."""
-    if run.args.mode != "lora":
+    if run.net.reads != "numbers":
         hypernet.save_hypernet(run.net, folder)
     elif run.args.multi_task:
         lora.save_adapter(folder, run.net([0]), run.net.config)
@@ -561,19 +533,50 @@ def tasks_to_learn(args) -> tuple[list[data.Task], list[data.Task]]:
             raise UserError(f"--tasks {args.tasks}: tasks of equal names cannot have an adapter folder each")
     if args.instruction and tasks[0].is_document:
         raise UserError("--instruction would put the document itself into the prompt")
-    return tasks, [task for task in val_tasks if task.test]
+    return tasks, val_tasks
 
 
 def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
-    """For SFT and ordinary LoRAs: load the tasks and the frozen models, and make what is trained."""
-    tasks, val_tasks = tasks_to_learn(args)
-    base_model, dtype = model.resolve(args.base_model), getattr(torch, args.dtype)
-    names = args.target_modules.split(",")
-    if args.shard:
-        base, tokenizer = model.load_sharded(base_model, device, dtype, names, args.dropout)
+    """Load the tasks and the frozen models, and make what is trained."""
+    (tasks, val_tasks), exam, oracles, statistics = tasks_to_learn(args), [], None, ()
+    if args.mode == "recon":
+        tasks, oracles, config, base, tokenizer = load_oracles(args, tasks, device)
+        statistics = lora.statistics(oracles)
     else:
-        base, tokenizer = model.load_base(base_model, device, dtype)
-        lora.inject(base, names, args.dropout)
+        base, tokenizer = load_base(args, device)
+        tasks, exam = data.examine(tasks, val_tasks, args, tokenizer)
+        settings = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
+        config = lora.config_for(base, model.resolve(args.base_model), **settings)
+    if args.short_first:
+        tasks.sort(key=lambda task: len(task.descriptions[0]))
+    if args.mode == "lora":
+        net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
+    else:
+        net = make_hypernet(args, config, base, tokenizer, device, *statistics)
+
+    # a step has --tasks_per_batch tasks: all of them if it is 0, or if there are fewer
+    if args.tasks_per_batch > len(tasks):
+        say(f"a step has all {len(tasks)} tasks, fewer than --tasks_per_batch {args.tasks_per_batch}")
+    n = args.tasks_per_batch = min(args.tasks_per_batch or len(tasks), len(tasks))
+    if n % n_processes:
+        message = f"a step has {n} tasks, which is no multiple of {n_processes} processes"
+        raise UserError(f"{message}: choose --tasks_per_batch or --n_tasks")
+    pool = []
+    for i, task in enumerate(tasks):
+        pool += [i] * (task.weight if n < len(tasks) else 1)
+    std = statistics[1] if statistics else None
+    tokenizer = None if oracles else tokenizer  # reconstruction reads no examples
+    return Run(args, device, process, n_processes, tasks, pool, exam, base, tokenizer, net, oracles, std)
+
+
+def load_base(args, device):
+    """(the frozen base model with LoRA layers, its tokenizer), as --dropout, --shard, ... say."""
+    name, dtype, targets = model.resolve(args.base_model), getattr(torch, args.dtype), args.target_modules.split(",")
+    if args.shard:
+        base, tokenizer = model.load_sharded(name, device, dtype, targets, args.dropout)
+    else:
+        base, tokenizer = model.load_base(name, device, dtype)
+        lora.inject(base, targets, args.dropout)
     lora.set_dropout(base, True)
     if args.gradient_checkpointing:
         model.recompute_layers(base)
@@ -582,40 +585,30 @@ def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
     window = model.window_of(base)
     if args.max_tokens > window:
         raise UserError(f"--max_tokens {args.max_tokens} is more than the base model's window of {window}")
-    tasks = data.check(tasks, val_tasks, args, tokenizer)
-    if args.short_first:
-        tasks.sort(key=lambda task: len(task.descriptions[0]))
-    settings = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
-    config = lora.config_for(base, base_model, **settings)
-    if args.mode == "lora":
-        net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
-    else:
-        net = make_hypernet(args, config, base, tokenizer, device)
-    return Run(args, device, process, n_processes, tasks, val_tasks, base, tokenizer, net)
+    return base, tokenizer
 
 
-def prepare_recon(args, device: torch.device, process: int, n_processes: int) -> Run:
-    """For reconstruction: oracles, and a base model of shapes only, unless it is the text encoder."""
-    tasks, _ = tasks_to_learn(args)
+def load_oracles(args, tasks: list[data.Task], device):
+    """(the tasks with an oracle, all oracles as a batch, the config of adapters, base model, tokenizer).
+
+    The base model has shapes only and no tokenizer is returned, since no example is read.
+    """
     with_oracle = [task for task in tasks if Path(args.oracles, task.name).is_dir()]
     if not with_oracle or not args.oracles:
         which = f"the {args.split} tasks of {args.tasks}"
         raise UserError(f"--oracles {args.oracles or 'DIR is needed: it'} holds no adapters of {which}")
     say(f"oracles of {len(with_oracle)} of {len(tasks)} tasks")
     oracles, config = lora.load_adapters([Path(args.oracles, task.name) for task in with_oracle], device)
-    base_model = model.resolve(args.base_model)
+    name = model.resolve(args.base_model)
     if getattr(args, "encoder", "") == "base":
-        base, tokenizer = model.load_base(base_model, device, getattr(torch, args.dtype))
+        base, tokenizer = model.load_base(name, device, getattr(torch, args.dtype))
     else:
-        base, tokenizer = model.load_shapes(base_model), None
+        base, tokenizer = model.load_shapes(name), None
     model.check_base(base, config)
     lora.inject(base, list(config.targets))
     lora.check_fits(base, oracles)
     settings = dict(r=config.r, alpha=config.alpha, rslora=config.rslora, instruction=config.instruction)
-    config = lora.config_for(base, base_model, **settings)
-    mean, std = lora.statistics(oracles)
-    net = make_hypernet(args, config, base, tokenizer, device, mean, std)
-    return Run(args, device, process, n_processes, with_oracle, [], base, None, net, oracles, std)
+    return with_oracle, oracles, lora.config_for(base, name, **settings), base, tokenizer
 
 
 def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapter) -> nn.Module:
@@ -624,8 +617,8 @@ def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapt
     `statistics` are mean and standard deviation of the oracles, for reconstruction.
     """
     net_class, settings = hypernet.find_arch(args.arch), vars(lora_config).copy()
-    for entry in hypernet.settings_of(net_class.config_class):
-        settings[entry.name] = getattr(args, entry.name)
+    for name, *_ in hypernet.settings_of(net_class.config_class):
+        settings[name] = getattr(args, name)
     config = net_class.config_class(**settings)
     if hasattr(config, "dropout"):
         config.dropout = args.dropout
@@ -647,6 +640,8 @@ def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapt
 
 # -------------------- The run --------------------
 
+LEFT_OVER = {"train.args", "metrics.jsonl"}  # of a run that ended before its first state; it may begin again
+
 
 def main() -> None:
     args, settings = parse_args(sys.argv[1:])
@@ -655,11 +650,10 @@ def main() -> None:
     if args.shard and "RANK" not in os.environ:
         raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    found -= {"metrics.jsonl"}  # of a run that Ctrl-C stopped before its first state
-    if process == 0 and not args.resume and found:
+    if process == 0 and not args.resume and found - LEFT_OVER:
         raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
     torch.manual_seed(args.seed)
-    run = (prepare_recon if args.mode == "recon" else prepare)(args, device, process, n_processes)
+    run = prepare(args, device, process, n_processes)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     n_parameters = sum(p.numel() for p in run.net.parameters() if p.requires_grad)
     where = f"on {n_processes} x {where}, in {args.dtype}, into {folder}/"
@@ -670,9 +664,6 @@ def main() -> None:
         if (folder / "state.pt").exists():
             resume = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
             say(f"\nto continue from the last state, as it was started: {resume}")
-        elif process == 0 and not (folder / "config.json").exists():
-            (folder / "train.args").unlink(missing_ok=True)
-            say("\nno state was saved yet (see --val_every); the same command starts again")
         raise
     if dist.is_initialized():
         gc.collect()  # DDP's reducer must not be the last to hold the group: freeing it may hang

@@ -65,7 +65,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = model.pick_device(args.device)
     folder = generate.net_folder(args, "descriptions")
-    net = generate.load_net(folder, "descriptions", args, device)
+    net = generate.load_net(folder, "descriptions", device, args.encoder)
     if not hasattr(net, "embed_task"):
         raise UserError("the map is of Text-to-LoRA: this network has no task embedding")
     splits = load_tasks(args.tasks)

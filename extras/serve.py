@@ -59,7 +59,7 @@ def main() -> None:
 
     served, args.base_model = args.base_model, args.base_model and model.resolve(args.base_model)
     folder = generate.net_folder(args, "descriptions")
-    net = generate.load_net(folder, "descriptions", args, "cpu").requires_grad_(False)
+    net = generate.load_net(folder, "descriptions", "cpu", args.encoder).requires_grad_(False)
     if net.config.instruction:
         raise UserError("this network was trained with the description in the prompt, too")
     name = args.base_model or net.config.base_model

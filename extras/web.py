@@ -38,11 +38,11 @@ def load_nets(args, device) -> list:
     """The hypernetwork of --hypernet, or those that are shipped: one for descriptions, one for documents."""
     if args.hypernet:
         reads = hypernet.load_hypernet(model.fetch(args.hypernet, hypernet.FILES)).reads
-        return [generate.load_net(args.hypernet, reads, args, device)]
-    nets = [generate.load_net(generate.net_folder(args, "descriptions"), "descriptions", args, device)]
+        return [generate.load_net(args.hypernet, reads, device, args.encoder)]
+    nets = [generate.load_net(generate.net_folder(args, "descriptions"), "descriptions", device, args.encoder)]
     folder = generate.shipped_hypernet(args.base_model or model.TINY, "documents")
     if folder:
-        nets.append(generate.load_net(folder, "documents", args, device))
+        nets.append(generate.load_net(folder, "documents", device))
     return nets
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+import encoders
 import hypernet
 import lora
-import model
+from encoders import hub
 from hypernet import setting
 from lora import LoRABank, LoRAConfig, Target
 from support import UserError
@@ -22,7 +23,7 @@ from support import UserError
 class EncoderLoRAConfig(hypernet.TextConfig):
     """Text-to-LoRA's settings, and those of the LoRA."""
 
-    encoder_rank: int = setting(8, "rank of the LoRA on all linear layers of the text encoder")
+    encoder_rank: int = setting(8, 1, "rank of the LoRA on all linear layers of the text encoder")
     encoder_targets: dict[str, Target] = field(default_factory=dict)  # these layers
 
     def __post_init__(self):
@@ -31,11 +32,11 @@ class EncoderLoRAConfig(hypernet.TextConfig):
 
     def measure(self, base: nn.Module) -> None:
         """Find the linear layers of the text encoder. UserError if it is none of the hub or a folder."""
-        if self.encoder in ("hash", "base"):
+        if self.encoder in encoders.NAMES:
             message = f"--arch encoder_lora needs a text encoder of the hub or a folder, not {self.encoder}"
             raise UserError(message)
         super().measure(base)
-        self.encoder_targets = lora.find_targets(model.load_text_model(self.encoder), [])
+        self.encoder_targets = lora.find_targets(hub.load_text_model(self.encoder), [])
 
 
 class Net(hypernet.TextToLoRA):
@@ -51,14 +52,14 @@ class Net(hypernet.TextToLoRA):
     def connect(self, base, tokenizer) -> None:
         """Load the text encoder. UserError if it is another one than that of the LoRA."""
         name, targets = self.config.encoder, self.config.encoder_targets
-        self.encoder = model.TransformerEncoder(name, next(self.parameters()).device)
+        self.encoder = hub.TransformerEncoder(name, next(self.parameters()).device)
         lora.inject(self.encoder.model, list(targets))
         if self.encoder.model.lora_targets != targets:
             raise UserError(f"--encoder {name}: this hypernetwork has a LoRA for another one")
 
     def encode(self, texts: list[str]) -> Tensor:
         """n descriptions -> [n, E], in float32."""
-        texts = [model.end_sentence(text.strip(), self.config.full_stop) for text in texts]
+        texts = [encoders.end_sentence(text.strip(), self.config.full_stop) for text in texts]
         adapter, scaling = self.encoder_lora([0]), self.encoder_lora.config.scaling
         with torch.autocast(self.encoder.model.device.type, enabled=False):
             with lora.use(self.encoder.model, adapter, scaling):

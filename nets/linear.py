@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import encoders
 import lora
-import model
 from hypernet import HypernetConfig, setting
 from lora import Adapter
 
@@ -23,13 +23,13 @@ from lora import Adapter
 class LinearConfig(HypernetConfig):
     """Settings of the linear map."""
 
-    encoder: str = setting("preset", "the preset's, hash, base, a hub id or a folder")
+    encoder: str = setting("preset", None, "the preset's, hash, base, a hub id or a folder")
     input_size: int = 1024  # E, the width of the text encoder's output
-    latent_size: int = setting(64, "width between two linear maps; 0: a single map")
-    input_dropout: float = setting(0.1, "dropout of the text encoder's output")
+    latent_size: int = setting(64, 0, "width between two linear maps; 0: a single map")
+    input_dropout: float = setting(0.1, 0, "dropout of the text encoder's output")
 
     def measure(self, base: nn.Module) -> None:
-        self.input_size = model.encoder_width(self.encoder, base)
+        self.input_size = encoders.width(self.encoder, base)
 
 
 class Net(nn.Module):
@@ -49,7 +49,7 @@ class Net(nn.Module):
         self.map = nn.Linear(width, n_numbers)
 
     def connect(self, base, tokenizer) -> None:
-        self.encoder = model.load_encoder(self.config.encoder, self.map.weight.device, base, tokenizer)
+        self.encoder = encoders.load(self.config.encoder, self.map.weight.device, base, tokenizer)
 
     def forward(self, texts: list[str]) -> Adapter:
         """n descriptions -> A [n, L, r, in], B [n, L, out, r]."""

@@ -39,6 +39,18 @@ def make_parser(description: str, **settings) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(allow_abbrev=False, **settings)
 
 
+def at_least(least, kind: type = int):
+    """The type of a flag for argparse: a number of this kind that is not smaller."""
+
+    def number(text: str):
+        value = kind(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"it must be at least {least:g}, not {text}")
+        return value
+
+    return number
+
+
 def say(message: str) -> None:
     """Print a line, on the first of several processes."""
     if os.environ.get("RANK", "0") == "0":

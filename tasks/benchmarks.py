@@ -4,7 +4,7 @@
     python eval.py --tasks arc_easy,gsm8k ...                                       some of them
 
 Rows come from the hub's rows service. Each benchmark has three descriptions that training never used, and
-published scores to compare with, in benchmarks.json.
+all have three meaningless texts, from the published repository. Published scores are in benchmarks.json.
 """
 
 import os
@@ -23,12 +23,14 @@ from urllib.parse import urlencode
 
 from tqdm import tqdm
 
-from data import Example, Splits, Task
+from data import Example, Rules, Splits, Task
 from support import UserError, read_json, say, write_file
-from tasks.download import cache_folder, download
+from tasks import as_texts
+from tasks.download import PUBLISHED, cache_folder, download, published
 
 ROWS_SERVICE = "https://datasets-server.huggingface.co/rows"
-TEXTS = Path(__file__).parent / "benchmarks.json"
+SCORES = Path(__file__).parent / "benchmarks.json"
+CONFIG = "configs/hyper_lora_decontam_lol_tasks.yaml"  # of the published repository
 
 # -------------------- Records of a dataset -> (Example, the answer to show as a shot) --------------------
 
@@ -113,12 +115,12 @@ def with_head(example: Example) -> str:
 # -------------------- Scores --------------------
 
 
-def first_character(example: Example, answer: str) -> bool:
+def first_character(example: Example, answer: str, has_ended: bool) -> bool:
     """Whether the answer begins with the right letter or number."""
     return answer.strip()[:1].casefold() == example.answers[0][:1].casefold()
 
 
-def true_or_false(example: Example, answer: str) -> bool:
+def true_or_false(example: Example, answer: str, has_ended: bool) -> bool:
     """Whether the first of true, yes, false and no in the answer agrees with the right one."""
     word = re.search(r"\b(true|yes|false|no)\b", answer.lower())
     if not word:
@@ -126,7 +128,7 @@ def true_or_false(example: Example, answer: str) -> bool:
     return (word[1] in ("true", "yes")) == (example.answers[0] == "true")
 
 
-def last_number(example: Example, answer: str) -> bool:
+def last_number(example: Example, answer: str, has_ended: bool) -> bool:
     """Whether the last number of the answer is the right one."""
     numbers = re.findall(r"(?:(?<!\d)-)?\d[\d,]*\.?\d*", answer)  # "3-5" has no minus five
     if not numbers:
@@ -135,7 +137,7 @@ def last_number(example: Example, answer: str) -> bool:
     return float(found) == float(example.answers[0].replace(",", ""))
 
 
-def passes_tests(example: Example, answer: str) -> bool:
+def passes_tests(example: Example, answer: str, has_ended: bool) -> bool:
     """Whether the code of the answer passes the tests. Runs it!"""
     head = with_head(example).removeprefix(CODE_START) if CODE_START in example.input else ""
     code = head + answer.split("```")[0]
@@ -196,16 +198,16 @@ def run_program(program: str, seconds: int = 10) -> bool:
 
 
 class Spec(NamedTuple):
-    """Where the records of a benchmark are, and how eval.py asks and scores them."""
+    """Where the records of a benchmark are, and how eval.py asks and scores them (see data.Rules)."""
 
     dataset: str
     config: str
     split: str
     n_records: int
     to_example: Callable[[dict], tuple[Example, str]]
-    metric: Callable[[Example, str], bool] = first_character
-    most_tokens: int = 8  # of an answer
-    start: Callable[[Example], str] = no_start  # of the answer, given
+    is_right: Callable[[Example, str, bool], bool] = first_character
+    most_tokens: int = 8
+    start: Callable[[Example], str] = no_start
 
 
 BENCHMARKS = {
@@ -245,55 +247,64 @@ def load_records(name: str) -> list[dict]:
     return records
 
 
+def published_texts() -> dict[str, list[str]]:
+    """{benchmark: its three descriptions, "meaningless": three texts}, downloaded once."""
+    file = cache_folder("benchmarks") / "texts.json"
+    if not file.exists():
+        content = published(CONFIG, f"--tasks benchmarks: {file} is missing")
+        texts = {"meaningless": content.get("additional_eval_descs")}
+        for name in BENCHMARKS:
+            texts[name] = content.get("eval_ds_info", {}).get(name, {}).get("descriptions")
+        for name in texts:
+            texts[name] = as_texts(texts[name], f"{PUBLISHED}/{CONFIG}: {name}")
+        write_file(file, texts)
+    return read_json(file)
+
+
 def benchmark_task(name: str) -> Task:
     """One benchmark as a task: all records, shuffled, to test on, and four of them as shots."""
-    spec, records, test, shots = BENCHMARKS[name], load_records(name), [], []
+    spec, texts, records, test, shots = BENCHMARKS[name], published_texts(), load_records(name), [], []
     random.Random(0).shuffle(records)
     for record in records:
         example, shown = spec.to_example(record)
         test.append(example)
         shots.append(Example(example.input, [shown]))
-    return Task(name, read_json(TEXTS)["descriptions"][name], shots[-4:], test)
+    rules = Rules(spec.is_right, spec.most_tokens, spec.start, most_examples=None, n_texts=3)
+    rules = rules._replace(with_instruction=False, meaningless=texts["meaningless"])  # inputs say what to do
+    return Task(name, texts[name], shots[-4:], test, rules=rules)
 
 
-def specs_of(tasks: str, run_code: bool) -> dict[str, Spec]:
-    """{name: spec} of the benchmarks that --tasks names; {} if it names another source.
+def load(tasks: str, run_code: bool) -> Splits | None:
+    """The benchmarks that --tasks names, in the split "test"; None if it names another source.
 
     Without run_code those that run code are left out. Raises UserError for unknown names, or if none is left.
     """
     names = list(BENCHMARKS) if tasks == "benchmarks" else tasks.split(",")
     unknown = [name for name in names if name not in BENCHMARKS]
     if len(unknown) == len(names):
-        return {}
+        return None
     if unknown:
         raise UserError(f"--tasks {tasks}: there is no benchmark {', '.join(unknown)}")
-    specs = {name: BENCHMARKS[name] for name in names}
-    if run_code:
-        return specs
-    without_code = {name: spec for name, spec in specs.items() if spec.metric is not passes_tests}
-    if not without_code:
+    allowed = [name for name in names if run_code or BENCHMARKS[name].is_right is not passes_tests]
+    if not allowed:
         raise UserError(f"{tasks} is scored by running code that the model writes: pass --run_code")
-    if len(without_code) < len(specs):
+    if len(allowed) < len(names):
         say("without --run_code there are no scores for humaneval and mbpp")
-    return without_code
+    return {"train": [], "val": [], "test": [benchmark_task(name) for name in allowed]}
 
 
 def beside_published(results: dict[str, dict[str, float]], base_model: str) -> dict[str, dict[str, float]]:
-    """Scores {method: {benchmark: score}} with their averages, and the paper's for the same base model."""
+    """Scores {method: {task: score}}; those of benchmarks with averages, and the paper's for this base model."""
+    measured = {name for scores in results.values() for name in scores}
+    if not measured or not measured <= BENCHMARKS.keys():
+        return results
     table = {}
     for method, scores in results.items():
         table[method] = scores | {"average": statistics.fmean(scores.values())}
-    all_measured = all(len(scores) == len(BENCHMARKS) for scores in results.values())
-    for method, percents in read_json(TEXTS)["published"].get(base_model, {}).items():
-        measured = {name for scores in results.values() for name in scores}
-        if all_measured:  # otherwise the averages are not comparable
-            measured.add("average")
+    if all(len(scores) == len(BENCHMARKS) for scores in results.values()):
+        measured.add("average")  # otherwise averages are not comparable
+    for method, percents in read_json(SCORES).get(base_model, {}).items():
         scores = {name: percents[name] / 100 for name in percents if name in measured}
         if scores:
             table[f"{method} (published)"] = scores
     return table
-
-
-def load(names: list[str]) -> Splits:
-    """These benchmarks, all of them in the split "test"."""
-    return {"train": [], "val": [], "test": [benchmark_task(name) for name in names]}

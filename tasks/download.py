@@ -1,4 +1,4 @@
-"""Downloads of task sources: JSON, once, into a cache."""
+"""Downloads of task sources: JSON or YAML, once, into a cache."""
 
 import json
 import os
@@ -7,6 +7,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
+
+import yaml  # comes with transformers
 
 from support import UserError
 
@@ -18,18 +20,29 @@ def cache_folder(name: str) -> Path:
     return folder
 
 
-def download(url: str, needed_for: str):
-    """The JSON at a URL; waits if the server asks for it (HTTP 429).
+def download(url: str, needed_for: str, parse=json.loads):
+    """The JSON at a URL, or what `parse` makes of it; waits if the server asks for it (HTTP 429).
 
     Raises UserError, which says what the file was needed for.
     """
     for wait in (1, 2, 4, 8, None):  # seconds; None: the last attempt
         try:
             with urlopen(url, timeout=60) as response:
-                return json.loads(response.read())
-        except (OSError, HTTPException, ValueError) as e:
+                return parse(response.read())
+        except (OSError, HTTPException, ValueError, yaml.YAMLError) as e:
             asked_to_wait = isinstance(e, HTTPError) and e.code == 429
             if not asked_to_wait or wait is None:
                 raise UserError(f"{needed_for}, and {url} cannot be read: {e or type(e).__name__}") from None
             said = e.headers.get("Retry-After", "")  # seconds, or a date
             time.sleep(int(said) if said.isdigit() else wait)
+
+
+PUBLISHED = "https://raw.githubusercontent.com/SakanaAI/text-to-lora/main"  # the repository of the paper
+
+
+def published(file: str, needed_for: str) -> dict:
+    """A YAML file of the published repository."""
+    content = download(f"{PUBLISHED}/{file}", needed_for, yaml.safe_load)
+    if not isinstance(content, dict):
+        raise UserError(f"{needed_for}, and {PUBLISHED}/{file} is no list of settings")
+    return content

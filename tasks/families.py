@@ -246,9 +246,9 @@ def make_task(chore: Chore, split: str = "train") -> Task:
 
 def load() -> Splits:
     """All tasks by split."""
-    splits = chores.load()
-    train, withheld = all_chores()
-    splits["train"] += [make_task(chore) for chore in train]
-    splits["families"] = [make_task(chore) for chore in train]
-    splits["withheld"] = [make_task(chore, "test") for chore in withheld]
-    return splits
+    splits, (train, withheld) = chores.load(), all_chores()
+    return splits | {
+        "train": splits["train"] + [make_task(chore) for chore in train],
+        "families": [make_task(chore) for chore in train],
+        "withheld": [make_task(chore, "test") for chore in withheld],
+    }

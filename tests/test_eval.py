@@ -2,25 +2,28 @@
 
 import json
 import re
+import shutil
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 import data
 import eval as evaluation
+import generate
 import hypernet
 import lora
 import model
 from data import Example
 from extras import plot
 from support import read_json, write_file
-from tasks import benchmarks, load_tasks
+from tasks import load_tasks
 from tests.helpers import NAMES, TINY, close, command, refused, repeated
 
 ARGS = dict(n_examples=None, batch_size=8, contains=False, max_new_tokens=None, base_model=None, encoder=None)
-ARGS |= dict(methods=None, compare=[], hypernet=None, mt_lora=None, oracles=None, recon=None)
-ARGS["instruction"] = None
+ARGS |= dict(methods=None, compare=[], hypernet=None, mt_lora=None, oracles=None, recon=None, n_tasks=0)
+ARGS |= dict(tasks="tiny", split="test", descriptions=None, run_code=False, instruction=None)
 
 
 def args(**changes) -> types.SimpleNamespace:
@@ -33,47 +36,70 @@ def tiny():
     return model.load_base(model.TINY)
 
 
-def exam_of(tasks: list[data.Task], tiny, training=(), specs=None) -> evaluation.Exam:
+def exam_of(tasks: list[data.Task], tiny, training=(), **changes) -> evaluation.Exam:
     """These tasks, with the small shipped hypernetwork of the tiny world."""
     base, tokenizer = tiny
     net = hypernet.load_hypernet(TINY / "sft_small")
     net.connect(base, tokenizer)
     if not hasattr(base, "lora_layers"):
         lora.inject(base, NAMES)
-    return evaluation.Exam(tasks, list(training), specs or {}, {"hypernet": net}, {}, base, tokenizer)
+    return evaluation.Exam(args(**changes), tasks, list(training), {"hypernet": net}, {}, base, tokenizer)
 
 
-def test_which_descriptions_a_method_is_given(tiny):
-    tasks = load_tasks("tiny")["test"][:3]
+def test_which_descriptions_a_method_is_given(tiny, monkeypatch):
+    """What is read, and what stands in the prompt."""
+    tasks, read = load_tasks("tiny")["test"][:3], []
+    real = generate.write_adapters
+    monkeypatch.setattr(generate, "write_adapters", lambda net, texts, *a: read.append(texts) or real(net, texts, *a))
 
-    def used(name, with_instruction=False, exam=exam_of(tasks, tiny)):
-        method = evaluation.METHODS[name].function(exam)
-        return evaluation.questions_of(exam, method, args(instruction=with_instruction))
+    def used(name, exam=exam_of(tasks, tiny), **changes) -> list[tuple[list[str], list[evaluation.Question]]]:
+        """For each task: the texts that are read, and the questions."""
+        exam.args, found = args(**changes), []
+        for i, task in enumerate(exam.tasks):
+            read.clear()
+            given = evaluation.METHODS[name].function(exam, i)
+            found.append((sum(read, []), evaluation.questions_of(exam, task, given)))
+        return found
 
-    for question in used("net_reworded"):
-        assert question.text in tasks[question.index].reworded
-    for question in used("net_shuffled"):
-        assert question.text in tasks[(question.index + 1) % 3].descriptions
+    def instructions(questions) -> list[str]:
+        return [asked.prompt.removesuffix(f"\n\n{asked.example.input} ->") for asked in questions]
+
     known = {text for task in tasks for text in [*task.descriptions, *task.reworded]}
-    assert not known & {question.text for question in used("net_random")}
-    assert len(used("net")) == 75
-
-    def instruction(question) -> str:
-        return question.prompt.removesuffix(f"\n\n{question.example.input} ->")
-
-    assert all(instruction(asked) in tasks[asked.index].descriptions for asked in used("prompt"))
-    for question in used("net_shuffled", True):  # the task's own instruction
-        assert instruction(question) in [model.instruct(text) for text in tasks[question.index].descriptions]
-    for name in ("net", "net_reworded"):  # the prompt says what the network reads
-        for question in used(name, True):
-            assert instruction(question) == model.instruct(question.text)
+    for i, task in enumerate(tasks):
+        texts, asked = used("net")[i]
+        assert texts == list(task.descriptions[:25]) and len(asked) == 25
+        assert used("net_reworded")[i][0] == task.reworded[:25]
+        assert used("net_shuffled")[i][0] == list(tasks[(i + 1) % 3].descriptions[:25])
+        assert not known & set(used("net_random")[i][0])
+        assert set(instructions(used("prompt")[i][1])) <= set(task.descriptions)
+        own = {model.instruct(text) for text in task.descriptions}
+        assert set(instructions(used("net_shuffled", instruction=True)[i][1])) <= own
+        texts, asked = used("net_reworded", instruction=True)[i]  # the prompt says what the network reads
+        for question, text in zip(asked, instructions(asked)):
+            assert text == model.instruct(texts[question.turn % len(texts)])
     examples = [Example("cat", ["red"]) for i in range(30)]
-    piqa = benchmarks.BENCHMARKS["piqa"]._replace(start=lambda example: "so")
-    exam = exam_of([data.Task("piqa", list("abcd"), [], examples)], tiny, specs={"piqa": piqa})
-    asked = used("net", True, exam)
-    assert len(used("base", exam=exam)) == 30
+    rules = data.Rules(start=lambda example: "so", most_examples=None, n_texts=3, with_instruction=False)
+    task = data.Task("piqa", list("abc"), [], examples, rules=rules._replace(meaningless=["zzz"]))
+    exam = exam_of([task], tiny)
+    ((texts, asked),) = used("net", exam, instruction=True)
+    assert texts == list("abc") and len(used("base", exam)[0][1]) == 30
     assert asked[0].prompt == "cat -> so"  # the start of the answer stands where the answer would
-    assert sorted(question.text for question in asked) == 30 * ["a"] + 30 * ["b"] + 30 * ["c"]
+    assert sorted(question.turn % 3 for question in asked) == 30 * [0] + 30 * [1] + 30 * [2]
+    assert used("net_random", exam)[0][0] == ["zzz"]
+
+
+def test_each_question_has_the_adapter_of_its_text(tiny, monkeypatch):
+    """More questions than texts, in batches that do not go up in them."""
+    task = load_tasks("tiny")["test"][0]
+    task = replace(task, descriptions=task.descriptions[:3])
+    exam, seen = exam_of([task], tiny, n_examples=10, batch_size=4), []
+    real = lora.use
+    monkeypatch.setattr(lora, "use", lambda base, adapter, scaling: seen.append(adapter) or real(base, adapter, scaling))
+    evaluation.score("net", evaluation.by_net, exam)
+    given = evaluation.by_net(exam, 0)
+    turns = [question.turn for question in evaluation.questions_of(exam, task, given)]
+    A = torch.cat([adapter["q_proj"][0] for adapter in seen])
+    close(A, given.adapters["q_proj"][0][[turn % 3 for turn in turns]])
 
 
 def test_scores_and_their_interval(monkeypatch, tiny):
@@ -82,63 +108,74 @@ def test_scores_and_their_interval(monkeypatch, tiny):
     assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.012)
 
     def goes_on(base, tokenizer, prompts, most):
-        words = "red cat sun moon".split()
-        return [" ".join(words[:n]) for n in most], [n > 4 for n in most]  # it ends after four words
+        words = "red cat sun moon".split()  # it ends after four words
+        return [" ".join(words[:most]) for _ in prompts], [most > 4 for _ in prompts]
 
     monkeypatch.setattr(model, "answer", goes_on)
 
-    def score(*right: str, **changes) -> float:
-        tasks = [data.Task("x", ["d"], [], [Example("cat dog", [answer]) for answer in right])]
-        exam = exam_of(tasks, tiny)
-        return evaluation.score("base", exam, evaluation.Method(), args(**changes))["x"]
+    def score(*right: str, rules=data.EXACT, **changes) -> float:
+        task = data.Task("x", ["d"], [], [Example("cat dog", [answer]) for answer in right], rules=rules)
+        return evaluation.score("base", evaluation.by_base, exam_of([task], tiny, **changes))["x"]
 
+    contains = data.EXACT._replace(is_right=evaluation.contains_right)
     assert score("red cat sun moon") == 1 and score("red") == 0  # an answer that goes on is wrong
     assert score("red cat sun") == 0
     assert score("red cat sun moon", "moon", "red cat sun moon", "red cat sun moon") == 0.75
-    assert score("cat sun", contains=True) == 1 and score("cat moon", contains=True) == 0
+    assert score("cat sun", rules=contains, contains=True) == 1
+    assert score("cat moon", rules=contains, contains=True) == 0
 
 
-def test_each_of_several_processes_answers_its_share(monkeypatch, tiny):
-    exam, given = exam_of(load_tasks("tiny")["test"][:1], tiny), []
+def test_each_of_several_processes_takes_some_of_the_tasks(monkeypatch, tiny):
+    """The scores come in the order of the tasks, so that their interval is that of one process."""
+    exam, given = exam_of(load_tasks("tiny")["test"][:3], tiny, n_examples=4), []
     monkeypatch.setattr(evaluation.dist, "all_gather_object", lambda out, share: given.append(share))
     for process in 0, 1:
         with pytest.raises(TypeError):  # nobody fills in what the other one has
-            evaluation.score("base", exam, evaluation.Method(), args(n_examples=20), process, 2)
-    assert [len(hits) for hits, _ in given] == [12, 8]  # of batches of 8, 8 and 4
+            evaluation.score("base", evaluation.by_base, exam, process, 2)
+    assert [list(hits) for hits, *_ in given] == [[0, 2], [1]]
+
+    def gather(out, share):
+        out[:] = given[::-1]
+
+    monkeypatch.setattr(evaluation.dist, "all_gather_object", gather)
+    scores = evaluation.score("base", evaluation.by_base, exam, 0, 2)
+    assert list(scores) == [task.name for task in exam.tasks]
 
 
-def test_an_answer_is_cut_at_its_own_limit_and_counts_if_the_model_ended_it(tiny):
-    """Also in a batch with longer ones; otherwise "right, and more" would be cut to what is right."""
+def test_an_answer_counts_if_the_model_ended_it(tiny):
+    """Otherwise "right, and more" would be cut to what is right."""
     examples = [Example("cat", ["a"]), Example("cat", ["a b c d e f g"])]
-    assert [evaluation.most_tokens(tiny[1], example, None, args()) for example in examples] == [3, 9]
-    assert evaluation.is_right(examples[0], " a ", True)
-    assert not evaluation.is_right(examples[0], " a ", False)
+    exam = exam_of([data.Task("x", ["d"], [], examples)], tiny)
+    assert evaluation.most_tokens(exam, exam.tasks[0]) == 9
+    assert data.is_exact(examples[0], " a ", True) and not data.is_exact(examples[0], " a ", False)
     (whole,), _ = model.answer(*tiny, ["cat ->"], 64)
-    n = len(whole.split())
-    texts, ended = model.answer(*tiny, 3 * ["cat ->"], [n - 1, n, n + 1])
-    assert ended == [False, False, True] and [len(text.split()) for text in texts] == [n - 1, n, n]
+    n = len(whole.split())  # words and, besides, the end mark
+    for most, ended in (n, False), (n + 1, True):
+        texts, has_ended = model.answer(*tiny, ["cat ->"], most)
+        assert has_ended == [ended] and len(texts[0].split()) == min(most, n)
 
 
 def test_examples_in_the_prompt_are_not_those_asked(tiny):
     task = load_tasks("tiny")["test"][0]
     task = data.Task("x", ["d"], task.train[:4], [*task.test[:9], task.train[0]])  # one is in both parts
     exam = exam_of([task], tiny)
-    for question in evaluation.questions_of(exam, evaluation.Method(n_shots=3), args()):
+    for question in evaluation.questions_of(exam, task, evaluation.Given(n_shots=3)):
         *shown, asked = question.prompt.split("<eos>\n")
         shots = [shot.split(" ->")[0] for shot in shown]
         assert len(shots) == 3 and set(shots) <= {example.input for example in task.train}
         assert asked == f"{question.example.input} ->" and question.example.input not in shots
 
 
-def test_a_description_may_stand_for_a_list_of_them(tmp_path):
+def test_a_description_may_stand_for_a_list_of_them(tmp_path, capsys):
     name = load_tasks("tiny")["test"][0].name
     write_file(tmp_path / "d.json", {name: "Reverse the words."})
-    chosen = args(tasks="tiny", split="test", n_tasks=0, descriptions=tmp_path / "d.json")
-    (task,), _ = evaluation.tasks_to_judge(chosen, {})
+    chosen = args(descriptions=tmp_path / "d.json")
+    (task,), _ = evaluation.tasks_to_judge(chosen)
+    assert "d.json has descriptions of 1 of 25 tasks" in capsys.readouterr().out
     assert task.descriptions == ["Reverse the words."]
     assert load_tasks("tiny")["test"][0].descriptions != task.descriptions  # the source keeps its own
     write_file(tmp_path / "d.json", {name: [3]})
-    refused("must be a text or a list of texts", evaluation.tasks_to_judge, chosen, {})
+    refused("must be a text or a list of texts", evaluation.tasks_to_judge, chosen)
 
 
 def test_eval_writes_the_promised_json_and_table(tmp_path, capsys, monkeypatch):
@@ -152,7 +189,7 @@ def test_eval_writes_the_promised_json_and_table(tmp_path, capsys, monkeypatch):
     assert read_json("scores.json") == content  # a run that fails leaves the results of the last one
     assert "left out: mt_lora (needs --mt_lora DIR), oracle (needs --oracles DIR), recon (needs" in shown
     methods = [name for name in evaluation.METHODS if name not in ("mt_lora", "oracle", "recon")]
-    assert list(content["results"]) == [*methods, "./net", "./hypernet"]
+    assert list(content["results"]) == [*methods, "net of net", "net of hypernet"]
     assert content["settings"]["split"] == "test"
     for row, scores in content["results"].items():
         values = list(scores["per_task"].values())
@@ -169,16 +206,19 @@ def test_eval_writes_the_promised_json_and_table(tmp_path, capsys, monkeypatch):
     assert table.splitlines()[2:] == ["| net | 1.00 | 0.50 |", "| base | 0.00 |  |"]
 
 
-def test_methods_without_adapters_leave_the_base_model_as_it_is(monkeypatch):
-    """No layer is replaced. The former names of methods are known."""
+def test_methods_without_adapters_leave_the_base_model_as_it_is(monkeypatch, tmp_path, capsys):
+    """No layer is replaced. Which base model it is follows from the network that is named."""
     seen, real = [], evaluation.score
-    monkeypatch.setattr(evaluation, "score", lambda *a: seen.append(a[:2]) or real(*a))
-    words = ["--n_tasks", "2", "--n_examples", "2", "--methods"]
-    assert command(evaluation, *words, "base,prompt") == 0
-    assert not any(hasattr(exam.base, "lora_layers") for _, exam in seen)
-    seen.clear()
-    assert command(evaluation, *words, "t2l,t2l_shuffled") == 0
-    assert [name for name, _ in seen] == ["net", "net_shuffled"]
+    monkeypatch.setattr(evaluation, "score", lambda *a: seen.append(a[2]) or real(*a))
+    words = ["--n_tasks", "2", "--n_examples", "2", "--methods", "base,prompt"]
+    assert command(evaluation, *words) == 0
+    assert len(seen) == 2 and not any(hasattr(exam.base, "lora_layers") for exam in seen)
+    shutil.copytree(TINY / "sft_small", tmp_path / "net")
+    config = read_json(tmp_path / "net" / "config.json")
+    write_file(tmp_path / "net" / "config.json", config | {"base_model": "./nowhere"})
+    capsys.readouterr()
+    assert command(evaluation, *words, "--hypernet", tmp_path / "net") == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", ["ab", ["4 lines", "16 lines"]])
@@ -197,29 +237,32 @@ def test_scores_are_drawn(tmp_path, names):
 
 def test_an_answer_may_be_as_long_as_the_right_one(tiny):
     """More than the 64 tokens that generate.py writes."""
-    example = Example("cat", [repeated("cat ", 99)])
 
-    def most(spec=None, **changes) -> int:
-        return evaluation.most_tokens(tiny[1], example, spec, args(**changes))
+    def most(n_words: int, most_tokens: int = 0, **changes) -> int:
+        rules = data.Rules(most_tokens=most_tokens)
+        task = data.Task("x", ["d"], [], [Example("cat", [repeated("cat ", n_words)])], rules=rules)
+        return evaluation.most_tokens(exam_of([task], tiny, **changes), task)
 
-    assert (most(), most(max_new_tokens=7), most(contains=True, max_new_tokens=7)) == (101, 7, 7)
-    assert most(benchmarks.BENCHMARKS["gsm8k"]) == 256
+    assert (most(99), most(99, max_new_tokens=7), most(99, contains=True, max_new_tokens=7)) == (101, 7, 7)
+    assert most(99, 256) == 256 and most(99, contains=True) == 101 and most(9, contains=True) == 64
 
 
-def test_the_mean_adapter_is_that_of_the_training_tasks(tiny):
+def test_the_mean_adapter_is_that_of_the_training_tasks(tiny, monkeypatch):
     tasks = load_tasks("tiny")["train"][:3]
     exam = exam_of(tasks, tiny, training=tasks)
     with torch.no_grad():
         written = exam.nets["hypernet"]([task.descriptions[0] for task in tasks])
-    mean = evaluation.by_net_mean(exam).adapters([])
+        mean = evaluation.by_net_mean(exam, 0).adapters
     for name, (A, B) in written.items():
         close(mean[name], (A.mean(0, keepdim=True), B.mean(0, keepdim=True)), 1e-4)
     names = {*evaluation.METHODS} - {"mt_lora", "oracle", "recon"}
     assert {*evaluation.methods_to_run(args(), exam)} == names
-    exam = exam_of(tasks[:1], tiny)
-    assert {*evaluation.methods_to_run(args(), exam)} == names - {"net_mean", "net_shuffled"}
-    chosen = args(methods=["net_shuffled"])
-    refused("net_shuffled needs a second task", evaluation.methods_to_run, chosen, exam)
-    chosen = args(base_model="mistralai/x", methods=["net"])
-    none = exam._replace(nets=evaluation.load_nets(chosen, tasks, "cpu"))
-    refused("the method net needs --hypernet DIR", evaluation.methods_to_run, chosen, none)
+    few = exam_of(tasks[:1], tiny)
+    assert {*evaluation.methods_to_run(args(), few)} == names - {"net_mean", "net_shuffled"}
+    refused("net_shuffled needs a second task", evaluation.methods_to_run, args(methods=["net_shuffled"]), few)
+    few.nets = evaluation.load_nets(args(base_model="mistralai/x", methods=["net"]), tasks, "cpu")
+    refused("the method net needs --hypernet DIR", evaluation.methods_to_run, args(methods=["net"]), few)
+    read = []
+    many = exam_of(tasks, tiny, training=[data.Task(str(i), [str(i)], [], []) for i in range(1200)])
+    monkeypatch.setattr(generate, "write_adapters", lambda net, texts, base: (read.append(texts[0]) or {}, 0))
+    assert many.mean == {} and read == [str(i) for i in range(0, 1200, 3)]  # of all kinds, not the first ones

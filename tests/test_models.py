@@ -215,7 +215,7 @@ def test_networks_write_for_layers_that_differ(family, reads, args):
             nn.init.normal_(p, std=0.1)
     examples = [Example(f"in {i}", [f"out {i}"]) for i in range(2)]
     tasks = [Task(str(i), [f"do this {i}"], examples, []) for i in range(2)]
-    run = train.Run(args, torch.device("cpu"), 0, 1, tasks, [], base, tokenizer, net)
+    run = train.Run(args, torch.device("cpu"), 0, 1, tasks, [], [], base, tokenizer, net)
     net.connect(base, tokenizer)
     drawn = [drawn_as(run, i, task.descriptions[0], examples) for i, task in enumerate(tasks)]
     train.sft_step(run, net, drawn)

@@ -6,8 +6,10 @@ import re
 import string
 import time
 import zlib
+from functools import partial
 
 import pytest
+import yaml
 
 import data
 import eval as evaluation
@@ -158,16 +160,35 @@ def test_a_folder_with_the_name_of_a_source_is_named(tmp_path, monkeypatch):
     assert said == "tasks in facts (in the project; ./facts is the folder here): 2 train"
 
 
+LOL = json.dumps({"Definition": ["Do it."], "Instances": [{"input": "a", "output": ["b"]}] * 5}).encode()
+BAD_YAML = {  # of a published file, and what the one line of error says
+    b"descriptions: [": "lol_022/metadata.yaml cannot be read: while parsing",
+    b"- a list": "lol_022/metadata.yaml is no list of settings",
+    b"task_name: x": 'lol_022/metadata.yaml: "descriptions" must be a text or a list of texts',
+    b"descriptions: [1, 2]": "must be a text or a list of texts",
+}
+
+
 def test_lots_of_loras_is_downloaded_once_and_whole(server):
     splits = read_json(lots_of_loras.NAMES)
     assert [len(splits[k]) for k in ("train", "val")] == [479, 11]
-    task = json.dumps({"Definition": ["Do it."], "Instances": [{"input": "a", "output": ["b"]}] * 5}).encode()
-    server.replies = [(task, 200), (task[:-9], 200)]  # the second one is cut off
-    refused("of 490 task files are not in .* cannot be read", load_tasks, "lots-of-loras")
-    server.replies = [(task, 200)] * 489
+    texts = [f"text {i}" for i in range(130)]
+    published = yaml.safe_dump({"descriptions": texts, "task_name": "lol_022"}).encode()
+    server.replies = [(LOL, 200), (published, 200), (LOL[:-9], 200)]  # the second task is cut off
+    refused("489 of 490 tasks are not in .* cannot be read", load_tasks, "lots-of-loras")
+    server.replies = [(LOL, 200), (published, 200)] * 489
     tasks = load_tasks("lots-of-loras")
     assert [t.name for t in tasks["train"]] == splits["train"] and tasks["val"][0].definition == "Do it."
-    assert load_tasks("lots-of-loras") == tasks and len(server.asked) == 491
+    assert tasks["val"][3].descriptions == texts[:128] and tasks["val"][3].reworded == texts[128:]
+    assert load_tasks("lots-of-loras") == tasks and len(server.asked) == 981
+    number = re.search("task([0-9]+)_", splits["train"][5])[1]
+    assert [f"/task{number}_" in server.asked[11], f"/tasks/lol_{number}/metadata" in server.asked[12]] == [True, True]
+
+
+@pytest.mark.parametrize("content", BAD_YAML)
+def test_a_published_file_that_holds_something_else_is_named(server, content):
+    server.replies = [(content, 200)]
+    refused(BAD_YAML[content], lots_of_loras.published_descriptions, "task022_x", "some task is missing")
 
 
 # files of one's own, and what the one line of error says
@@ -233,11 +254,11 @@ CHOICES["winogrande"] = "1. Al\n2. Bo"
 def test_a_benchmarks_row_as_prompt_and_score(name):
     row, right, wrong = ROWS[name]
     example, shown = benchmarks.BENCHMARKS[name].to_example(row)
-    metric = benchmarks.BENCHMARKS[name].metric
+    metric = partial(benchmarks.BENCHMARKS[name].is_right, has_ended=True)
     texts = {value for value in row.values() if isinstance(value, str) and value in example.input}
     assert texts and metric(example, right) and not metric(example, wrong)
     assert CHOICES.get(name, "") in example.input
-    assert metric is benchmarks.passes_tests or metric(example, shown)
+    assert metric.func is benchmarks.passes_tests or metric(example, shown)
     if name == "humaneval":
         assert benchmarks.with_head(example) == "```python\ndef f(x):\n"
     if name == "gsm8k":  # a range has no negative number
@@ -252,16 +273,27 @@ def test_benchmarks_are_downloaded_once_and_whole(server, monkeypatch):
         content = {"num_rows_total": total, "rows": [{"row": ROWS["piqa"][0]}] * n}
         return json.dumps(content).encode(), 200
 
+    config = {"additional_eval_descs": ["ggg", "7@9"], "eval_ds_info": {}}
+    for name in benchmarks.BENCHMARKS:
+        config["eval_ds_info"][name] = {"descriptions": [f"{name} {i}" for i in range(3)]}
+    lacking = config | {"eval_ds_info": {}}
+    server.replies = [(yaml.safe_dump(lacking).encode(), 200)]
+    refused("tasks.yaml: arc_challenge must be a text or", benchmarks.load, "piqa", False)
+    server.replies = [(yaml.safe_dump(config).encode(), 200)]
     for wrong in (page(100)[0][:-9], 200), page(100, 151), page(99):  # cut off, of another length, too short
-        server.replies = [wrong]
-        refused("rows 0 to 100 of 150 are not in", benchmarks.load, ["piqa"])
+        server.replies.append(wrong)
+        refused("rows 0 to 100 of 150 are not in", benchmarks.load, "piqa", False)
     server.replies = [(b"", 429), page(100), (b"", 500)]
-    refused("rows 100 to 150 of 150", benchmarks.load, ["piqa"])
+    refused("rows 100 to 150 of 150", benchmarks.load, "piqa", False)
     server.replies = [page(50)]
-    (task,) = benchmarks.load(["piqa"])["test"]
-    assert server.waits == [7] and len(task.test) == 150 and len(task.descriptions) == 3
-    assert [re.search(r"offset=(\d+)", path)[1] for path in server.asked] == ["0"] * 5 + ["100"] * 2
-    assert benchmarks.load(["piqa"])["test"] == [task] and len(server.asked) == 7
+    (task,) = benchmarks.load("piqa", False)["test"]
+    assert server.waits == [7] and len(task.test) == 150
+    assert task.descriptions == ["piqa 0", "piqa 1", "piqa 2"] and task.rules.meaningless == ["ggg", "7@9"]
+    offsets = [re.search(r"offset=(\d+)", path)[1] for path in server.asked if "offset" in path]
+    assert offsets == ["0"] * 5 + ["100"] * 2
+    assert benchmarks.load("piqa", False)["test"] == [task] and len(server.asked) == 9
+    assert benchmarks.load("tiny", False) is None
+    refused("there is no benchmark nonsense", benchmarks.load, "piqa,nonsense", False)
 
 
 HOSTILE = ["while True: pass", "import sys; sys.exit(0)", "import os; os._exit(0)", "input()", "1 / 0"]
@@ -293,11 +325,12 @@ def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
     """A base model's own answers are right; code is left out without --run_code."""
     base, tokenizer = model.load_base(model.TINY)
     (said,), _ = model.answer(base, tokenizer, ["cat ->"])
-    both = {name: benchmarks.BENCHMARKS[name]._replace(most_tokens=64) for name in ("mbpp", "piqa")}
-    piqa = data.Task("piqa", ["d"] * 3, [], [Example("cat", [said.strip()])])
-    mbpp = data.Task("mbpp", ["d"] * 3, [], [Example("cat", ["assert False"])])
+    both, tasks = {name: benchmarks.BENCHMARKS[name] for name in ("mbpp", "piqa")}, {}
+    for name, right in (("piqa", said.strip()), ("mbpp", "assert False")):
+        rules = data.Rules(both[name].is_right, most_tokens=64, n_texts=3, with_instruction=False)
+        tasks[name] = data.Task(name, ["d"] * 3, [], [Example("cat", [right])], rules=rules)
     monkeypatch.setattr(benchmarks, "BENCHMARKS", both)
-    monkeypatch.setattr(benchmarks, "benchmark_task", {"piqa": piqa, "mbpp": mbpp}.get)
+    monkeypatch.setattr(benchmarks, "benchmark_task", tasks.get)
     for flags, columns in ([], "piqa | average"), (["--run_code"], "mbpp | piqa | average"):
         words = ["--tasks", "benchmarks", "--methods", "base,net", *flags, "--out", tmp_path / "b.json"]
         assert command(evaluation, *words) == 0

@@ -21,9 +21,12 @@ from transformers import (
 import eval as evaluation
 import generate
 import hypernet
+import encoders
 import model
 import train
 from nets import d2l
+from encoders import hub
+from encoders.base import last_states
 from support import read_json, write_file
 from tests.helpers import SHORT, close, command, drawn_in, fit, refused, repeated, run_of, tiny_llama
 
@@ -47,10 +50,10 @@ def test_transformer_encoder_pools_real_tokens_only(tmp_path):
     bert, texts = bert_folder(tmp_path), ["one", "two three four one two"]
     bert.bfloat16().save_pretrained(tmp_path)
     bert.float()
-    encode = model.load_encoder(str(tmp_path))
-    assert model.encoder_width(str(tmp_path), None) == encode(texts).shape[1] == 16
+    encode = encoders.load(str(tmp_path))
+    assert encoders.width(str(tmp_path), None) == encode(texts).shape[1] == 16
     alone = torch.cat([encode([t]) for t in texts])
-    close(model.TransformerEncoder(str(tmp_path))(texts * 40), alone.repeat(40, 1))
+    close(hub.TransformerEncoder(str(tmp_path))(texts * 40), alone.repeat(40, 1))
     hidden = bert(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
     pooled = {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1]}
     close(alone[0], F.normalize(pooled["mean"], dim=0))
@@ -62,10 +65,10 @@ def test_transformer_encoder_pools_real_tokens_only(tmp_path):
         ("pooling_mode", "mean"): "mean",
     }.items():
         write_file(tmp_path / "1_Pooling" / "config.json", dict([fields, ("pooling_mode_max_tokens", False)]))
-        close(model.load_encoder(str(tmp_path))(texts)[0], F.normalize(pooled[mode], dim=0))
+        close(encoders.load(str(tmp_path))(texts)[0], F.normalize(pooled[mode], dim=0))
     for fields in {"pooling_mode_max_tokens": True}, {"pooling_mode": "weightedmean"}:
         write_file(tmp_path / "1_Pooling" / "config.json", fields)
-        refused("pooling by .* is not implemented", model.load_encoder, str(tmp_path))
+        refused("pooling by .* is not implemented", encoders.load, str(tmp_path))
 
 
 def test_gte_loads_without_its_own_code(tmp_path):
@@ -79,8 +82,8 @@ def test_gte_loads_without_its_own_code(tmp_path):
     new |= dict(rope_theta=160000, rope_scaling={"type": "ntk", "factor": 2.0}, max_position_embeddings=64)
     new |= dict(architectures=["NewModel"], pack_qkv=True, position_embedding_type="rope", pad_token_id=0)
     write_file(tmp_path / "config.json", new)
-    assert model.encoder_width(str(tmp_path), None) == 32
-    network = transformers.GteModel(model.gte_config(new)).eval()
+    assert encoders.width(str(tmp_path), None) == 32
+    network = transformers.GteModel(hub.gte_config(new)).eval()
     for p in network.parameters():
         nn.init.normal_(p, std=0.3)
     save_file(network.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -93,16 +96,16 @@ def test_gte_loads_without_its_own_code(tmp_path):
     close((cos, sin), (angle.cos(), angle.sin()))
     ids = torch.tensor([[2, 5, 6, 9, 3], [2, 7, 8, 9, 3]])  # with the full stop
     expected = F.normalize(network(ids).last_hidden_state[:, 0], dim=-1)
-    close(model.load_encoder(str(tmp_path), full_stop=True)(["one two", "three four ."]), expected, 1e-4)
+    close(encoders.load(str(tmp_path), full_stop=True)(["one two", "three four ."]), expected, 1e-4)
 
 
 def test_base_encoder_reads_the_last_token():
     base, tokenizer = model.load_base(model.TINY)
-    encode = model.load_encoder("base", "cpu", base, tokenizer)
+    encode = encoders.load("base", "cpu", base, tokenizer)
     alone = encode(["cat dog"])[0]
     hidden = base.model(torch.tensor([tokenizer("cat dog")["input_ids"]])).last_hidden_state
     close(alone, F.normalize(hidden[0, -1], dim=0))
-    close(model.base_encoder(base, tokenizer, ["cat dog", "cat dog red hat"])[0], alone)
+    close(last_states(base, tokenizer, ["cat dog", "cat dog red hat"])[0], alone)
 
 
 def test_the_positions_of_roberta_begin_later_and_of_t5_the_encoder_is_loaded(tmp_path):
@@ -110,13 +113,13 @@ def test_the_positions_of_roberta_begin_later_and_of_t5_the_encoder_is_loaded(tm
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     config = RobertaConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=1, **sizes)
     RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
-    longest = model.load_encoder(str(tmp_path))([repeated("one two three four ", 9)])
+    longest = encoders.load(str(tmp_path))([repeated("one two three four ", 9)])
     assert longest.shape == (1, 16) and longest.isfinite().all()
     config = T5Config(vocab_size=10, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, pad_token_id=0)
     network = T5EncoderModel(config).eval()
     network.save_pretrained(tmp_path)
     hidden = network(torch.tensor([[2, 5, 3]])).last_hidden_state[0]
-    close(model.load_encoder(str(tmp_path))(["one"])[0], F.normalize(hidden.mean(0), dim=0))
+    close(encoders.load(str(tmp_path))(["one"])[0], F.normalize(hidden.mean(0), dim=0))
 
 
 def test_a_lora_on_the_text_encoder_is_trained_and_used(tmp_path):
@@ -126,7 +129,7 @@ def test_a_lora_on_the_text_encoder_is_trained_and_used(tmp_path):
     words = [*SHORT, "--encoder", tmp_path / "bert", "--arch", "encoder_lora", "--encoder_rank", "2"]
     run, texts = run_of(*words), ["one two", "three"]
     first = run.net.encode(texts)
-    close(first, model.load_encoder(str(tmp_path / "bert"), full_stop=True)(texts))
+    close(first, encoders.load(str(tmp_path / "bert"), full_stop=True)(texts))
     nn.init.normal_(run.net.heads["q_proj"].weight, std=0.1)
     train.sft_step(run, run.net, drawn_in(run, 0))
     grads = [p.grad.abs().max() for p in run.net.encoder_lora.B.values()]
