@@ -6,8 +6,8 @@
 FOLDER holds texts (.txt, .md), or documents with questions as JSON files (see extras/README.md). As in the
 published recipe, the base model is asked for questions about each text, of several kinds, and then answers
 them with the text in its prompt. Long texts are cut into parts at paragraphs. Whole texts are held out for
-validation and testing. OUT_DIR gets a file for each part, and splits.json; a second call goes on with parts
-that are not there yet. All answers are greedy, so a second run gives the same.
+validation and testing. OUT_DIR gets a file for each part, and splits.json; a second call goes on with the
+parts that are missing. All answers are greedy, so a second run gives the same.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import model
-from support import UserError, command, make_parser, read_json, write_file
+from support import UserError, at_least, command, make_parser, read_json, write_file
 from tasks import read_splits, read_task, task_files
 
 ANSWER_TOKENS = 64  # the longest answer, and so many for each question
@@ -38,13 +38,22 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("folder", metavar="FOLDER", type=Path, help="texts, or documents with questions")
+    add_shared_flags(parser)
+    add("--questions", type=at_least(1), default=10, help="about each part of a text (default: 10)")
+    add("--max_tokens", type=at_least(16), default=384, help="of a part of a text (default: 384)")
+    add("--held_out", type=at_least(0, float), default=0.1, help="fraction of texts for val, and for test")
+    args = parser.parse_args()
+    if args.held_out >= 0.5:
+        raise UserError("--held_out must be below 0.5: so much for val, and as much for test")
+    return args
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of extras.describe, too."""
+    add = parser.add_argument
     add("out_dir", metavar="OUT_DIR", type=Path, help="a new folder")
-    add("--base_model", required=True, help="what asks and answers: a preset, an id or a folder")
-    add("--questions", type=int, default=10, help="about each part of a text (default: 10)")
-    add("--max_tokens", type=int, default=384, help="of a part of a text (default: 384)")
-    add("--held_out", type=float, default=0.1, help="fraction of texts for val, and for test (default: 0.1)")
+    add("--base_model", required=True, help="what is asked: a preset, an id or a folder")
     add("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
-    return parser.parse_args()
 
 
 # -------------------- Texts -> parts --------------------
@@ -67,7 +76,7 @@ def read_texts(folder: Path) -> dict[str, str]:
 
 
 def split_text(tokenizer, text: str, max_tokens: int) -> list[str]:
-    """Cut a text between paragraphs, or sentences, or words, into parts of at most so many tokens."""
+    """Cut a text between paragraphs, sentences, words or letters into parts of at most so many tokens."""
     parts = [""]
     for piece, joint in pieces_of(tokenizer, text, max_tokens):
         longer = f"{parts[-1]}{joint}{piece}" if parts[-1] else piece
@@ -78,37 +87,41 @@ def split_text(tokenizer, text: str, max_tokens: int) -> list[str]:
     return [part for part in parts if part]
 
 
-def pieces_of(tokenizer, text: str, max_tokens: int) -> list[tuple[str, str]]:
-    """The smallest pieces that a text is cut into, each with what joins it to the piece before."""
+CUTS = [("\n\n", r"\s*\n\s*\n"), (" ", r"(?<=[.!?])\s+"), (" ", r"\s+")]  # paragraphs, sentences, words
+
+
+def pieces_of(tokenizer, text: str, max_tokens: int, cuts=CUTS, joint: str = "") -> list[tuple[str, str]]:
+    """A text, or the pieces that it must be cut into, each with what joins it to the piece before."""
+    if len(model.tokenize(tokenizer, text)) <= max_tokens:
+        return [(text, joint)]
+    if not cuts:  # a word, or a text without spaces
+        middle = len(text) // 2
+        first = pieces_of(tokenizer, text[:middle], max_tokens, [], joint)
+        return first + pieces_of(tokenizer, text[middle:], max_tokens, [], "")
+    (its_joint, pattern), *finer_cuts = cuts
     pieces = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        sentences, joint = [paragraph.strip()], "\n\n"
-        if len(model.tokenize(tokenizer, paragraph)) > max_tokens:
-            sentences = re.split(r"(?<=[.!?])\s+", paragraph.strip())
-        for sentence in sentences:
-            words = [sentence]
-            if len(model.tokenize(tokenizer, sentence)) > max_tokens:
-                words = sentence.split()
-            for word in words:
-                pieces.append((word, joint))
-                joint = " "
+    for piece in re.split(pattern, text.strip()):
+        pieces += pieces_of(tokenizer, piece, max_tokens, finer_cuts, its_joint if pieces else joint)
     return pieces
 
 
 # -------------------- Questions and answers --------------------
 
 
-def ask_all(base, tokenizer, prompts: list[str], n_new: int) -> list[str | None]:
-    """The greedy answers to prompts, a few at a time; None if prompt or answer is too long."""
+def ask_all(base, tokenizer, prompts: list[str], n_new: int) -> list[tuple[str, bool]]:
+    """The greedy answers to prompts, a few at a time: (text, whether the model ended it itself).
+
+    It is "" for a prompt that is too long for the model.
+    """
     lengths = [len(model.tokenize(tokenizer, prompt)) for prompt in prompts]
     fitting = [i for i, length in enumerate(lengths) if length + n_new <= model.window_of(base)]
     at_once = max(1, PROMPT_TOKENS_AT_ONCE // (max(lengths, default=0) + n_new))
-    answers = [None] * len(prompts)
+    answers = [("", False)] * len(prompts)
     for i in range(0, len(fitting), at_once):
         batch = fitting[i : i + at_once]
         said, ended = model.answer(base, tokenizer, [prompts[k] for k in batch], n_new)
         for k, text, has_ended in zip(batch, said, ended):
-            answers[k] = text.strip() if has_ended else None
+            answers[k] = (text.strip(), has_ended)
     return answers
 
 
@@ -119,10 +132,9 @@ def write_questions(base, tokenizer, document: str, n: int) -> list[dict]:
     for kind in KINDS:
         task = f"Write {n_each} short questions {kind}. Write one question per line and nothing else."
         prompts.append(model.render(tokenizer, f"{document}\n\n{task}"))
-    said = ask_all(base, tokenizer, prompts, ANSWER_TOKENS * n_each)
     questions = {}  # {question in small letters: question}
-    for answer in said:
-        lines = [re.sub(r"^[\s\d.)*-]+", "", line).strip() for line in (answer or "").splitlines()]
+    for said, _ in ask_all(base, tokenizer, prompts, ANSWER_TOKENS * n_each):
+        lines = [re.sub(r"^\s*(?:[-*]|\(?\d{1,2}[.)])\s+", "", line).strip() for line in said.splitlines()]
         whole = [line for line in lines if line.endswith("?")]  # no headings, no half a line
         for line in whole[:n_each]:
             questions.setdefault(line.lower(), line)
@@ -135,8 +147,8 @@ def answer_questions(base, tokenizer, content: dict) -> int:
     prompts = []
     for entry in open_ones:
         prompts.append(model.render(tokenizer, entry["question"].strip(), content["document"]))
-    for entry, answer in zip(open_ones, ask_all(base, tokenizer, prompts, ANSWER_TOKENS)):
-        entry["answer"] = answer
+    for entry, (answer, has_ended) in zip(open_ones, ask_all(base, tokenizer, prompts, ANSWER_TOKENS)):
+        entry["answer"] = answer if has_ended else ""
     answered = [entry for entry in content["questions"] if entry["answer"]]
     n_dropped = len(content["questions"]) - len(answered)
     content["questions"] = answered
@@ -171,6 +183,8 @@ def documents_of(args, tokenizer) -> tuple[dict[str, dict], dict[str, list[str]]
         parts = split_text(tokenizer, text, args.max_tokens)
         names_of[name] = [f"{name}-{i:03}" if len(parts) > 1 else name for i in range(len(parts))]
         for part_name, part in zip(names_of[name], parts):
+            if part_name in contents:
+                raise UserError(f"{args.folder}: a part of {name} and another text are both called {part_name}")
             contents[part_name] = {"document": part}
     splits = {}
     for split, names in hold_out(list(texts), args.held_out).items():
@@ -178,18 +192,29 @@ def documents_of(args, tokenizer) -> tuple[dict[str, dict], dict[str, list[str]]
     return contents, splits
 
 
-def main() -> None:
-    args = parse_args()
+def load_instruct_model(args, names: list[str]):
+    """(base model, tokenizer). UserError for one without a chat template, or if OUT_DIR holds other files."""
+    in_out = {path.stem for path in args.out_dir.glob("*")}
+    if args.out_dir.resolve() == args.folder.resolve() or not in_out <= {*names, "splits"}:
+        raise UserError(f"{args.out_dir} is in use; choose another folder")
     name = model.resolve(args.base_model)
     if AutoTokenizer.from_pretrained(name).chat_template is None:
         raise UserError(f"--base_model {args.base_model} has no chat template: take an instruct model")
-    tokenizer = model.load_tokenizer(name)
-    contents, splits = documents_of(args, tokenizer)
-    in_out = {path.stem for path in args.out_dir.glob("*")}
-    if args.out_dir.resolve() == args.folder.resolve() or not in_out <= {*contents, "splits"}:
-        raise UserError(f"{args.out_dir} is in use; choose another folder")
-    base, tokenizer = model.load_base(name, model.pick_device(args.device))
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    return model.load_base(name, model.pick_device(args.device))
+
+
+def write_splits(out_dir: Path, splits: dict[str, list[str]]) -> dict[str, Path]:
+    """Write splits.json of what is there. Returns these files."""
+    kept = task_files(out_dir)
+    write_file(out_dir / "splits.json", {key: [n for n in names if n in kept] for key, names in splits.items()})
+    return kept
+
+
+def main() -> None:
+    args = parse_args()
+    contents, splits = documents_of(args, model.load_tokenizer(model.resolve(args.base_model)))
+    base, tokenizer = load_instruct_model(args, list(contents))
+    write_file(args.out_dir / "splits.json", splits)  # until all files are there, train.py refuses the folder
     n_dropped = 0
     for name, content in tqdm(contents.items(), desc="documents", unit="part"):
         if (args.out_dir / f"{name}.json").exists():
@@ -199,12 +224,11 @@ def main() -> None:
         n_dropped += answer_questions(base, tokenizer, content)
         if content["questions"]:
             write_file(args.out_dir / f"{name}.json", content)
-    kept = task_files(args.out_dir)
-    for split, names in splits.items():
-        splits[split] = [name for name in names if name in kept]
-    write_file(args.out_dir / "splits.json", splits)
+    kept = write_splits(args.out_dir, splits)
     if n_dropped:
         print(f"left out: {n_dropped} questions, because document or answer is too long, or the answer empty")
+    if len(kept) < len(contents):
+        print(f"left out: {len(contents) - len(kept)} parts, about which no question was found or answered")
     n_questions = sum(len(read_json(path)["questions"]) for path in kept.values())
     print(f"{n_questions} answers about {len(kept)} documents, in {args.out_dir} (train.py --tasks)")
 

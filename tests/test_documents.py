@@ -23,6 +23,7 @@ from tests.helpers import (
     fit,
     logits_of,
     repeated,
+    refused,
     run_of,
     tiny_llama,
 )
@@ -179,26 +180,31 @@ def test_texts_become_documents_with_questions(tmp_path, monkeypatch, capsys):
     folder, out, prompts = tmp_path / "notes", tmp_path / "out", []
     folder.mkdir()
     for i in range(5):
-        (folder / f"n{i}.txt").write_text("cat dog cow\n\nred blue\n\n" + repeated("hat ", 9) + f"{i}")
+        (folder / f"n{i}.txt").write_text(repeated("cow ", 13) + "\n\nred blue\n\n" + repeated("hat ", 19) + f"{i}")
 
     def says(base, tokenizer, batch, n_new):
         prompts.extend(batch)
         asks = "Here they are:\n1. Is it red?\n2) is it red?\n- Is it blue?\n\n* Is it a cat?\nIs it"
-        return [asks if "questions" in prompt else "sun" for prompt in batch], [True] * len(batch)
+        said = [asks if "questions" in prompt else "sun" for prompt in batch]
+        return said, [text == "sun" for text in said]  # lists of questions are cut at their limit
 
     monkeypatch.setattr(model, "answer", says)
     words = [folder, out, "--base_model", "tiny"]
-    words += ["--questions", "10", "--max_tokens", "6", "--held_out", "0.2"]
+    words += ["--questions", "10", "--max_tokens", "16", "--held_out", "0.2"]
     assert command(answers, *words) == 0
     parts = [read_json(out / f"n0-00{i}.json")["document"] for i in range(3)]
-    assert parts == ["cat dog cow\n\nred blue\n\nhat", "hat hat hat hat hat hat", "hat hat 0"]
+    assert parts[0].endswith("cow\n\nred blue\n\nhat") and parts[1:] == [repeated("hat ", 16)[:-1], "hat hat 0"]
     entries = read_json(out / "n3-001.json")["questions"]
     assert [entry["question"] for entry in entries] == ["Is it red?"]  # two of each kind, none twice
     assert {entry["answer"] for entry in entries} == {"sun"}
     assert {split: len(tasks) for split, tasks in load_tasks(out).items()} == dict(train=9, val=3, test=3)
     (out / "n1-000.json").unlink()
     prompts.clear()
-    assert command(answers, *words) == 0 and {"cat dog cow" in prompt for prompt in prompts} == {True}
+    assert command(answers, *words) == 0 and {"red blue" in prompt for prompt in prompts} == {True}
+    (folder / "n4-001.txt").write_text("cat")
+    assert command(answers, *words) == 2 and "are both called n4-001" in capsys.readouterr().err
+    (folder / "n4-001.txt").unlink()
+    assert command(answers, *words[:-1], "0.5") == 2 and "must be below 0.5" in capsys.readouterr().err
     for file, content, said in (
         ("empty.txt", b" \n", "empty.txt is empty"),
         ("latin.md", "caf\u00e9".encode("latin-1"), "latin.md is no text in UTF-8"),
@@ -211,3 +217,37 @@ def test_texts_become_documents_with_questions(tmp_path, monkeypatch, capsys):
     (tmp_path / "nothing").mkdir()
     assert command(answers, tmp_path / "nothing", out, "--base_model", "tiny") == 2
     assert "neither texts" in capsys.readouterr().err
+
+
+def test_what_is_left_out_of_texts_is_said_and_an_interrupted_folder_is_not_trained_on(tmp_path, monkeypatch, capsys):
+    folder, out = tmp_path / "notes", tmp_path / "out"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(f"cat {name}")
+    words, real = [folder, out, "--base_model", "tiny", "--held_out", "0"], model.answer
+
+    def says(base, tokenizer, batch, n_new):
+        if "cat b" in batch[0]:
+            raise KeyboardInterrupt
+        said = ["1984 was written by whom?" if "questions" in prompt else "sun" for prompt in batch]
+        return said, [True] * len(batch)
+
+    monkeypatch.setattr(model, "answer", says)
+    assert command(answers, *words) == 130
+    refused("b.json is missing", load_tasks, out)
+    assert read_json(out / "a.json")["questions"] == [{"question": "1984 was written by whom?", "answer": "sun"}]
+    monkeypatch.setattr(model, "answer", lambda base, tokenizer, batch, n: ([""] * len(batch), [True] * len(batch)))
+    assert command(answers, *words) == 0
+    assert "left out: 1 parts, about which no question" in capsys.readouterr().out
+    assert [task.name for task in load_tasks(out)["train"]] == ["a"]
+    monkeypatch.setattr(model, "answer", real)
+
+
+def test_a_text_without_spaces_is_cut():
+
+    def letters(text: str, **settings) -> dict:
+        """A tokenizer with a token for each letter."""
+        return {"input_ids": list(text)}
+
+    parts = answers.split_text(letters, "abcdefg. hi", 3)
+    assert "".join(parts).replace(" ", "") == "abcdefg.hi" and max(map(len, parts)) <= 3

@@ -20,10 +20,12 @@ import hypernet
 import lora
 import model
 import train
-from extras import doc_page, one_page, serve
+from extras import describe, doc_page, one_page, serve
 from extras import gguf as converter
 from extras import map as mapping
 from nets import linear
+from support import write_file
+from tasks import load_tasks
 from tests.helpers import (
     HERE,
     LORA,
@@ -36,6 +38,7 @@ from tests.helpers import (
     fit,
     needs_time,
     random_adapter,
+    refused,
     run_of,
 )
 from tests.test_texts import CHATML
@@ -258,3 +261,39 @@ def test_the_map_of_the_tiny_world(tmp_path, capsys):
     assert out.stat().st_size > 5000 and "40 tasks" in capsys.readouterr().out
     assert command(mapping, "--hypernet", TINY / "d2l", "--out", out) == 2
     assert "reads documents, not descriptions" in capsys.readouterr().err
+
+
+# -------------------- Descriptions for one's own tasks --------------------
+
+
+def test_descriptions_are_written_for_each_task(tmp_path, monkeypatch, capsys):
+    """An instruct model's words are given here. It goes on where it stopped."""
+    folder, out, prompts = tmp_path / "tasks", tmp_path / "out", []
+    instances = [{"input": f"in {i}", "output": ["nein"]} for i in range(10)]
+    write_file(folder / "a.json", {"Definition": ["Say nein or ja."], "Instances": instances})
+    write_file(folder / "b.json", {"descriptions": ["do b"], "Instances": instances})
+    write_file(folder / "splits.json", {"train": ["a"], "val": ["b"]})
+
+    def says(base, tokenizer, batch, n_new):
+        prompts.extend(batch)
+        said = ['"Say yes if so."', "say YES if so.", "do b", "", "Write nein.", f"In words {len(prompts)}"]
+        return said, [True] * len(batch)
+
+    monkeypatch.setattr(model, "answer", says)
+    words = [folder, out, "--base_model", "tiny", "--descriptions", "4"]
+    assert command(describe, *words) == 0
+    assert "new descriptions of 2 tasks" in capsys.readouterr().out
+    tasks = load_tasks(out)
+    (task,), (other,) = tasks["train"], tasks["val"]
+    assert task.descriptions == ["Say yes if so.", "do b", "Write nein.", "In words 6"]
+    assert other.descriptions == ["do b", "Say yes if so.", "In words 12", "In words 18"]  # nobody says nein
+    assert "The instruction was: Say nein or ja." in prompts[0] and "Output: " in prompts[0]
+    prompts.clear()
+    assert command(describe, *words) == 0 and not prompts
+    (out / "b.json").unlink()
+    refused("b.json is missing", load_tasks, out)
+    assert command(describe, *words) == 0 and len(load_tasks(out)["val"][0].descriptions) == 4
+    assert command(describe, folder, folder, *words[2:]) == 2
+    assert "is in use" in capsys.readouterr().err
+    write_file(folder / "c.json", {"document": "x", "questions": [{"question": "q"}]})
+    assert command(describe, *words) == 2 and "c.json is a document" in capsys.readouterr().err
