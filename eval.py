@@ -377,11 +377,11 @@ def load_nets(args, tasks: list[Task], device) -> dict[str, nn.Module]:
 
 
 def load_adapters(args, tasks: list[Task], device) -> dict[str, tuple[Adapter, LoRAConfig]]:
-    """{flag: (adapters, their config)}."""
-    adapters = {}
-    if args.mt_lora:
+    """{flag: (adapters, their config)} for the methods to run."""
+    flags, adapters = [METHODS[name].flag for name in args.methods or METHODS], {}
+    if args.mt_lora and "mt_lora" in flags:
         adapters["mt_lora"] = lora.load_adapters([Path(args.mt_lora)], device)
-    if args.oracles:
+    if args.oracles and "oracles" in flags:
         there = [Path(args.oracles, task.name) for task in tasks if Path(args.oracles, task.name).is_dir()]
         if len(there) < len(tasks):
             message = f"{args.oracles} holds adapters of {len(there)} of these {len(tasks)} tasks"

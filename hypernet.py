@@ -97,7 +97,7 @@ class TextToLoRA(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         c, d, dropout, M = config, config.latent_size, config.dropout, len(config.targets)
-        if d % 4 or d == 0:
+        if d % 4:
             raise UserError(f"--latent_size must be a multiple of 4, not {d}")
         if c.skip and c.head_in_size < d // 2:
             raise UserError(f"--skip needs --head_in_size {d // 2} or more, half of --latent_size")
@@ -181,8 +181,9 @@ class TextToLoRA(nn.Module):
         """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
         task_emb = self.embed_task(text_emb)  # [n, d/2]
         x = self.trunk(self.rows(task_emb))  # [n, L, M, ..., head_in]
-        if self.config.skip:
-            x = self.add_task(x, task_emb)
+        if self.config.skip:  # a way past the trunk, by which the heads learn sooner
+            direct = F.pad(task_emb, (0, x.shape[-1] - task_emb.shape[-1]))  # [n, head_in]
+            x = x + self.config.skip * direct.view(len(direct), *[1] * (x.dim() - 2), -1)
         adapter = {}
         for m, name in enumerate(self.config.targets):
             layers = self.config.positions(name)  # those that have the target: all of them in most models
@@ -212,13 +213,6 @@ class TextToLoRA(nn.Module):
         if self.config.size == "small":
             x = self.add_ranks(x)  # [n, L, M, 2, r, d]
         return self.mlp3(x)
-
-    def add_task(self, x: Tensor, task_emb: Tensor) -> Tensor:
-        """A way past the trunk, by which the heads learn sooner: x [n, ..., head_in] + skip * task_emb."""
-        direct = F.pad(task_emb, (0, x.shape[-1] - task_emb.shape[-1]))  # [n, head_in]
-        while direct.dim() < x.dim():
-            direct = direct[:, None]  # [n, 1, ..., head_in]
-        return x + self.config.skip * direct
 
     def add_ranks(self, x: Tensor) -> Tensor:
         """A row for each rank. [..., d] -> [..., r, d]. That mlp2 is applied again is published."""
@@ -278,11 +272,6 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     settings = read_json(Path(folder, "config.json"))
     if "arch" not in settings:
         raise UserError(f"{folder} holds a model, not a hypernetwork")
-    if settings["arch"] == "t2l" and "encoder_rank" in settings:  # of before nets/encoder_lora.py
-        if settings["encoder_rank"]:
-            settings["arch"] = "encoder_lora"
-        else:
-            del settings["encoder_rank"], settings["encoder_targets"]
     net_class = find_arch(settings.pop("arch"))
     if settings["base_model"] == "tiny":
         settings["base_model"] = model.TINY
@@ -327,15 +316,17 @@ def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
 #     net_class.modes      how train.py may train it: "sft", "recon"
 #     net_class.config_class
 #                          a dataclass: HypernetConfig and further fields. Each `setting` is a flag of
-#                          train.py when this network is trained, with a name that no other flag has; a plain
-#                          field `dropout` gets the value of --dropout
+#                          train.py when this network is trained, with a name that no other flag has, and the
+#                          least value if it is a number. For one called `encoder`, "preset" stands for the
+#                          text encoder of the base model's preset. A plain field `dropout` gets --dropout
 #     config.measure(base) sets fields that depend on the frozen models
 #     net_class(config)    the network, with random weights; net.config is its config
 #     net.connect(base, tokenizer)
 #                          gives it what it reads with, frozen and no part of its weights: a text encoder, or
 #                          the base model
-#     net(texts)           -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, for n texts (in
-#                          place of a document, a list of texts is joined to one adapter)
+#     net(texts)           -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, for n texts. If they
+#                          need different ranks, zeros fill A and B up to the largest. A list of texts may stand
+#                          in place of a document: they are joined to one adapter
 #     net.recompute        set by --gradient_checkpointing: compute activations again, to save memory
 #     net.start_as_lora()  for SFT: write LoRA's initialisation, with B = 0, for every text
 #     net.start_at(mean, std)

@@ -279,15 +279,6 @@ def select(batch: Adapter, indices) -> Adapter:
     return {name: (A[indices], B[indices]) for name, (A, B) in batch.items()}
 
 
-def unbind(batch: Adapter) -> list[Adapter]:
-    """The n adapters of a batch, each as a batch with n = 1."""
-    singles = [{} for _ in next(iter(batch.values()))[0]]
-    for name, (A, B) in batch.items():
-        for single, single_A, single_B in zip(singles, A.split(1), B.split(1)):
-            single[name] = (single_A, single_B)
-    return singles
-
-
 def concat(batches: list[Adapter]) -> Adapter:
     """Several batches as one."""
     whole = {}

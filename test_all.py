@@ -96,7 +96,7 @@ def test_dropout_is_on_the_lora_branch_in_training_only():
 def test_a_layer_that_gets_the_tokens_of_some_experts_is_refused():
     holder = lora.inject(one_layer(nn.Linear(4, 4)), ["q_proj"])
     with lora.use(holder, {"q_proj": (torch.randn(2, 1, 3, 4), torch.randn(2, 1, 4, 3))}, 1.0):
-        refused("tokens without their example", holder["layers"][0]["q_proj"], torch.randn(7, 4))
+        refused("tokens without their example", holder["layers"][0]["q_proj"], torch.randn(8, 4))
 
 
 def test_an_adapter_that_cannot_be_put_in_use_leaves_nothing_behind(monkeypatch):

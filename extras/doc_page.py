@@ -3,7 +3,7 @@ which a frozen language model answers questions about it, without the document i
 
     python -m extras.doc_page      # trains for some minutes, then answers questions about unseen documents
 
-Parameter names match hypernet.py. n documents, c chunks, L layers, r rank per chunk, R rank per document.
+Parameter names match nets/d2l.py. n documents, c chunks, L layers, r rank per chunk, R rank per document.
 """
 
 import functools

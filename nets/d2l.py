@@ -312,12 +312,21 @@ class DocToLoRA(nn.Module):
             nothing[name] = (torch.zeros_like(A)[None], torch.zeros_like(B)[None])
         chunks, documents = [], []
         for group in written:
-            chunks += lora.unbind(group)
+            chunks += unbind(group)
         for count in counts:
             of_document, chunks = chunks[:count], chunks[count:]
             padding = [nothing] * (max(counts) - count)
             documents.append(lora.concat_rank([*of_document, bias, *padding]))
         return lora.concat(documents)
+
+
+def unbind(batch: Adapter) -> list[Adapter]:
+    """The n adapters of a batch, each as a batch with n = 1."""
+    singles = [{} for _ in next(iter(batch.values()))[0]]
+    for name, (A, B) in batch.items():
+        for single, single_A, single_B in zip(singles, A.split(1), B.split(1)):
+            single[name] = (single_A, single_B)
+    return singles
 
 
 Net = DocToLoRA

@@ -30,10 +30,13 @@ from tests.helpers import (
     SAY,
     SHORT,
     TINY,
+    close,
     command,
+    config_for,
     fit,
     interrupted_in_call,
     losses_of,
+    random_adapter,
     refused,
     run_of,
     small_config,
@@ -245,6 +248,14 @@ def test_a_merged_model_answers_as_the_base_model_with_the_adapter(tmp_path):
     base, tokenizer = model.load_base(str(merged))
     prompt = model.render(tokenizer, "cat red dog shirt")
     assert model.answer(base, tokenizer, [prompt], 8) == ([" chat chien"], [True])
+
+
+def test_merged_weights_keep_their_dtype():
+    base = lora.inject(tiny_llama().to(torch.bfloat16), ["q_proj"])
+    before = base.lora_layers["q_proj"][0].weight.clone()
+    lora.merge(base, random_adapter(config_for(base, ["q_proj"])), 9.0)
+    after = base.lora_layers["q_proj"][0].weight
+    assert after.dtype == torch.bfloat16 and not torch.equal(after, before)
 
 
 def test_a_base_model_that_is_not_whole_is_one_line(tmp_path):
@@ -462,6 +473,19 @@ def test_oracles_say_what_stands_in_the_prompts(tmp_path):
     assert command(train, *recon, "--out_dir", tmp_path / "mixed") == 2  # they differ
 
 
+def test_a_start_from_other_oracles_keeps_what_was_learned_and_takes_the_new_statistics(tmp_path):
+    for n in "2", "4":
+        words = [*LORA, "--n_tasks", n, "--max_steps", "2", "--tasks_per_batch", "2"]
+        fit(tmp_path / f"oracles{n}", *words)
+    recon = ["--mode", "recon", "--size", "small", "--max_steps", "1", "--tasks_per_batch", "2"]
+    fit(tmp_path / "first", *recon, "--oracles", tmp_path / "oracles2")
+    run = run_of(*recon, "--oracles", tmp_path / "oracles4", "--init_from", tmp_path / "first")
+    first, mean = hypernet.load_hypernet(tmp_path / "first"), lora.statistics(run.oracles)[0]
+    assert torch.equal(run.net.mlp3[1].weight, first.mlp3[1].weight)
+    close(run.net.offset["q_proj_B"], mean["q_proj"][1].float())
+    assert not torch.equal(run.net.offset["q_proj_B"], first.offset["q_proj_B"])
+
+
 def test_a_start_from_a_network_of_other_settings_is_refused(tmp_path):
     fit(tmp_path / "first", *SHORT, "--max_steps", "1")
     start = [*SHORT, "--init_from", tmp_path / "first"]
@@ -469,7 +493,8 @@ def test_a_start_from_a_network_of_other_settings_is_refused(tmp_path):
     assert read_json(tmp_path / "first" / "config.json")["base_model"] == "tiny"  # wherever the project is
     started, saved = run.net.state_dict(), hypernet.load_hypernet(tmp_path / "first").state_dict()
     assert all(torch.equal(started[name], saved[name]) for name in saved)
-    for changed in ["--alpha", "8"], ["--target_modules", "v_proj,q_proj"]:  # with weights of equal shapes
+    other = ["--alpha", "8"], ["--target_modules", "v_proj,q_proj"], ["--skip", "0.1"]
+    for changed in other:  # with weights of equal shapes
         refused("that network has other settings", run_of, *start, *changed)
     config = read_json(tmp_path / "first" / "config.json")
     write_file(tmp_path / "first" / "config.json", config | {"encoder": "some/encoder"})

@@ -243,6 +243,24 @@ def test_what_is_left_out_of_texts_is_said_and_an_interrupted_folder_is_not_trai
     monkeypatch.setattr(model, "answer", real)
 
 
+def test_held_out_texts_are_not_the_first_ones_and_a_prompt_leaves_room_for_its_answer(monkeypatch):
+    names = [f"{i:02}" for i in range(20)]
+    splits = answers.hold_out(names, 0.2)
+    assert sorted(sum(splits.values(), [])) == names and len(splits["val"]) == len(splits["test"]) == 4
+    assert splits["val"] + splits["test"] not in (names[:8], names[-8:])
+    base, tokenizer = model.load_base(model.TINY)
+    asked = []
+    monkeypatch.setattr(model, "answer", lambda b, t, batch, n: asked.extend(batch) or ([""] * len(batch), [True] * len(batch)))
+    n_tokens = len(model.tokenize(tokenizer, "cat ->"))
+    monkeypatch.setattr(model, "window_of", lambda base: n_tokens + 5)
+    assert answers.ask_all(base, tokenizer, ["cat ->"], 6) == [("", False)] and not asked
+    answers.ask_all(base, tokenizer, ["cat ->"], 5)
+    assert asked == ["cat ->"]
+    monkeypatch.setattr(model, "window_of", lambda base: 10**6)
+    answers.write_questions(base, tokenizer, "cat", 7)  # of five kinds
+    assert "Write 2 short questions" in asked[-1]
+
+
 def test_a_text_without_spaces_is_cut():
 
     def letters(text: str, **settings) -> dict:

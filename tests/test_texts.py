@@ -33,13 +33,14 @@ from tests.helpers import SHORT, close, command, drawn_in, fit, refused, repeate
 # -------------------- Text encoders --------------------
 
 
-def bert_folder(folder: Path) -> nn.Module:
+def bert_folder(folder: Path, num_hidden_layers: int = 2) -> nn.Module:
     """A random BERT with a vocabulary of ten."""
     torch.manual_seed(0)
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] one two three four ."
     (folder / "vocab.txt").write_text(words.replace(" ", "\n"))
     write_file(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    sizes = dict(hidden_size=16, num_hidden_layers=num_hidden_layers, num_attention_heads=2)
+    sizes["intermediate_size"] = 32
     bert = BertModel(BertConfig(vocab_size=10, **sizes)).eval()
     bert.save_pretrained(folder)
     return bert
@@ -139,6 +140,10 @@ def test_a_lora_on_the_text_encoder_is_trained_and_used(tmp_path):
     assert len(net.config.encoder_targets["encoder.layer.{}.attention.self.query"].layers) == 2
     net.connect(None, None)
     assert (net.encode(texts) - first).abs().max() > 1e-3
+    (tmp_path / "deeper").mkdir()
+    bert_folder(tmp_path / "deeper", num_hidden_layers=3)  # as wide, with more layers
+    net.config.encoder = str(tmp_path / "deeper")
+    refused("has a LoRA for another one", net.connect, None, None)
 
 
 # -------------------- Chat templates, and what stands in prompts --------------------
