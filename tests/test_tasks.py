@@ -16,9 +16,9 @@ import eval as evaluation
 import model
 from data import Example
 from extras import pretrain
-from support import UserError, read_json
+from support import UserError, read_json, write_file
 from tasks import benchmarks, chores, families, load_tasks, lots_of_loras, summary, tiny
-from tests.helpers import command, refused
+from tests.helpers import command, evaluate, fit, losses_of, refused
 
 
 def test_held_out_tasks_are_nowhere_in_training():
@@ -189,6 +189,25 @@ def test_lots_of_loras_is_downloaded_once_and_whole(server):
 def test_a_published_file_that_holds_something_else_is_named(server, content):
     server.replies = [(content, 200)]
     refused(BAD_YAML[content], lots_of_loras.published_descriptions, "task022_x", "some task is missing")
+
+
+def test_the_published_run_in_small(server, tmp_path, monkeypatch):
+    """config/mistral-7b.args but for the base model and the length, then the scores in four kinds of words."""
+    names = {"train": [f"task00{i}_x" for i in range(4)], "val": ["task008_x", "task009_x"]}
+    write_file(tmp_path / "names.json", names)
+    monkeypatch.setattr(lots_of_loras, "NAMES", tmp_path / "names.json")
+    for i, task in enumerate(load_tasks("tiny")["train"][:6]):
+        instances = [{"input": example.input, "output": example.answers} for example in task.train[:20]]
+        content = {"Definition": [task.descriptions[0]], "Instances": instances}
+        texts = [f"{text} {i}" for text in [*task.descriptions, *task.descriptions[:3]]]
+        server.replies += [(json.dumps(content).encode(), 200), (yaml.safe_dump({"descriptions": texts}).encode(), 200)]
+    words = ["@config/mistral-7b.args", "--base_model", "tiny", "--encoder", "hash", "--tasks_per_batch", "4"]
+    words += ["--max_steps", "24", "--lr", "2e-3", "--val_every", "12", "--latent_size", "32"]
+    losses = fit(tmp_path / "net", *words)
+    assert losses[-1] < 0.9 * losses[0] and len(losses_of(tmp_path / "net", "val_loss")) == 2
+    words = ["--tasks", "lots_of_loras", "--split", "val", "--hypernet", tmp_path / "net", "--n_examples", "2"]
+    results = evaluate(tmp_path / "e.json", *words, "--methods", "net,net_reworded,net_shuffled,net_mean")
+    assert len(results) == 4 and all(len(scores["per_task"]) == 2 for scores in results.values())
 
 
 # files of one's own, and what the one line of error says
