@@ -109,7 +109,7 @@ def draw(tasks: list[Task], pool: Sequence[int], step: int, args, tokenizer) -> 
             ids, n_tries = to_ids(tokenizer, task, description, example, args), 1
             while ids.n_tokens > args.max_tokens:
                 if n_tries == 1000:
-                    raise UserError(f"{task.name}: 1,000 examples have more than --max_tokens {args.max_tokens}")
+                    raise UserError(f"{task.name}: 1,000 examples are too long for --max_tokens {args.max_tokens}")
                 ids, n_tries = to_ids(tokenizer, task, description, rng.choice(task.train), args), n_tries + 1
             examples.append(ids)
         drawn.append(Drawn(i, description, examples))

@@ -251,7 +251,8 @@ def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsy
     data.examine([data.Task("endless", ["x"], endless, [])], [], args, tokenizer)
     hardly = chores.LazyList(lambda i: short if i < 8 else long)  # only what is looked at first is short
     (hardly,), _ = data.examine([data.Task("hardly", ["x"], hardly, [])], [], args, tokenizer)
-    refused("hardly: 1,000 examples have more than --max_tokens 12", data.draw, [hardly], [0], 0, args, tokenizer)
+    words = [hardly], [0], 0, args, tokenizer
+    refused("hardly: 1,000 examples are too long for --max_tokens 12", data.draw, *words)
     args.instruction = True  # a description that is too long for every example goes
     wordy = data.Task("wordy", ["x", repeated("cat ", 9)], [short, long], [])
     (kept,), _ = data.examine([wordy], [], args, tokenizer)

@@ -78,7 +78,7 @@ SETTINGS = {  # {group: [(name, default, least value of a number, meaning, *choi
     ],
     "documents": [
         ("short_first", False, None, "short documents first, all from half-way on"),
-        ("distill", 0, 0, "learn the base model's top k tokens with the document in its prompt (0: the answers)"),
+        ("distill", 0, 0, "learn the base model's top k tokens, with the document in its prompt (0: no)"),
     ],
     "no documents": [
         ("instruction", False, None, "put the definition before the input"),
@@ -88,7 +88,7 @@ SETTINGS = {  # {group: [(name, default, least value of a number, meaning, *choi
     "lora": [("multi_task", False, None, "one adapter for all tasks")],
     "recon": [
         ("oracles", "", None, "the folder that --mode lora wrote"),
-        ("recon_loss", "z_score", None, "compares A and B over their deviation, or B A", "z_score", "delta_w"),
+        ("recon_loss", "z_score", None, "compares A and B over their std, or B A", "z_score", "delta_w"),
     ],
     "hypernetwork": [
         ("arch", "t2l", None, "t2l (Text-to-LoRA), d2l (Doc-to-LoRA), or another file of nets/"),
@@ -104,9 +104,10 @@ MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed
 
 def groups_of(mode: str, net_class) -> set[str]:
     """The groups of settings that a run of this mode has, with a network of this class."""
-    documents, has_dropout = net_class.reads == "documents", hasattr(net_class.config_class, "dropout")
+    reads = "documents" if net_class.reads == "documents" else "no documents"
+    has_dropout = hasattr(net_class.config_class, "dropout")
     return {
-        "sft": {"all runs", "base model", "documents" if documents else "no documents", "hypernetwork", "dropout"},
+        "sft": {"all runs", "base model", reads, "hypernetwork", "dropout"},
         "lora": {"all runs", "base model", "no documents", "lora", "dropout"},
         "recon": {"all runs", "recon", "hypernetwork", "dropout" if has_dropout else ""},
     }[mode]
@@ -571,7 +572,8 @@ def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
 
 def load_base(args, device):
     """(the frozen base model with LoRA layers, its tokenizer), as --dropout, --shard, ... say."""
-    name, dtype, targets = model.resolve(args.base_model), getattr(torch, args.dtype), args.target_modules.split(",")
+    name, dtype = model.resolve(args.base_model), getattr(torch, args.dtype)
+    targets = args.target_modules.split(",")
     if args.shard:
         base, tokenizer = model.load_sharded(name, device, dtype, targets, args.dropout)
     else:

@@ -184,7 +184,7 @@ def documents_of(args, tokenizer) -> tuple[dict[str, dict], dict[str, list[str]]
         names_of[name] = [f"{name}-{i:03}" if len(parts) > 1 else name for i in range(len(parts))]
         for part_name, part in zip(names_of[name], parts):
             if part_name in contents:
-                raise UserError(f"{args.folder}: a part of {name} and another text are both called {part_name}")
+                raise UserError(f"{args.folder}: a part of {name} and a text are both called {part_name}")
             contents[part_name] = {"document": part}
     splits = {}
     for split, names in hold_out(list(texts), args.held_out).items():
@@ -205,8 +205,10 @@ def load_instruct_model(args, names: list[str]):
 
 def write_splits(out_dir: Path, splits: dict[str, list[str]]) -> dict[str, Path]:
     """Write splits.json of what is there. Returns these files."""
-    kept = task_files(out_dir)
-    write_file(out_dir / "splits.json", {key: [n for n in names if n in kept] for key, names in splits.items()})
+    kept, kept_splits = task_files(out_dir), {}
+    for split, names in splits.items():
+        kept_splits[split] = [name for name in names if name in kept]
+    write_file(out_dir / "splits.json", kept_splits)
     return kept
 
 

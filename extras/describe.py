@@ -106,7 +106,8 @@ def main() -> None:
             write_file(args.out_dir / f"{name}.json", content)
         counts.append(len(read_json(args.out_dir / f"{name}.json")["descriptions"]) - len(known))
     write_splits(args.out_dir, splits)
-    print(f"{min(counts)} to {max(counts)} new descriptions of {len(tasks)} tasks, in {args.out_dir} (train.py --tasks)")
+    new = f"{min(counts)} to {max(counts)} new descriptions of {len(tasks)} tasks"
+    print(f"{new}, in {args.out_dir} (train.py --tasks)")
 
 
 if __name__ == "__main__":

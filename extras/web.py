@@ -39,7 +39,8 @@ def load_nets(args, device) -> list:
     if args.hypernet:
         reads = hypernet.load_hypernet(model.fetch(args.hypernet, hypernet.FILES)).reads
         return [generate.load_net(args.hypernet, reads, device, args.encoder)]
-    nets = [generate.load_net(generate.net_folder(args, "descriptions"), "descriptions", device, args.encoder)]
+    folder = generate.net_folder(args, "descriptions")
+    nets = [generate.load_net(folder, "descriptions", device, args.encoder)]
     folder = generate.shipped_hypernet(args.base_model or model.TINY, "documents")
     if folder:
         nets.append(generate.load_net(folder, "documents", device))

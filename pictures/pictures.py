@@ -197,7 +197,8 @@ def make_trained(mode: str, base: Transformer) -> nn.Module:
     if mode != "hypernet":
         return lora.LoRABank(config, len(TEST) if mode == "oracles" else 1)
     settings = dict(encoder="hash", latent_size=96, head_in_size=64, dropout=0.0, input_dropout=0.2)
-    net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), **settings, input_size=encoders.width("hash", None)))
+    settings["input_size"] = encoders.width("hash", None)
+    net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), **settings))
     net.start_as_lora()
     net.offset.requires_grad_(False)  # LoRA's initialisation stays
     return net

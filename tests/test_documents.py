@@ -180,7 +180,8 @@ def test_texts_become_documents_with_questions(tmp_path, monkeypatch, capsys):
     folder, out, prompts = tmp_path / "notes", tmp_path / "out", []
     folder.mkdir()
     for i in range(5):
-        (folder / f"n{i}.txt").write_text(repeated("cow ", 13) + "\n\nred blue\n\n" + repeated("hat ", 19) + f"{i}")
+        text = repeated("cow ", 13) + "\n\nred blue\n\n" + repeated("hat ", 19)
+        (folder / f"n{i}.txt").write_text(f"{text}{i}")
 
     def says(base, tokenizer, batch, n_new):
         prompts.extend(batch)
@@ -193,7 +194,8 @@ def test_texts_become_documents_with_questions(tmp_path, monkeypatch, capsys):
     words += ["--questions", "10", "--max_tokens", "16", "--held_out", "0.2"]
     assert command(answers, *words) == 0
     parts = [read_json(out / f"n0-00{i}.json")["document"] for i in range(3)]
-    assert parts[0].endswith("cow\n\nred blue\n\nhat") and parts[1:] == [repeated("hat ", 16)[:-1], "hat hat 0"]
+    assert parts[0].endswith("cow\n\nred blue\n\nhat")
+    assert parts[1:] == [repeated("hat ", 16)[:-1], "hat hat 0"]
     entries = read_json(out / "n3-001.json")["questions"]
     assert [entry["question"] for entry in entries] == ["Is it red?"]  # two of each kind, none twice
     assert {entry["answer"] for entry in entries} == {"sun"}
@@ -219,12 +221,17 @@ def test_texts_become_documents_with_questions(tmp_path, monkeypatch, capsys):
     assert "neither texts" in capsys.readouterr().err
 
 
-def test_what_is_left_out_of_texts_is_said_and_an_interrupted_folder_is_not_trained_on(tmp_path, monkeypatch, capsys):
+def silent(base, tokenizer, prompts, n_new):
+    """In place of model.answer: a model that says nothing."""
+    return [""] * len(prompts), [True] * len(prompts)
+
+
+def test_what_is_left_out_is_said_and_an_interrupted_folder_is_refused(tmp_path, monkeypatch, capsys):
     folder, out = tmp_path / "notes", tmp_path / "out"
     folder.mkdir()
     for name in "ab":
         (folder / f"{name}.txt").write_text(f"cat {name}")
-    words, real = [folder, out, "--base_model", "tiny", "--held_out", "0"], model.answer
+    words = [folder, out, "--base_model", "tiny", "--held_out", "0"]
 
     def says(base, tokenizer, batch, n_new):
         if "cat b" in batch[0]:
@@ -235,12 +242,12 @@ def test_what_is_left_out_of_texts_is_said_and_an_interrupted_folder_is_not_trai
     monkeypatch.setattr(model, "answer", says)
     assert command(answers, *words) == 130
     refused("b.json is missing", load_tasks, out)
-    assert read_json(out / "a.json")["questions"] == [{"question": "1984 was written by whom?", "answer": "sun"}]
-    monkeypatch.setattr(model, "answer", lambda base, tokenizer, batch, n: ([""] * len(batch), [True] * len(batch)))
+    (entry,) = read_json(out / "a.json")["questions"]
+    assert entry == {"question": "1984 was written by whom?", "answer": "sun"}
+    monkeypatch.setattr(model, "answer", silent)
     assert command(answers, *words) == 0
     assert "left out: 1 parts, about which no question" in capsys.readouterr().out
     assert [task.name for task in load_tasks(out)["train"]] == ["a"]
-    monkeypatch.setattr(model, "answer", real)
 
 
 def test_held_out_texts_are_not_the_first_ones_and_a_prompt_leaves_room_for_its_answer(monkeypatch):
@@ -250,7 +257,7 @@ def test_held_out_texts_are_not_the_first_ones_and_a_prompt_leaves_room_for_its_
     assert splits["val"] + splits["test"] not in (names[:8], names[-8:])
     base, tokenizer = model.load_base(model.TINY)
     asked = []
-    monkeypatch.setattr(model, "answer", lambda b, t, batch, n: asked.extend(batch) or ([""] * len(batch), [True] * len(batch)))
+    monkeypatch.setattr(model, "answer", lambda b, t, batch, n: asked.extend(batch) or silent(b, t, batch, n))
     n_tokens = len(model.tokenize(tokenizer, "cat ->"))
     monkeypatch.setattr(model, "window_of", lambda base: n_tokens + 5)
     assert answers.ask_all(base, tokenizer, ["cat ->"], 6) == [("", False)] and not asked

@@ -50,7 +50,8 @@ def test_which_descriptions_a_method_is_given(tiny, monkeypatch):
     """What is read, and what stands in the prompt."""
     tasks, read = load_tasks("tiny")["test"][:3], []
     real = generate.write_adapters
-    monkeypatch.setattr(generate, "write_adapters", lambda net, texts, *a: read.append(texts) or real(net, texts, *a))
+    note = lambda net, texts, *more: read.append(texts) or real(net, texts, *more)  # noqa: E731
+    monkeypatch.setattr(generate, "write_adapters", note)
 
     def used(name, exam=exam_of(tasks, tiny), **changes) -> list[tuple[list[str], list[evaluation.Question]]]:
         """For each task: the texts that are read, and the questions."""
@@ -94,7 +95,7 @@ def test_each_question_has_the_adapter_of_its_text(tiny, monkeypatch):
     task = replace(task, descriptions=task.descriptions[:3])
     exam, seen = exam_of([task], tiny, n_examples=10, batch_size=4), []
     real = lora.use
-    monkeypatch.setattr(lora, "use", lambda base, adapter, scaling: seen.append(adapter) or real(base, adapter, scaling))
+    monkeypatch.setattr(lora, "use", lambda base, *more: seen.append(more[0]) or real(base, *more))
     evaluation.score("net", evaluation.by_net, exam)
     given = evaluation.by_net(exam, 0)
     turns = [question.turn for question in evaluation.questions_of(exam, task, given)]
@@ -259,7 +260,8 @@ def test_the_mean_adapter_is_that_of_the_training_tasks(tiny, monkeypatch):
     assert {*evaluation.methods_to_run(args(), exam)} == names
     few = exam_of(tasks[:1], tiny)
     assert {*evaluation.methods_to_run(args(), few)} == names - {"net_mean", "net_shuffled"}
-    refused("net_shuffled needs a second task", evaluation.methods_to_run, args(methods=["net_shuffled"]), few)
+    chosen = args(methods=["net_shuffled"])
+    refused("net_shuffled needs a second task", evaluation.methods_to_run, chosen, few)
     few.nets = evaluation.load_nets(args(base_model="mistralai/x", methods=["net"]), tasks, "cpu")
     refused("the method net needs --hypernet DIR", evaluation.methods_to_run, args(methods=["net"]), few)
     read = []

@@ -182,7 +182,7 @@ def test_lots_of_loras_is_downloaded_once_and_whole(server):
     assert tasks["val"][3].descriptions == texts[:128] and tasks["val"][3].reworded == texts[128:]
     assert load_tasks("lots-of-loras") == tasks and len(server.asked) == 981
     number = re.search("task([0-9]+)_", splits["train"][5])[1]
-    assert [f"/task{number}_" in server.asked[11], f"/tasks/lol_{number}/metadata" in server.asked[12]] == [True, True]
+    assert f"/task{number}_" in server.asked[11] and f"/tasks/lol_{number}/metadata" in server.asked[12]
 
 
 @pytest.mark.parametrize("content", BAD_YAML)
@@ -192,7 +192,7 @@ def test_a_published_file_that_holds_something_else_is_named(server, content):
 
 
 def test_the_published_run_in_small(server, tmp_path, monkeypatch):
-    """config/mistral-7b.args but for the base model and the length, then the scores in four kinds of words."""
+    """config/mistral-7b.args with another base model and length, and scores in four kinds of words."""
     names = {"train": [f"task00{i}_x" for i in range(4)], "val": ["task008_x", "task009_x"]}
     write_file(tmp_path / "names.json", names)
     monkeypatch.setattr(lots_of_loras, "NAMES", tmp_path / "names.json")
@@ -200,12 +200,14 @@ def test_the_published_run_in_small(server, tmp_path, monkeypatch):
         instances = [{"input": example.input, "output": example.answers} for example in task.train[:20]]
         content = {"Definition": [task.descriptions[0]], "Instances": instances}
         texts = [f"{text} {i}" for text in [*task.descriptions, *task.descriptions[:3]]]
-        server.replies += [(json.dumps(content).encode(), 200), (yaml.safe_dump({"descriptions": texts}).encode(), 200)]
+        for file in json.dumps(content), yaml.safe_dump({"descriptions": texts}):
+            server.replies.append((file.encode(), 200))
     words = ["@config/mistral-7b.args", "--base_model", "tiny", "--encoder", "hash", "--tasks_per_batch", "4"]
     words += ["--max_steps", "24", "--lr", "2e-3", "--val_every", "12", "--latent_size", "32"]
     losses = fit(tmp_path / "net", *words)
     assert losses[-1] < 0.9 * losses[0] and len(losses_of(tmp_path / "net", "val_loss")) == 2
-    words = ["--tasks", "lots_of_loras", "--split", "val", "--hypernet", tmp_path / "net", "--n_examples", "2"]
+    words = ["--tasks", "lots_of_loras", "--split", "val", "--hypernet", tmp_path / "net"]
+    words += ["--n_examples", "2"]
     results = evaluate(tmp_path / "e.json", *words, "--methods", "net,net_reworded,net_shuffled,net_mean")
     assert len(results) == 4 and all(len(scores["per_task"]) == 2 for scores in results.values())
 
