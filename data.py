@@ -26,15 +26,15 @@ def is_exact(example: Example, answer: str, has_ended: bool) -> bool:
 
 
 class Rules(NamedTuple):
-    """How eval.py puts the questions of a task and scores the answers. Benchmarks have rules of their own."""
+    """How eval.py asks the questions of a task and scores the answers. Benchmarks have other rules."""
 
-    is_right: Callable[[Example, str, bool], bool] = is_exact  # of an answer and whether the model ended it
-    most_tokens: int = 0  # of an answer; 0: two more than the right ones have
-    start: Callable[[Example], str] = lambda example: ""  # of the answer, which is given
-    most_examples: int | None = 25  # by default; None: all
-    n_texts: int = 1  # how many texts each question is answered with
-    with_instruction: bool = True  # whether one may stand in the prompt
-    meaningless: Sequence[str] = ()  # texts of net_random, if they are given
+    is_right: Callable[[Example, str, bool], bool] = is_exact  # takes an answer and if the model ended it
+    most_tokens: int = 0  # of an answer; 0: two more than the longest right answer
+    start: Callable[[Example], str] = lambda example: ""  # the given start of the answer
+    most_examples: int | None = 25  # unless --n_examples is given; None: all
+    n_texts: int = 1  # number of texts with which each question is asked
+    with_instruction: bool = True  # whether the prompt may contain an instruction
+    meaningless: Sequence[str] = ()  # texts for net_random; (): random letters
 
 
 EXACT = Rules()
@@ -51,7 +51,7 @@ class Task:
     reworded: list[str] = field(default_factory=list)  # in wordings that no training description uses
     definition: str = ""  # of Natural Instructions: the instruction in prompts, if it is there
     is_document: bool = False
-    weight: int = 1  # how often it is among the tasks from which a step draws some
+    weight: int = 1  # how often it is in the pool from which a step draws
     rules: Rules = EXACT
 
 
@@ -95,10 +95,11 @@ class Drawn(NamedTuple):
 
 
 def draw(tasks: list[Task], pool: Sequence[int], step: int, args, tokenizer) -> list[Drawn]:
-    """The tasks of a step: --tasks_per_batch of the pool, which holds indices of tasks (by weight, repeated).
+    """Draw --tasks_per_batch tasks from a pool of task indices, each repeated by its weight.
 
-    Each has one of its descriptions, and --examples_per_task examples of at most --max_tokens. Reconstruction
-    has no tokenizer: it draws examples and uses none, so that a seed draws the same tasks as in SFT.
+    Each task has one description, and --examples_per_task examples of at most --max_tokens. Reconstruction
+    has no tokenizer. It draws the examples without using them, so that a seed draws the same tasks and
+    descriptions as in SFT.
     """
     rng, drawn = random.Random(f"{args.seed} {step}"), []
     for i in sample(rng, pool, args.tasks_per_batch):
@@ -121,18 +122,8 @@ def sample(rng: random.Random, values: Sequence, n: int) -> list:
     return rng.sample(values, n) if n <= len(values) else rng.choices(values, k=n)
 
 
-def draw_short(rng: random.Random, tokenizer, task: Task, description: str, example: Example, args) -> Ids:
-    """The example, or another one of the task if it is longer than --max_tokens."""
-    for _ in range(1000):  # `check` has found a short one, so this ends much sooner
-        ids = to_ids(tokenizer, task, description, example, args)
-        if ids.n_tokens <= args.max_tokens:
-            break
-        example = rng.choice(task.train)
-    return ids
-
-
 def to_ids(tokenizer, task: Task, description: str, example: Example, args) -> Ids:
-    """An example as the base model reads it: with the instruction in its prompt if training has one."""
+    """Token ids of an example. With --instruction, its prompt contains the instruction."""
     question, answer, teacher_prompt = example.input, example.answers[0], []
     instruction = model.instruct(task.definition or description) if args.instruction else ""
     prompt, answer_ids = model.example_ids(tokenizer, question, answer, instruction)
@@ -182,5 +173,5 @@ def examine(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> tuple[
 
 
 def beginning(values: Sequence) -> Sequence:
-    """All of a list; of a lazy sequence, which makes its elements when they are asked for, the first ones."""
+    """A whole list, or the first 8 elements of a lazy sequence, which makes its elements on access."""
     return values if isinstance(values, list) else values[:8]

@@ -20,7 +20,7 @@ The methods:
     net_random      from meaningless text
     recon           a hypernetwork trained by reconstruction                       (--recon DIR)
 
-If the adapter was trained with --instruction, the task's definition, or a description, stands in the prompt.
+If the adapter was trained with --instruction, the prompt contains the task's definition or a description.
 """
 
 import argparse
@@ -55,11 +55,11 @@ Scores = dict[str, float]  # {task: share of right answers}
 
 @dataclass
 class Exam:
-    """What the methods work with."""
+    """Everything the methods need."""
 
     args: argparse.Namespace
     tasks: list[Task]
-    training: list[Task]  # the split "train" of the same source
+    training: list[Task]  # the split "train" of the same source, without documents
     nets: dict[str, nn.Module]  # {flag, or row of --compare: a hypernetwork}
     adapters: dict[str, tuple[Adapter, LoRAConfig]]  # {flag: what its folder holds}
     base: nn.Module
@@ -85,7 +85,7 @@ class Exam:
 
 
 class Given(NamedTuple):
-    """What a method gives for a task: its questions are asked with the adapters and instructions in turn."""
+    """A method's adapters and instructions for a task. The questions of the task use them in turn."""
 
     adapters: Adapter = {}  # a batch of n; {} is none
     scaling: float = 0.0
@@ -138,8 +138,8 @@ class Row(NamedTuple):
 
     function: Callable[[Exam, int], Given]  # for task i
     flag: str = ""  # the flag whose folder it needs
-    needs: str = ""  # what else it needs,
-    has: Callable[[Exam], bool] = lambda exam: True  # and whether that is there
+    needs: str = ""  # a further condition, in words
+    has: Callable[[Exam], bool] = lambda exam: True  # whether this condition holds
 
 
 METHODS = {
@@ -171,9 +171,9 @@ def written(exam: Exam, i: int, texts: Sequence[str], key: str = "hypernet") -> 
 
 
 def instructions(exam: Exam, i: int, config: LoRAConfig, texts: Sequence[str] = ()) -> list[str]:
-    """What stands in the prompts of task i: nothing, unless training had an instruction, or --instruction.
+    """The instructions in the prompts of task i: empty, unless training or --instruction asks for them.
 
-    It is the definition of the task, otherwise these texts, otherwise its descriptions.
+    They are the definition of the task, otherwise these texts, otherwise its descriptions.
     """
     task, asked_for = exam.tasks[i], exam.args.instruction
     has_instruction = config.instruction if asked_for is None else asked_for
@@ -199,13 +199,13 @@ class Question(NamedTuple):
     """A test example as it is put to the base model."""
 
     example: Example
-    turn: int  # decides which of the adapters it has
+    turn: int  # selects its adapter and instruction
     prompt: str
     n_tokens: int  # of the prompt
 
 
 def questions_of(exam: Exam, task: Task, given: Given) -> list[Question]:
-    """The questions of a task, the shortest first. The tasks of benchmarks ask each one with several texts."""
+    """The questions of a task, the shortest first. Benchmarks ask each question with several texts."""
     questions, before = [], model.turn_of(exam.tokenizer).before
     n_texts = min(task.rules.n_texts, max(n_adapters(given), len(given.instructions)))
     for i, example in enumerate(exam.examples(task)):
@@ -227,7 +227,7 @@ def n_adapters(given: Given) -> int:
 
 
 def most_tokens(exam: Exam, task: Task) -> int:
-    """How long an answer may get: two tokens more than the right ones have; longer ones are wrong."""
+    """Maximum tokens of an answer: by default two more than the longest right answer has."""
     args, most = exam.args, task.rules.most_tokens
     if not most:
         rights = [right for example in exam.examples(task) for right in example.answers]
@@ -244,9 +244,9 @@ def contains_right(example: Example, answer: str, has_ended: bool) -> bool:
 
 
 def score(name: str, function, exam: Exam, process: int = 0, n_processes: int = 1) -> Scores:
-    """The scores of a method, which are printed. Tasks of equal names count as one, as documents may have.
+    """Compute and print the scores of a method. Tasks with the same name count as one (documents).
 
-    Of several processes each takes some of the tasks; the scores are those of one.
+    Several processes share the tasks. The scores are the same as with one process.
     """
     window, batch_size = model.window_of(exam.base), exam.args.batch_size
     hits, lengths, n_too_long, seconds = {}, [], 0, 0.0  # {number of a task: whether its answers are right}
@@ -332,7 +332,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def tasks_to_judge(args) -> tuple[list[Task], list[Task]]:
-    """(the tasks of --tasks and --split, with the texts of --descriptions; those of "train")."""
+    """(tasks of --tasks and --split, with the texts of --descriptions; training tasks without documents)."""
     splits = benchmarks.load(args.tasks, args.run_code) or load_tasks(args.tasks)
     say(summary(args.tasks, splits))
     tasks = data.pick(splits, args.split, args.n_tasks)

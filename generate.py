@@ -29,7 +29,7 @@ from support import UserError, at_least, command, make_parser, read_json, write_
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags, checked as far as that goes without a model."""
+    """The flags, after all checks that need no model."""
     parser = make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--desc", action="append", help="what to do, in words; several make several adapters")
@@ -67,7 +67,7 @@ def add_net_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base_model", help=f"{', '.join(model.PRESETS)}, a hub id or a folder; default: the net's")
     add("--hypernet", help="a folder, or USER/REPO/FOLDER on the hub; default: the shipped one")
-    add("--encoder", help="where the text encoder of training is now: a folder or an id")
+    add("--encoder", help="new folder or id of the text encoder used in training")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +134,7 @@ def load_base_for(configs: list[lora.LoRAConfig], args, device):
 
 @torch.no_grad()
 def write_adapters(net: nn.Module, texts: list, base: nn.Module) -> tuple[Adapter, float]:
-    """(one adapter per text, or for Doc-to-LoRA per list of texts; the milliseconds it took)."""
+    """(one adapter per text, the time in ms). For Doc-to-LoRA a text may be a list of texts."""
     started = time.perf_counter()
     on_gpu = base.device.type != "cpu"
     with torch.autocast(base.device.type, base.dtype, enabled=on_gpu and base.dtype == torch.bfloat16):
@@ -163,7 +163,8 @@ def ask(base, tokenizer, inputs: list[str], adapter: Adapter, scaling: float, in
 def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: str, args) -> None:
     """Print the answers of the base model and those with an adapter that was written from `text`.
 
-    For a document also those of the base model with the document in its prompt, if it fits, and the times.
+    For a document, also print the times, and the answers of the base model with the document in its prompt
+    if it fits.
     """
     instruction = model.instruct(text) if args.instruction and text else ""
     rows = {"base model": ({}, instruction)}
@@ -192,7 +193,7 @@ OUR_FILES = {*lora.ADAPTER_FILES, "description.txt"}  # of each adapter folder
 
 
 def check_out(folder: Path) -> None:
-    """Raise UserError if --out is anything but a new folder, or exactly what this command writes."""
+    """Raise UserError unless --out is a new folder, or holds exactly the files that this command writes."""
     found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     singles = [folder]
     if found == sorted(map(str, range(len(found)))):  # several adapters

@@ -52,7 +52,7 @@ class TextConfig(HypernetConfig):
 
     encoder: str = setting("preset", None, "the preset's, hash, base, a hub id or a folder")
     input_size: int = 1024  # E, the width of the text encoder's output
-    full_stop: bool = True  # descriptions that end in a letter get one, as published (not with "hash")
+    full_stop: bool = True  # append one to descriptions that end in a letter, as published (not with "hash")
     dropout: float = 0.1  # in the trunk; that of train.py's --dropout, as published
     size: str = setting("large", None, "what one pass through a head writes", "large", "medium", "small")
     latent_size: int = setting(128, 4, "width of the trunk; half of it is the task embedding")
@@ -83,8 +83,8 @@ class TextToLoRA(nn.Module):
                                       layer l ---+--> trunk --> head of module m --> A, B of layer l, module m
                                       module m --+
 
-    The sizes differ in what one pass through a head writes. Medium and small turn each row into 2 or 2 r
-    rows, told apart by learned embeddings.
+    The sizes differ in the output of one pass through a head. Medium turns each row into 2 rows, small into
+    2 r rows. Learned embeddings distinguish these rows.
 
         size      rows after the trunk       one pass writes        width of a head
         large     [n, L, M, head_in]         A and B                r (in + out)
@@ -119,10 +119,10 @@ class TextToLoRA(nn.Module):
         if c.size == "small":  # tells a row which rank to make
             self.rank_emb = nn.Sequential(nn.Embedding(c.r, d), nn.LayerNorm(d))
 
-        # heads, one per module. A matrix is offset + std * (output of the head), where
-        #     SFT:       the offset is a LoRA that all descriptions share, trained with the rest; std is 1
-        #     z_score:   they are mean and standard deviation of the oracles, entry by entry, and constant
-        #     delta_w:   the offset is 0, and constant; std is 1
+        # heads, one per module. A matrix is offset + std * (output of the head):
+        #     SFT:       offset is a trained LoRA that all descriptions share; std is 1
+        #     z_score:   offset and std are mean and standard deviation of the oracles per entry; constant
+        #     delta_w:   offset is 0 and constant; std is 1
         self.heads, self.offset, self.std = nn.ModuleDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, target in c.targets.items():
             key, L, larger = lora.no_dots(name), len(target.layers), max(target.n_in, target.n_out)
@@ -139,8 +139,8 @@ class TextToLoRA(nn.Module):
     def start_as_lora(self) -> None:
         """For SFT: write LoRA's initialisation (A random, B zero) for every description.
 
-        The published code trains one shared vector per module, in the biases of the heads; in medium and
-        small one head writes both A and B, so B would start as A^T. Our offset is per layer and matrix.
+        The published code trains the biases of the heads instead, which all layers share. In medium and small
+        one head writes both A and B, so B would start as A^T. We have one offset per layer and matrix.
         """
         for key, head in self.heads.items():
             nn.init.zeros_(head.weight)
@@ -181,7 +181,7 @@ class TextToLoRA(nn.Module):
         """The text encoder's output [n, E], of any norm -> A [n, L, r, in], B [n, L, out, r]."""
         task_emb = self.embed_task(text_emb)  # [n, d/2]
         x = self.trunk(self.rows(task_emb))  # [n, L, M, ..., head_in]
-        if self.config.skip:  # a way past the trunk, by which the heads learn sooner
+        if self.config.skip:  # a skip connection around the trunk: the heads learn faster
             direct = F.pad(task_emb, (0, x.shape[-1] - task_emb.shape[-1]))  # [n, head_in]
             x = x + self.config.skip * direct.view(len(direct), *[1] * (x.dim() - 2), -1)
         adapter = {}
@@ -215,7 +215,7 @@ class TextToLoRA(nn.Module):
         return self.mlp3(x)
 
     def add_ranks(self, x: Tensor) -> Tensor:
-        """A row for each rank. [..., d] -> [..., r, d]. That mlp2 is applied again is published."""
+        """A row for each rank. [..., d] -> [..., r, d]. mlp2 is applied a second time, as published."""
         ranks = torch.arange(self.config.r, device=x.device)
         return x[..., None, :] + self.mlp2(self.rank_emb(ranks))
 
@@ -287,7 +287,7 @@ MAY_DIFFER = {"base_model", "base_shape", "instruction", "full_stop", "dropout",
 
 
 def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
-    """Start a network from the weights of another one, for the same base model and of the same settings."""
+    """Copy the weights of another network for the same base model. Settings must agree (see MAY_DIFFER)."""
     start = load_hypernet(folder)
     ours, theirs = net.config, start.config
     model.check_base(base, theirs)
@@ -301,7 +301,7 @@ def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
         if differs and name not in MAY_DIFFER:
             message = f"--init_from {folder}: that network has other settings"
             raise UserError(f"{message} ({name}: {other}, not {value})")
-    learned = [name for name, p in net.named_parameters() if p.requires_grad]  # oracles' mean and std are not
+    learned = [name for name, p in net.named_parameters() if p.requires_grad]  # not the oracles' mean and std
     weights = start.state_dict()
     net.load_state_dict({name: weights[name] for name in learned}, strict=False)
 
@@ -315,18 +315,18 @@ def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
 #     net_class.reads      "descriptions" or "documents": the tasks that it is trained on
 #     net_class.modes      how train.py may train it: "sft", "recon"
 #     net_class.config_class
-#                          a dataclass: HypernetConfig and further fields. Each `setting` is a flag of
-#                          train.py when this network is trained, with a name that no other flag has, and the
-#                          least value if it is a number. For one called `encoder`, "preset" stands for the
-#                          text encoder of the base model's preset. A plain field `dropout` gets --dropout
+#                          a dataclass that extends HypernetConfig. Each `setting` is a flag of train.py when
+#                          this network is trained. No other flag may have its name. A number needs a least
+#                          value. In a setting `encoder`, "preset" stands for the text encoder of the base
+#                          model's preset. A plain field `dropout` is set by --dropout
 #     config.measure(base) sets fields that depend on the frozen models
 #     net_class(config)    the network, with random weights; net.config is its config
 #     net.connect(base, tokenizer)
-#                          gives it what it reads with, frozen and no part of its weights: a text encoder, or
-#                          the base model
-#     net(texts)           -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, for n texts. If they
-#                          need different ranks, zeros fill A and B up to the largest. A list of texts may stand
-#                          in place of a document: they are joined to one adapter
+#                          gives it the frozen network that it reads with: a text encoder, or the base model.
+#                          This is not part of its weights
+#     net(texts)           -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, for n texts. If
+#                          the ranks differ, A and B are zero-padded to the largest rank. A document may be a
+#                          list of texts, which become one adapter
 #     net.recompute        set by --gradient_checkpointing: compute activations again, to save memory
 #     net.start_as_lora()  for SFT: write LoRA's initialisation, with B = 0, for every text
 #     net.start_at(mean, std)

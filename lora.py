@@ -4,9 +4,9 @@ Adapters are a plain dictionary, the same everywhere in this project:
 
     {"q_proj": (A, B), "v_proj": (A, B)}      A [n, L, r, in]    B [n, L, out, r]
 
-They are always a batch of n adapters; one adapter is a batch with n = 1. There is one entry per target: the
-linear layers with the same name, place and shape, in the L decoder layers that have one (in most models all).
-With an adapter a linear layer computes (LoRA, arXiv 2106.09685, eq. 3)
+They are always a batch of n adapters; one adapter is a batch with n = 1. There is one entry per target.
+A target is the set of linear layers with the same name, place and shape, in L decoder layers (in most models
+in all of them). With an adapter a linear layer computes (LoRA, arXiv 2106.09685, eq. 3)
 
     y = W x + scaling * B (A x)
 """
@@ -63,11 +63,11 @@ class LoRALinear(nn.Linear):
 
 @contextmanager
 def use(base: nn.Module, adapter: Adapter, scaling: float):
-    """Run `base` with n adapters, in a block that holds the forward pass. {} is none. No nesting.
+    """Run `base` with n adapters inside a `with` block. {} means no adapter. Blocks cannot be nested.
 
-    Of a batch of n * k examples the first k have adapter 0, the next k adapter 1, and so on. The adapters are
-    computed in the dtype of the base model. If the backward pass computes layers again
-    (`model.recompute_layers`), the block holds it, too.
+    In a batch of n * k examples, the first k use adapter 0, the next k use adapter 1, and so on. The adapters
+    are cast to the dtype of the base model. The block must contain the forward pass. With
+    `model.recompute_layers` it must also contain the backward pass, which computes the layers again.
     """
     check_fits(base, adapter)
     try:
@@ -143,7 +143,7 @@ def inject(base: nn.Module, target_modules: list[str], dropout: float = 0.0) -> 
 
 
 def injected_layers(base: nn.Module) -> list[LoRALinear]:
-    """All of them; none before `inject`."""
+    """All LoRALinear layers of a model; [] before `inject`."""
     return [layer for layers in getattr(base, "lora_layers", {}).values() for layer in layers]
 
 
@@ -162,9 +162,9 @@ def split_path(path: str) -> tuple[str, int]:
 
 
 def find_targets(base: nn.Module, names: list[str]) -> dict[str, Target]:
-    """The targets of these names among a model's linear layers; [] stands for all layers with a number.
+    """Find the targets with these names in a model. [] selects every linear layer in a numbered layer.
 
-    Raises UserError as `group_layers` does, and for layers of another class, as quantised ones.
+    Raises UserError as `group_layers` does, and for layers of another class, such as quantised layers.
     """
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # skip a vision tower
     in_decoder, linear = set(decoder.modules()), {}
@@ -241,7 +241,7 @@ class LoRAConfig:
         return sorted({layer for target in self.targets.values() for layer in target.layers})
 
     def positions(self, name: str) -> slice | list[int]:
-        """Where the layers of a target are among `adapted_layers`."""
+        """The indices of a target's layers in `adapted_layers`."""
         adapted, layers = self.adapted_layers(), self.targets[name].layers
         return slice(None) if layers == adapted else [adapted.index(layer) for layer in layers]
 
@@ -262,7 +262,7 @@ def config_for(base: nn.Module, base_model: str, **settings) -> LoRAConfig:
 
 
 def concat_rank(adapters: list[Adapter]) -> Adapter:
-    """One adapter that does what all of these do together, at the same scaling: its rank is their sum.
+    """The sum of several adapters as one adapter with the same scaling. The ranks add up.
 
     B1 A1 + B2 A2 = [B1 B2] [A1; A2]
     """
@@ -307,8 +307,8 @@ def no_dots(name: str) -> str:
 class LoRABank(nn.Module):
     """Ordinary LoRAs, all from the same random A; one optimizer trains them as a batch.
 
-    bank([3, 5]) is a batch of two of them. A single one answers to every number. Their gradients are clipped
-    together.
+    bank([3, 5]) is a batch of LoRAs 3 and 5. A bank with a single LoRA returns it for every number. The
+    gradients of all LoRAs are clipped together.
     """
 
     reads = "numbers"

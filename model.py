@@ -44,7 +44,7 @@ def resolve(name: str) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can only be one on the Hugging Face hub: USER/REPO, perhaps followed by folders."""
+    """Whether a name is an id on the Hugging Face hub (USER/REPO, perhaps with folders), not a local path."""
     first = name.split("/")[0]  # USER, unless it is a folder here
     return "/" in name and first not in ("", ".", "..", "~") and not Path(first).is_dir()
 
@@ -60,7 +60,7 @@ def is_same_base(name: str, shape: list[int], other: str, other_shape: list[int]
 
 
 def check_base(base: nn.Module, config: lora.LoRAConfig) -> None:
-    """Raise UserError if what was trained for one base model is to be used with another."""
+    """Raise UserError if an adapter or hypernetwork was trained for another base model than `base`."""
     name, shape = base.name_or_path, lora.base_shape(base.config)
     if not is_same_base(name, shape, config.base_model, config.base_shape):
         message = f"what was trained for {config.base_model} cannot be used with {name}"
@@ -80,7 +80,7 @@ def fetch(name: str, files: list[str]) -> Path:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device that --device names; a GPU becomes the current one, under torchrun that of the process."""
+    """The device of --device. A GPU becomes the current device; under torchrun each process has its GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -156,7 +156,7 @@ def load_sharded(name: str, device, dtype: torch.dtype, target_modules: list[str
             lora.inject(base, target_modules, dropout)
             for layer in decoder_layers(base):
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-            # one root for all layers: they share its streams, and so the memory in which layers are gathered
+            # one root for all layers, so that they share streams and the memory for gathered layers
             whole = {p for p in base.get_decoder().parameters() if not isinstance(p, DTensor)}
             fully_shard(base.get_decoder(), mesh=mesh, ignored_params=whole)
             base.to(device)
@@ -185,7 +185,7 @@ def load_tokenizer(name: str):
 
 
 def end_tokens(base: nn.Module, tokenizer) -> list[int]:
-    """The tokens that end an answer: the model's own, and the one that answers end with in training."""
+    """The tokens that end an answer: the model's EOS tokens, and the last token of training answers."""
     own = base.generation_config.eos_token_id
     ends = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
     ends = ends + tokenize(tokenizer, turn_of(tokenizer).end)[-1:]
@@ -215,8 +215,8 @@ def recompute_layers(base: nn.Module) -> None:
 
 # -------------------- Prompts --------------------
 #
-# Of the tiny base model, whose template is PLAIN_TEMPLATE, the prompt for "cat dog" is "cat dog ->", and the
-# answer that is learnt " chien<eos>".
+# The tiny base model uses PLAIN_TEMPLATE. Its prompt for "cat dog" is "cat dog ->". It learns the answer
+# " chien<eos>".
 
 
 def instruct(description: str) -> str:
@@ -243,7 +243,7 @@ def turn_of(tokenizer) -> Turn:
         try:
             prompt = fill_template(tokenizer, [*system, question], add_generation_prompt=True)
             whole = fill_template(tokenizer, [*system, question, answer])
-        except Exception:  # a template that takes no system message raises what it likes
+        except Exception:  # templates without system messages raise arbitrary exceptions
             continue
         before, _, after = whole.removeprefix(prompt).partition("<<>>")
         if not whole.startswith(prompt) or before.strip():
@@ -272,9 +272,9 @@ def fill_template(tokenizer, messages: list[dict], **settings) -> str:
 
 
 def render(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, str]] = ()) -> str:
-    """The prompt that asks for the answer to `text`: a user turn, after an empty system message.
+    """The prompt for `text`: a user turn, after an empty system message if the template takes one.
 
-    An `instruction` stands before the text. `shots` are earlier (input, answer) turns.
+    `instruction` is put before the text. `shots` are earlier (input, answer) turns.
     """
     messages = list(turn_of(tokenizer).system)
     for question, answer in shots:
@@ -285,15 +285,15 @@ def render(tokenizer, text: str, instruction: str = "", shots: list[tuple[str, s
 
 
 def tokenize(tokenizer, text: str) -> list[int]:
-    """Token ids of a rendered text, which has its special tokens from the template."""
+    """Token ids of a rendered text. The template has already added the special tokens."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def example_ids(tokenizer, question: str, answer: str, instruction: str = "") -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its answer, up to the end mark.
 
-    They are tokenized together, if the prompt's tokens stay the same: tokenized alone, the answer may begin
-    with a different token from the one that the model generates.
+    Both are tokenized together, if the prompt's tokens stay the same. Tokenized alone, the answer may begin
+    with another token than the one that the model generates.
     """
     turn, prompt = turn_of(tokenizer), render(tokenizer, question, instruction)
     answer = turn.before + answer + turn.end

@@ -55,7 +55,7 @@ SETTINGS = {  # {group: [(name, default, least value of a number, meaning, *choi
         ("tasks_per_batch", 128, 0, "tasks of a step, over all processes (0: all)"),
         ("lr", 2e-3, 0, "highest learning rate"),
         ("warmup", 0.1, 0, "fraction of the steps in which the learning rate rises"),
-        ("schedule", "linear", None, "decay to 0; late: in the last third", "linear", "late", "cosine"),
+        ("schedule", "linear", None, "decay of lr; late: in the last third", "linear", "late", "cosine"),
         ("weight_decay", 1e-2, 0, "weight decay of AdamW, only on matrices (and not on latents and scalers)"),
         ("seed", 0, 0, "of the run's randomness"),
         ("device", "auto", None, "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one"),
@@ -70,14 +70,14 @@ SETTINGS = {  # {group: [(name, default, least value of a number, meaning, *choi
         ("alpha", 16.0, 1e-3, "scaling is alpha / sqrt(rank)"),
         ("examples_per_task", 1, 1, "examples of each task of a step"),
         ("micro_batch", 64, 1, "examples at once, on each process"),
-        ("max_tokens", 512, 1, "longer examples are not drawn"),
+        ("max_tokens", 512, 1, "maximum tokens of an example; longer ones are not drawn"),
         ("neftune_alpha", 0.0, 0, "noise on the input embeddings (NEFTune)"),
         ("l1", 0.0, 0, "weight of the mean absolute value of A and B"),
         ("l2", 1e-3, 0, "weight of the mean square of A and B"),
         ("gradient_checkpointing", False, None, "compute activations twice, to save memory"),
     ],
     "documents": [
-        ("short_first", False, None, "short documents first, all from half-way on"),
+        ("short_first", False, None, "short documents first; all documents after half of the steps"),
         ("distill", 0, 0, "learn the base model's top k tokens, with the document in its prompt (0: no)"),
     ],
     "no documents": [
@@ -131,9 +131,9 @@ def add_flag(parser: argparse.ArgumentParser, name: str, default, least, meaning
 
 
 def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
-    """The settings of a run, and the same as a file of flags. A resumed run goes by its train.args first.
+    """(the settings of a run, the same as a file of flags). A resumed run reads its train.args first.
 
-    A setting that the run does not use has its default, and its flag is refused by argparse.
+    Settings that the run does not use have their defaults. argparse refuses their flags.
     """
     # a first look: which groups of settings the run has
     looker = new_parser(add_help=False)
@@ -214,9 +214,9 @@ def distill_loss(logits: Tensor, example_index: Tensor, teacher: Tensor, k: int)
 
 
 def weight_size(adapter: Adapter, measure) -> Tensor:
-    """Mean of measure(A) plus mean of measure(B), torch.abs or torch.square, summed over the modules.
+    """Mean of measure(A) plus mean of measure(B), summed over the modules (torch.abs or torch.square).
 
-    Each adapter of the batch counts equally, without the ranks of zeros that pad it (Doc-to-LoRA).
+    Every adapter of the batch counts equally. Zero padding along the rank is excluded (Doc-to-LoRA).
     """
     total = 0.0
     for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
@@ -252,14 +252,14 @@ def recon_loss(compare: str, adapter: Adapter, oracle: Adapter, std: Adapter) ->
 
 @dataclass
 class Run:
-    """Everything a step needs. Of several processes, the one with number 0 writes and prints."""
+    """Everything a step needs. Process 0 writes files and prints."""
 
     args: argparse.Namespace
     device: torch.device
     process: int  # its number
     n_processes: int
     tasks: list[data.Task]
-    pool: list[int]  # from which a step draws tasks: their places, each as often as its weight says
+    pool: list[int]  # indices of tasks, repeated by weight; a step draws from it
     exam: list[data.Drawn]  # to validate: tasks with a description and examples
     base: nn.Module  # the frozen model; for recon without weights, unless it is the text encoder
     tokenizer: Any  # None for recon, which uses no examples
@@ -411,7 +411,7 @@ def learning_rate(step: int, args) -> float:
 
 
 def train(run: Run, folder: Path, settings: str) -> None:
-    """Train until --max_steps. The weights with the lowest validation loss are kept; without it the last."""
+    """Train until --max_steps. Keep the weights with the lowest validation loss; the last without it."""
     args, is_first, saved_at = run.args, run.process == 0, time.monotonic()
     optimizer = make_optimizer(run.net, args)
     state = {"step": 0, "best": math.inf, "best_step": 0}
@@ -429,12 +429,12 @@ def train(run: Run, folder: Path, settings: str) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         pool = run.pool
-        if args.short_first:  # (they are sorted) the shortest sixth at first, all from half-way on
+        if args.short_first:  # tasks are sorted; start with the shortest sixth, use all after half the steps
             fraction = min(1, 1 / 6 + 5 / 3 * step / args.max_steps)
             pool = pool[: math.ceil(len(pool) * fraction)]
-        # All processes draw the same tasks, and each takes an equal share, with equally many examples. So
-        # the mean over the processes is that of the batch: DDP's of gradients, ours of losses. Only what is
-        # random within a step differs. (All run a sharded base model equally often, also in validation.)
+        # All processes draw the same tasks. Each takes an equal share, with equally many examples. So the
+        # mean over processes is the mean over the batch. DDP averages gradients, we average losses. Only
+        # dropout and noise differ. (All processes run a sharded base model equally often, also to validate.)
         drawn = data.draw(run.tasks, pool, step, args, run.tokenizer)[run.process :: run.n_processes]
         torch.manual_seed(random.Random(f"{args.seed} {step} {run.process}").getrandbits(63))
         optimizer.zero_grad()
@@ -460,7 +460,7 @@ def train(run: Run, folder: Path, settings: str) -> None:
         if is_first:
             with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            # the best weights first, then the state: what a kill between the two loses is computed again
+            # save the best weights before the state: after a kill in between, --resume repeats these steps
             if row.get("val_loss", math.nan) <= state["best"]:  # (nan: no validation)
                 state |= {"best": row["val_loss"], "best_step": step}
                 save(run, folder)
@@ -491,7 +491,7 @@ def save(run: Run, folder: Path) -> None:
 
 
 def save_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Write what --resume needs. Randomness follows from the step."""
+    """Save the state for --resume. Random numbers follow from the seed, the step and the process."""
     networks = {"net": run.net.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(state | networks | {"n_processes": run.n_processes}, folder / "state.pt.tmp")
     os.replace(folder / "state.pt.tmp", folder / "state.pt")
@@ -593,7 +593,8 @@ def load_base(args, device):
 def load_oracles(args, tasks: list[data.Task], device):
     """(the tasks with an oracle, all oracles as a batch, the config of adapters, base model, tokenizer).
 
-    The base model has shapes only and no tokenizer is returned, since no example is read.
+    No example is read. So the base model has only shapes and the tokenizer is None, unless the base model is
+    the text encoder.
     """
     with_oracle = [task for task in tasks if Path(args.oracles, task.name).is_dir()]
     if not with_oracle or not args.oracles:
@@ -614,7 +615,7 @@ def load_oracles(args, tasks: list[data.Task], device):
 
 
 def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapter) -> nn.Module:
-    """The network of --arch for adapters of this config, connected with what it reads with.
+    """The network of --arch for adapters of this config, connected to its text encoder or the base model.
 
     `statistics` are mean and standard deviation of the oracles, for reconstruction.
     """
@@ -642,7 +643,7 @@ def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapt
 
 # -------------------- The run --------------------
 
-LEFT_OVER = {"train.args", "metrics.jsonl"}  # of a run that ended before its first state; it may begin again
+LEFT_OVER = {"train.args", "metrics.jsonl"}  # files of a run without a saved state; it may start again
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ A file has two functions:
     width(name, base)                                       E, without loading weights
     load(name, device, base, tokenizer, full_stop)          the encoder
 
-`base` is the base model with its tokenizer. With `full_stop`, descriptions that end in a letter get one, as
-published.
+`base` and `tokenizer` are those of the base model. With `full_stop`, descriptions that end in a letter get a
+full stop, as published.
 """
 
 import importlib
@@ -38,7 +38,7 @@ def load(name: str, device="cpu", base=None, tokenizer=None, full_stop: bool = F
 
 
 def one_by_one(encode: Encoder, device, full_stop: bool) -> Encoder:
-    """An encoder that reads each text once, and alone, so that nothing depends on its batch."""
+    """An encoder that reads texts one by one, so that results do not depend on the batch, and caches them."""
 
     @lru_cache(2**13)
     @torch.no_grad()

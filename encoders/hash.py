@@ -39,5 +39,5 @@ def width(name: str, base) -> int:
 
 
 def load(name: str, device, base, tokenizer, full_stop: bool):
-    """It takes no full stop, which would be one more word to it."""
+    """`full_stop` is ignored, because a full stop would count as a word."""
     return lambda texts: hash_texts(texts).to(device)

@@ -4,10 +4,10 @@
     python train.py @config/reader.args --tasks out/notes --init_from out/needle --out_dir out/reader
 
 FOLDER holds texts (.txt, .md), or documents with questions as JSON files (see extras/README.md). As in the
-published recipe, the base model is asked for questions about each text, of several kinds, and then answers
-them with the text in its prompt. Long texts are cut into parts at paragraphs. Whole texts are held out for
-validation and testing. OUT_DIR gets a file for each part, and splits.json; a second call goes on with the
-parts that are missing. All answers are greedy, so a second run gives the same.
+published recipe, the base model writes questions of several kinds about each text. It then answers them with
+the text in its prompt. Long texts are cut into parts, at paragraphs if possible. Whole texts are held out for
+validation and testing. OUT_DIR gets a file for each part, and splits.json. A second call continues with the
+missing parts. All answers are greedy, so a second run gives the same answers.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def write_questions(base, tokenizer, document: str, n: int) -> list[dict]:
 
 
 def answer_questions(base, tokenizer, content: dict) -> int:
-    """Answer the open questions of a file, in place, and drop the others. Returns how many are dropped."""
+    """Answer the open questions of a file in place. Drop those without an answer; return their number."""
     open_ones = [entry for entry in content["questions"] if "answer" not in entry]
     prompts = []
     for entry in open_ones:

@@ -3,12 +3,12 @@
     python -m extras.describe my_tasks/ out/described --base_model NAME --descriptions 64
     python train.py --tasks out/described
 
-A hypernetwork learns to listen to words only if each task has many wordings; the paper has 128. Here an
-instruct model writes them from some examples of a task and its definition (or its first description), in
-several manners. A description is dropped if it is there already, or if it gives away an answer of an example that it
-was written from (unless the definition names this answer, as "yes" and "no"). OUT_DIR gets a file for each
-task, with the new descriptions after its own; a second call goes on with the missing ones. All texts are
-greedy, and examples are drawn with a seed, so a second run gives the same.
+A hypernetwork learns to follow descriptions only if each task has many; the paper has 128. Here an instruct
+model writes them in several manners, from some examples of a task and its definition (or first description).
+A description is dropped if it exists already, or if it quotes an input or an answer of an example that was
+shown (unless the definition names it, such as "yes" or "no"). OUT_DIR gets a file for each task, with the
+new descriptions after the old ones. A second call continues with the missing files. All texts are greedy and
+examples are drawn with a seed, so a second run gives the same texts.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from support import UserError, at_least, command, make_parser, read_json, write_
 from tasks import read_splits, read_task, task_files
 
 MANNERS = [
-    "Say in a few words, as a command, what to do with the input.",
+    "Say in a few words, as a command that begins with a verb, what to do with any input.",
     "Explain in one full sentence how the output follows from the input.",
-    "Write the question that the output answers about the input.",
-    "Describe in one sentence what the output looks like and what it says about the input.",
-    "Write one sentence in which somebody politely asks for this to be done.",
+    "Write the question about the input that the output answers.",
+    "Describe in one sentence what the output is.",
+    "Write the instruction for a new colleague who has to do this, in one sentence.",
     "Say in one sentence what the input is and what to make of it.",
 ]
 N_SHOWN = 4  # examples in a prompt
@@ -59,10 +59,11 @@ def prompt_for(tokenizer, definition: str, examples: list[Example], manner: str)
 
 
 def gives_away(text: str, definition: str, examples: list[Example]) -> bool:
-    """Whether a text names an answer of these examples that the definition does not name."""
-    for example in examples:
-        answer = re.compile(rf"(?<!\w){re.escape(example.answers[0])}(?!\w)", re.IGNORECASE)
-        if answer.search(text) and not answer.search(definition):
+    """Whether a text quotes an input or an answer of these examples that the definition does not name."""
+    quoted = [example.input for example in examples] + [example.answers[0] for example in examples]
+    for words in quoted:
+        pattern = re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", re.IGNORECASE)
+        if pattern.search(text) and not pattern.search(definition):
             return True
     return False
 

@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def permute(B: Tensor, n_heads: int) -> Tensor:
-    """The rows of q or k as llama.cpp's rotary embedding has them: both halves of a head in turn. [out, r]"""
+    """Reorder the rows of q or k for llama.cpp's rotary embedding: interleave a head's halves. [out, r]"""
     return B.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 

@@ -3,9 +3,9 @@
     python -m extras.map --out map.png
     python -m extras.map --hypernet out/sft --split train --out map.png
 
-Each dot is a task: left its task embedding, right the written change of the weights, both projected onto
-their first two principal components. In the tiny world the colour is the category on the left, the layout on
-the right; for other tasks it is the first part of the name.
+Each dot is a task. The left plot shows task embeddings, the right plot the written changes of the weights.
+Both are projected onto their first two principal components. In the tiny world the colour is the category on
+the left and the layout on the right. For other tasks it is the first part of the name.
 """
 
 import argparse

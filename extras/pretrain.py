@@ -1,9 +1,9 @@
 """Train the tiny base model from scratch: python -m extras.pretrain OUT_DIR
 
-A Llama of 0.84M parameters. At first it sees lines of any words and goes on with one of them, by which it
-learns to look things up in its prompt. Then it is trained on two sorts of text in turn: 8 examples of one
-training task, so that it can do a task from examples in its prompt, and a document of facts with 8 questions,
-so that it can look facts up. It never sees a description, nor a validation or test task.
+A Llama of 0.84M parameters. First it reads lines of random words and continues one of them. So it learns to
+look things up in its prompt. Then two sorts of text alternate. The first is 8 examples of one training task,
+so that it learns a task from examples in its prompt. The second is a document of facts with 8 questions, so
+that it learns to look up facts. It never sees a description, a validation task or a test task.
 """
 
 import json

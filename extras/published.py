@@ -81,7 +81,7 @@ def make_targets(n_layers: int, in_features: dict[str, int], out_features: dict[
 
 
 class Record:
-    """An object of a class that is not here: its fields, and nothing that runs."""
+    """Stands for an object of an unknown class. It has the fields of the object and none of its code."""
 
     def __new__(cls, *args):
         return super().__new__(cls)

@@ -3,7 +3,7 @@
     python -m extras.serve --base_model smollm2-135m --port 8000        # and any other flag of `vllm serve`
 
 With any OpenAI client: model="t2l: just the family name please". vLLM asks a resolver for models that it does
-not know; ours writes the adapter into a folder that goes with this server, and vLLM loads and keeps it.
+not know. Our resolver writes the adapter into a temporary folder. vLLM loads the adapter and keeps it.
 """
 
 import asyncio

@@ -2,9 +2,9 @@
 
     document --> chunks --base model--> states of its layers --Perceiver--> A, B of each chunk --> one adapter
 
-A document is split into chunks. The frozen base model reads each of them; a Perceiver turns its states into
-r vectors for each layer and module. An MLP for each layer, and a head for each layer and module, turn these
-into A and B. The adapters of the chunks are joined along the rank.
+A document is split into chunks. The frozen base model reads each chunk. A Perceiver turns the states into r
+vectors for each layer and module. An MLP per layer and a head per layer and module turn these vectors into
+A and B. The adapters of the chunks are joined along the rank.
 """
 
 import math
@@ -32,7 +32,7 @@ class DocConfig(HypernetConfig):
     n_latents: int = 8  # latent vectors of the Perceiver
     n_blocks: int = setting(9, 1, "cross-attention blocks of the Perceiver")
     n_heads: int = setting(16, 1, "attention heads of size 128; a quarter as many for keys and values")
-    chunk_len: int = setting(512, 1, "maximum tokens per chunk, without the template's that are added at cuts")
+    chunk_len: int = setting(512, 1, "maximum tokens per chunk, without template tokens added at cuts")
     chat: bool = setting(True, None, "read a chunk as a user turn of the base model's chat template")
 
     def measure(self, base: nn.Module) -> None:
@@ -168,8 +168,8 @@ class CrossAttention(nn.Module):
         q = self.q_proj(self.norm_latents(latents)).unflatten(-1, (self.heads, -1))  # [b, n, heads, 128]
         k = self.k_proj(context).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [b, heads / 4, T, 128]
         v = self.v_proj(context).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        # 4 heads of queries share keys and values: they become 4 n queries of one head. (With enable_gqa,
-        # torch has no fused kernel that takes a mask, and the other one copies k and v four times.)
+        # Each 4 query heads share keys and values, so we compute them as one head with 4 n queries. (With
+        # enable_gqa, torch has no fused kernel that takes a mask. The unfused kernel copies k and v 4 times.)
         q = q.transpose(1, 2).unflatten(1, (-1, 4)).flatten(2, 3)  # [b, heads / 4, 4 n, 128]
         mask = None if mask is None else mask[:, None, None].bool()  # [b, 1, 1, T]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [b, heads / 4, 4 n, 128]
@@ -221,7 +221,7 @@ class DocToLoRA(nn.Module):
         n_out = M * c.r * (L if c.early_exit else 1)
         self.perceiver = Perceiver(c.input_size, d, c.n_latents, c.n_blocks, c.n_heads, n_out)
 
-        # every layer of the base model that has a target has its own block and its own head
+        # one block per adapted layer of the base model, one head per adapted layer and module
         self.block_in, self.block_out = nn.LayerNorm(d), nn.LayerNorm(d)
         self.W1 = nn.Parameter(torch.randn(L, d, 4 * d) * d**-0.5)
         self.b1 = nn.Parameter(torch.zeros(L, 1, 1, 4 * d))
@@ -253,7 +253,7 @@ class DocToLoRA(nn.Module):
             self.scaler[f"{lora.no_dots(name)}_B"].zero_()
 
     def connect(self, base: nn.Module, tokenizer) -> None:
-        """What reads documents is the base model itself. (In a tuple, it is no part of the network.)"""
+        """Keep the base model, which reads the documents. (In a tuple, it is not part of the network.)"""
         self.frozen = base, tokenizer
 
     def forward(self, documents: list) -> Adapter:

@@ -1,4 +1,4 @@
-"""Text-to-LoRA with a LoRA on its text encoder, which is trained with the network (not published).
+"""Text-to-LoRA with a LoRA on its text encoder. The LoRA is trained with the network (not published).
 
     python train.py @config/families.args --out_dir out/families
 
@@ -50,7 +50,7 @@ class Net(hypernet.TextToLoRA):
         self.encoder_lora = LoRABank(encoder_config, 1)
 
     def connect(self, base, tokenizer) -> None:
-        """Load the text encoder. UserError if it is another one than that of the LoRA."""
+        """Load the text encoder. Raises UserError if the LoRA is for another text encoder."""
         name, targets = self.config.encoder, self.config.encoder_targets
         self.encoder = hub.TransformerEncoder(name, next(self.parameters()).device)
         lora.inject(self.encoder.model, list(targets))

@@ -3,8 +3,8 @@
     python train.py --arch linear --out_dir out/low                                # low-rank: 1.5M parameters
     python train.py --arch linear --latent_size 0 --lr 5e-4 --out_dir out/linear   # one map: 117M parameters
 
-How they compare with Text-to-LoRA is on the card of the tiny world. This file is also the example of a new
-network; the end of hypernet.py lists what one must provide.
+The card of the tiny world compares them with Text-to-LoRA. This file is also the example of a new network;
+the end of hypernet.py lists its members.
 """
 
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ from support import command
 def measure(
     base: pictures.Transformer, adapters: lora.Adapter, scaling: float, with_example: bool = False
 ) -> str:
-    """Draw 8 pictures by each test edit, the i-th one with the i-th adapter, or with an example for each."""
+    """Draw 8 pictures per test edit: edit i with adapter i, or each picture with an example."""
     errors, hits, whole_hits = [], [], []
     for i, edit in enumerate(TEST):
         rng = random.Random(f"measure {edit}")

@@ -5,10 +5,10 @@
     python -m pictures.pictures --train hypernet --weights out/pictures  # 2. from descriptions
 
 The base model is a rectified flow from noise to the edited picture, given the source picture. It never reads
-what the edit is: mostly it sees an example, another pair of pictures; otherwise it draws any edit. Then it is
-frozen, and a hypernetwork learns to write LoRAs for it from descriptions of the edits, by the loss of the
-flow: they take the place of the example. `lora.py` and `hypernet.py` are used as they are: all they need is
-linear layers with names.
+a description. Mostly it sees an example of the edit, another pair of pictures; otherwise it draws any edit.
+Then it is frozen. A hypernetwork learns to write LoRAs for it from descriptions of the edits, by the loss of
+the flow. The LoRAs replace the example. `lora.py` and `hypernet.py` are used unchanged: they only need linear
+layers with names.
 """
 
 import json
@@ -61,11 +61,11 @@ def sin_cos_positions(d: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """Two streams, each with weights of its own, that attend to both (MMDiT, arXiv 2403.03206, figure 2).
+    """Two streams with separate weights that attend to both (MMDiT, arXiv 2403.03206, figure 2).
 
-    The linear layers have the names of Stable Diffusion 3 and Flux in diffusers: to_* is the stream of the
-    picture that is drawn, add_* that of its condition, in those models a text, here the source picture and
-    perhaps an example.
+    The linear layers have the names of Stable Diffusion 3 and Flux in diffusers. to_* is the stream of the
+    picture that is drawn. add_* is the stream of its condition. In those models the condition is a text, here
+    it is the source picture and perhaps an example.
     """
 
     def __init__(self, d: int, is_last: bool):
@@ -212,7 +212,7 @@ def load_hypernet(folder: Path, device="cpu") -> nn.Module:
 
 
 def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Random) -> Tensor:
-    """The loss of a step, on pairs of pictures of an edit each. With adapters, each edit has its own."""
+    """The loss of a step, on one pair of pictures per edit. In mode "one" all edits share an adapter."""
     device = base.position.device
     edits = 2 * TEST if mode == "oracles" else rng.sample(TRAIN, BATCH)
     source, target = [pictures.to(device) for pictures in draw_pairs(edits, rng)]
@@ -229,7 +229,7 @@ def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Rand
     else:
         adapters = trained([0])
     with lora.use(base, adapters, trained.config.scaling):
-        return flow_loss(base, source, target, t.square())  # early times: later ones show the edit themselves
+        return flow_loss(base, source, target, t.square())  # early times: at late times x shows the edit
 
 
 def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:

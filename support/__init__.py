@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 
 class UserError(ValueError):
-    """An error the user can fix, in our own words: a mistake that would otherwise be silent."""
+    """An error the user can fix."""
 
 
 def command(main) -> None:
@@ -40,7 +40,7 @@ def make_parser(description: str, **settings) -> argparse.ArgumentParser:
 
 
 def at_least(least, kind: type = int):
-    """The type of a flag for argparse: a number of this kind that is not smaller."""
+    """An argparse type: a number of this kind, at least `least`."""
 
     def number(text: str):
         value = kind(text)

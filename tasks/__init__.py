@@ -6,7 +6,7 @@ A folder holds one JSON file per task, as in Natural Instructions, or one per do
     {"name", "document", "questions": [{"question", "answer" if known}, ...]}
 
 The last fifth of the instances is the test part. splits.json, {"train": [names of files], "val", "test"},
-holds tasks out; without it all are training tasks. A mistake in a file is one line that names it.
+assigns tasks to splits. Without it all are training tasks. Error messages name the file.
 """
 
 import importlib

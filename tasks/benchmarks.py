@@ -3,8 +3,9 @@
     python eval.py --tasks benchmarks --base_model gemma-2-2b --hypernet DIR [--run_code]
     python eval.py --tasks arc_easy,gsm8k ...                                       some of them
 
-Rows come from the hub's rows service. Each benchmark has three descriptions that training never used, and
-all have three meaningless texts, from the published repository. Published scores are in benchmarks.json.
+Rows come from the hub's rows service. Each benchmark has three descriptions that training never used. All
+benchmarks share three meaningless texts. All texts are from the published repository. Published scores are in
+benchmarks.json.
 """
 
 import os

@@ -8,14 +8,14 @@ one chore, or a chain of two: "Give the domain of the e-mail address, then write
     test      100 more such chains
     single    the single chores of the training tasks
     unseen    13 chores that occur in no training task
-    open      162 requests of people who had seen the texts alone; some ask for more than chores
+    open      162 requests by writers who had seen only the texts; some go beyond the chores
 
 chores.json holds the values of inputs, and what the chores do. All values are made up; a fifth of the names,
 places and words is for test examples only.
 
-chores_descriptions.json holds descriptions that were written one by one, from inputs and outputs alone. Each
-writer had a voice of its own: 17 for training, and 8 for chains alone; for validation; and for testing
-(`reworded`, and all descriptions of `unseen`) three of each chore: terse, a full sentence, put differently.
+chores_descriptions.json holds descriptions that were written one by one, from inputs and outputs alone. The
+writers had different voices: 17 for training, 8 for chains only, others for validation and testing. The test
+descriptions (`reworded`, and all of `unseen`) are three per chore: terse, a full sentence, put differently.
 """
 
 import json
@@ -245,7 +245,7 @@ def chores_for(sort: str | None) -> list[str]:
 
 
 def inputs_of(sort: str) -> list[str]:
-    """20 texts, to tell by what chores make of them whether two are the same."""
+    """20 texts. Two chores count as the same if they give the same answers to them."""
     return [MAKE[sort](Draw(f"{sort} {i}")) for i in range(20)]
 
 

@@ -1,4 +1,4 @@
-"""Downloads of task sources: JSON or YAML, once, into a cache."""
+"""Download JSON or YAML for task sources, which keep it in a cache folder."""
 
 import json
 import os

@@ -1,15 +1,15 @@
-"""Families of chores: what one does to a text, with a parameter. Some 1,000, beside those of chores.py.
+"""Families of chores with a parameter: about 1,000 chores in addition to those of chores.py.
 
-"Replace every comma by a tilde." is of the family `replace`. The parameter is what stands in the last slot,
-here the tilde; a fifth of them is in no training task of the family. The splits are those of chores.py, and
+"Replace every comma by a tilde." is of the family `replace`. The parameter is the value of the last slot,
+here the tilde. A fifth of a family's parameters is in none of its training tasks. The splits are those of
+chores.py, with these chores added to "train", and
 
-    train      these chores, too
-    families   the families' chores of the training tasks, to measure
-    withheld   chores of the families with parameters that are withheld
+    families   the training chores of the families, for measuring
+    withheld   chores of the families with withheld parameters
 
-families.json holds the values of slots and their names, and descriptions with slots, which were written as
-those of chores.py are: by voices of their own, from inputs and outputs alone, three per family for testing
-only. The names in the slots of those are mostly the same as in training.
+families.json holds the values of slots, their names, and descriptions with slots. The descriptions were
+written like those of chores.py: in different voices, from inputs and outputs alone. Three per family are for
+testing only. The names in their slots are mostly the same as in training.
 """
 
 import inspect
@@ -27,7 +27,7 @@ from tasks.chores import FORMS, MAKE, Draw, LazyList, differ, part_of
 
 DATA = read_json(Path(__file__).parent / "families.json")
 N_TRAIN, N_WITHHELD = 40, 8  # at most so many chores of a family
-WEIGHT = 2  # of a chore: about a third of what is drawn are of families
+WEIGHT = 2  # of a chore: about a third of the drawn tasks are of families
 
 PARTS = FORMS | {
     "record": "".join(rf"(?=.*{key}: (?P<{key}>[\w ]+))" for key in ("name", "city", "age", "job")) + ".*",
@@ -58,7 +58,7 @@ class Text(str):
         return self[:start] + new + self[end:]
 
     def without(self, part: str) -> str:
-        """The text without a part, and without the sign between it and the part before it, or after it."""
+        """The text without a part and the sign before it (after it, if the part is the first)."""
         if self.sort == "record":
             return chores.without_field(self, part.split("-")[1])
         start, end = self.span(part)
@@ -178,7 +178,7 @@ def answer(chore: Chore, text: str) -> str:
 
 
 def new_ones(found: list[Chore], inputs: dict[str, list[str]], known: set[tuple]) -> Iterator[Chore]:
-    """The chores that change their text and whose answers to the inputs are not known; then they are."""
+    """Yield the chores that change their text and have new answers. Adds these answers to `known`."""
     for chore in found:
         answers = tuple(answer(chore, text) for text in inputs[chore.sort])
         if differ(inputs[chore.sort], answers) and len(set(answers)) > 2 and answers not in known:

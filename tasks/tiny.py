@@ -1,9 +1,9 @@
 """The tiny world: 512 tasks on lists of four everyday words.
 
 A task keeps the words of one category (or all of them), changes each, and lays the answer out: it is a tuple
-(filter, map, layout), such as ("animals", "french", "reversed"). Words and phrases are in tiny.json. Its
-phrases that are "seen" make the training descriptions; the "withheld" ones make the reworded descriptions,
-for testing only.
+(filter, map, layout), such as ("animals", "french", "reversed"). Words and phrases are in tiny.json. The
+training descriptions use "seen" phrases. The reworded descriptions, for testing only, use "withheld"
+phrases.
 """
 
 import random
@@ -52,7 +52,7 @@ def right_answer(parts: Parts, words: list[str]) -> str:
 def example(parts: Parts, rng: random.Random, n_words: int = 4) -> Example:
     """A list of words and the right answer.
 
-    The words are of two categories, mixed at random whatever the task, so a list does not give its task away.
+    The words are of two categories, so a list does not show which category the task keeps.
     """
     categories = rng.sample(list(CATEGORIES), 2)
     if parts[0] not in ("all", *categories):
@@ -86,7 +86,7 @@ def phrase(part: str, style: str, rng: random.Random, reworded: bool = False, x:
 
 
 def left_out(parts, rng: random.Random) -> set[str]:
-    """The parts that a sentence leaves out: default parts may be."""
+    """The parts that a sentence leaves out. Only default parts can be left out."""
     return {part for part in parts if part in ("all", "same", "in_order") and rng.random() < 0.4}
 
 
