@@ -183,7 +183,7 @@ def test_eval_writes_the_promised_json_and_table(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("net", "hypernet"):  # a folder named like a method or a flag is a row of its own
         (tmp_path / name).symlink_to(TINY / "sft_small")
-    words = ["--hypernet", TINY / "sft_large", "--n_tasks", "12", "--n_examples", "4", "--out", "scores.json"]
+    words = ["--hypernet", TINY / "sft_large", "--n_tasks", "12", "--n_examples", "2", "--out", "scores.json"]
     assert command(evaluation, *words, "--compare", "net", "hypernet") == 0
     content, shown = read_json("scores.json"), capsys.readouterr().out
     assert command(evaluation, *words, "--tasks", tmp_path, "--methods", "net") == 2

@@ -103,7 +103,7 @@ def pair(tmp_path_factory):
     """
     folder, commands = tmp_path_factory.mktemp("pair"), {"layers": ["tests.test_processes"]}
     for name, words in RUNS.items():
-        commands[name] = ["train", *words, "--max_steps", "5", "--out_dir", str(folder / name)]
+        commands[name] = ["train", *words, "--max_steps", "3", "--out_dir", str(folder / name)]
     judge = ["eval", *JUDGE, "--batch_size", "7"]
     commands["judge"] = [*judge, "--out", str(folder / "scores.json")]
     commands["odd"] = ["train", *SHORT, "--tasks_per_batch", "3", "--out_dir", str(folder / "odd")]
@@ -127,8 +127,8 @@ def test_two_processes_are_one(pair, tmp_path, name, one_thread):
     """Losses, validation and weights; also with shards."""
     folder, _ = pair
     words = [word for word in RUNS[name] if word != "--shard"]
-    one, two = fit(tmp_path / "one", *words, "--max_steps", "5"), losses_of(folder / name)
-    assert len(one) == 5 and one[0] != one[-1]
+    one, two = fit(tmp_path / "one", *words, "--max_steps", "3"), losses_of(folder / name)
+    assert len(one) == 3 and one[0] != one[-1]
     assert max(abs(a - b) for a, b in zip(one, two)) < 1e-5 * max(1, max(one))
     values = [losses_of(place, "val_loss") for place in (tmp_path / "one", folder / name)]
     assert values[0] == pytest.approx(values[1], rel=1e-4) and len(values[0]) == 1

@@ -47,7 +47,7 @@ def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path):
     assert results["net_random"]["mean"] < 0.1
 
 
-N_REPEATED = 20  # steps
+N_REPEATED = 10  # steps
 
 
 def test_the_command_of_the_base_model_repeats_its_first_steps(one_thread, tmp_path):
