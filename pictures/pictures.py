@@ -32,7 +32,7 @@ import hypernet
 import lora
 import model
 from pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
-from support import UserError, check_output, command, make_parser, write_file
+from support import UserError, at_least, check_output, command, make_parser, write_file
 
 HERE = Path(__file__).parent
 
@@ -338,7 +338,7 @@ def main() -> None:
     task.add_argument("--train", choices=list(STEPS), help="base, hypernet; oracles, one: ordinary LoRAs")
     parser.add_argument("--out", default="strip.png", help="the picture to write")
     parser.add_argument("--input", help=f"a PNG of {SIZE} x {SIZE} pixels in place of random sources")
-    parser.add_argument("--steps", type=int, help="training steps")
+    parser.add_argument("--steps", type=at_least(1), help="training steps")
     parser.add_argument("--weights", type=Path, default=HERE, help="folder of the weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     args = parser.parse_args()

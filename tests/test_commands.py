@@ -146,6 +146,7 @@ train | --init_from {reader} | that network is of --arch d2l, not t2l
 train | --out_dir {foreign} | is in use
 pictures.pictures | --desc x --input a.png --out a.png | would overwrite
 pictures.pictures | --train base | is there already
+pictures.pictures | --train base --steps 0 | must be at least 1
 extras.answers | {tmp}/tasks {tmp}/new --base_model {base} | only documents can have open
 extras.published | {foreign} {tmp}/new | is no published checkpoint
 """.strip().splitlines()

@@ -167,6 +167,13 @@ def test_examples_in_the_prompt_are_not_those_asked(tiny):
         assert asked == f"{question.example.input} ->" and question.example.input not in shots
 
 
+def test_another_place_of_the_text_encoder_is_that_of_one_network(tiny):
+    """The networks of --recon and --compare may have been trained with others."""
+    chosen = args(hypernet=str(TINY / "sft_large"), compare=[str(TINY / "sft_small")], encoder="./moved")
+    nets = evaluation.load_nets(chosen, load_tasks("tiny")["test"], "cpu")
+    assert [net.config.encoder for net in nets.values()] == ["./moved", "hash"]
+
+
 def test_a_description_may_stand_for_a_list_of_them(tmp_path, capsys):
     name = load_tasks("tiny")["test"][0].name
     write_file(tmp_path / "d.json", {name: "Reverse the words."})
