@@ -107,11 +107,14 @@ def draw(tasks: list[Task], pool: Sequence[int], step: int, args, tokenizer) -> 
         description = rng.choice(task.descriptions)
         chosen = sample(rng, task.train, args.examples_per_task)
         for example in chosen if tokenizer else ():
-            ids, n_tries = to_ids(tokenizer, task, description, example, args), 1
-            while ids.n_tokens > args.max_tokens:
-                if n_tries == 1000:
-                    raise UserError(f"{task.name}: 1,000 examples are too long for --max_tokens {args.max_tokens}")
-                ids, n_tries = to_ids(tokenizer, task, description, rng.choice(task.train), args), n_tries + 1
+            for _ in range(1000):
+                ids = to_ids(tokenizer, task, description, example, args)
+                if ids.n_tokens <= args.max_tokens:
+                    break
+                example = rng.choice(task.train)
+            else:
+                message = f"1,000 examples are too long for --max_tokens {args.max_tokens}"
+                raise UserError(f"{task.name}: {message}")
             examples.append(ids)
         drawn.append(Drawn(i, description, examples))
     return drawn
@@ -132,23 +135,13 @@ def to_ids(tokenizer, task: Task, description: str, example: Example, args) -> I
     return Ids(prompt, answer_ids, teacher_prompt)
 
 
-N_VALIDATE = 8  # at most so many examples of each validation task
+def with_short_examples(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> list[Task]:
+    """The tasks with an example of at most --max_tokens. UserError for examples that cannot be learnt.
 
-
-def examine(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> tuple[list[Task], list[Drawn]]:
-    """(the tasks with an example of at most --max_tokens, such examples of the validation tasks).
-
-    UserError for examples that cannot be learnt.
+    With --instruction, a task keeps the descriptions with which it has a short example.
     """
-    texts, kept, exam = set(), [], []
-    for task in tasks + val_tasks:
-        for example in [*beginning(task.train), *task.test]:
-            if not example.answers:
-                advice = f"python -m extras.answers {args.tasks} NEW_FOLDER --base_model {args.base_model}"
-                raise UserError(f"{task.name} has questions without an answer; generate it: {advice}")
-            texts.update((example.input, example.answers[0]))
-        texts.update(task.descriptions if task.is_document else [])
-    model.check_known(tokenizer, list(texts))
+    check_examples(tasks + val_tasks, args, tokenizer)
+    kept = []
     for task in tasks:
         shortest = min(beginning(task.train), key=lambda example: len(example.input + example.answers[0]))
 
@@ -157,19 +150,41 @@ def examine(tasks: list[Task], val_tasks: list[Task], args, tokenizer) -> tuple[
 
         if fits(max(beginning(task.descriptions), key=len)):
             kept.append(task)
-        elif fitting := [text for text in beginning(task.descriptions) if fits(text)]:  # --instruction
+        elif fitting := [text for text in beginning(task.descriptions) if fits(text)]:
             kept.append(replace(task, descriptions=fitting))
     if not kept:
         raise UserError(f"no example has at most --max_tokens {args.max_tokens} tokens")
     if len(kept) < len(tasks):
         n = len(tasks) - len(kept)
         say(f"{n} of {len(tasks)} tasks are left out: too long for --max_tokens {args.max_tokens}")
+    return kept
+
+
+def check_examples(tasks: list[Task], args, tokenizer) -> None:
+    """Raise UserError for examples without an answer, and for words without a token."""
+    texts = set()
+    for task in tasks:
+        for example in [*beginning(task.train), *task.test]:
+            if not example.answers:
+                advice = f"python -m extras.answers {args.tasks} NEW_FOLDER --base_model {args.base_model}"
+                raise UserError(f"{task.name} has questions without an answer; generate it: {advice}")
+            texts.update((example.input, example.answers[0]))
+        texts.update(task.descriptions if task.is_document else [])
+    model.check_known(tokenizer, list(texts))
+
+
+N_VALIDATE = 8  # at most so many examples of each validation task
+
+
+def exam_of(val_tasks: list[Task], args, tokenizer) -> list[Drawn]:
+    """The validation tasks with their first description, and test examples of at most --max_tokens."""
+    exam = []
     for i, task in enumerate(val_tasks):
         text = task.descriptions[0]
         ids = [to_ids(tokenizer, task, text, example, args) for example in task.test[:N_VALIDATE]]
         if short := [example for example in ids if example.n_tokens <= args.max_tokens]:
             exam.append(Drawn(i, text, short))
-    return kept, exam
+    return exam
 
 
 def beginning(values: Sequence) -> Sequence:

@@ -116,8 +116,7 @@ def by_net(exam: Exam, i: int, key: str = "hypernet") -> Given:
 
 
 def by_net_reworded(exam: Exam, i: int) -> Given:
-    texts, config = exam.tasks[i].reworded, exam.nets["hypernet"].config
-    return written(exam, i, texts)._replace(instructions=instructions(exam, i, config, texts))
+    return written(exam, i, exam.tasks[i].reworded, in_prompt=exam.tasks[i].reworded)
 
 
 def by_net_shuffled(exam: Exam, i: int) -> Given:
@@ -162,12 +161,12 @@ METHODS = {
 }
 
 
-def written(exam: Exam, i: int, texts: Sequence[str], key: str = "hypernet") -> Given:
+def written(exam: Exam, i: int, texts: Sequence[str], key: str = "hypernet", in_prompt=()) -> Given:
     """Adapters that a hypernetwork writes from texts, no more than task i has questions."""
     net, task = exam.nets[key], exam.tasks[i]
     n_texts = max(len(exam.examples(task)), task.rules.n_texts)
     adapters, _ = generate.write_adapters(net, list(texts[:n_texts]), exam.base)
-    return Given(adapters, net.config.scaling, instructions(exam, i, net.config))
+    return Given(adapters, net.config.scaling, instructions(exam, i, net.config, in_prompt))
 
 
 def instructions(exam: Exam, i: int, config: LoRAConfig, texts: Sequence[str] = ()) -> list[str]:
@@ -199,7 +198,7 @@ class Question(NamedTuple):
     """A test example as it is put to the base model."""
 
     example: Example
-    turn: int  # selects its adapter and instruction
+    adapter: int  # the place of its adapter in the batch
     prompt: str
     n_tokens: int  # of the prompt
 
@@ -207,7 +206,8 @@ class Question(NamedTuple):
 def questions_of(exam: Exam, task: Task, given: Given) -> list[Question]:
     """The questions of a task, the shortest first. Benchmarks ask each question with several texts."""
     questions, before = [], model.turn_of(exam.tokenizer).before
-    n_texts = min(task.rules.n_texts, max(n_adapters(given), len(given.instructions)))
+    n_adapters = len(next(iter(given.adapters.values()))[0]) if given.adapters else 1
+    n_texts = min(task.rules.n_texts, max(n_adapters, len(given.instructions)))
     for i, example in enumerate(exam.examples(task)):
         # one more than is needed, because the question itself may be among them
         others = [shot for shot in task.train[: given.n_shots + 1] if shot.input != example.input]
@@ -218,12 +218,8 @@ def questions_of(exam: Exam, task: Task, given: Given) -> list[Question]:
             if start := task.rules.start(example):
                 prompt += before + start
             n_tokens = len(model.tokenize(exam.tokenizer, prompt))
-            questions.append(Question(example, turn, prompt, n_tokens))
+            questions.append(Question(example, turn % n_adapters, prompt, n_tokens))
     return sorted(questions, key=lambda question: question.n_tokens)
-
-
-def n_adapters(given: Given) -> int:
-    return len(next(iter(given.adapters.values()))[0]) if given.adapters else 0
 
 
 def most_tokens(exam: Exam, task: Task) -> int:
@@ -255,15 +251,16 @@ def score(name: str, function, exam: Exam, process: int = 0, n_processes: int = 
     bar = tqdm(total=n_examples, desc=name, unit="example", leave=False, disable=process > 0)
     for i in mine:
         task, given = exam.tasks[i], function(exam, i)
-        questions, most, n = questions_of(exam, task, given), most_tokens(exam, task), n_adapters(given)
+        questions, most = questions_of(exam, task, given), most_tokens(exam, task)
         fitting = [question for question in questions if question.n_tokens + most <= window]
         n_too_long += len(questions) - len(fitting)
         lengths += [question.n_tokens for question in fitting]
         hits[i] = []
         for start in range(0, len(fitting), batch_size):
-            batch, adapters = fitting[start : start + batch_size], given.adapters
-            if n > 1:
-                adapters = lora.select(adapters, [question.turn % n for question in batch])
+            batch = fitting[start : start + batch_size]
+            numbers = [question.adapter for question in batch]
+            numbers = numbers[:1] if len(set(numbers)) == 1 else numbers  # one adapter serves all rows
+            adapters = lora.select(given.adapters, numbers)  # A [batch, L, r, in]
             with lora.use(exam.base, adapters, given.scaling):
                 started = time.perf_counter()  # without the writing of adapters
                 prompts = [question.prompt for question in batch]
@@ -352,7 +349,7 @@ def tasks_to_judge(args) -> tuple[list[Task], list[Task]]:
             raise UserError(f"the task {task.name} has no test part: that is the last fifth of its instances")
         if not all(example.answers for example in task.test):
             raise UserError(f"{task.name} cannot be scored: one of its questions has no answer")
-        if args.contains and task.rules is not data.EXACT:
+        if args.contains and task.rules != data.EXACT:
             raise UserError(f"--contains is not for {task.name}, which has scores of its own")
         if args.contains:
             tasks[i] = replace(task, rules=data.EXACT._replace(is_right=contains_right))
@@ -360,7 +357,7 @@ def tasks_to_judge(args) -> tuple[list[Task], list[Task]]:
 
 
 def load_nets(args, tasks: list[Task], device) -> dict[str, nn.Module]:
-    """{flag: hypernetwork}, and for --compare {row: hypernetwork}. The shipped one only if a method needs it."""
+    """{flag: hypernetwork}, for --compare {row: hypernetwork}. The shipped one only if a method needs it."""
     reads = "documents" if tasks[0].is_document else "descriptions"
     folder, nets = args.hypernet, {}
     if not folder and any(METHODS[name].flag == "hypernet" for name in args.methods or METHODS):

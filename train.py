@@ -539,23 +539,31 @@ def tasks_to_learn(args) -> tuple[list[data.Task], list[data.Task]]:
 
 def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
     """Load the tasks and the frozen models, and make what is trained."""
-    (tasks, val_tasks), exam, oracles, statistics = tasks_to_learn(args), [], None, ()
+    tasks, val_tasks = tasks_to_learn(args)
+    exam, oracles, std = [], None, None
     if args.mode == "recon":
         tasks, oracles, config, base, tokenizer = load_oracles(args, tasks, device)
-        statistics = lora.statistics(oracles)
+        mean, std = lora.statistics(oracles)
+        net = make_hypernet(args, config, base, tokenizer, device, mean, std)
+        tokenizer = None  # no examples are read
     else:
         base, tokenizer = load_base(args, device)
-        tasks, exam = data.examine(tasks, val_tasks, args, tokenizer)
+        tasks = data.with_short_examples(tasks, val_tasks, args, tokenizer)
+        exam = data.exam_of(val_tasks, args, tokenizer)
+        if args.short_first:
+            tasks.sort(key=lambda task: len(task.descriptions[0]))
         settings = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
         config = lora.config_for(base, model.resolve(args.base_model), **settings)
-    if args.short_first:
-        tasks.sort(key=lambda task: len(task.descriptions[0]))
-    if args.mode == "lora":
-        net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
-    else:
-        net = make_hypernet(args, config, base, tokenizer, device, *statistics)
+        if args.mode == "lora":
+            net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
+        else:
+            net = make_hypernet(args, config, base, tokenizer, device)
+    pool = pool_of(tasks, args, n_processes)
+    return Run(args, device, process, n_processes, tasks, pool, exam, base, tokenizer, net, oracles, std)
 
-    # a step has --tasks_per_batch tasks: all of them if it is 0, or if there are fewer
+
+def pool_of(tasks: list[data.Task], args, n_processes: int) -> list[int]:
+    """The tasks from which a step draws. Sets --tasks_per_batch to all of them if it is 0 or larger."""
     if args.tasks_per_batch > len(tasks):
         say(f"a step has all {len(tasks)} tasks, fewer than --tasks_per_batch {args.tasks_per_batch}")
     n = args.tasks_per_batch = min(args.tasks_per_batch or len(tasks), len(tasks))
@@ -565,9 +573,7 @@ def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
     pool = []
     for i, task in enumerate(tasks):
         pool += [i] * (task.weight if n < len(tasks) else 1)
-    std = statistics[1] if statistics else None
-    tokenizer = None if oracles else tokenizer  # reconstruction reads no examples
-    return Run(args, device, process, n_processes, tasks, pool, exam, base, tokenizer, net, oracles, std)
+    return pool
 
 
 def load_base(args, device):
@@ -614,10 +620,10 @@ def load_oracles(args, tasks: list[data.Task], device):
     return with_oracle, oracles, lora.config_for(base, name, **settings), base, tokenizer
 
 
-def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapter) -> nn.Module:
+def make_hypernet(args, lora_config, base, tokenizer, device, mean=None, std=None) -> nn.Module:
     """The network of --arch for adapters of this config, connected to its text encoder or the base model.
 
-    `statistics` are mean and standard deviation of the oracles, for reconstruction.
+    Reconstruction passes mean and standard deviation of the oracles.
     """
     net_class, settings = hypernet.find_arch(args.arch), vars(lora_config).copy()
     for name, *_ in hypernet.settings_of(net_class.config_class):
@@ -625,13 +631,13 @@ def make_hypernet(args, lora_config, base, tokenizer, device, *statistics: Adapt
     config = net_class.config_class(**settings)
     if hasattr(config, "dropout"):
         config.dropout = args.dropout
-    if statistics:
+    if mean:
         config.recon_loss = args.recon_loss
     config.measure(base)
     net = net_class(config)
     net.recompute = args.gradient_checkpointing
-    if statistics:
-        net.start_at(*statistics)
+    if mean:
+        net.start_at(mean, std)
     else:
         net.start_as_lora()
     if args.init_from and not args.resume:

@@ -77,7 +77,7 @@ def test_which_descriptions_a_method_is_given(tiny, monkeypatch):
         assert set(instructions(used("net_shuffled", instruction=True)[i][1])) <= own
         texts, asked = used("net_reworded", instruction=True)[i]  # the prompt says what the network reads
         for question, text in zip(asked, instructions(asked)):
-            assert text == model.instruct(texts[question.turn % len(texts)])
+            assert text == model.instruct(texts[question.adapter])
     examples = [Example("cat", ["red"]) for i in range(30)]
     rules = data.Rules(start=lambda example: "so", most_examples=None, n_texts=3, with_instruction=False)
     task = data.Task("piqa", list("abc"), [], examples, rules=rules._replace(meaningless=["zzz"]))
@@ -85,7 +85,7 @@ def test_which_descriptions_a_method_is_given(tiny, monkeypatch):
     ((texts, asked),) = used("net", exam, instruction=True)
     assert texts == list("abc") and len(used("base", exam)[0][1]) == 30
     assert asked[0].prompt == "cat -> so"  # the start of the answer stands where the answer would
-    assert sorted(question.turn % 3 for question in asked) == 30 * [0] + 30 * [1] + 30 * [2]
+    assert sorted(question.adapter for question in asked) == 30 * [0] + 30 * [1] + 30 * [2]
     assert used("net_random", exam)[0][0] == ["zzz"]
 
 
@@ -98,9 +98,10 @@ def test_each_question_has_the_adapter_of_its_text(tiny, monkeypatch):
     monkeypatch.setattr(lora, "use", lambda base, *more: seen.append(more[0]) or real(base, *more))
     evaluation.score("net", evaluation.by_net, exam)
     given = evaluation.by_net(exam, 0)
-    turns = [question.turn for question in evaluation.questions_of(exam, task, given)]
+    numbers = [question.adapter for question in evaluation.questions_of(exam, task, given)]
+    assert sorted(numbers) == 4 * [0] + 3 * [1] + 3 * [2] and len(set(numbers[:4])) > 1
     A = torch.cat([adapter["q_proj"][0] for adapter in seen])
-    close(A, given.adapters["q_proj"][0][[turn % 3 for turn in turns]])
+    close(A, given.adapters["q_proj"][0][numbers])
 
 
 def test_scores_and_their_interval(monkeypatch, tiny):
