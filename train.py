@@ -152,7 +152,7 @@ def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
         for name, default, *more in settings:
             if group in used:
                 add_flag(parser, name, default, *more)
-                names.append(name)
+                names += [name] if name != "resume" else []
             else:
                 parser.set_defaults(**{name: default})
     args = parser.parse_args(recorded + words)
@@ -180,13 +180,13 @@ def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
 
 
 def as_file(args: argparse.Namespace, names: list[str]) -> str:
-    """The settings as a file of flags, but for --resume."""
+    """These settings as a file of flags."""
     lines = []
     for name in names:
         value = getattr(args, name)
-        if name != "resume" and isinstance(value, bool):
+        if isinstance(value, bool):
             lines.append(f"--{name}" if value else f"--no-{name}")
-        elif name != "resume":
+        else:
             lines.append(f"--{name} {shlex.quote(str(value))}")
     return "\n".join(lines) + "\n"
 
@@ -292,8 +292,7 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
 
     The adapters are the interface between the two networks: the step goes forward through the hypernetwork,
     forward and backward through the base model, then backward through the hypernetwork. It leaves gradients
-    in `net` and returns the terms of the loss. `net` is run.net, or with several processes its DDP version:
-    each takes an equal share of the tasks, and DDP averages the gradients (only dropout and noise differ).
+    in `net` and returns the terms of the loss. `net` is run.net, or with several processes its DDP version.
     """
     args, scaling = run.args, run.net.config.scaling
 

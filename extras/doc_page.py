@@ -1,7 +1,7 @@
 """Doc-to-LoRA (arXiv 2602.15902) on one page: a network reads a document and writes the LoRA weights with
 which a frozen language model answers questions about it, without the document in its prompt.
 
-    python -m extras.doc_page      # trains for a quarter of an hour, then answers questions about unseen documents
+    python -m extras.doc_page      # trains for 15 minutes, then answers questions about unseen documents
 
 Parameter names match nets/d2l.py. n documents, c chunks, L layers, r rank per chunk, R rank per document.
 """

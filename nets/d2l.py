@@ -27,7 +27,7 @@ class DocConfig(HypernetConfig):
     """Doc-to-LoRA's settings; the defaults are published values."""
 
     input_size: int = 1024  # f, the width of the base model's states
-    early_exit: bool = setting(False, None, "read the states after a quarter of the layers, not of each layer")
+    early_exit: bool = setting(False, None, "read the states after a quarter of the layers, not after each")
     latent_size: int = setting(512, 1, "width of the Perceiver")
     n_latents: int = 8  # latent vectors of the Perceiver
     n_blocks: int = setting(9, 1, "cross-attention blocks of the Perceiver")

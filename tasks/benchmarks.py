@@ -295,7 +295,7 @@ def load(tasks: str, run_code: bool) -> Splits | None:
 
 
 def beside_published(results: dict[str, dict[str, float]], base_model: str) -> dict[str, dict[str, float]]:
-    """Scores {method: {task: score}}; those of benchmarks with averages, and the paper's for this base model."""
+    """Add averages to {method: {benchmark: score}}, and the paper's scores for this base model."""
     measured = {name for scores in results.values() for name in scores}
     if not measured or not measured <= BENCHMARKS.keys():
         return results
