@@ -1,7 +1,7 @@
 """Write many descriptions of each task of a folder, to train Text-to-LoRA on.
 
     python -m extras.describe my_tasks/ out/described --base_model NAME --descriptions 64
-    python train.py --tasks out/described
+    python train.py @config/chores.args --tasks out/described --out_dir out/mine
 
 A hypernetwork learns to follow descriptions only if each task has many; the paper has 128. Here an instruct
 model writes them in several manners, from some examples of a task and its definition (or first description).
