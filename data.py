@@ -53,6 +53,7 @@ class Task:
     is_document: bool = False
     weight: int = 1  # how often it is in the pool from which a step draws
     rules: Rules = EXACT
+    other: Sequence[Example] = ()  # of a document: test examples that have nothing to do with it
 
 
 Splits = dict[str, list[Task]]  # {"train": [...], "val": [...], "test": [...]}

@@ -1,11 +1,20 @@
-"""Documents of the tiny world: facts to look up, any word -> any other."""
+"""Documents of the tiny world: facts to look up, any word -> any other.
+
+A part of the training examples has nothing to do with the document, so that a reader learns to leave other
+text alone.
+"""
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from data import Example, Splits, Task
+from tasks import tiny
 from tasks.tiny import FORMS, MAPS
+
+OTHER = 0.25  # training examples of other text for each example about a document
+N_OTHER = 5  # test examples of other text for each document
 
 MAX_LINES = 32  # of a training document
 N_LONG = 50  # documents of each length in the split "long"
@@ -23,6 +32,28 @@ def document(rng: random.Random, n_lines: int) -> Task:
     lines = [f"{key} {value} <eos>" for key, value in facts]
     examples = [Example(key, [value]) for key, value in facts]
     return Task(f"{n_lines} lines", ["\n".join(lines)], examples, examples, is_document=True)
+
+
+def other_texts(split: str) -> list[Example]:
+    """Examples that have nothing to do with facts: ten of each task of the tiny world's split.
+
+    As in the training of the base model, answered examples show the task: "cat dog -> chat <eos> red -> ...".
+    """
+    examples = []
+    for parts in tiny.splits()[split]:
+        rng = random.Random(f"other {parts}")
+        for _ in range(10):
+            *shots, asked = [tiny.example(parts, rng) for _ in range(5)]
+            lines = [f"{shot.input} -> {shot.answers[0]} <eos>" for shot in shots]
+            examples.append(Example("\n".join([*lines, asked.input]), asked.answers))
+    return examples
+
+
+def with_other_text(task: Task, training: Sequence[Example], test: Sequence[Example]) -> Task:
+    """A document's task with examples that have nothing to do with it: some of the training and test ones."""
+    rng = random.Random(task.descriptions[0])
+    others = rng.sample(training, math.ceil(OTHER * len(task.train)))
+    return replace(task, train=[*task.train, *others], other=rng.sample(test, N_OTHER))
 
 
 def make_documents(make: Callable[[random.Random, int], Task], lines: tuple[int, int], n: int, seed: str):
@@ -49,4 +80,9 @@ def document_splits(make: Callable[[random.Random, int], Task], name: str, lengt
 
 def load() -> Splits:
     """All documents by split."""
-    return document_splits(document, "facts", [1, 4, 16, 32, 64, 128])
+    training, test = other_texts("train"), other_texts("test")
+
+    def make(rng: random.Random, n_lines: int) -> Task:
+        return with_other_text(document(rng, n_lines), training, test)
+
+    return document_splits(make, "facts", [1, 4, 16, 32, 64, 128])
