@@ -18,6 +18,8 @@ The methods:
     net_shuffled    from another task's description
     net_mean        the mean of what the hypernetwork writes for the training tasks
     net_random      from meaningless text
+    base_other      the base model as it is, on text that has nothing to do with the document
+    net_other       the adapter of the document, on the same text    (both: facts, people, own documents)
     recon           a hypernetwork trained by reconstruction                       (--recon DIR)
 
 If the adapter was trained with --instruction, the prompt contains the task's definition or a description.
@@ -91,6 +93,7 @@ class Given(NamedTuple):
     scaling: float = 0.0
     instructions: Sequence[str] = ("",)  # before the input
     n_shots: int = 0  # examples in the prompt
+    examples: Sequence[Example] = ()  # what is asked in place of the task's test examples
 
 
 def by_base(exam: Exam, i: int, n_shots: int = 0) -> Given:
@@ -132,6 +135,14 @@ def by_net_random(exam: Exam, i: int) -> Given:
     return written(exam, i, exam.tasks[i].rules.meaningless or noise(random.Random(i)))
 
 
+def by_base_other(exam: Exam, i: int) -> Given:
+    return by_base(exam, i)._replace(examples=exam.tasks[i].other)
+
+
+def by_net_other(exam: Exam, i: int) -> Given:
+    return by_net(exam, i)._replace(examples=exam.tasks[i].other)
+
+
 class Row(NamedTuple):
     """A method of the table."""
 
@@ -141,6 +152,7 @@ class Row(NamedTuple):
     has: Callable[[Exam], bool] = lambda exam: True  # whether this condition holds
 
 
+OTHER_TEXT = ("documents with other text", lambda exam: all(task.other for task in exam.tasks))
 METHODS = {
     "base": Row(by_base),
     "icl": Row(partial(by_base, n_shots=3)),
@@ -157,6 +169,8 @@ METHODS = {
     "net_shuffled": Row(by_net_shuffled, "hypernet", "a second task", lambda exam: len(exam.tasks) > 1),
     "net_mean": Row(by_net_mean, "hypernet", "training tasks", lambda exam: len(exam.training) > 0),
     "net_random": Row(by_net_random, "hypernet"),
+    "base_other": Row(by_base_other, "", *OTHER_TEXT),
+    "net_other": Row(by_net_other, "hypernet", *OTHER_TEXT),
     "recon": Row(partial(by_net, key="recon"), "recon"),
 }
 
@@ -251,6 +265,9 @@ def score(name: str, function, exam: Exam, process: int = 0, n_processes: int = 
     bar = tqdm(total=n_examples, desc=name, unit="example", leave=False, disable=process > 0)
     for i in mine:
         task, given = exam.tasks[i], function(exam, i)
+        bar.update(len(exam.examples(task)))
+        if given.examples:
+            task = replace(task, test=given.examples)
         questions, most = questions_of(exam, task, given), most_tokens(exam, task)
         fitting = [question for question in questions if question.n_tokens + most <= window]
         n_too_long += len(questions) - len(fitting)
@@ -268,7 +285,6 @@ def score(name: str, function, exam: Exam, process: int = 0, n_processes: int = 
                 seconds += time.perf_counter() - started
             for question, answer, has_ended in zip(batch, answers, ended):
                 hits[i].append(task.rules.is_right(question.example, answer, has_ended))
-        bar.update(len(exam.examples(task)))
     bar.close()
 
     if n_processes > 1:

@@ -5,7 +5,8 @@
 
 FOLDER holds texts (.txt, .md), or documents with questions as JSON files (see extras/README.md). As in the
 published recipe, the base model writes questions of several kinds about each text. It then answers them with
-the text in its prompt. Long texts are cut into parts, at paragraphs if possible. Whole texts are held out for
+the text in its prompt. Each document also gets questions that have nothing to do with it, with the base
+model's answers without the text, so that a reader learns to leave other text alone. Long texts are cut into parts, at paragraphs if possible. Whole texts are held out for
 validation and testing. OUT_DIR gets a file for each part, and splits.json. A second call continues with the
 missing parts. All answers are greedy, so a second run gives the same answers.
 """
@@ -13,6 +14,7 @@ missing parts. All answers are greedy, so a second run gives the same answers.
 import argparse
 import random
 import re
+from math import ceil
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,9 +22,11 @@ from transformers import AutoTokenizer
 
 import model
 from support import UserError, at_least, command, make_parser, read_json, write_file
-from tasks import read_splits, read_task, task_files
+from tasks import people, read_splits, read_task, task_files
+from tasks.facts import OTHER
 
 ANSWER_TOKENS = 64  # the longest answer, and so many for each question
+N_OTHER = 160  # questions that have nothing to do with the documents
 PROMPT_TOKENS_AT_ONCE = 16_384  # of prompts that are answered together, to save memory
 KINDS = [  # of questions, each asked for in a prompt of its own
     "about facts that the text states",
@@ -155,6 +159,14 @@ def answer_questions(base, tokenizer, content: dict) -> int:
     return n_dropped
 
 
+def add_other_text(name: str, content: dict, other_texts: dict[str, str]) -> None:
+    """Add some of these texts, {question: answer}, to a file, unless it has its own."""
+    n = min(len(other_texts), ceil(OTHER * len(content["questions"])))
+    if n and "other" not in content:
+        chosen = random.Random(name).sample(list(other_texts.items()), n)
+        content["other"] = [{"question": question, "answer": answer} for question, answer in chosen]
+
+
 # -------------------- The folder --------------------
 
 
@@ -217,6 +229,7 @@ def main() -> None:
     contents, splits = documents_of(args, model.load_tokenizer(model.resolve(args.base_model)))
     base, tokenizer = load_instruct_model(args, list(contents))
     write_file(args.out_dir / "splits.json", splits)  # until all files are there, train.py refuses the folder
+    other_texts = people.ask_other(base, tokenizer, random.Random(0).sample(people.QUESTIONS, N_OTHER))
     n_dropped = 0
     for name, content in tqdm(contents.items(), desc="documents", unit="part"):
         if (args.out_dir / f"{name}.json").exists():
@@ -225,6 +238,7 @@ def main() -> None:
             content["questions"] = write_questions(base, tokenizer, content["document"], args.questions)
         n_dropped += answer_questions(base, tokenizer, content)
         if content["questions"]:
+            add_other_text(name, content, other_texts)
             write_file(args.out_dir / f"{name}.json", content)
     kept = write_splits(args.out_dir, splits)
     if n_dropped:

@@ -3,7 +3,10 @@
 A folder holds one JSON file per task, as in Natural Instructions, or one per document:
 
     {"name", "descriptions" or "Definition", "Instances": [{"input", "output": [...]}, ...]}
-    {"name", "document", "questions": [{"question", "answer" if known}, ...]}
+    {"name", "document", "questions": [{"question", "answer" if known}, ...], "other": the same, if there}
+
+"other" are questions that have nothing to do with the document: a reader learns to answer them as the base
+model does.
 
 The last fifth of the instances is the test part. splits.json, {"train": [names of files], "val", "test"},
 assigns tasks to splits. Without it all are training tasks. Error messages name the file.
@@ -126,13 +129,22 @@ def read_instances(name: str, content: dict, path: Path) -> Task:
 
 def read_document(name: str, content: dict, path: Path) -> Task:
     """The task of a file with a document. It is scored on the questions it is trained on."""
-    document, examples = as_text(content["document"], f'{path}: "document"'), []
+    document = as_text(content["document"], f'{path}: "document"')
     expect(document, f'{path}: "document" is empty')
-    for i, entry in enumerate(as_objects(content, "questions", path, '{"question": "a?", "answer": "b"}')):
-        question = as_text(entry.get("question"), f'{path}: "question" of entry {i}')
-        answers = as_texts(entry["answer"], f'{path}: "answer" of entry {i}') if "answer" in entry else []
+    examples = read_questions(content, "questions", path)
+    other = read_questions(content, "other", path) if "other" in content else []
+    return Task(name, [document], examples + other, examples, is_document=True, other=other)
+
+
+def read_questions(content: dict, key: str, path: Path) -> list[Example]:
+    """The questions of a document, perhaps without an answer."""
+    examples = []
+    for i, entry in enumerate(as_objects(content, key, path, '{"question": "a?", "answer": "b"}')):
+        where = f'of entry {i} of "{key}"'
+        question = as_text(entry.get("question"), f'{path}: "question" {where}')
+        answers = as_texts(entry["answer"], f'{path}: "answer" {where}') if "answer" in entry else []
         examples.append(Example(question, [answer.strip() for answer in answers]))
-    return Task(name, [document], examples, examples, is_document=True)
+    return examples
 
 
 def as_text(value, where: str) -> str:

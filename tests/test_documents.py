@@ -13,7 +13,7 @@ import train
 from extras import answers
 from nets import d2l
 from support import read_json, write_file
-from tasks import load_tasks
+from tasks import load_tasks, people
 from tests.helpers import (
     D2L,
     close,
@@ -199,10 +199,17 @@ def test_texts_become_documents_with_questions(tmp_path, monkeypatch, capsys):
     entries = read_json(out / "n3-001.json")["questions"]
     assert [entry["question"] for entry in entries] == ["Is it red?"]  # two of each kind, none twice
     assert {entry["answer"] for entry in entries} == {"sun"}
+    (other,) = read_json(out / "n3-001.json")["other"]  # a quarter as many, answered without the text
+    assert other["question"] in people.QUESTIONS and other["answer"] == "sun"
+    assert f"{other['question']} ->" in prompts
+    (task, *_) = load_tasks(out)["train"]
+    assert len(task.train) == len(task.test) + len(task.other) and task.other[0].answers == ["sun"]
     assert {split: len(tasks) for split, tasks in load_tasks(out).items()} == dict(train=9, val=3, test=3)
     (out / "n1-000.json").unlink()
     prompts.clear()
-    assert command(answers, *words) == 0 and {"red blue" in prompt for prompt in prompts} == {True}
+    assert command(answers, *words) == 0
+    about = [prompt for prompt in prompts if prompt.removesuffix(" ->") not in people.QUESTIONS]
+    assert {"red blue" in prompt for prompt in about} == {True}
     (folder / "n4-001.txt").write_text("cat")
     assert command(answers, *words) == 2 and "are both called n4-001" in capsys.readouterr().err
     (folder / "n4-001.txt").unlink()

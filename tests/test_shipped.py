@@ -16,8 +16,7 @@ import model
 import train
 from extras import pretrain
 from support import write_file
-from tasks import facts
-from tasks.facts import make_documents
+from tasks import facts, load_tasks
 from tests.helpers import (
     HERE,
     REAL,
@@ -73,13 +72,15 @@ def test_the_command_of_a_hypernetwork_repeats_its_first_steps(name, tmp_path, m
 def test_the_shipped_reader_is_as_good_as_the_readme_says(tmp_path, monkeypatch):
     of_two_lengths = []
     for n_lines in README_FACTS:
-        of_two_lengths += make_documents(facts.document, (n_lines, n_lines), 20, "facts exam")
+        of_length = [task for task in load_tasks("facts")["long"] if task.name == f"{n_lines} lines"]
+        of_two_lengths += of_length[:20]
     monkeypatch.setattr(facts, "load", lambda: {"long": of_two_lengths})
     words = ["--tasks", "facts", "--split", "long", "--n_examples", "3"]
-    results = evaluate(tmp_path / "d.json", *words, "--methods", "net,net_shuffled")
+    results = evaluate(tmp_path / "d.json", *words, "--methods", "net,net_shuffled,base_other,net_other")
     for n_lines, expected in README_FACTS.items():
         assert results["net"]["per_task"][f"{n_lines} lines"] >= expected - 0.1
         assert results["net_shuffled"]["per_task"][f"{n_lines} lines"] < 0.05
+    assert results["net_other"]["mean"] >= results["base_other"]["mean"] - 0.1 > 0.5
 
 
 @needs_models

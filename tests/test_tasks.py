@@ -17,7 +17,7 @@ import model
 from data import Example
 from extras import pretrain
 from support import UserError, read_json, write_file
-from tasks import benchmarks, chores, families, load_tasks, lots_of_loras, summary, tiny
+from tasks import benchmarks, chores, facts, families, load_tasks, lots_of_loras, people, summary, tiny
 from tests.helpers import command, evaluate, fit, losses_of, refused
 
 
@@ -153,6 +153,52 @@ def test_what_families_withhold_is_nowhere_in_their_training():
     tested = splits["families"] + splits["withheld"]
     texts = [(task.name, task.reworded, task.descriptions[:3], task.test) for task in tested]
     assert zlib.crc32(repr(texts).encode()) == 377497503  # otherwise scores are of other tasks
+
+
+def test_the_other_text_of_facts_is_of_other_tasks_than_in_training():
+    answer_of = {}  # {split: {question: answers}}
+    for split in ("train", "test"):
+        answer_of[split] = {example.input: example.answers for example in facts.other_texts(split)}
+        parts = tiny.splits()[split]
+        for i, example in list(enumerate(facts.other_texts(split)))[::97]:
+            *shots, asked = example.input.split("\n")
+            shown = [shot.removesuffix(" <eos>").split(" -> ") for shot in shots]
+            assert len(shown) == 4
+            for question, answer in [*shown, (asked, example.answers[0])]:
+                assert answer == tiny.right_answer(parts[i // 10], question.split())
+    assert not answer_of["train"].keys() & answer_of["test"].keys()
+    splits = load_tasks("facts")
+    for task in splits["train"][:40] + splits["long"][-2:]:
+        n_facts = len(task.test)
+        assert task.train[:n_facts] == task.test and len(task.train) == n_facts + -(-n_facts // 4)
+        assert all(f"{question} {word} <eos>" in task.descriptions[0] for question, (word,) in task.test)
+        assert all(answer_of["train"][question] == answers for question, answers in task.train[n_facts:])
+        assert all(answer_of["test"][question] == answers for question, answers in task.other)
+        assert len(task.other) == facts.N_OTHER
+
+
+def test_people_ask_what_their_documents_say_about_withheld_words():
+    splits, others = load_tasks("people"), read_json(people.OTHER_TEXTS)
+    words = {split: people.words_of(split) for split in ("train", "val", "test")}
+    for kind in words["train"].keys() - {"day"}:
+        sets = [set(words[split][kind]) for split in words]
+        assert len(set.union(*sets)) == sum(map(len, sets)) and min(map(len, sets)) >= 3, kind
+    kind_of = {}  # {question about X: kind of fact}
+    for kind, says in people.PEOPLE["facts"].items():
+        kind_of |= {question.format(first="X"): kind for question in says["questions"]}
+    assert {task.name for task in splits["test"]} == set(people.KINDS)
+    for split in ("train", "val", "test", "long"):
+        words_of_split = words.get(split, words["test"])
+        for task in splits[split][::7][:60]:
+            sentences = re.split(r"\n\n|(?<=\.) ", task.descriptions[0])
+            for question, (value,) in task.test:
+                (first,) = [name for name in words_of_split["first"] if re.search(rf"\b{name}\b", question)]
+                kind = kind_of[re.sub(rf"\b{first}\b", "X", question)]
+                assert any(re.search(rf"\b{first}\b.*\b{value}\b|\b{value}\b.*\b{first}\b", s) for s in sentences)
+                assert value in words_of_split[kind] and kind in (task.name, kind if " " in task.name else "")
+            mixed_in = task.train[len(task.test) :]
+            assert mixed_in and all(others[question] == answer for question, (answer,) in mixed_in + task.other)
+            assert not {text.input for text in mixed_in} & {text.input for text in task.other}
 
 
 def test_a_folder_with_the_name_of_a_source_is_named(tmp_path, monkeypatch):
