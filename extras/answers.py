@@ -1,7 +1,7 @@
 """Make documents with questions and answers, to train Doc-to-LoRA on, from texts or from open questions.
 
     python -m extras.answers notes/ out/notes --base_model NAME
-    python train.py @config/reader.args --tasks out/notes --init_from out/needle --out_dir out/reader
+    python train.py @config/reader.args --tasks out/notes --init_from out/people --out_dir out/reader
 
 FOLDER holds texts (.txt, .md), or documents with questions as JSON files (see extras/README.md). As in the
 published recipe, the base model writes questions of several kinds about each text. It then answers them with

@@ -228,6 +228,17 @@ def test_texts_become_documents_with_questions(tmp_path, monkeypatch, capsys):
     assert "neither texts" in capsys.readouterr().err
 
 
+def test_other_text_is_answered_by_the_base_model_without_a_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(people, "OTHER_TEXTS", tmp_path / "other.json")
+    shown = "cat dog -> CAT <eos>\nred hat -> RED <eos>\nsun moon"
+    monkeypatch.setattr(people, "QUESTIONS", [shown, "cat"])
+    assert command(people, "--base_model", "tiny") == 0
+    base, tokenizer = model.load_base(model.TINY)
+    said, ended = model.answer(base, tokenizer, [f"{shown} ->", "cat ->"], people.ANSWER_TOKENS)
+    expected = {text: answer.strip() for text, answer, end in zip([shown, "cat"], said, ended) if end}
+    assert read_json(tmp_path / "other.json") == expected and expected
+
+
 def silent(base, tokenizer, prompts, n_new):
     """In place of model.answer: a model that says nothing."""
     return [""] * len(prompts), [True] * len(prompts)
