@@ -187,6 +187,9 @@ def test_a_description_may_stand_for_a_list_of_them(tmp_path, capsys):
     refused("must be a text or a list of texts", evaluation.tasks_to_judge, chosen)
 
 
+LEFT_OUT = {"mt_lora", "oracle", "recon", "base_other", "net_other"}  # of tasks with descriptions alone
+
+
 def test_eval_writes_the_promised_json_and_table(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("net", "hypernet"):  # a folder named like a method or a flag is a row of its own
@@ -196,8 +199,8 @@ def test_eval_writes_the_promised_json_and_table(tmp_path, capsys, monkeypatch):
     content, shown = read_json("scores.json"), capsys.readouterr().out
     assert command(evaluation, *words, "--tasks", tmp_path, "--methods", "net") == 2
     assert read_json("scores.json") == content  # a run that fails leaves the results of the last one
-    assert "left out: mt_lora (needs --mt_lora DIR), oracle (needs --oracles DIR), recon (needs" in shown
-    methods = [name for name in evaluation.METHODS if name not in ("mt_lora", "oracle", "recon")]
+    assert "left out: mt_lora (needs --mt_lora DIR), oracle (needs --oracles DIR), base_other (needs doc" in shown
+    methods = [name for name in evaluation.METHODS if name not in LEFT_OUT]
     assert list(content["results"]) == [*methods, "net of net", "net of hypernet"]
     assert content["settings"]["split"] == "test"
     for row, scores in content["results"].items():
@@ -264,7 +267,7 @@ def test_the_mean_adapter_is_that_of_the_training_tasks(tiny, monkeypatch):
         mean = evaluation.by_net_mean(exam, 0).adapters
     for name, (A, B) in written.items():
         close(mean[name], (A.mean(0, keepdim=True), B.mean(0, keepdim=True)), 1e-4)
-    names = {*evaluation.METHODS} - {"mt_lora", "oracle", "recon"}
+    names = {*evaluation.METHODS} - LEFT_OUT
     assert {*evaluation.methods_to_run(args(), exam)} == names
     few = exam_of(tasks[:1], tiny)
     assert {*evaluation.methods_to_run(args(), few)} == names - {"net_mean", "net_shuffled"}

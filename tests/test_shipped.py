@@ -33,7 +33,7 @@ from tests.helpers import (
 
 SMOLLM2 = TINY.parent / "smollm2-135m"
 README_SCORES = {"sft_large": 0.99, "sft_small": 0.95}
-README_FACTS = {4: 0.97, 16: 0.80}  # by the number of facts
+README_FACTS = {4: 0.95, 16: 0.78}  # by the number of facts
 
 
 def test_shipped_checkpoints_are_as_good_as_the_readme_says(tmp_path):
@@ -57,6 +57,8 @@ def test_the_command_of_the_base_model_repeats_its_first_steps(one_thread, tmp_p
     assert pretrain.tokenize([data.Example("cat", ["red"])])[0] == ids + answer
 
 
+COMMANDS = {name: TINY / name / "train.args" for name in ("sft_large", "sft_small")}
+COMMANDS["d2l"] = HERE / "config" / "d2l.args"  # the first of its two commands
 SLOW = [pytest.param(name, marks=needs_time) for name in ("sft_small", "d2l")]
 
 
@@ -64,7 +66,7 @@ SLOW = [pytest.param(name, marks=needs_time) for name in ("sft_small", "d2l")]
 def test_the_command_of_a_hypernetwork_repeats_its_first_steps(name, tmp_path, monkeypatch, one_thread):
     sft_step, _ = interrupted_in_call(N_REPEATED + 1, train.sft_step)
     monkeypatch.setattr(train, "sft_step", sft_step)
-    words = [f"@{TINY / name}/train.args", "--device", "cpu", "--out_dir", tmp_path / "again"]
+    words = [f"@{COMMANDS[name]}", "--device", "cpu", "--out_dir", tmp_path / "again"]
     assert command(train, *words) == 130
     close(losses_of(tmp_path / "again"), losses_of(TINY / name)[:N_REPEATED], 1e-3)
 
