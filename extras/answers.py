@@ -6,9 +6,10 @@
 FOLDER holds texts (.txt, .md), or documents with questions as JSON files (see extras/README.md). As in the
 published recipe, the base model writes questions of several kinds about each text. It then answers them with
 the text in its prompt. Each document also gets questions that have nothing to do with it, with the base
-model's answers without the text, so that a reader learns to leave other text alone. Long texts are cut into parts, at paragraphs if possible. Whole texts are held out for
-validation and testing. OUT_DIR gets a file for each part, and splits.json. A second call continues with the
-missing parts. All answers are greedy, so a second run gives the same answers.
+model's answers without the text, so that a reader learns to leave other text alone. Long texts are cut into
+parts, at paragraphs if possible. Whole texts are held out for validation and testing. OUT_DIR gets a file for
+each part, and splits.json. A second call continues with the missing parts. All answers are greedy, so a second
+run gives the same answers.
 """
 
 import argparse
