@@ -8,8 +8,8 @@ published recipe, the base model writes questions of several kinds about each te
 the text in its prompt. Each document also gets questions that have nothing to do with it, with the base
 model's answers without the text, so that a reader learns to leave other text alone. Long texts are cut into
 parts, at paragraphs if possible. Whole texts are held out for validation and testing. OUT_DIR gets a file for
-each part, and splits.json. A second call continues with the missing parts. All answers are greedy, so a second
-run gives the same answers.
+each part, and splits.json. A second call continues with the missing parts. All answers are greedy, so a
+second run gives the same answers.
 """
 
 import argparse

@@ -199,7 +199,7 @@ def test_eval_writes_the_promised_json_and_table(tmp_path, capsys, monkeypatch):
     content, shown = read_json("scores.json"), capsys.readouterr().out
     assert command(evaluation, *words, "--tasks", tmp_path, "--methods", "net") == 2
     assert read_json("scores.json") == content  # a run that fails leaves the results of the last one
-    assert "left out: mt_lora (needs --mt_lora DIR), oracle (needs --oracles DIR), base_other (needs doc" in shown
+    assert "left out: mt_lora (needs --mt_lora DIR), oracle (needs --oracles DIR), base_other (needs" in shown
     methods = [name for name in evaluation.METHODS if name not in LEFT_OUT]
     assert list(content["results"]) == [*methods, "net of net", "net of hypernet"]
     assert content["settings"]["split"] == "test"
