@@ -3,6 +3,9 @@
 import itertools
 import os
 import re
+import subprocess
+import sys
+import time
 import warnings
 
 import pytest
@@ -99,6 +102,22 @@ def test_the_card_shows_what_the_network_does():
     with lora.use(base, net(list(texts)), net.config.scaling):
         said, _ = model.answer(base, tokenizer, prompts, 48)
     assert len(rows) == 12 and [text.strip() for text in said] == list(shown)
+
+
+@needs_models
+@needs_time
+def test_the_command_for_smollm2_repeats_its_first_steps(tmp_path):
+    """In bfloat16, whose kernels differ from processor to processor."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py"]
+    start += ["@config/families.args", *REAL, "--dtype", "bfloat16", "--device", "cpu"]
+    start += ["--out_dir", tmp_path / "again"]
+    run = subprocess.Popen(start, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "again" / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+        time.sleep(0.1)
+    run.terminate()
+    run.wait()
+    close(losses_of(tmp_path / "again")[:5], losses_of(SMOLLM2 / "sft_large")[:5], 3e-2)
 
 
 @needs_models
