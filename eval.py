@@ -253,58 +253,71 @@ def contains_right(example: Example, answer: str, has_ended: bool) -> bool:
     return any(right and right in answer for right in rights)
 
 
+class Outcome(NamedTuple):
+    """What came of the questions of a task."""
+
+    hits: list[bool]  # of each question that was asked: whether the answer is right
+    n_tokens: int  # in their prompts
+    seconds: float  # without the writing of adapters
+    n_too_long: int  # further questions, which were not asked
+
+
+def ask(exam: Exam, task: Task, given: Given) -> Outcome:
+    """Answer the questions of a task, --batch_size at a time."""
+    questions, most = questions_of(exam, task, given), most_tokens(exam, task)
+    window, batch_size = model.window_of(exam.base), exam.args.batch_size
+    fitting = [question for question in questions if question.n_tokens + most <= window]
+    hits, seconds = [], 0.0
+    for start in range(0, len(fitting), batch_size):
+        batch = fitting[start : start + batch_size]
+        numbers = [question.adapter for question in batch]
+        numbers = numbers[:1] if len(set(numbers)) == 1 else numbers  # one adapter serves all rows
+        adapters = lora.select(given.adapters, numbers)  # A [batch, L, r, in]
+        with lora.use(exam.base, adapters, given.scaling):
+            started = time.perf_counter()
+            prompts = [question.prompt for question in batch]
+            answers, ended = model.answer(exam.base, exam.tokenizer, prompts, most)
+            seconds += time.perf_counter() - started
+        for question, answer, has_ended in zip(batch, answers, ended):
+            hits.append(task.rules.is_right(question.example, answer, has_ended))
+    n_tokens = sum(question.n_tokens for question in fitting)
+    return Outcome(hits, n_tokens, seconds, len(questions) - len(fitting))
+
+
 def score(name: str, function, exam: Exam, process: int = 0, n_processes: int = 1) -> Scores:
     """Compute and print the scores of a method. Tasks with the same name count as one (documents).
 
     Several processes share the tasks. The scores are the same as with one process.
     """
-    window, batch_size = model.window_of(exam.base), exam.args.batch_size
-    hits, lengths, n_too_long, seconds = {}, [], 0, 0.0  # {number of a task: whether its answers are right}
+    outcomes = {}  # {number of a task: its outcome}
     mine = range(process, len(exam.tasks), n_processes)
     n_examples = sum(len(exam.examples(exam.tasks[i])) for i in mine)
     bar = tqdm(total=n_examples, desc=name, unit="example", leave=False, disable=process > 0)
     for i in mine:
         task, given = exam.tasks[i], function(exam, i)
+        outcomes[i] = ask(exam, replace(task, test=given.examples) if given.examples else task, given)
         bar.update(len(exam.examples(task)))
-        if given.examples:
-            task = replace(task, test=given.examples)
-        questions, most = questions_of(exam, task, given), most_tokens(exam, task)
-        fitting = [question for question in questions if question.n_tokens + most <= window]
-        n_too_long += len(questions) - len(fitting)
-        lengths += [question.n_tokens for question in fitting]
-        hits[i] = []
-        for start in range(0, len(fitting), batch_size):
-            batch = fitting[start : start + batch_size]
-            numbers = [question.adapter for question in batch]
-            numbers = numbers[:1] if len(set(numbers)) == 1 else numbers  # one adapter serves all rows
-            adapters = lora.select(given.adapters, numbers)  # A [batch, L, r, in]
-            with lora.use(exam.base, adapters, given.scaling):
-                started = time.perf_counter()  # without the writing of adapters
-                prompts = [question.prompt for question in batch]
-                answers, ended = model.answer(exam.base, exam.tokenizer, prompts, most)
-                seconds += time.perf_counter() - started
-            for question, answer, has_ended in zip(batch, answers, ended):
-                hits[i].append(task.rules.is_right(question.example, answer, has_ended))
     bar.close()
-
     if n_processes > 1:
         gathered = [None] * n_processes
-        dist.all_gather_object(gathered, (hits, lengths, n_too_long, seconds))
-        hits, lengths, n_too_long, seconds = {}, [], 0, 0.0
-        for its_hits, its_lengths, its_too_long, its_seconds in gathered:
-            hits |= its_hits
-            lengths += its_lengths
-            n_too_long += its_too_long
-            seconds += its_seconds
-    hits_of = {}  # {name of a task: hits}, in the order of the tasks
+        dist.all_gather_object(gathered, outcomes)
+        for its_outcomes in gathered:
+            outcomes |= its_outcomes
+
+    hits_of = {}  # {name of a task: hits}
     for i, task in enumerate(exam.tasks):
-        hits_of.setdefault(task.name, []).extend(hits[i])
-    scores = {task: statistics.fmean(its_hits) for task, its_hits in hits_of.items() if its_hits}
+        hits_of.setdefault(task.name, []).extend(outcomes[i].hits)
+    scores = {task: statistics.fmean(hits) for task, hits in hits_of.items() if hits}
+    n_too_long = sum(outcome.n_too_long for outcome in outcomes.values())
     if n_too_long:
+        window = model.window_of(exam.base)
         say(f"{n_too_long} questions are left out, longer than the base model's window of {window}")
     if scores:
-        cost = f"{statistics.fmean(lengths):.0f} tokens in a prompt, {1000 * seconds / len(lengths):.0f} ms"
-        say(f"{name:24} {statistics.fmean(scores.values()):.3f}   {cost} for an answer")
+        n_asked = sum(len(outcome.hits) for outcome in outcomes.values())
+        n_tokens = sum(outcome.n_tokens for outcome in outcomes.values()) / n_asked
+        seconds = sum(outcome.seconds for outcome in outcomes.values()) / n_asked
+        cost = f"{n_tokens:.0f} tokens in a prompt, {1000 * seconds:.0f} ms for an answer"
+        say(f"{name:24} {statistics.fmean(scores.values()):.3f}   {cost}")
     return scores
 
 

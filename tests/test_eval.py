@@ -134,7 +134,7 @@ def test_each_of_several_processes_takes_some_of_the_tasks(monkeypatch, tiny):
     for process in 0, 1:
         with pytest.raises(TypeError):  # nobody fills in what the other one has
             evaluation.score("base", evaluation.by_base, exam, process, 2)
-    assert [list(hits) for hits, *_ in given] == [[0, 2], [1]]
+    assert [list(outcomes) for outcomes in given] == [[0, 2], [1]]
 
     def gather(out, share):
         out[:] = given[::-1]
