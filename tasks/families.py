@@ -27,7 +27,7 @@ from tasks.chores import FORMS, MAKE, Draw, LazyList, differ, part_of
 
 DATA = read_json(Path(__file__).parent / "families.json")
 N_TRAIN, N_WITHHELD = 40, 8  # at most so many chores of a family
-WEIGHT = 2  # of a chore: about a third of the drawn tasks are of families
+WEIGHT = 1  # of a chore
 
 PARTS = FORMS | {
     "record": "".join(rf"(?=.*{key}: (?P<{key}>[\w ]+))" for key in ("name", "city", "age", "job")) + ".*",
@@ -241,7 +241,7 @@ def make_task(chore: Chore, split: str = "train") -> Task:
     reworded = [describe(chore, i, "test") for i in range(len(DATA["descriptions"]["test"][chore.family]))]
     descriptions = LazyList(lambda i: describe(chore, i)) if split == "train" else reworded
     test = [example(i, test=True) for i in range(chores.N_EXAMPLES)]
-    return Task(chore.name, descriptions, LazyList(example), test, reworded, weight=WEIGHT)
+    return Task(chore.name, descriptions, LazyList(example), test, reworded)
 
 
 def load() -> Splits:
