@@ -5,9 +5,9 @@ its text is the description, and its examples are questions about it. Tasks come
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import model
 from support import UserError, say
@@ -18,26 +18,6 @@ class Example(NamedTuple):
 
     input: str
     answers: list[str]  # the first one is learnt
-
-
-def is_exact(example: Example, answer: str, has_ended: bool) -> bool:
-    """Whether an answer is one of the right ones, and the model has ended it itself."""
-    return has_ended and answer.strip() in [right.strip() for right in example.answers]
-
-
-class Rules(NamedTuple):
-    """How eval.py asks the questions of a task and scores the answers. Benchmarks have other rules."""
-
-    is_right: Callable[[Example, str, bool], bool] = is_exact  # takes an answer and if the model ended it
-    most_tokens: int = 0  # of an answer; 0: two more than the longest right answer
-    start: Callable[[Example], str] = lambda example: ""  # the given start of the answer
-    most_examples: int | None = 25  # unless --n_examples is given; None: all
-    n_texts: int = 1  # number of texts with which each question is asked
-    with_instruction: bool = True  # whether the prompt may contain an instruction
-    meaningless: Sequence[str] = ()  # texts for net_random; (): random letters
-
-
-EXACT = Rules()
 
 
 @dataclass
@@ -52,7 +32,7 @@ class Task:
     definition: str = ""  # of Natural Instructions: the instruction in prompts, if it is there
     is_document: bool = False
     weight: int = 1  # how often it is in the pool from which a step draws
-    rules: Rules = EXACT
+    rules: Any = None  # how eval.py asks and scores, of a benchmark (tasks/benchmarks.py)
     other: Sequence[Example] = ()  # of a document: test examples that have nothing to do with it
 
 
@@ -99,15 +79,14 @@ def draw(tasks: list[Task], pool: Sequence[int], step: int, args, tokenizer) -> 
     """Draw --tasks_per_batch tasks from a pool of task indices, each repeated by its weight.
 
     Each task has one description, and --examples_per_task examples of at most --max_tokens. Reconstruction
-    has no tokenizer. It draws the examples without using them, so that a seed draws the same tasks and
-    descriptions as in SFT.
+    uses no examples. They are drawn all the same, so that a seed draws the tasks and descriptions of SFT.
     """
     rng, drawn = random.Random(f"{args.seed} {step}"), []
     for i in sample(rng, pool, args.tasks_per_batch):
         task, examples = tasks[i], []
         description = rng.choice(task.descriptions)
         chosen = sample(rng, task.train, args.examples_per_task)
-        for example in chosen if tokenizer else ():
+        for example in [] if args.mode == "recon" else chosen:
             for _ in range(1000):
                 ids = to_ids(tokenizer, task, description, example, args)
                 if ids.n_tokens <= args.max_tokens:
@@ -177,15 +156,15 @@ def check_examples(tasks: list[Task], args, tokenizer) -> None:
 N_VALIDATE = 8  # at most so many examples of each validation task
 
 
-def exam_of(val_tasks: list[Task], args, tokenizer) -> list[Drawn]:
+def validation_of(val_tasks: list[Task], args, tokenizer) -> list[Drawn]:
     """The validation tasks with their first description, and test examples of at most --max_tokens."""
-    exam = []
+    validation = []
     for i, task in enumerate(val_tasks):
         text = task.descriptions[0]
         ids = [to_ids(tokenizer, task, text, example, args) for example in task.test[:N_VALIDATE]]
         if short := [example for example in ids if example.n_tokens <= args.max_tokens]:
-            exam.append(Drawn(i, text, short))
-    return exam
+            validation.append(Drawn(i, text, short))
+    return validation
 
 
 def beginning(values: Sequence) -> Sequence:

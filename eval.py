@@ -6,23 +6,7 @@
     python eval.py --tasks benchmarks --base_model gemma-2-2b --hypernet DIR --run_code # the paper's table
     torchrun --nproc_per_node=2 eval.py ...                                             # the same, shared out
 
-The methods:
-
-    base            the base model as it is
-    icl             three examples in the prompt
-    prompt          the description (or the document) in the prompt
-    mt_lora         one LoRA trained on all tasks                                  (--mt_lora DIR)
-    oracle          a LoRA trained on the task itself                              (--oracles DIR)
-    net             the hypernetwork's adapter, from the task's own descriptions (or the document)
-    net_reworded    from wordings that training never used        (tiny, chores, families, lots_of_loras)
-    net_shuffled    from another task's description
-    net_mean        the mean of what the hypernetwork writes for the training tasks
-    net_random      from meaningless text
-    base_other      the base model as it is, on text that has nothing to do with the document
-    net_other       the adapter of the document, on the same text    (both: facts, people, own documents)
-    recon           a hypernetwork trained by reconstruction                       (--recon DIR)
-
-If the adapter was trained with --instruction, the prompt contains the task's definition or a description.
+If an adapter was trained with --instruction, the prompt contains the task's definition or a description.
 """
 
 import argparse
@@ -33,11 +17,12 @@ import string
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -62,7 +47,7 @@ class Exam:
     args: argparse.Namespace
     tasks: list[Task]
     training: list[Task]  # the split "train" of the same source, without documents
-    nets: dict[str, nn.Module]  # {flag, or row of --compare: a hypernetwork}
+    nets: dict[str, nn.Module]  # {flag: a hypernetwork}
     adapters: dict[str, tuple[Adapter, LoRAConfig]]  # {flag: what its folder holds}
     base: nn.Module
     tokenizer: Any
@@ -78,247 +63,236 @@ class Exam:
                 mean[name] = (mean_A + A / len(tasks), mean_B + B / len(tasks))
         return mean
 
-    def examples(self, task: Task) -> list[Example]:
-        """The test examples of a task that are asked."""
-        return task.test[: self.args.n_examples or task.rules.most_examples]
-
 
 # -------------------- The methods --------------------
 
 
-class Given(NamedTuple):
-    """A method's adapters and instructions for a task. The questions of the task use them in turn."""
-
-    adapters: Adapter = {}  # a batch of n; {} is none
-    scaling: float = 0.0
-    instructions: Sequence[str] = ("",)  # before the input
-    n_shots: int = 0  # examples in the prompt
-    examples: Sequence[Example] = ()  # what is asked in place of the task's test examples
+def own(exam: Exam, i: int) -> Sequence[str]:
+    return exam.tasks[i].descriptions
 
 
-def by_base(exam: Exam, i: int, n_shots: int = 0) -> Given:
-    return Given(instructions=instructions(exam, i, LoRAConfig()), n_shots=n_shots)
+def reworded(exam: Exam, i: int) -> Sequence[str]:
+    return exam.tasks[i].reworded
 
 
-def by_prompt(exam: Exam, i: int) -> Given:
-    return Given(instructions=exam.tasks[i].descriptions)
+def of_next(exam: Exam, i: int) -> Sequence[str]:
+    return exam.tasks[(i + 1) % len(exam.tasks)].descriptions if len(exam.tasks) > 1 else ()
 
 
-def by_mt_lora(exam: Exam, i: int) -> Given:
-    adapter, config = exam.adapters["mt_lora"]
-    return Given(adapter, config.scaling, instructions(exam, i, config))
+def of_training(exam: Exam, i: int) -> Sequence[str]:
+    return [task.descriptions[0] for task in exam.training[:1]]
 
 
-def by_oracle(exam: Exam, i: int) -> Given:
-    adapters, config = exam.adapters["oracles"]  # one per task
-    return Given(lora.select(adapters, [i]), config.scaling, instructions(exam, i, config))
-
-
-def by_net(exam: Exam, i: int, key: str = "hypernet") -> Given:
-    return written(exam, i, exam.tasks[i].descriptions, key)
-
-
-def by_net_reworded(exam: Exam, i: int) -> Given:
-    return written(exam, i, exam.tasks[i].reworded, in_prompt=exam.tasks[i].reworded)
-
-
-def by_net_shuffled(exam: Exam, i: int) -> Given:
-    return written(exam, i, exam.tasks[(i + 1) % len(exam.tasks)].descriptions)  # those of the next task
-
-
-def by_net_mean(exam: Exam, i: int) -> Given:
-    config = exam.nets["hypernet"].config
-    return Given(exam.mean, config.scaling, instructions(exam, i, config))
-
-
-def by_net_random(exam: Exam, i: int) -> Given:
-    return written(exam, i, exam.tasks[i].rules.meaningless or noise(random.Random(i)))
-
-
-def by_base_other(exam: Exam, i: int) -> Given:
-    return by_base(exam, i)._replace(examples=exam.tasks[i].other)
-
-
-def by_net_other(exam: Exam, i: int) -> Given:
-    return by_net(exam, i)._replace(examples=exam.tasks[i].other)
-
-
-class Row(NamedTuple):
-    """A method of the table."""
-
-    function: Callable[[Exam, int], Given]  # for task i
-    flag: str = ""  # the flag whose folder it needs
-    needs: str = ""  # a further condition, in words
-    has: Callable[[Exam], bool] = lambda exam: True  # whether this condition holds
-
-
-OTHER_TEXT = ("documents with other text", lambda exam: all(task.other for task in exam.tasks))
-METHODS = {
-    "base": Row(by_base),
-    "icl": Row(partial(by_base, n_shots=3)),
-    "prompt": Row(by_prompt),
-    "mt_lora": Row(by_mt_lora, "mt_lora"),
-    "oracle": Row(by_oracle, "oracles"),
-    "net": Row(by_net, "hypernet"),
-    "net_reworded": Row(
-        by_net_reworded,
-        "hypernet",
-        needs="tasks with descriptions in other wordings",
-        has=lambda exam: all(task.reworded for task in exam.tasks),
-    ),
-    "net_shuffled": Row(by_net_shuffled, "hypernet", "a second task", lambda exam: len(exam.tasks) > 1),
-    "net_mean": Row(by_net_mean, "hypernet", "training tasks", lambda exam: len(exam.training) > 0),
-    "net_random": Row(by_net_random, "hypernet"),
-    "base_other": Row(by_base_other, "", *OTHER_TEXT),
-    "net_other": Row(by_net_other, "hypernet", *OTHER_TEXT),
-    "recon": Row(partial(by_net, key="recon"), "recon"),
-}
-
-
-def written(exam: Exam, i: int, texts: Sequence[str], key: str = "hypernet", in_prompt=()) -> Given:
-    """Adapters that a hypernetwork writes from texts, no more than task i has questions."""
-    net, task = exam.nets[key], exam.tasks[i]
-    n_texts = max(len(exam.examples(task)), task.rules.n_texts)
-    adapters, _ = generate.write_adapters(net, list(texts[:n_texts]), exam.base)
-    return Given(adapters, net.config.scaling, instructions(exam, i, net.config, in_prompt))
-
-
-def instructions(exam: Exam, i: int, config: LoRAConfig, texts: Sequence[str] = ()) -> list[str]:
-    """The instructions in the prompts of task i: empty, unless training or --instruction asks for them.
-
-    They are the definition of the task, otherwise these texts, otherwise its descriptions.
-    """
-    task, asked_for = exam.tasks[i], exam.args.instruction
-    has_instruction = config.instruction if asked_for is None else asked_for
-    if not has_instruction or not task.rules.with_instruction:
-        return [""]
-    texts = [task.definition] if task.definition else texts or task.descriptions
-    return [model.instruct(text) for text in texts[: len(exam.examples(task))]]
-
-
-def noise(rng: random.Random) -> list[str]:
-    """Text without meaning: 8 sentences of random letters."""
-    sentences = []
+def noise(exam: Exam, i: int) -> Sequence[str]:
+    """8 sentences of random letters; of a benchmark the published texts."""
+    rng, sentences = random.Random(i), []
     for _ in range(8):
         words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(12)]
         sentences.append(" ".join(words))
-    return sentences
+    return exam.tasks[i].rules.meaningless or sentences
+
+
+class Method(NamedTuple):
+    """What answers the questions of a task."""
+
+    meaning: str
+    folder: str = ""  # the flag that names the folder of the adapter, or of the network that writes it
+    reads: Callable[[Exam, int], Sequence[str]] | None = None  # the texts that the network reads for task i
+    needs: str = ""  # what is missing where these are no texts, or no examples
+    n_shots: int = 0  # examples in the prompt
+    asks: str = "test"  # which examples of the task
+
+
+OTHER = "documents with other text"
+METHODS = {
+    "base": Method("the base model as it is"),
+    "icl": Method("three examples in the prompt", n_shots=3),
+    "prompt": Method("the description (or the document) in the prompt"),
+    "mt_lora": Method("one LoRA trained on all tasks", "mt_lora"),
+    "oracle": Method("a LoRA trained on the task itself", "oracles"),
+    "net": Method("written from the task's descriptions (or the document)", "hypernet", own),
+    "net_reworded": Method("... wordings that training never used", "hypernet", reworded, "other wordings"),
+    "net_shuffled": Method("... another task's descriptions", "hypernet", of_next, "a second task"),
+    "net_mean": Method("the mean of those for training tasks", "hypernet", of_training, "training tasks"),
+    "net_random": Method("written from meaningless text", "hypernet", noise),
+    "base_other": Method("as base, on text beside the document", needs=OTHER, asks="other"),
+    "net_other": Method("as net, on text beside the document", "hypernet", own, OTHER, asks="other"),
+    "recon": Method("as net, by a network trained by reconstruction", "recon", own),
+}
+
+
+def lacks(exam: Exam, name: str) -> str:
+    """What a method needs and does not have; "" if it can run."""
+    method = METHODS[name]
+    if method.folder and method.folder not in {*exam.nets, *exam.adapters}:
+        return f"--{method.folder} DIR"
+    for i, task in enumerate(exam.tasks):
+        if not getattr(task, method.asks) or (method.reads and not method.reads(exam, i)):
+            return method.needs
+    return ""
+
+
+def adapters_of(exam: Exam, name: str, i: int) -> tuple[Adapter, LoRAConfig]:
+    """(adapters with which the questions of task i are answered in turn; {} is none, their config)."""
+    method, task = METHODS[name], exam.tasks[i]
+    if not method.folder:
+        return {}, LoRAConfig()
+    if method.folder in exam.adapters:
+        adapters, config = exam.adapters[method.folder]
+        return (lora.select(adapters, [i]) if name == "oracle" else adapters), config
+    net = exam.nets[method.folder]
+    if name == "net_mean":
+        return exam.mean, net.config
+    n_texts = max(len(examples_of(exam, task, method)), task.rules.n_texts)
+    adapters, _ = generate.write_adapters(net, list(method.reads(exam, i)[:n_texts]), exam.base)
+    return adapters, net.config
+
+
+def instructions_of(exam: Exam, name: str, task: Task, config: LoRAConfig) -> Sequence[str]:
+    """What stands before the inputs, in turn: nothing, unless the method, training or --instruction asks."""
+    if name == "prompt":
+        return task.descriptions
+    asked_for = exam.args.instruction
+    has_instruction = config.instruction if asked_for is None else asked_for
+    if not has_instruction or not task.rules.with_instruction:
+        return [""]
+    texts = task.reworded if name == "net_reworded" else task.descriptions
+    texts = [task.definition] if task.definition else texts[: len(examples_of(exam, task, METHODS[name]))]
+    return [model.instruct(text) for text in texts]
 
 
 # -------------------- Questions, answers and scores --------------------
 
 
-class Question(NamedTuple):
-    """A test example as it is put to the base model."""
+def examples_of(exam: Exam, task: Task, method: Method) -> Sequence[Example]:
+    """The examples of a task that are asked."""
+    return getattr(task, method.asks)[: exam.args.n_examples or task.rules.most_examples]
 
+
+class Question(NamedTuple):
+    """An example as it is put to the base model."""
+
+    task: int  # its number
     example: Example
-    adapter: int  # the place of its adapter in the batch
+    adapter: Adapter  # n = 1; {} is none
     prompt: str
     n_tokens: int  # of the prompt
+    most: int  # tokens of an answer, at most
 
 
-def questions_of(exam: Exam, task: Task, given: Given) -> list[Question]:
-    """The questions of a task, the shortest first. Benchmarks ask each question with several texts."""
-    questions, before = [], model.turn_of(exam.tokenizer).before
-    n_adapters = len(next(iter(given.adapters.values()))[0]) if given.adapters else 1
-    n_texts = min(task.rules.n_texts, max(n_adapters, len(given.instructions)))
-    for i, example in enumerate(exam.examples(task)):
+def questions_of(exam: Exam, name: str, i: int) -> tuple[list[Question], LoRAConfig]:
+    """(the questions of task i, the config of their adapters). Benchmarks ask with several texts each."""
+    method, task = METHODS[name], exam.tasks[i]
+    examples, before = examples_of(exam, task, method), model.turn_of(exam.tokenizer).before
+    adapters, config = adapters_of(exam, name, i)
+    instructions = instructions_of(exam, name, task, config)
+    n_adapters = len(next(iter(adapters.values()))[0]) if adapters else 1
+    single = [lora.select(adapters, slice(k, k + 1)) for k in range(n_adapters)]
+    most = task.rules.most_tokens
+    if not most:  # two more than the longest right answer has
+        rights = [right for example in examples for right in example.answers]
+        most = 2 + max(len(model.tokenize(exam.tokenizer, right)) for right in rights)
+    most = min(most, exam.args.max_new_tokens or most)
+    questions = []
+    for k, example in enumerate(examples):
         # one more than is needed, because the question itself may be among them
-        others = [shot for shot in task.train[: given.n_shots + 1] if shot.input != example.input]
-        shots = [(shot.input, shot.answers[0]) for shot in others[: given.n_shots]]
-        for turn in range(i, i + n_texts):
-            instruction = given.instructions[turn % len(given.instructions)]
+        others = [shot for shot in task.train[: method.n_shots + 1] if shot.input != example.input]
+        shots = [(shot.input, shot.answers[0]) for shot in others[: method.n_shots]]
+        for turn in range(k, k + min(task.rules.n_texts, max(n_adapters, len(instructions)))):
+            instruction = instructions[turn % len(instructions)]
             prompt = model.render(exam.tokenizer, example.input, instruction, shots)
             if start := task.rules.start(example):
                 prompt += before + start
             n_tokens = len(model.tokenize(exam.tokenizer, prompt))
-            questions.append(Question(example, turn % n_adapters, prompt, n_tokens))
-    return sorted(questions, key=lambda question: question.n_tokens)
+            questions.append(Question(i, example, single[turn % n_adapters], prompt, n_tokens, most))
+    return questions, config
 
 
-def most_tokens(exam: Exam, task: Task) -> int:
-    """Maximum tokens of an answer: by default two more than the longest right answer has."""
-    args, most = exam.args, task.rules.most_tokens
-    if not most:
-        rights = [right for example in exam.examples(task) for right in example.answers]
-        most = 2 + max(len(model.tokenize(exam.tokenizer, right)) for right in rights)
-    if args.contains:
-        return args.max_new_tokens or max(64, most)
-    return min(most, args.max_new_tokens or most)
-
-
-def contains_right(example: Example, answer: str, has_ended: bool) -> bool:
-    """Whether an answer contains a right one (--contains)."""
-    rights = [right.strip() for right in example.answers]
-    return any(right and right in answer for right in rights)
-
-
-class Outcome(NamedTuple):
-    """What came of the questions of a task."""
-
-    hits: list[bool]  # of each question that was asked: whether the answer is right
-    n_tokens: int  # in their prompts
-    seconds: float  # without the writing of adapters
-    n_too_long: int  # further questions, which were not asked
-
-
-def ask(exam: Exam, task: Task, given: Given) -> Outcome:
-    """Answer the questions of a task, --batch_size at a time."""
-    questions, most = questions_of(exam, task, given), most_tokens(exam, task)
-    window, batch_size = model.window_of(exam.base), exam.args.batch_size
-    fitting = [question for question in questions if question.n_tokens + most <= window]
-    hits, seconds = [], 0.0
-    for start in range(0, len(fitting), batch_size):
-        batch = fitting[start : start + batch_size]
-        numbers = [question.adapter for question in batch]
-        numbers = numbers[:1] if len(set(numbers)) == 1 else numbers  # one adapter serves all rows
-        adapters = lora.select(given.adapters, numbers)  # A [batch, L, r, in]
-        with lora.use(exam.base, adapters, given.scaling):
-            started = time.perf_counter()
+def answers_to(exam: Exam, questions: list[Question], config: LoRAConfig) -> list[dict]:
+    """Put questions to the base model, --batch_size at a time: what came of each, in their order."""
+    found, by_length = {}, sorted(range(len(questions)), key=lambda k: questions[k].n_tokens)
+    for start in range(0, len(questions), exam.args.batch_size):
+        numbers = by_length[start : start + exam.args.batch_size]
+        batch = [questions[k] for k in numbers]
+        adapters = [question.adapter for question in batch]
+        is_shared = all(adapter is adapters[0] for adapter in adapters)  # then it serves all rows
+        adapters = adapters[0] if is_shared else lora.concat(adapters)  # A [batch, L, r, in]
+        most = max(question.most for question in batch)
+        with lora.use(exam.base, adapters, config.scaling):
             prompts = [question.prompt for question in batch]
-            answers, ended = model.answer(exam.base, exam.tokenizer, prompts, most)
-            seconds += time.perf_counter() - started
-        for question, answer, has_ended in zip(batch, answers, ended):
-            hits.append(task.rules.is_right(question.example, answer, has_ended))
-    n_tokens = sum(question.n_tokens for question in fitting)
-    return Outcome(hits, n_tokens, seconds, len(questions) - len(fitting))
+            answers = model.answer(exam.base, exam.tokenizer, prompts, most)
+        for k, question, answer in zip(numbers, batch, answers):
+            task, example = exam.tasks[question.task], question.example
+            found[k] = {
+                "task": task.name,
+                "input": example.input,
+                "right": example.answers,
+                "answer": answer.text,
+                "score": float(task.rules.is_right(example, answer.text, answer.has_ended)),
+                "sure": config.certainty(answer.log_prob),
+            }
+    return [found[k] for k in range(len(questions))]
 
 
-def score(name: str, function, exam: Exam, process: int = 0, n_processes: int = 1) -> Scores:
-    """Compute and print the scores of a method. Tasks with the same name count as one (documents).
+def score(name: str, exam: Exam, process: int = 0, n_processes: int = 1) -> list[dict]:
+    """Ask the questions of all tasks, with a method. Prints the scores; returns what came of each question.
 
-    Several processes share the tasks. The scores are the same as with one process.
+    Several processes share the tasks; the results are those of one. The questions of several tasks go through
+    the base model together. A question that does not fit into its window is left out.
     """
-    outcomes = {}  # {number of a task: its outcome}
-    mine = range(process, len(exam.tasks), n_processes)
-    n_examples = sum(len(exam.examples(exam.tasks[i])) for i in mine)
-    bar = tqdm(total=n_examples, desc=name, unit="example", leave=False, disable=process > 0)
-    for i in mine:
-        task, given = exam.tasks[i], function(exam, i)
-        outcomes[i] = ask(exam, replace(task, test=given.examples) if given.examples else task, given)
-        bar.update(len(exam.examples(task)))
-    bar.close()
+    mine, window = range(process, len(exam.tasks), n_processes), model.window_of(exam.base)
+    outcomes, waiting, n_too_long, n_tokens, seconds = {}, [], 0, 0, 0.0  # {number of a task: outcomes}
+    for i in tqdm(mine, desc=name, unit="task", leave=False, disable=process > 0):
+        questions, config = questions_of(exam, name, i)
+        fitting = [question for question in questions if question.n_tokens + question.most <= window]
+        waiting, n_too_long = waiting + fitting, n_too_long + len(questions) - len(fitting)
+        next_rules = exam.tasks[i + n_processes].rules if i + n_processes in mine else None
+        if len(waiting) < exam.args.batch_size and next_rules is exam.tasks[i].rules:
+            continue
+        started = time.perf_counter()
+        for question, outcome in zip(waiting, answers_to(exam, waiting, config)):
+            outcomes.setdefault(question.task, []).append(outcome)
+            n_tokens += question.n_tokens
+        waiting, seconds = [], seconds + time.perf_counter() - started
+    n_asked = sum(map(len, outcomes.values()))
     if n_processes > 1:
         gathered = [None] * n_processes
         dist.all_gather_object(gathered, outcomes)
         for its_outcomes in gathered:
             outcomes |= its_outcomes
-
-    hits_of = {}  # {name of a task: hits}
-    for i, task in enumerate(exam.tasks):
-        hits_of.setdefault(task.name, []).extend(outcomes[i].hits)
-    scores = {task: statistics.fmean(hits) for task, hits in hits_of.items() if hits}
-    n_too_long = sum(outcome.n_too_long for outcome in outcomes.values())
+    rows = [row for i in sorted(outcomes) for row in outcomes[i]]
     if n_too_long:
-        window = model.window_of(exam.base)
         say(f"{n_too_long} questions are left out, longer than the base model's window of {window}")
-    if scores:
-        n_asked = sum(len(outcome.hits) for outcome in outcomes.values())
-        n_tokens = sum(outcome.n_tokens for outcome in outcomes.values()) / n_asked
-        seconds = sum(outcome.seconds for outcome in outcomes.values()) / n_asked
-        cost = f"{n_tokens:.0f} tokens in a prompt, {1000 * seconds:.0f} ms for an answer"
-        say(f"{name:24} {statistics.fmean(scores.values()):.3f}   {cost}")
-    return scores
+    if n_asked:
+        cost = f"{n_tokens / n_asked:.0f} tokens in a prompt, {1000 * seconds / n_asked:.0f} ms for an answer"
+        say(f"{name:24} {statistics.fmean(task_scores(rows).values()):.3f}   {cost}")
+    if rows and METHODS[name].reads:
+        area, error, half = certainty_scores(rows)
+        say(f"{'':33}how sure: area {area:.2f}, error {error:.2f}; the surest half {half:.3f}")
+    return rows
+
+
+def task_scores(rows: list[dict]) -> Scores:
+    """The mean score of each task. Tasks with the same name count as one (documents)."""
+    scores = {}
+    for row in rows:
+        scores.setdefault(row["task"], []).append(row["score"])
+    return {task: statistics.fmean(its) for task, its in scores.items()}
+
+
+def certainty_scores(rows: list[dict]) -> tuple[float, float, float]:
+    """How well `sure` tells which answers are right: (area under the ROC curve, calibration error in ten bins,
+    score of the surest half). The area is nan if all answers are right, or none.
+    """
+    sure, right = np.array([(row["sure"], row["score"]) for row in rows]).T  # [n], [n]
+    _, value, count = np.unique(sure, return_inverse=True, return_counts=True)
+    rank = (count.cumsum() - (count - 1) / 2)[value]  # equal values share a rank; from 1 to n
+    n_right, n_wrong = right.sum(), (1 - right).sum()
+    area = ((rank * right).sum() / n_right - (n_right + 1) / 2) / n_wrong if n_right and n_wrong else np.nan
+    in_bin = np.minimum(sure * 10, 9).astype(int)
+    error = abs(np.bincount(in_bin, sure - right)).sum() / len(rows)
+    half = right[np.argsort(-sure, kind="stable")[: -(-len(rows) // 2)]].mean()
+    return float(area), float(error), float(half)
 
 
 # -------------------- The flags, and what they name --------------------
@@ -326,7 +300,8 @@ def score(name: str, function, exam: Exam, process: int = 0, n_processes: int = 
 
 def parse_args() -> argparse.Namespace:
     """The flags."""
-    parser = make_parser(__doc__)
+    methods = [f"    {name:15} {method.meaning}" for name, method in METHODS.items()]
+    parser = make_parser("\n".join([__doc__, "The methods:\n", *methods]))
     add = parser.add_argument
     add("--tasks", default="tiny", help="as for train.py; or benchmarks, or some of these: arc_easy,gsm8k")
     add("--split", default="test", help="which of the tasks: train, val, test, or another that they have")
@@ -336,13 +311,11 @@ def parse_args() -> argparse.Namespace:
     add("--mt_lora", help="adapter folder of train.py --mode lora --multi_task")
     add("--oracles", help="folder of adapter folders, one per task, of train.py --mode lora")
     add("--recon", help="folder of train.py --mode recon")
-    add("--compare", nargs="+", default=[], help="folders of further hypernetworks, each a method")
     add("--descriptions", help='JSON file {"task": ["description", ...]} to use instead')
-    add("--contains", action="store_true", help="an answer is right if it contains a right answer")
     add("--run_code", action="store_true", help="run code that the model writes: no sandbox!")
-    add("--batch_size", type=at_least(1), default=256, help="questions of a task that are answered at once")
+    add("--batch_size", type=at_least(1), default=256, help="questions that are answered at once")
     add("--max_new_tokens", type=at_least(1), help="longest answer; default: as long as the right ones need")
-    add("--out", help="write settings and scores to this JSON file; extras.plot draws them")
+    add("--out", help="write settings and scores to this JSON file, all answers to NAME.answers.json")
     generate.add_model_flags(parser)
     args = parser.parse_args()
     args.methods = args.methods and args.methods.split(",")
@@ -374,22 +347,19 @@ def tasks_to_judge(args) -> tuple[list[Task], list[Task]]:
     if args.instruction and tasks[0].is_document:
         raise UserError("--instruction would put the document itself into the prompt")
     for i, task in enumerate(tasks):
+        tasks[i] = replace(task, rules=task.rules or benchmarks.Rules())
         if not task.test:
             raise UserError(f"the task {task.name} has no test part: that is the last fifth of its instances")
         if not all(example.answers for example in task.test):
             raise UserError(f"{task.name} cannot be scored: one of its questions has no answer")
-        if args.contains and task.rules != data.EXACT:
-            raise UserError(f"--contains is not for {task.name}, which has scores of its own")
-        if args.contains:
-            tasks[i] = replace(task, rules=data.EXACT._replace(is_right=contains_right))
     return tasks, [task for task in splits.get("train", []) if not task.is_document]
 
 
 def load_nets(args, tasks: list[Task], device) -> dict[str, nn.Module]:
-    """{flag: hypernetwork}, for --compare {row: hypernetwork}. The shipped one only if a method needs it."""
-    reads = "documents" if tasks[0].is_document else "descriptions"
-    folder, nets = args.hypernet, {}
-    if not folder and any(METHODS[name].flag == "hypernet" for name in args.methods or METHODS):
+    """{flag: hypernetwork}. The shipped one is loaded only if a method needs it."""
+    reads, nets = "documents" if tasks[0].is_document else "descriptions", {}
+    folder = args.hypernet
+    if not folder and any(METHODS[name].folder == "hypernet" for name in args.methods or METHODS):
         folder = generate.shipped_hypernet(args.base_model or model.TINY, reads)
     if folder:
         nets["hypernet"] = generate.load_net(folder, reads, device, args.encoder)
@@ -397,44 +367,23 @@ def load_nets(args, tasks: list[Task], device) -> dict[str, nn.Module]:
         nets["recon"] = generate.load_net(args.recon, reads, device)
         if not nets["recon"].config.recon_loss:
             raise UserError(f"--recon {args.recon}: this hypernetwork was trained by SFT")
-    for folder in args.compare:
-        nets[f"net of {folder}"] = generate.load_net(folder, reads, device)
     return nets
 
 
-def load_adapters(args, tasks: list[Task], device) -> dict[str, tuple[Adapter, LoRAConfig]]:
-    """{flag: (adapters, their config)} for the methods to run."""
-    flags, adapters = [METHODS[name].flag for name in args.methods or METHODS], {}
-    if args.mt_lora and "mt_lora" in flags:
-        adapters["mt_lora"] = lora.load_adapters([Path(args.mt_lora)], device)
-    if args.oracles and "oracles" in flags:
-        there = [Path(args.oracles, task.name) for task in tasks if Path(args.oracles, task.name).is_dir()]
-        if len(there) < len(tasks):
-            message = f"{args.oracles} holds adapters of {len(there)} of these {len(tasks)} tasks"
-            raise UserError(f"{message} (--split, --n_tasks as in training)")
-        adapters["oracles"] = lora.load_adapters(there, device)
+def trained_adapters(args, tasks: list[Task], device) -> dict[str, tuple[Adapter, LoRAConfig]]:
+    """{flag: (adapters, their config)}; of --oracles one for each task, in their order."""
+    folders, adapters = {}, {}
+    if args.mt_lora:
+        folders["mt_lora"] = [Path(args.mt_lora)]
+    if args.oracles:
+        folders["oracles"] = [Path(args.oracles, task.name) for task in tasks]
+    for flag in {METHODS[name].folder for name in args.methods or METHODS} & folders.keys():
+        missing = [folder for folder in folders[flag] if not folder.is_dir()]
+        if missing:
+            message = f"{len(missing)} of {len(tasks)} adapters are missing, such as {missing[0]}"
+            raise UserError(f"--{flag}: {message} (--split, --n_tasks as in training)")
+        adapters[flag] = lora.load_adapters(folders[flag], device)
     return adapters
-
-
-def methods_to_run(args, exam: Exam) -> dict[str, Callable[[Exam, int], Given]]:
-    """--methods, or all that have what they need; and --compare."""
-    functions, left_out = {}, []
-    for name in args.methods or METHODS:
-        row = METHODS[name]
-        needs = row.needs
-        if row.flag and row.flag not in {*exam.nets, *exam.adapters}:
-            needs = f"--{row.flag} DIR"
-        elif row.has(exam):
-            functions[name] = row.function
-            continue
-        if args.methods:
-            raise UserError(f"the method {name} needs {needs}")
-        left_out.append(f"{name} (needs {needs})")
-    for folder in args.compare:
-        functions[f"net of {folder}"] = partial(by_net, key=f"net of {folder}")
-    if left_out:
-        say(f"left out: {', '.join(left_out)}")
-    return functions
 
 
 @torch.no_grad()
@@ -443,32 +392,41 @@ def main() -> None:
     device = model.pick_device(args.device)
     process, n_processes = model.join_processes(device)
     tasks, training = tasks_to_judge(args)
-    nets, adapters = load_nets(args, tasks, device), load_adapters(args, tasks, device)
+    nets, adapters = load_nets(args, tasks, device), trained_adapters(args, tasks, device)
     configs = [net.config for net in nets.values()] + [config for _, config in adapters.values()]
     base, tokenizer = generate.load_base_for(configs, args, device)
     for net in nets.values():
         net.connect(base, tokenizer)
+    model.check_known(tokenizer, [example.input for task in tasks for example in task.test[:25]])
 
-    exam, results = Exam(args, tasks, training, nets, adapters, base, tokenizer), {}
-    inputs = [example.input for task in tasks for example in exam.examples(task)]
-    model.check_known(tokenizer, inputs)
-    for name, function in methods_to_run(args, exam).items():
-        scores = score(name, function, exam, process, n_processes)
-        if scores:
-            results[name] = scores
+    exam, answers, left_out = Exam(args, tasks, training, nets, adapters, base, tokenizer), {}, []
+    for name in args.methods or METHODS:
+        missing = lacks(exam, name)
+        if missing and args.methods:
+            raise UserError(f"the method {name} needs {missing}")
+        if missing:
+            left_out.append(f"{name} (needs {missing})")
+            continue
+        answers[name] = score(name, exam, process, n_processes)
         if args.out and process == 0:
-            write_results(Path(args.out), vars(args) | {"base_model": base.name_or_path}, results)
+            write_results(Path(args.out), vars(args) | {"base_model": base.name_or_path}, answers)
+    if left_out:
+        say(f"left out: {', '.join(left_out)}")
+    results = {name: task_scores(rows) for name, rows in answers.items() if rows}
     say("\n" + make_table(benchmarks.beside_published(results, base.name_or_path), args.split))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def write_results(out: Path, settings: dict, results: dict[str, Scores]) -> None:
-    """Write --out, after each method."""
-    content = {}
-    for name, scores in results.items():
-        content[name] = {"mean": statistics.fmean(scores.values()), "per_task": scores}
-    write_file(out, {"settings": settings, "results": content})
+def write_results(out: Path, settings: dict, answers: dict[str, list[dict]]) -> None:
+    """Write --out, after each method, and all answers beside it."""
+    results = {}
+    for name, rows in answers.items():
+        scores = task_scores(rows)
+        if scores:
+            results[name] = {"mean": statistics.fmean(scores.values()), "per_task": scores}
+    write_file(out, {"settings": settings, "results": results})
+    write_file(out.with_suffix(".answers.json"), answers)
 
 
 # -------------------- The table --------------------

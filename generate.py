@@ -41,24 +41,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=at_least(1), default=64, help="longest answer (default: 64)")
     add_model_flags(parser)
     args = parser.parse_args()
-    if args.adapter and (args.hypernet or args.out):
-        raise UserError("--hypernet and --out go with --desc or --doc")
-    if args.doc and (args.encoder or args.instruction) or args.adapter and args.encoder:
+    if args.adapter and (args.hypernet or args.out or args.encoder):
+        raise UserError("--hypernet, --out and --encoder go with --desc or --doc")
+    if args.doc and (args.encoder or args.instruction):
         raise UserError("--encoder and --instruction go with --desc")
     if args.merge and len(args.desc or []) > 1:
         raise UserError("--merge takes a single --desc")
-    for flag, texts in (("--desc", args.desc or []), ("--input", args.input)):
-        if not all(text.strip() for text in texts):
-            raise UserError(f"a text of {flag} is empty")
+    if not all(text.strip() for text in [*(args.desc or []), *args.input]):
+        raise UserError("a text of --desc or --input is empty")
     args.base_model = args.base_model and model.resolve(args.base_model)
     args.out = Path(args.out or "out/adapter")
-    if not args.adapter:
-        check_out(args.out)
-    if args.merge is not None:
-        merged = Path(args.merge).resolve()
-        in_way = [] if args.adapter else [args.out.resolve(), *args.out.resolve().parents]
-        if merged.exists() or merged in in_way:
-            raise UserError(f"--merge {args.merge!r} is no new folder; choose another")
+    for path in args.out.rglob("*"):
+        if path.is_file() and path.name not in OUR_FILES and not args.adapter:
+            raise UserError(f"--out {args.out} holds more than this command writes ({path.name})")
+    if args.merge is not None and (Path(args.merge).exists() or args.out.is_relative_to(args.merge)):
+        raise UserError(f"--merge {args.merge!r} is no new folder; choose another")
     return args
 
 
@@ -75,7 +72,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_net_flags(parser)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--instruction", action=switch, help="put the description before inputs; default: as in training")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one")
+    add("--device", default="auto", help=model.DEVICES)
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU that has it")
 
 
@@ -155,16 +152,16 @@ def ask(base, tokenizer, inputs: list[str], adapter: Adapter, scaling: float, in
         message = f"a prompt of {longest} tokens and an answer of {n_new}"
         raise UserError(f"{message} do not fit into the base model's window of {window}")
     with lora.use(base, adapter, scaling):
-        answers, ended = model.answer(base, tokenizer, prompts, n_new)
-    marks = ["" if has_ended else " [cut: --max_new_tokens]" for has_ended in ended]
-    return [text.strip() + mark for text, mark in zip(answers, marks)]
+        answers = model.answer(base, tokenizer, prompts, n_new)
+    cut = " [cut: --max_new_tokens]"
+    return [answer._replace(text=answer.text.strip() + cut * (not answer.has_ended)) for answer in answers]
 
 
-def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: str, args) -> None:
+def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: str, args) -> float:
     """Print the answers of the base model and those with an adapter that was written from `text`.
 
     For a document, also print the times, and the answers of the base model with the document in its prompt
-    if it fits.
+    if it fits. Returns how sure the least sure answer with the adapter is.
     """
     instruction = model.instruct(text) if args.instruction and text else ""
     rows = {"base model": ({}, instruction)}
@@ -178,29 +175,21 @@ def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: 
         started = time.perf_counter()
         answers[label] = ask(base, tokenizer, inputs, its_adapter, config.scaling, its_instruction, args)
         times[label] = f"{label} {(time.perf_counter() - started) * 1000:.0f} ms"
+    sure = [config.certainty(answer.log_prob) for answer in answers["with adapter"]]
     for i, question in enumerate(inputs):
         print(f"\n  {'input':12}  {question}")
         for label in answers:
-            lines = answers[label][i].replace("\n", f"\n{'':16}")
+            lines = answers[label][i].text.replace("\n", f"\n{'':16}")
             print(f"  {label:12}  {lines}")
+        print(f"  {'sure':12}  {sure[i]:.0%}")
     if args.doc:
         print(f"\n  time of all answers: {', '.join(times.values())}")
+    return min(sure)
 
 
 # -------------------- Files --------------------
 
 OUR_FILES = {*lora.ADAPTER_FILES, "description.txt"}  # of each adapter folder
-
-
-def check_out(folder: Path) -> None:
-    """Raise UserError unless --out is a new folder, or holds exactly the files that this command writes."""
-    found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    singles = [folder]
-    if found == sorted(map(str, range(len(found)))):  # several adapters
-        singles = [folder / name for name in found]
-    for single in singles if found else []:
-        if {path.name for path in single.iterdir()} != OUR_FILES:
-            raise UserError(f"--out {folder} is no new folder, and holds more than this command writes")
 
 
 @contextmanager

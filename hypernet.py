@@ -23,13 +23,13 @@ from lora import Adapter, LoRAConfig
 from support import UserError, read_json, write_file
 
 
-def setting(default, least, meaning: str, *choices):
-    """A field of a config that is a flag of train.py. `least` is the least value of a number."""
-    return field(default=default, metadata={"setting": (default, least, meaning, *choices)})
+def setting(default, meaning: str, *choices):
+    """A field of a config that is a flag of train.py."""
+    return field(default=default, metadata={"setting": (default, meaning, *choices)})
 
 
 def settings_of(config_class) -> list[tuple]:
-    """The fields of a config that are flags: (name, default, least value, meaning, *choices)."""
+    """The fields of a config that are flags: (name, default, meaning, *choices)."""
     return [(f.name, *f.metadata["setting"]) for f in fields(config_class) if "setting" in f.metadata]
 
 
@@ -39,7 +39,7 @@ class HypernetConfig(LoRAConfig):
 
     recon_loss: str = ""  # by reconstruction: z_score or delta_w; by SFT: ""
 
-    def measure(self, base: nn.Module) -> None:
+    def fit_to(self, base: nn.Module) -> None:
         """Set the fields that depend on the frozen models."""
 
 
@@ -50,17 +50,17 @@ class HypernetConfig(LoRAConfig):
 class TextConfig(HypernetConfig):
     """Text-to-LoRA's settings."""
 
-    encoder: str = setting("preset", None, "the preset's, hash, base, a hub id or a folder")
+    encoder: str = "hash"  # that of train.py's --encoder
     input_size: int = 1024  # E, the width of the text encoder's output
     full_stop: bool = True  # append one to descriptions that end in a letter, as published (not with "hash")
     dropout: float = 0.1  # in the trunk; that of train.py's --dropout, as published
-    size: str = setting("large", None, "what one pass through a head writes", "large", "medium", "small")
-    latent_size: int = setting(128, 4, "width of the trunk; half of it is the task embedding")
-    head_in_size: int = setting(256, 1, "width of the input of the heads")
-    input_dropout: float = setting(0.1, 0, "dropout of the text encoder's output (not published)")
-    skip: float = setting(0.0, 0, "factor on the task embedding, added to the heads' input (published: 0)")
+    size: str = setting("large", "what one pass through a head writes", "large", "medium", "small")
+    latent_size: int = setting(128, "width of the trunk; half of it is the task embedding")
+    head_in_size: int = setting(256, "width of the input of the heads")
+    input_dropout: float = setting(0.1, "dropout of the text encoder's output (not published)")
+    skip: float = setting(0.0, "factor on the task embedding, added to the heads' input (published: 0)")
 
-    def measure(self, base: nn.Module) -> None:
+    def fit_to(self, base: nn.Module) -> None:
         self.input_size = encoders.width(self.encoder, base)
 
 
@@ -97,11 +97,11 @@ class TextToLoRA(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         c, d, dropout, M = config, config.latent_size, config.dropout, len(config.targets)
+        self.config, self.layers, z_score = c, c.adapted_layers(), c.recon_loss == "z_score"
         if d % 4:
             raise UserError(f"--latent_size must be a multiple of 4, not {d}")
         if c.skip and c.head_in_size < d // 2:
             raise UserError(f"--skip needs --head_in_size {d // 2} or more, half of --latent_size")
-        self.config, self.layers, z_score = c, c.adapted_layers(), c.recon_loss == "z_score"
 
         # rows: the embeddings of task, layer and module
         self.task_encoder = nn.Sequential(nn.Linear(c.input_size, d // 2), nn.LayerNorm(d // 2))
@@ -159,7 +159,7 @@ class TextToLoRA(nn.Module):
                 self.std[f"{lora.no_dots(name)}_{matrix}"].copy_(std[name][i])
 
     def connect(self, base: nn.Module | None, tokenizer) -> None:
-        """Load the frozen text encoder, a function and so no part of the network's weights."""
+        """Load the frozen text encoder: a function of texts, whose weights are not this network's."""
         c, device = self.config, next(self.parameters()).device
         width = encoders.width(c.encoder, base)
         if width != c.input_size:
@@ -237,7 +237,7 @@ class TextToLoRA(nn.Module):
         return self.offset[f"{key}_A"] + A, self.offset[f"{key}_B"] + B
 
 
-# -------------------- Files --------------------
+# -------------------- A new network, and its files --------------------
 
 FILES = ["hypernet.safetensors", "config.json"]
 
@@ -246,10 +246,59 @@ def find_arch(arch: str):
     """The class of a network: "t2l" is TextToLoRA, any other name is `Net` of the file nets/NAME.py."""
     if arch == "t2l":
         return TextToLoRA
-    names = sorted(path.stem for path in Path(__file__).parent.glob("nets/*.py"))
+    names = {path.stem for path in Path(__file__).parent.glob("nets/*.py")} - {"bank"}
     if arch not in names:
-        raise UserError(f"--arch {arch}: there is no such network, but t2l, {', '.join(names)} (in nets/)")
+        raise UserError(f"--arch {arch}: there is no such network, but t2l, {', '.join(sorted(names))} (in nets/)")
     return importlib.import_module(f"nets.{arch}").Net
+
+
+def new_hypernet(args, adapters: LoRAConfig, base: nn.Module, mean=None, std=None) -> nn.Module:
+    """The network of train.py's settings for adapters of this config, with random weights or --init_from.
+
+    Reconstruction passes mean and standard deviation of the oracles.
+    """
+    net_class = find_arch(args.arch)
+    config = net_class.config_class(**vars(adapters))
+    for name in ["encoder", "dropout"] + [name for name, *_ in settings_of(net_class.config_class)]:
+        if hasattr(config, name):
+            setattr(config, name, getattr(args, name))
+    config.recon_loss = args.recon_loss if mean else ""
+    config.fit_to(base)
+    net = net_class(config)
+    net.recompute = args.gradient_checkpointing
+    if mean:
+        net.start_at(mean, std)
+    else:
+        net.start_as_lora()
+    if args.init_from and not args.resume:
+        copy_weights(args.init_from, net, base)
+    return net
+
+
+MAY_DIFFER = {
+    *("base_model", "base_shape", "instruction", "full_stop", "dropout", "input_dropout", "chunk_len"),
+    *("alpha", "rslora"),  # scaling must agree
+}
+
+
+def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
+    """Copy the weights of another network for the same base model. Settings must agree (see MAY_DIFFER)."""
+    start = load_hypernet(folder)
+    model.check_base(base, start.config)
+    ours, theirs = [
+        {"arch": n.arch, "modules": list(n.config.targets), "scaling": n.config.scaling, **vars(n.config)}
+        for n in (net, start)
+    ]
+    for name in ours:
+        differs = name not in MAY_DIFFER and ours[name] != theirs.get(name)
+        if name == "encoder":  # folders may be anywhere
+            differs = differs and not (Path(ours[name]).is_dir() or Path(theirs[name]).is_dir())
+        if differs:
+            message = f"--init_from {folder}: that network has other settings"
+            raise UserError(f"{message} ({name}: {theirs.get(name)}, not {ours[name]})")
+    learned = [name for name, p in net.named_parameters() if p.requires_grad]  # not the oracles' mean and std
+    weights = start.state_dict()
+    net.load_state_dict({name: weights[name] for name in learned}, strict=False)
 
 
 def save_hypernet(net: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -264,14 +313,11 @@ def save_hypernet(net: nn.Module, folder: str | Path, dtype: torch.dtype = torch
 
 def load_hypernet(folder: str | Path) -> nn.Module:
     """Read a hypernetwork that train.py wrote, in float32 and eval mode. `connect` it before it is called."""
-    if not Path(folder, "config.json").exists():
-        if [*Path(folder).glob("adapter_config.json"), *Path(folder).glob("*/adapter_config.json")]:
-            raise UserError(f"{folder} holds adapters, not a hypernetwork; generate.py --adapter uses one")
-        if Path(folder, "train.args").exists():
-            raise UserError(f"the run in {folder} has not saved weights yet")
-    settings = read_json(Path(folder, "config.json"))
+    file = Path(folder, "config.json")
+    settings = read_json(file) if file.exists() else {}
     if "arch" not in settings:
-        raise UserError(f"{folder} holds a model, not a hypernetwork")
+        message = f"{folder} holds no hypernetwork: {' and '.join(FILES)} of train.py are needed"
+        raise UserError(f"{message} (an adapter is used with generate.py --adapter)")
     net_class = find_arch(settings.pop("arch"))
     if settings["base_model"] == "tiny":
         settings["base_model"] = model.TINY
@@ -283,55 +329,14 @@ def load_hypernet(folder: str | Path) -> nn.Module:
     return net.eval()
 
 
-MAY_DIFFER = {"base_model", "base_shape", "instruction", "full_stop", "dropout", "input_dropout", "chunk_len"}
-
-
-def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
-    """Copy the weights of another network for the same base model. Settings must agree (see MAY_DIFFER)."""
-    start = load_hypernet(folder)
-    ours, theirs = net.config, start.config
-    model.check_base(base, theirs)
-    if net.arch != start.arch:
-        raise UserError(f"--init_from {folder}: that network is of --arch {start.arch}, not {net.arch}")
-    for name, value in vars(ours).items():
-        other = getattr(theirs, name, None)
-        differs = other != value or (name == "targets" and list(other) != list(value))
-        if name == "encoder":  # a folder may hold any
-            differs = differs and not Path(value).is_dir() and not Path(str(other)).is_dir()
-        if differs and name not in MAY_DIFFER:
-            message = f"--init_from {folder}: that network has other settings"
-            raise UserError(f"{message} ({name}: {other}, not {value})")
-    learned = [name for name, p in net.named_parameters() if p.requires_grad]  # not the oracles' mean and std
-    weights = start.state_dict()
-    net.load_state_dict({name: weights[name] for name in learned}, strict=False)
-
-
-# -------------------- A new network --------------------
+# To add a network, write an nn.Module with the members of nets/linear.py, which is short, as `Net` in a file
+# of nets/. The fields of its config that are a `setting` are flags of train.py, of names that no other flag
+# has; fields `encoder` and `dropout` have the values of those flags. Further members:
 #
-# Write an nn.Module with these members in a file of nets/, and call it Net: --arch NAME finds nets/NAME.py.
-# nets/linear.py is a short one.
+#     reads = "documents"    instead of "descriptions"; a document may also be a list of texts
+#     net.recompute          set by --gradient_checkpointing: compute activations again, to save memory
+#     net.no_decay()         parameters with two or more dimensions without weight decay; may be left out
 #
-#     net_class.arch       the name of that file
-#     net_class.reads      "descriptions" or "documents": the tasks that it is trained on
-#     net_class.modes      how train.py may train it: "sft", "recon"
-#     net_class.config_class
-#                          a dataclass that extends HypernetConfig. Each `setting` is a flag of train.py when
-#                          this network is trained. No other flag may have its name. A number needs a least
-#                          value. In a setting `encoder`, "preset" stands for the text encoder of the base
-#                          model's preset. A plain field `dropout` is set by --dropout
-#     config.measure(base) sets fields that depend on the frozen models
-#     net_class(config)    the network, with random weights; net.config is its config
-#     net.connect(base, tokenizer)
-#                          gives it the frozen network that it reads with: a text encoder, or the base model.
-#                          This is not part of its weights
-#     net(texts)           -> Adapter: A [n, L, r, in] and B [n, L, out, r], of any rank r, for n texts. If
-#                          the ranks differ, A and B are zero-padded to the largest rank. A document may be a
-#                          list of texts, which become one adapter
-#     net.recompute        set by --gradient_checkpointing: compute activations again, to save memory
-#     net.start_as_lora()  for SFT: write LoRA's initialisation, with B = 0, for every text
-#     net.start_at(mean, std)
-#                          for reconstruction: the oracles' mean and standard deviation, {name: (A, B)}
-#                          without a batch dimension
-#     net.no_decay()       parameters with two or more dimensions without weight decay; may be left out
-#
-# Parameters with requires_grad must all receive gradients (DDP requires it).
+# A and B may have any rank r; if the ranks of a batch differ, they are zero-padded to the largest. What
+# `connect` gives the network to read with is no part of its weights. Parameters with requires_grad must all
+# receive gradients (DDP requires it).

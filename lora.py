@@ -11,6 +11,7 @@ in all of them). With an adapter a linear layer computes (LoRA, arXiv 2106.09685
     y = W x + scaling * B (A x)
 """
 
+import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,9 +66,8 @@ class LoRALinear(nn.Linear):
 def use(base: nn.Module, adapter: Adapter, scaling: float):
     """Run `base` with n adapters inside a `with` block. {} means no adapter. Blocks cannot be nested.
 
-    In a batch of n * k examples, the first k use adapter 0, the next k use adapter 1, and so on. The adapters
-    are cast to the dtype of the base model. The block must contain the forward pass. With
-    `model.recompute_layers` it must also contain the backward pass, which computes the layers again.
+    In a batch of n * k examples, the first k use adapter 0, the next k use adapter 1, and so on. The block
+    must contain the forward pass; with `model.recompute_layers` also the backward pass, which repeats it.
     """
     check_fits(base, adapter)
     try:
@@ -164,50 +164,37 @@ def split_path(path: str) -> tuple[str, int]:
 def find_targets(base: nn.Module, names: list[str]) -> dict[str, Target]:
     """Find the targets with these names in a model. [] selects every linear layer in a numbered layer.
 
-    Raises UserError as `group_layers` does, and for layers of another class, such as quantised layers.
-    """
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # skip a vision tower
-    in_decoder, linear = set(decoder.modules()), {}
-    for path, module in base.named_modules():
-        if isinstance(module, nn.Linear) and module in in_decoder and LAYER_NUMBER.search(path):
-            linear[path] = module
-    shapes = {path: tuple(layer.weight.shape) for path, layer in linear.items()}
-    targets = group_layers(shapes, names or list(dict.fromkeys(split_path(path)[0] for path in linear)))
-    for name, target in targets.items():
-        layer = linear[target.paths()[0]]
-        if type(layer).forward is not nn.Linear.forward:
-            kind = type(layer).__name__
-            raise UserError(f"{name} is {kind}: quantised layers and the like have no adapters")
-    return targets
-
-
-def group_layers(shapes: dict[str, tuple[int, int]], names: list[str]) -> dict[str, Target]:
-    """The targets of these names among linear layers, {path: (out, in)}.
-
     A name is the end of a path, as in PEFT. It may have {} in place of the layer's number, as in
     `single_blocks.{}.to_q`. Raises UserError if it fits no layer, or several places or shapes.
     """
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # skip a vision tower
+    in_decoder, places = set(decoder.modules()), {}  # {path with {}: {number: layer}}
+    for path, module in base.named_modules():
+        if isinstance(module, nn.Linear) and module in in_decoder and LAYER_NUMBER.search(path):
+            place, number = split_path(path)
+            places.setdefault(place, {})[number] = module
+
     targets = {}
-    for name in names:
-        places = {}  # {path with {}: {number: (out, in)}}
-        for path, shape in shapes.items():
-            place, layer = split_path(path)
-            if f".{path}".endswith(f".{name}") or f".{place}".endswith(f".{name}"):
-                places.setdefault(place, {})[layer] = shape
-        if not places:
-            found = ", ".join(sorted({path.split(".")[-1] for path in shapes})) or "none at all"
-            raise UserError(f"this model has no nn.Linear layers named {name}, but {found}")
-        if len(places) > 1:
-            ends = {place.split("{}.")[-1] for place in places}
-            several = ends if len(ends) == len(places) else places
-            raise UserError(f"{name} is in several places; name one of them: {', '.join(sorted(several))}")
-        ((place, layers),) = places.items()
-        n_shapes = len(set(layers.values()))
-        if n_shapes > 1:
-            example = place.format(min(layers)).split(".", 1)[-1]
-            raise UserError(f"{name} has {n_shapes} shapes; name single layers, such as {example}")
-        n_out, n_in = layers[min(layers)]
-        targets[name] = Target(place, sorted(layers), n_in, n_out)
+    for name in names or places:
+        found = []  # (place, number)
+        for place, layers in places.items():
+            for number in layers:
+                path = place.format(number)
+                if f".{path}".endswith(f".{name}") or f".{place}".endswith(f".{name}"):
+                    found.append((place, number))
+        where = sorted({place for place, _ in found})
+        if not found:
+            known = ", ".join(sorted({place.split(".")[-1] for place in places})) or "none at all"
+            raise UserError(f"this model has no nn.Linear layers named {name}, but {known}")
+        if len(where) > 1:
+            raise UserError(f"{name} is in several places; name one of them: {', '.join(where)}")
+        layers = {number: places[place][number] for place, number in sorted(found)}
+        shapes = {layer.weight.shape for layer in layers.values()}
+        if len(shapes) > 1:
+            example = where[0].format(min(layers))
+            raise UserError(f"{name} has {len(shapes)} shapes; name single layers, such as {example}")
+        ((n_out, n_in),) = shapes
+        targets[name] = Target(where[0], list(layers), n_in, n_out)
     return targets
 
 
@@ -228,6 +215,7 @@ class LoRAConfig:
     alpha: float = 16.0
     rslora: bool = True  # rank-stabilised scaling (arXiv 2312.03732), as published
     instruction: bool = False  # prompts in training contained the task's instruction
+    calibration: list[float] = field(default_factory=list)  # slope and offset, see `certainty`
 
     def __post_init__(self):
         self.targets = as_targets(self.targets)
@@ -235,6 +223,16 @@ class LoRAConfig:
     @property
     def scaling(self) -> float:
         return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+    def certainty(self, log_prob: float) -> float:
+        """The probability that an answer is right, from the mean log-probability of its tokens.
+
+        A logistic function of it if a calibration was fitted (extras/calibrate.py), otherwise its exponential.
+        """
+        if not self.calibration:
+            return math.exp(log_prob)
+        slope, offset = self.calibration
+        return 1 / (1 + math.exp(-slope * log_prob - offset))
 
     def adapted_layers(self) -> list[int]:
         """The numbers of the decoder layers that have any target."""
@@ -262,16 +260,8 @@ def config_for(base: nn.Module, base_model: str, **settings) -> LoRAConfig:
 
 
 def concat_rank(adapters: list[Adapter]) -> Adapter:
-    """The sum of several adapters as one adapter with the same scaling. The ranks add up.
-
-    B1 A1 + B2 A2 = [B1 B2] [A1; A2]
-    """
-    joined = {}
-    for name in adapters[0]:
-        A = torch.cat([adapter[name][0] for adapter in adapters], -2)  # [n, L, r1 + r2 + ..., in]
-        B = torch.cat([adapter[name][1] for adapter in adapters], -1)
-        joined[name] = (A, B)
-    return joined
+    """The sum of several adapters as one with the same scaling: B1 A1 + B2 A2 = [B1 B2] [A1; A2]."""
+    return concat(adapters, dims=(-2, -1))  # A [n, L, r1 + r2 + ..., in]
 
 
 def select(batch: Adapter, indices) -> Adapter:
@@ -279,12 +269,12 @@ def select(batch: Adapter, indices) -> Adapter:
     return {name: (A[indices], B[indices]) for name, (A, B) in batch.items()}
 
 
-def concat(batches: list[Adapter]) -> Adapter:
-    """Several batches as one."""
+def concat(batches: list[Adapter], dims: tuple[int, int] = (0, 0)) -> Adapter:
+    """Several batches as one. A [n1 + n2 + ..., L, r, in]"""
     whole = {}
     for name in batches[0]:
-        A = torch.cat([batch[name][0] for batch in batches])  # [n1 + n2 + ..., L, r, in]
-        B = torch.cat([batch[name][1] for batch in batches])
+        A = torch.cat([batch[name][0] for batch in batches], dims[0])
+        B = torch.cat([batch[name][1] for batch in batches], dims[1])
         whole[name] = (A, B)
     return whole
 
@@ -304,42 +294,15 @@ def no_dots(name: str) -> str:
     return name.replace(".", "_")
 
 
-class LoRABank(nn.Module):
-    """Ordinary LoRAs, all from the same random A; one optimizer trains them as a batch.
-
-    bank([3, 5]) is a batch of LoRAs 3 and 5. A bank with a single LoRA returns it for every number. The
-    gradients of all LoRAs are clipped together.
-    """
-
-    reads = "numbers"
-
-    def __init__(self, config: LoRAConfig, n: int):
-        super().__init__()
-        self.config = config
-        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
-        for name, target in config.targets.items():
-            L = len(target.layers)
-            A = init_A_(torch.empty(L, config.r, target.n_in))
-            self.A[no_dots(name)] = nn.Parameter(A.repeat(n, 1, 1, 1))  # [n, L, r, in]
-            self.B[no_dots(name)] = nn.Parameter(torch.zeros(n, L, target.n_out, config.r))
-
-    def forward(self, indices: list[int]) -> Adapter:
-        n, adapter = len(next(iter(self.A.values()))), {}
-        indices = [0] * len(indices) if n == 1 else indices
-        for name in self.config.targets:
-            adapter[name] = (self.A[no_dots(name)][indices], self.B[no_dots(name)][indices])
-        return adapter
-
-
 # -------------------- Adapter folders, in PEFT's format --------------------
 
 ADAPTER_FILES = ["adapter_model.safetensors", "adapter_config.json", "prompt.json"]
 
 
 def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> None:
-    """Write one adapter (n = 1) as PEFT does, and prompt.json: whether prompts need the task's instruction.
+    """Write one adapter (n = 1) as PEFT does, and prompt.json: what its user has to know besides.
 
-    Its rank is that of its matrices. If this is not config.r, lora_alpha is set to keep the scaling.
+    Its rank is that of its matrices. lora_alpha is scaling * r, so that tools which know no rsLoRA are right.
     """
     tensors, names = {}, []
     for name, (A, B) in adapter.items():
@@ -357,21 +320,22 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
         "lora_dropout": 0.0,
         "bias": "none",
         "r": r,
-        "lora_alpha": round(config.scaling * (r**0.5 if config.rslora else r), 6),
-        "use_rslora": config.rslora,
+        "lora_alpha": config.scaling * r,
+        "use_rslora": False,
     }
     write_file(Path(folder, "adapter_model.safetensors"), tensors)
     write_file(Path(folder, "adapter_config.json"), peft)
-    write_file(Path(folder, "prompt.json"), {"instruction": config.instruction})
+    write_file(Path(folder, "prompt.json"), {"instruction": config.instruction, "calibration": config.calibration})
 
 
 ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+\.\d+\..+)\.lora_(?P<matrix>[AB])\.weight")
 ANY_VALUE = {  # fields of adapter_config.json that do not change what the A and B of a layer mean
-    *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules"),
     *("megatron_core", "qalora_group_size"),  # they have values by default, and matter only beside others
 }
-PLAIN = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}  # base unchanged
+PLAIN = {"peft_type": ["LORA"], "bias": ["none"]}
+PLAIN["init_lora_weights"] = [True, "gaussian", "orthogonal", "eva"]  # these leave the base model as it is
 
 
 def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
@@ -380,44 +344,39 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     Raises UserError if it is anything but a plain LoRA of one rank and one scaling.
     """
     folder = Path(folder)
-    others = sorted(folder.glob("*/adapter_config.json"))
-    if others and not (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder} holds several adapters, such as {others[0].parent}")
     peft = read_json(folder / "adapter_config.json")
-    if peft.get("peft_type") != "LORA":
-        raise UserError(f"{folder} is not a LoRA adapter: peft_type is {peft.get('peft_type')}")
     for name, value in peft.items():
         if value and name not in ANY_VALUE and value not in PLAIN.get(name, []):
             raise UserError(f"{folder} is not a plain LoRA adapter: {name} is {value}")
     config = LoRAConfig(base_model=peft.get("base_model_name_or_path") or "", r=peft["r"])
     config.alpha, config.rslora = peft["lora_alpha"], bool(peft.get("use_rslora"))
     if (folder / "prompt.json").exists():
-        config.instruction = bool(read_json(folder / "prompt.json").get("instruction"))
+        prompt = read_json(folder / "prompt.json")
+        config.instruction, config.calibration = prompt["instruction"], prompt.get("calibration", [])
 
     matrices: dict[str, dict[str, Tensor]] = {}  # {path: {"A": [r, in], "B": [out, r]}}
     for tensor_name, tensor in load_file(folder / "adapter_model.safetensors").items():
         match = ADAPTER_KEY.fullmatch(tensor_name)
-        if not match:
-            raise UserError(f"{folder} holds {tensor_name}, which is not the A or B of a layer")
+        if not match or config.r not in (len(tensor), tensor.shape[1]):
+            raise UserError(f"{folder} holds {tensor_name}, which is no A or B of rank {config.r}")
         matrices.setdefault(match["path"], {})[match["matrix"]] = tensor
-    shapes, names = {}, []  # {path: (out, in)}, in the order of the layers; names of targets
-    listed = peft.get("target_modules")
-    listed = listed if isinstance(listed, list) else []  # (it may be a pattern)
+
+    listed = peft["target_modules"] if isinstance(peft.get("target_modules"), list) else []  # or a pattern
+    found = {}  # {name of a target: the paths of its layers}
     for path in sorted(matrices, key=lambda path: split_path(path)[1]):
-        A, B = matrices[path].get("A"), matrices[path].get("B")
-        if A is None or B is None or len(A) != config.r or B.shape[1] != config.r:
-            raise UserError(f"{folder}: {path} has no A and B of rank {config.r}")
-        shapes[path] = len(B), A.shape[1]
-        ends = [name for name in listed if f".{path}".endswith(f".{name}")] + [path.split(".")[-1]]
-        names.append(split_path(path)[0] if ends[0] == path else ends[0])
-    config.targets = group_layers(shapes, list(dict.fromkeys(names)))
+        names = [name for name in listed if f".{path}".endswith(f".{name}")] + [path.split(".")[-1]]
+        name = split_path(path)[0] if names[0] == path else names[0]
+        found.setdefault(name, []).append(path)
     adapter = {}
-    for name, target in config.targets.items():
-        A = torch.stack([matrices[path]["A"] for path in target.paths()])  # [L, r, in]
-        B = torch.stack([matrices[path]["B"] for path in target.paths()])  # [L, out, r]
+    for name, paths in found.items():
+        places = sorted({split_path(path)[0] for path in paths})
+        if len(places) > 1:
+            raise UserError(f"{folder}: {name} is in several places: {', '.join(places)}")
+        A = torch.stack([matrices[path]["A"] for path in paths])  # [L, r, in]
+        B = torch.stack([matrices[path]["B"] for path in paths])  # [L, out, r]
         adapter[name] = (A[None], B[None])
-    if not adapter:
-        raise UserError(f"{folder} holds an adapter without tensors")
+        layers = [split_path(path)[1] for path in paths]
+        config.targets[name] = Target(places[0], layers, A.shape[-1], B.shape[-2])
     config.n_layers = 1 + max(config.adapted_layers())
     return adapter, config
 
@@ -427,13 +386,13 @@ def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfi
 
     Raises UserError if they differ in modules, rank, scaling or what stood in prompts.
     """
-    adapters, kinds = [], []
+    adapters, configs = [], []
     for folder in folders:
         adapter, config = load_adapter(folder)
         adapters.append(adapter)
-        kinds.append((list(config.targets.items()), config.r, config.scaling, config.instruction))
-        if kinds[-1] != kinds[0]:
-            what = "modules, rank, scaling or prompt.json"
+        configs.append(config)
+        if (config, list(adapter)) != (configs[0], list(adapters[0])):
+            what = "base model, modules, rank, alpha or prompt.json"
             raise UserError(f"the adapters in {folder} and {folders[0]} differ in {what}")
     batch = {name: (A.to(device), B.to(device)) for name, (A, B) in concat(adapters).items()}
     return batch, config

@@ -43,6 +43,12 @@ def resolve(name: str) -> str:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
+def preset_encoder(base_model: str) -> str:
+    """The text encoder of a base model's preset; the base model itself if it has none."""
+    encoders = {base.lower(): encoder for base, encoder in PRESETS.values()}
+    return encoders.get(resolve(base_model).lower(), "base")
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name is an id on the Hugging Face hub (USER/REPO, perhaps with folders), not a local path."""
     first = name.split("/")[0]  # USER, unless it is a folder here
@@ -77,6 +83,8 @@ def fetch(name: str, files: list[str]) -> Path:
 
 
 # -------------------- Loading it --------------------
+
+DEVICES = "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one"  # the meaning of --device
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -331,25 +339,42 @@ def check_known(tokenizer, texts: list[str]) -> None:
 # -------------------- Running the base model, with the adapters in use --------------------
 
 
-@torch.no_grad()
-def answer(base: nn.Module, tokenizer, prompts: list[str], most: int = 64) -> tuple[list[str], list[bool]]:
-    """Greedy answers to rendered prompts, in one batch: (texts, whether the model ended each one itself).
+class Answer(NamedTuple):
+    """What the base model says to a prompt."""
 
-    `most` is how many tokens an answer may have, with the end mark.
-    """
+    text: str
+    has_ended: bool  # the model ended it itself
+    log_prob: float  # mean over its tokens, with the end mark
+
+
+class LogProbs(list):
+    """Watches greedy decoding: for each token, the log-probability of the likeliest one. [n] each."""
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()  # [n, vocabulary]
+        self.append(scores.max(-1).values - scores.logsumexp(-1))
+        return scores
+
+
+@torch.no_grad()
+def answer(base: nn.Module, tokenizer, prompts: list[str], most: int = 64) -> list[Answer]:
+    """Greedy answers to rendered prompts, in one batch; of at most so many tokens, with the end mark."""
     sequences = [tokenize(tokenizer, prompt) for prompt in prompts]
     ids = pad(sequences, tokenizer.pad_token_id or 0, left=True).to(base.device)  # [n, T]
     mask = pad([[1] * len(sequence) for sequence in sequences], 0, left=True).to(base.device)
-    out = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False)
-    ends, texts, ended = set(base.generation_config.eos_token_id or []), [], []
-    for prompt_ids, row in zip(sequences, out[:, ids.shape[1] :].tolist()):
+    log_probs, settings = LogProbs(), dict(max_new_tokens=most, do_sample=False)
+    out = base.generate(input_ids=ids, attention_mask=mask, logits_processor=[log_probs], **settings)
+    log_probs = torch.stack(log_probs, 1).tolist()  # [n, new tokens]
+    ends, answers = set(base.generation_config.eos_token_id or []), []
+    for prompt_ids, row, its_log_probs in zip(sequences, out[:, ids.shape[1] :].tolist(), log_probs):
         n_tokens = next((i for i, token in enumerate(row) if token in ends), len(row))
-        ended.append(n_tokens < len(row))
+        its_log_probs = its_log_probs[: n_tokens + 1]  # with the end mark
         # some tokenizers drop the first space of a text, so prompt and answer are decoded together
         before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
         whole = tokenizer.decode(prompt_ids + row[:n_tokens], skip_special_tokens=True)
-        texts.append(whole[len(before) :])
-    return texts, ended
+        log_prob = sum(its_log_probs) / len(its_log_probs)
+        answers.append(Answer(whole[len(before) :], n_tokens < len(row), log_prob))
+    return answers
 
 
 def answer_logits(base: nn.Module, examples: list[tuple[list[int], list[int]]], neftune_alpha: float = 0.0):

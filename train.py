@@ -10,8 +10,8 @@
     recon      a hypernetwork, to write the same adapters as the oracles (paper, section 3.1)
     sft        a hypernetwork, by the task loss through the frozen base model (paper, section 3.2)
 
-@FILEs hold flags, see config/. If a flag occurs twice, the last one counts. --mode and --arch decide which
-flags there are: `train.py --mode recon --help` shows those of a reconstruction.
+@FILEs hold flags, see config/. If a flag occurs twice, the last one counts. A flag that the run does not use
+is refused.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import random
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,157 +39,9 @@ import hypernet
 import lora
 import model
 from lora import Adapter
-from support import UserError, at_least, command, make_parser, say, write_file
+from nets.bank import LoRABank
+from support import UserError, as_file, command, say, settings_parser, write_file
 from tasks import SOURCES, load_tasks, summary
-
-# -------------------- Settings --------------------
-
-SETTINGS = {  # {group: [(name, default, least value of a number, meaning, *choices)]}
-    "all runs": [
-        ("mode", "sft", None, "what is trained, see above", "lora", "recon", "sft"),
-        ("base_model", "tiny", None, f"{', '.join(model.PRESETS)}, a hub id or a folder"),
-        ("tasks", "tiny", None, f"{', '.join(SOURCES)}, or a folder of task files"),
-        ("split", "train", None, "tasks to train on", "train", "val", "test"),
-        ("n_tasks", 0, 0, "use only so many of these tasks (0: all)"),
-        ("max_steps", 600, 1, "training steps"),
-        ("tasks_per_batch", 128, 0, "tasks of a step, over all processes (0: all)"),
-        ("lr", 2e-3, 0, "highest learning rate"),
-        ("warmup", 0.1, 0, "fraction of the steps in which the learning rate rises"),
-        ("schedule", "linear", None, "decay of lr; late: in the last third", "linear", "late", "cosine"),
-        ("weight_decay", 1e-2, 0, "weight decay of AdamW, only on matrices (and not on latents and scalers)"),
-        ("seed", 0, 0, "of the run's randomness"),
-        ("device", "auto", None, "cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one"),
-        ("dtype", "auto", None, "auto: bfloat16 on a GPU, not for recon", "auto", "float32", "bfloat16"),
-        ("val_every", 250, 1, "steps between two validations, and between two saved states"),
-        ("out_dir", "out/run", None, "a new folder"),
-        ("resume", False, None, "continue the interrupted run in --out_dir"),
-    ],
-    "base model": [  # the loss goes through it
-        ("target_modules", "q_proj,v_proj", None, "linear layers, by the ends of their paths"),
-        ("rank", 8, 1, "rank of an adapter; of each chunk of a document"),
-        ("alpha", 16.0, 1e-3, "scaling is alpha / sqrt(rank)"),
-        ("examples_per_task", 1, 1, "examples of each task of a step"),
-        ("micro_batch", 64, 1, "examples at once, on each process"),
-        ("max_tokens", 512, 1, "maximum tokens of an example; longer ones are not drawn"),
-        ("neftune_alpha", 0.0, 0, "noise on the input embeddings (NEFTune)"),
-        ("l1", 0.0, 0, "weight of the mean absolute value of A and B"),
-        ("l2", 1e-3, 0, "weight of the mean square of A and B"),
-        ("gradient_checkpointing", False, None, "compute activations twice, to save memory"),
-    ],
-    "documents": [
-        ("short_first", False, None, "short documents first; all documents after half of the steps"),
-        ("distill", 0, 0, "learn the base model's top k tokens, with the document in its prompt (0: no)"),
-    ],
-    "no documents": [
-        ("instruction", False, None, "put the definition before the input"),
-        ("label_smoothing", 0.0, 0, "label smoothing"),
-        ("shard", False, None, "shard the base model over the processes"),
-    ],
-    "lora": [("multi_task", False, None, "one adapter for all tasks")],
-    "recon": [
-        ("oracles", "", None, "the folder that --mode lora wrote"),
-        ("recon_loss", "z_score", None, "compares A and B over their std, or B A", "z_score", "delta_w"),
-    ],
-    "hypernetwork": [
-        ("arch", "t2l", None, "t2l (Text-to-LoRA), d2l (Doc-to-LoRA), or another file of nets/"),
-        ("init_from", "", None, "start from the weights of this hypernetwork"),
-    ],
-    "dropout": [("dropout", 0.1, 0, "on the input of adapters, and in the network if it has dropout")],
-}
-MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed, where, and when it is saved
-    *("max_steps", "lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard", "device"),
-    *("val_every", "out_dir", "resume"),
-}
-
-
-def groups_of(mode: str, net_class) -> set[str]:
-    """The groups of settings that a run of this mode has, with a network of this class."""
-    reads = "documents" if net_class.reads == "documents" else "no documents"
-    has_dropout = hasattr(net_class.config_class, "dropout")
-    return {
-        "sft": {"all runs", "base model", reads, "hypernetwork", "dropout"},
-        "lora": {"all runs", "base model", "no documents", "lora", "dropout"},
-        "recon": {"all runs", "recon", "hypernetwork", "dropout" if has_dropout else ""},
-    }[mode]
-
-
-def new_parser(**settings) -> argparse.ArgumentParser:
-    """A parser that reads @FILEs: a flag and its value on a line, "#" begins a comment."""
-    parser = make_parser(__doc__, fromfile_prefix_chars="@", **settings)
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    return parser
-
-
-def add_flag(parser: argparse.ArgumentParser, name: str, default, least, meaning: str, *choices) -> None:
-    """Add the flag of a setting. Its type is that of the default."""
-    options = {"type": str, "choices": choices or None}
-    if isinstance(default, bool):
-        options = {"action": argparse.BooleanOptionalAction}
-    elif least is not None:
-        options = {"type": at_least(least, type(default))}
-    parser.add_argument(f"--{name}", default=default, help=f"{meaning} (default: {default})", **options)
-
-
-def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
-    """(the settings of a run, the same as a file of flags). A resumed run reads its train.args first.
-
-    Settings that the run does not use have their defaults. argparse refuses their flags.
-    """
-    # a first look: which groups of settings the run has
-    looker = new_parser(add_help=False)
-    for setting in SETTINGS["all runs"] + SETTINGS["hypernetwork"]:
-        add_flag(looker, *setting)
-    seen, _ = looker.parse_known_args(words)
-    recorded = [f"@{seen.out_dir}/train.args"] if seen.resume else []
-    seen, _ = looker.parse_known_args(recorded + words)
-    net_class = hypernet.find_arch(seen.arch)
-    used, names = groups_of(seen.mode, net_class), []
-
-    parser = new_parser(usage="train.py [@FILE ...] [--FLAG VALUE ...]")
-    for group, settings in SETTINGS.items():
-        if group == "hypernetwork":
-            settings = settings + hypernet.settings_of(net_class.config_class)
-        for name, default, *more in settings:
-            if group in used:
-                add_flag(parser, name, default, *more)
-                names += [name] if name != "resume" else []
-            else:
-                parser.set_defaults(**{name: default})
-    args = parser.parse_args(recorded + words)
-
-    if recorded:
-        for name, old in vars(parser.parse_args(recorded)).items():
-            new = getattr(args, name)
-            if new != old and name not in MAY_CHANGE:
-                raise UserError(f"--resume: this run has --{name} {old}, not {new}")
-    if args.warmup > 1:
-        raise UserError("--warmup is a fraction of the steps")
-    if args.mode != "lora" and args.mode not in net_class.modes:
-        raise UserError(f"--arch {args.arch} is trained with --mode {' or '.join(net_class.modes)}")
-    if getattr(args, "encoder", "") == "preset":
-        encoders = {base.lower(): encoder for base, encoder in model.PRESETS.values()}
-        args.encoder = encoders.get(model.resolve(args.base_model).lower(), "base")
-    if args.dtype == "auto":
-        dtype = torch.float32 if args.mode == "recon" else model.default_dtype(model.pick_device(args.device))
-        args.dtype = str(dtype).removeprefix("torch.")
-    if args.gradient_checkpointing and args.dropout and args.device == "mps":
-        raise UserError("--gradient_checkpointing on mps needs --dropout 0: another mask would be drawn")
-    if args.shard and getattr(args, "encoder", "") == "base" and args.mode == "sft":
-        raise UserError("--shard needs a text encoder beside the sharded base model: --encoder ID or DIR")
-    return args, as_file(args, names)
-
-
-def as_file(args: argparse.Namespace, names: list[str]) -> str:
-    """These settings as a file of flags."""
-    lines = []
-    for name in names:
-        value = getattr(args, name)
-        if isinstance(value, bool):
-            lines.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            lines.append(f"--{name} {shlex.quote(str(value))}")
-    return "\n".join(lines) + "\n"
-
 
 # -------------------- The losses --------------------
 
@@ -213,8 +65,8 @@ def distill_loss(logits: Tensor, example_index: Tensor, teacher: Tensor, k: int)
     return example_mean((log_p.exp() * (log_p - log_q)).sum(-1), example_index)
 
 
-def weight_size(adapter: Adapter, measure) -> Tensor:
-    """Mean of measure(A) plus mean of measure(B), summed over the modules (torch.abs or torch.square).
+def weight_size(adapter: Adapter, norm) -> Tensor:
+    """Mean of norm(A) plus mean of norm(B), summed over the modules (norm: torch.abs or torch.square).
 
     Every adapter of the batch counts equally. Zero padding along the rank is excluded (Doc-to-LoRA).
     """
@@ -222,8 +74,8 @@ def weight_size(adapter: Adapter, measure) -> Tensor:
     for A, B in adapter.values():  # [n, L, R, in], [n, L, out, R]
         not_padding = A.any(-1).any(1)  # [n, R]: in any layer
         L, ranks = A.shape[1], not_padding.sum(-1).clamp(min=1)  # [n]
-        mean_A = measure(A).sum((1, 2, 3)) / (L * ranks * A.shape[-1])  # [n]
-        mean_B = measure(B).sum((1, 2, 3)) / (L * ranks * B.shape[-2])
+        mean_A = norm(A).sum((1, 2, 3)) / (L * ranks * A.shape[-1])  # [n]
+        mean_B = norm(B).sum((1, 2, 3)) / (L * ranks * B.shape[-2])
         total = total + mean_A.mean() + mean_B.mean()
     return total
 
@@ -256,13 +108,13 @@ class Run:
 
     args: argparse.Namespace
     device: torch.device
-    process: int  # its number
+    process: int  # the number of this process, of n_processes
     n_processes: int
     tasks: list[data.Task]
     pool: list[int]  # indices of tasks, repeated by weight; a step draws from it
-    exam: list[data.Drawn]  # to validate: tasks with a description and examples
+    validation: list[data.Drawn]  # tasks with a description and examples; [] for recon and single LoRAs
     base: nn.Module  # the frozen model; for recon without weights, unless it is the text encoder
-    tokenizer: Any  # None for recon, which uses no examples
+    tokenizer: Any
     net: nn.Module  # what is trained: it writes adapters
     oracles: Adapter | None = None  # recon: the adapters to imitate, one per task
     std: Adapter | None = None  # recon: their standard deviation
@@ -305,9 +157,9 @@ def sft_step(run: Run, net: nn.Module, drawn: list[data.Drawn]) -> dict[str, Ten
     for name, (A, B) in written.items():
         leaves[name] = (A.detach().requires_grad_(), B.detach().requires_grad_())
     losses = {"task": torch.zeros((), device=run.device)}
-    for name, weight, measure in (("l1", args.l1, torch.abs), ("l2", args.l2, torch.square)):
+    for name, weight, norm in (("l1", args.l1, torch.abs), ("l2", args.l2, torch.square)):
         if weight:
-            penalty = weight * weight_size(leaves, measure)
+            penalty = weight * weight_size(leaves, norm)
             penalty.backward()
             losses[name] = penalty.detach()
 
@@ -362,12 +214,12 @@ def validate(run: Run) -> dict[str, float]:
 
     An answer is right if every token is the most likely one: greedy decoding would give the same.
     """
-    n_examples, loss, n_right = sum(len(item.examples) for item in run.exam), 0.0, 0
+    n_examples, loss, n_right = sum(len(item.examples) for item in run.validation), 0.0, 0
     run.net.eval()
     lora.set_dropout(run.base, False)
     at_once = max(1, run.args.micro_batch // data.N_VALIDATE)
-    for i in range(0, len(run.exam), at_once):
-        drawn = run.exam[i : i + at_once]
+    for i in range(0, len(run.validation), at_once):
+        drawn = run.validation[i : i + at_once]
         with run.autocast():
             written = run.net(run.inputs(drawn))
             for examples, adapters in micro_batches(drawn, written, run.args.micro_batch):
@@ -421,7 +273,7 @@ def train(run: Run, folder: Path, settings: str) -> None:
         if not args.resume:
             write_file(folder / "metrics.jsonl", "")
     net = DistributedDataParallel(run.net) if run.n_processes > 1 else run.net
-    step, measured = state["step"], {}
+    step, validated = state["step"], {}
     bar = tqdm(total=args.max_steps, initial=step, disable=not is_first, desc=args.mode)
     while step < args.max_steps:
         lr = learning_rate(step, args)
@@ -453,20 +305,20 @@ def train(run: Run, folder: Path, settings: str) -> None:
         row = {"step": step, "loss": loss} | {f"loss_{name}": value for name, value in zip(losses, values)}
         row |= {"lr": lr, "grad_norm": grad_norm}
         is_due = step % args.val_every == 0 or step == args.max_steps
-        if is_due and run.exam and (is_first or args.shard):
-            measured = validate(run)
-            row |= measured
+        if is_due and run.validation and (is_first or args.shard):
+            validated = validate(run)
+            row |= validated
         if is_first:
             with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             # save the best weights before the state: after a kill in between, --resume repeats these steps
-            if row.get("val_loss", math.nan) <= state["best"]:  # (nan: no validation)
+            if "val_loss" in row and row["val_loss"] <= state["best"]:
                 state |= {"best": row["val_loss"], "best_step": step}
                 save(run, folder)
             if is_due or time.monotonic() - saved_at > 600:
                 save_state(run, folder, optimizer, state | {"step": step})
                 saved_at = time.monotonic()
-            bar.set_postfix({"loss": loss} | measured, refresh=False)
+            bar.set_postfix({"loss": loss} | validated, refresh=False)
             bar.update()
     bar.close()
     if is_first:
@@ -478,7 +330,7 @@ def train(run: Run, folder: Path, settings: str) -> None:
 
 def save(run: Run, folder: Path) -> None:
     """Write what was trained: a hypernetwork, one adapter folder per task, or the multi-task adapter."""
-    if run.net.reads != "numbers":
+    if run.args.mode != "lora":
         hypernet.save_hypernet(run.net, folder)
     elif run.args.multi_task:
         lora.save_adapter(folder, run.net([0]), run.net.config)
@@ -491,21 +343,18 @@ def save(run: Run, folder: Path) -> None:
 
 def save_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Save the state for --resume. Random numbers follow from the seed, the step and the process."""
-    networks = {"net": run.net.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | networks | {"n_processes": run.n_processes}, folder / "state.pt.tmp")
+    state = state | {"net": run.net.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | {"n_processes": run.n_processes}, folder / "state.pt.tmp")
     os.replace(folder / "state.pt.tmp", folder / "state.pt")
 
 
 def load_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer) -> dict:
     """Put a saved state into the network and the optimizer, and forget the metrics of later steps."""
-    if not (folder / "state.pt").exists():
-        raise UserError(f"--resume: {folder} holds no interrupted run with a saved state")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if state["step"] > run.args.max_steps:
         raise UserError(f"--max_steps {run.args.max_steps}: this run has done {state['step']} steps")
-    if state["n_processes"] != run.n_processes:
-        message = f"--resume: this run has {state['n_processes']} processes, not {run.n_processes}"
-        raise UserError(f"{message}: its dropout would be another")
+    if state["n_processes"] != run.n_processes:  # their dropout differs
+        raise UserError(f"--resume: this run has {state['n_processes']} processes, not {run.n_processes}")
     run.net.load_state_dict(state.pop("net"))
     optimizer.load_state_dict(state.pop("optimizer"))
     if run.process == 0:
@@ -514,71 +363,69 @@ def load_state(run: Run, folder: Path, optimizer: torch.optim.Optimizer) -> dict
     return state
 
 
-# -------------------- What is trained --------------------
-
-
-def tasks_to_learn(args) -> tuple[list[data.Task], list[data.Task]]:
-    """(tasks to train on, tasks to validate on). UserError if they do not suit the run."""
-    splits = load_tasks(args.tasks)
-    say(summary(args.tasks, splits))
-    tasks, val_tasks = data.pick(splits, args.split, args.n_tasks), splits.get("val", [])
-    if args.mode != "lora":
-        reads = hypernet.find_arch(args.arch).reads
-        if tasks[0].is_document != (reads == "documents"):
-            message = f"--tasks {args.tasks} cannot be used with --arch {args.arch}, which reads {reads}"
-            raise UserError(message + (" (see config/d2l.args)" if reads == "documents" else ""))
-    elif not args.multi_task:
-        val_tasks = []  # each LoRA is trained for its own task alone
-        if len({task.name for task in tasks}) < len(tasks):
-            raise UserError(f"--tasks {args.tasks}: tasks of equal names cannot have an adapter folder each")
-    if args.instruction and tasks[0].is_document:
-        raise UserError("--instruction would put the document itself into the prompt")
-    return tasks, val_tasks
+# -------------------- Preparation --------------------
 
 
 def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
     """Load the tasks and the frozen models, and make what is trained."""
-    tasks, val_tasks = tasks_to_learn(args)
-    exam, oracles, std = [], None, None
+    # the tasks
+    splits, reads = load_tasks(args.tasks), hypernet.find_arch(args.arch).reads
+    say(summary(args.tasks, splits))
+    tasks, val_tasks = data.pick(splits, args.split, args.n_tasks), splits.get("val", [])
+    if args.mode != "lora" and tasks[0].is_document != (reads == "documents"):
+        raise UserError(f"--tasks {args.tasks} cannot be used with --arch {args.arch}, which reads {reads}")
+    if args.instruction and tasks[0].is_document:
+        raise UserError("--instruction would put the document itself into the prompt")
+    if args.mode == "recon":  # of each oracle
+        tasks = [task for task in tasks if args.oracles and Path(args.oracles, task.name).is_dir()]
+        if not tasks:
+            raise UserError(f"--oracles {args.oracles!r} holds no adapters of the {args.split} tasks")
+    elif args.mode == "lora" and not args.multi_task:
+        val_tasks = []  # each LoRA is trained for its own task alone
+        if len({task.name for task in tasks}) < len(tasks):
+            raise UserError(f"--tasks {args.tasks}: tasks of equal names cannot have an adapter folder each")
+
+    # the frozen base model with LoRA layers, and what is trained
+    validation, oracles, mean, std = [], None, None, None
+    settings = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
     if args.mode == "recon":
-        tasks, oracles, config, base, tokenizer = load_oracles(args, tasks, device)
+        oracles, of_oracles = lora.load_adapters([Path(args.oracles, task.name) for task in tasks], device)
         mean, std = lora.statistics(oracles)
-        net = make_hypernet(args, config, base, tokenizer, device, mean, std)
-        tokenizer = None  # no examples are read
+        base, tokenizer = load_base(args, device, list(oracles))
+        model.check_base(base, of_oracles)
+        lora.check_fits(base, oracles)
+        for name in ("r", "alpha", "rslora", "instruction"):
+            settings[name] = getattr(of_oracles, name)
     else:
-        base, tokenizer = load_base(args, device)
+        base, tokenizer = load_base(args, device, args.target_modules.split(","))
         tasks = data.with_short_examples(tasks, val_tasks, args, tokenizer)
-        exam = data.exam_of(val_tasks, args, tokenizer)
+        validation = data.validation_of(val_tasks, args, tokenizer)
         if args.short_first:
             tasks.sort(key=lambda task: len(task.descriptions[0]))
-        settings = dict(r=args.rank, alpha=args.alpha, instruction=args.instruction)
-        config = lora.config_for(base, model.resolve(args.base_model), **settings)
-        if args.mode == "lora":
-            net = lora.LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
-        else:
-            net = make_hypernet(args, config, base, tokenizer, device)
-    pool = pool_of(tasks, args, n_processes)
-    return Run(args, device, process, n_processes, tasks, pool, exam, base, tokenizer, net, oracles, std)
+    config = lora.config_for(base, model.resolve(args.base_model), **settings)
+    if args.mode == "lora":
+        net = LoRABank(config, 1 if args.multi_task else len(tasks)).to(device)
+    else:
+        net = hypernet.new_hypernet(args, config, base, mean, std)
+        net.to(device)  # after its weights are drawn: a GPU would draw other ones
+        net.connect(base, tokenizer)
 
-
-def pool_of(tasks: list[data.Task], args, n_processes: int) -> list[int]:
-    """The tasks from which a step draws. Sets --tasks_per_batch to all of them if it is 0 or larger."""
-    if args.tasks_per_batch > len(tasks):
-        say(f"a step has all {len(tasks)} tasks, fewer than --tasks_per_batch {args.tasks_per_batch}")
+    # the tasks from which a step draws
     n = args.tasks_per_batch = min(args.tasks_per_batch or len(tasks), len(tasks))
     if n % n_processes:
-        message = f"a step has {n} tasks, which is no multiple of {n_processes} processes"
-        raise UserError(f"{message}: choose --tasks_per_batch or --n_tasks")
+        raise UserError(f"a step has {n} tasks (--tasks_per_batch), no multiple of {n_processes} processes")
     pool = []
     for i, task in enumerate(tasks):
         pool += [i] * (task.weight if n < len(tasks) else 1)
-    return pool
+    where = (args, device, process, n_processes)
+    return Run(*where, tasks, pool, validation, base, tokenizer, net, oracles, std)
 
 
-def load_base(args, device):
-    """(the frozen base model with LoRA layers, its tokenizer), as --dropout, --shard, ... say."""
+def load_base(args, device: torch.device, targets: list[str]):
+    """(the frozen base model with LoRA layers, its tokenizer)."""
     name, dtype = model.resolve(args.base_model), getattr(torch, args.dtype)
-    targets = args.target_modules.split(",")
+    if args.mode == "recon" and args.encoder != "base":  # nothing goes through it: shapes are enough
+        return lora.inject(model.load_shapes(name), targets), model.load_tokenizer(name)
     if args.shard:
         base, tokenizer = model.load_sharded(name, device, dtype, targets, args.dropout)
     else:
@@ -595,55 +442,100 @@ def load_base(args, device):
     return base, tokenizer
 
 
-def load_oracles(args, tasks: list[data.Task], device):
-    """(the tasks with an oracle, all oracles as a batch, the config of adapters, base model, tokenizer).
+# -------------------- Settings --------------------
 
-    No example is read. So the base model has only shapes and the tokenizer is None, unless the base model is
-    the text encoder.
-    """
-    with_oracle = [task for task in tasks if Path(args.oracles, task.name).is_dir()]
-    if not with_oracle or not args.oracles:
-        which = f"the {args.split} tasks of {args.tasks}"
-        raise UserError(f"--oracles {args.oracles or 'DIR is needed: it'} holds no adapters of {which}")
-    say(f"oracles of {len(with_oracle)} of {len(tasks)} tasks")
-    oracles, config = lora.load_adapters([Path(args.oracles, task.name) for task in with_oracle], device)
-    name = model.resolve(args.base_model)
-    if getattr(args, "encoder", "") == "base":
-        base, tokenizer = model.load_base(name, device, getattr(torch, args.dtype))
-    else:
-        base, tokenizer = model.load_shapes(name), None
-    model.check_base(base, config)
-    lora.inject(base, list(config.targets))
-    lora.check_fits(base, oracles)
-    settings = dict(r=config.r, alpha=config.alpha, rslora=config.rslora, instruction=config.instruction)
-    return with_oracle, oracles, lora.config_for(base, name, **settings), base, tokenizer
+SETTINGS = [  # (name, default, meaning, *choices); a network has further ones, as fields of its config
+    ("mode", "sft", "what is trained, see above", "lora", "recon", "sft"),
+    ("base_model", "tiny", f"{', '.join(model.PRESETS)}, a hub id or a folder"),
+    ("tasks", "tiny", f"{', '.join(SOURCES)}, or a folder of task files"),
+    ("split", "train", "tasks to train on", "train", "val", "test"),
+    ("n_tasks", 0, "use only so many of these tasks (0: all)"),
+    ("max_steps", 600, "training steps"),
+    ("tasks_per_batch", 128, "tasks of a step, over all processes (0: all)"),
+    ("lr", 2e-3, "highest learning rate"),
+    ("warmup", 0.1, "fraction of the steps in which the learning rate rises"),
+    ("schedule", "linear", "decay of lr; late: in the last third", "linear", "late", "cosine"),
+    ("weight_decay", 1e-2, "weight decay of AdamW, only on matrices (and not on latents and scalers)"),
+    ("seed", 0, "of the run's randomness"),
+    ("device", "auto", model.DEVICES),
+    ("dtype", "auto", "auto: bfloat16 on a GPU, not for recon", "auto", "float32", "bfloat16"),
+    ("val_every", 250, "steps between two validations, and between two saved states"),
+    ("out_dir", "out/run", "a new folder"),
+    ("resume", False, "continue the interrupted run in --out_dir"),
+    ("target_modules", "q_proj,v_proj", "linear layers, by the ends of their paths"),
+    ("rank", 8, "rank of an adapter; of each chunk of a document"),
+    ("alpha", 16.0, "scaling is alpha / sqrt(rank)"),
+    ("examples_per_task", 1, "examples of each task of a step"),
+    ("micro_batch", 64, "examples at once, on each process"),
+    ("max_tokens", 512, "maximum tokens of an example; longer ones are not drawn"),
+    ("dropout", 0.1, "on the input of adapters, and in the network if it has dropout"),
+    ("neftune_alpha", 0.0, "noise on the input embeddings (NEFTune)"),
+    ("l1", 0.0, "weight of the mean absolute value of A and B"),
+    ("l2", 1e-3, "weight of the mean square of A and B"),
+    ("gradient_checkpointing", False, "compute activations twice, to save memory"),
+    ("instruction", False, "put the definition before the input"),
+    ("label_smoothing", 0.0, "label smoothing"),
+    ("shard", False, "shard the base model over the processes"),
+    ("multi_task", False, "lora: one adapter for all tasks"),
+    ("oracles", "", "recon: the folder that --mode lora wrote"),
+    ("recon_loss", "z_score", "recon: compares A and B over their std, or B A", "z_score", "delta_w"),
+    ("arch", "t2l", "t2l (Text-to-LoRA), d2l (Doc-to-LoRA), or another file of nets/"),
+    ("init_from", "", "start from the weights of this hypernetwork"),
+    ("encoder", "preset", "text encoder: the preset's, hash, base, a hub id or a folder"),
+    ("short_first", False, "d2l: short documents first; all documents after half of the steps"),
+    ("distill", 0, "d2l: learn the base model's top k tokens, with the document in its prompt (0: no)"),
+]
+UNUSED = {  # by a mode, or by networks that read documents or descriptions: these flags are refused
+    "lora": "arch init_from encoder oracles recon_loss short_first distill",
+    "sft": "oracles recon_loss multi_task",
+    "recon": "target_modules rank alpha examples_per_task micro_batch max_tokens neftune_alpha l1 l2 shard "
+    "gradient_checkpointing instruction label_smoothing multi_task short_first distill",
+    "documents": "encoder instruction label_smoothing shard",
+    "descriptions": "short_first distill",
+}
+MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed, where, and when it is saved
+    *("max_steps", "lr", "schedule", "micro_batch", "dtype", "gradient_checkpointing", "shard", "device"),
+    *("val_every", "out_dir", "resume"),
+}
 
 
-def make_hypernet(args, lora_config, base, tokenizer, device, mean=None, std=None) -> nn.Module:
-    """The network of --arch for adapters of this config, connected to its text encoder or the base model.
+def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
+    """(the settings of a run, the same as a file of flags). A resumed run reads its train.args first."""
+    usage = dict(usage="train.py [@FILE ...] [--FLAG VALUE ...]")
+    looker = settings_parser(__doc__, SETTINGS, add_help=False)  # first: is it resumed, and which network is it?
+    seen, _ = looker.parse_known_args(words)
+    recorded = [f"@{seen.out_dir or 'out/run'}/train.args"] if seen.resume else []
+    seen, _ = looker.parse_known_args(recorded + words)
+    net_class = hypernet.find_arch(seen.arch or "t2l")
+    of_net = hypernet.settings_of(net_class.config_class)
+    parser = settings_parser(__doc__, SETTINGS + of_net, **usage)
+    given = vars(parser.parse_args(recorded + words))  # {name: value, or None if it is not given}
+    args = argparse.Namespace()
+    for name, default, *_ in SETTINGS + of_net:
+        setattr(args, name, default if given[name] is None else given[name])
 
-    Reconstruction passes mean and standard deviation of the oracles.
-    """
-    net_class, settings = hypernet.find_arch(args.arch), vars(lora_config).copy()
-    for name, *_ in hypernet.settings_of(net_class.config_class):
-        settings[name] = getattr(args, name)
-    config = net_class.config_class(**settings)
-    if hasattr(config, "dropout"):
-        config.dropout = args.dropout
-    if mean:
-        config.recon_loss = args.recon_loss
-    config.measure(base)
-    net = net_class(config)
-    net.recompute = args.gradient_checkpointing
-    if mean:
-        net.start_at(mean, std)
-    else:
-        net.start_as_lora()
-    if args.init_from and not args.resume:
-        hypernet.copy_weights(args.init_from, net, base)
-    net.to(device)  # moved last: random numbers of a GPU would be others
-    net.connect(base, tokenizer)
-    return net
+    unused = set(UNUSED[args.mode].split())
+    unused |= {name for name, *_ in of_net} if args.mode == "lora" else set(UNUSED[net_class.reads].split())
+    for name in sorted(unused):
+        if given[name] is not None:
+            raise UserError(f"--{name} has no use in a run of --mode {args.mode} --arch {args.arch}")
+    before = vars(parser.parse_args(recorded)) if recorded else given
+    for name in given:
+        if given[name] != before[name] and name not in MAY_CHANGE:
+            raise UserError(f"--resume: this run has --{name} {before[name]}, not {given[name]}")
+    if args.warmup > 1:
+        raise UserError("--warmup is a fraction of the steps")
+    if args.mode != "lora" and args.mode not in net_class.modes:
+        raise UserError(f"--arch {args.arch} is trained with --mode {' or '.join(net_class.modes)}")
+    if args.encoder == "preset":
+        args.encoder = model.preset_encoder(args.base_model)
+    if args.shard and args.encoder == "base" and args.mode == "sft":
+        raise UserError("--shard needs a text encoder beside the sharded base model: --encoder ID or DIR")
+    if args.dtype == "auto":
+        dtype = torch.float32 if args.mode == "recon" else model.default_dtype(model.pick_device(args.device))
+        args.dtype = str(dtype).removeprefix("torch.")
+    used = {name: value for name, value in vars(args).items() if name not in unused | {"resume"}}
+    return args, as_file(used)
 
 
 # -------------------- The run --------------------
@@ -655,16 +547,15 @@ def main() -> None:
     args, settings = parse_args(sys.argv[1:])
     device, folder = model.pick_device(args.device), Path(args.out_dir)
     process, n_processes = model.join_processes(device)
-    if args.shard and "RANK" not in os.environ:
+    if args.shard and n_processes == 1:
         raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if process == 0 and not args.resume and found - LEFT_OVER:
         raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
     torch.manual_seed(args.seed)
     run = prepare(args, device, process, n_processes)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     n_parameters = sum(p.numel() for p in run.net.parameters() if p.requires_grad)
-    where = f"on {n_processes} x {where}, in {args.dtype}, into {folder}/"
+    where = f"on {n_processes} x {device.type}, in {args.dtype}, into {folder}/"
     say(f"{args.mode}: {n_parameters:,} parameters, {where}")
     try:
         train(run, folder, settings)

@@ -27,15 +27,15 @@ class DocConfig(HypernetConfig):
     """Doc-to-LoRA's settings; the defaults are published values."""
 
     input_size: int = 1024  # f, the width of the base model's states
-    early_exit: bool = setting(False, None, "read the states after a quarter of the layers, not after each")
-    latent_size: int = setting(512, 1, "width of the Perceiver")
+    early_exit: bool = setting(False, "read the states after a quarter of the layers, not after each")
+    latent_size: int = setting(512, "width of the Perceiver")
     n_latents: int = 8  # latent vectors of the Perceiver
-    n_blocks: int = setting(9, 1, "cross-attention blocks of the Perceiver")
-    n_heads: int = setting(16, 1, "attention heads of size 128; a quarter as many for keys and values")
-    chunk_len: int = setting(512, 1, "maximum tokens per chunk, without template tokens added at cuts")
-    chat: bool = setting(True, None, "read a chunk as a user turn of the base model's chat template")
+    n_blocks: int = setting(9, "cross-attention blocks of the Perceiver")
+    n_heads: int = setting(16, "attention heads of size 128; a quarter as many for keys and values")
+    chunk_len: int = setting(512, "maximum tokens per chunk, without template tokens added at cuts")
+    chat: bool = setting(True, "read a chunk as a user turn of the base model's chat template")
 
-    def measure(self, base: nn.Module) -> None:
+    def fit_to(self, base: nn.Module) -> None:
         self.input_size = base.config.get_text_config().hidden_size
         window = model.window_of(base)
         if self.chunk_len > window:

@@ -15,7 +15,8 @@ import hypernet
 import lora
 from encoders import hub
 from hypernet import setting
-from lora import LoRABank, LoRAConfig, Target
+from lora import LoRAConfig, Target
+from nets.bank import LoRABank
 from support import UserError
 
 
@@ -23,19 +24,19 @@ from support import UserError
 class EncoderLoRAConfig(hypernet.TextConfig):
     """Text-to-LoRA's settings, and those of the LoRA."""
 
-    encoder_rank: int = setting(8, 1, "rank of the LoRA on all linear layers of the text encoder")
+    encoder_rank: int = setting(8, "rank of the LoRA on all linear layers of the text encoder")
     encoder_targets: dict[str, Target] = field(default_factory=dict)  # these layers
 
     def __post_init__(self):
         super().__post_init__()
         self.encoder_targets = lora.as_targets(self.encoder_targets)
 
-    def measure(self, base: nn.Module) -> None:
+    def fit_to(self, base: nn.Module) -> None:
         """Find the linear layers of the text encoder. UserError if it is none of the hub or a folder."""
         if self.encoder in encoders.NAMES:
             message = f"--arch encoder_lora needs a text encoder of the hub or a folder, not {self.encoder}"
             raise UserError(message)
-        super().measure(base)
+        super().fit_to(base)
         self.encoder_targets = lora.find_targets(hub.load_text_model(self.encoder), [])
 
 

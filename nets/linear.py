@@ -23,12 +23,12 @@ from lora import Adapter
 class LinearConfig(HypernetConfig):
     """Settings of the linear map."""
 
-    encoder: str = setting("preset", None, "the preset's, hash, base, a hub id or a folder")
+    encoder: str = "hash"  # that of train.py's --encoder
     input_size: int = 1024  # E, the width of the text encoder's output
-    latent_size: int = setting(64, 0, "width between two linear maps; 0: a single map")
-    input_dropout: float = setting(0.1, 0, "dropout of the text encoder's output")
+    latent_size: int = setting(64, "width between two linear maps; 0: a single map")
+    input_dropout: float = setting(0.1, "dropout of the text encoder's output")
 
-    def measure(self, base: nn.Module) -> None:
+    def fit_to(self, base: nn.Module) -> None:
         self.input_size = encoders.width(self.encoder, base)
 
 

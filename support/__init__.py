@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -49,6 +50,33 @@ def at_least(least, kind: type = int):
         return value
 
     return number
+
+
+def settings_parser(description: str, settings: list[tuple], **options) -> argparse.ArgumentParser:
+    """A parser of settings (name, default, meaning, *choices), also from @FILEs: a flag and its value on a
+    line, "#" begins a comment. A setting that is not given is None.
+    """
+    parser = make_parser(description, fromfile_prefix_chars="@", **options)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    for name, default, meaning, *choices in settings:
+        kind = {"type": str, "choices": choices or None}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif not isinstance(default, str):
+            kind = {"type": at_least(0, type(default))}
+        parser.add_argument(f"--{name}", help=f"{meaning} (default: {default})", **kind)
+    return parser
+
+
+def as_file(settings: dict) -> str:
+    """Settings as an @FILE."""
+    lines = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            lines.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            lines.append(f"--{name} {shlex.quote(str(value))}")
+    return "\n".join(lines) + "\n"
 
 
 def say(message: str) -> None:

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from urllib.parse import urlencode
 
 from tqdm import tqdm
 
-from data import Example, Rules, Splits, Task
+from data import Example, Splits, Task
 from support import UserError, read_json, say, write_file
 from tasks import as_texts
 from tasks.download import PUBLISHED, cache_folder, download, published
@@ -91,29 +91,20 @@ def mbpp(record: dict) -> tuple[Example, str]:
     return Example(text, [tests]), f"{CODE_START}{record['code']}\n```"
 
 
-# -------------------- How the answer starts --------------------
-
 CODE_START = "```python\n"
 
 
-def no_start(example: Example) -> str:
-    return ""
-
-
-def with_steps(example: Example) -> str:
-    return "Let's think step by step."
-
-
-def with_code(example: Example) -> str:
-    return CODE_START
-
-
 def with_head(example: Example) -> str:
-    """The head of the function that the input shows."""
+    """The start of the answer: the head of the function that the input shows."""
     return CODE_START + example.input.split(CODE_START)[1].removesuffix("```")
 
 
 # -------------------- Scores --------------------
+
+
+def is_exact(example: Example, answer: str, has_ended: bool) -> bool:
+    """Whether an answer is one of the right ones, and the model has ended it itself."""
+    return has_ended and answer.strip() in [right.strip() for right in example.answers]
 
 
 def first_character(example: Example, answer: str, has_ended: bool) -> bool:
@@ -198,51 +189,61 @@ def run_program(program: str, seconds: int = 10) -> bool:
 # -------------------- The benchmarks --------------------
 
 
-class Spec(NamedTuple):
-    """Where the records of a benchmark are, and how eval.py asks and scores them (see data.Rules)."""
+class Rules(NamedTuple):
+    """How eval.py asks the questions of a task and scores the answers; of a benchmark, where its records are."""
 
-    dataset: str
-    config: str
-    split: str
-    n_records: int
-    to_example: Callable[[dict], tuple[Example, str]]
-    is_right: Callable[[Example, str, bool], bool] = first_character
-    most_tokens: int = 8
-    start: Callable[[Example], str] = no_start
+    is_right: Callable[[Example, str, bool], bool] = is_exact  # takes an answer and if the model ended it
+    most_tokens: int = 0  # of an answer; 0: two more than the longest right answer
+    start: Callable[[Example], str] = lambda example: ""  # the given start of the answer
+    most_examples: int | None = 25  # unless --n_examples is given; None: all
+    n_texts: int = 1  # number of texts with which each question is asked
+    with_instruction: bool = True  # whether the prompt may contain an instruction
+    meaningless: Sequence[str] = ()  # texts for net_random
+    to_example: Callable[[dict], tuple[Example, str]] | None = None  # of a record
+    records: tuple[str, str, str, int] = ("", "", "", 0)  # dataset, config, split, number
 
 
+# prompts have no instruction, because the inputs say what to do
+PUBLISHED_RULES = Rules(first_character, 8, most_examples=None, n_texts=3, with_instruction=False)
+
+
+def benchmark(to_example, *records, **rules) -> Rules:
+    return PUBLISHED_RULES._replace(to_example=to_example, records=records, **rules)
+
+
+STEPS = dict(is_right=last_number, most_tokens=256, start=lambda example: "Let's think step by step.")
+CODE = dict(is_right=passes_tests, most_tokens=512)
 BENCHMARKS = {
-    "arc_challenge": Spec("allenai/ai2_arc", "ARC-Challenge", "test", 1172, arc),
-    "arc_easy": Spec("allenai/ai2_arc", "ARC-Easy", "test", 2376, arc),
-    "boolq": Spec("google/boolq", "default", "validation", 3270, boolq, true_or_false),
-    "gsm8k": Spec("openai/gsm8k", "main", "test", 1319, gsm8k, last_number, 256, with_steps),
-    "hellaswag": Spec("Rowan/hellaswag", "default", "validation", 10042, hellaswag),
-    "humaneval": Spec(
-        "openai/openai_humaneval", "openai_humaneval", "test", 164, humaneval, passes_tests, 512, with_head
+    "arc_challenge": benchmark(arc, "allenai/ai2_arc", "ARC-Challenge", "test", 1172),
+    "arc_easy": benchmark(arc, "allenai/ai2_arc", "ARC-Easy", "test", 2376),
+    "boolq": benchmark(boolq, "google/boolq", "default", "validation", 3270, is_right=true_or_false),
+    "gsm8k": benchmark(gsm8k, "openai/gsm8k", "main", "test", 1319, **STEPS),
+    "hellaswag": benchmark(hellaswag, "Rowan/hellaswag", "default", "validation", 10042),
+    "humaneval": benchmark(
+        humaneval, "openai/openai_humaneval", "openai_humaneval", "test", 164, start=with_head, **CODE
     ),
-    "mbpp": Spec(  # the paper used 399 of them, MBPP+
-        "google-research-datasets/mbpp", "full", "test", 500, mbpp, passes_tests, 512, with_code
+    "mbpp": benchmark(  # the paper used 399 of them, MBPP+
+        mbpp, "google-research-datasets/mbpp", "full", "test", 500, start=lambda example: CODE_START, **CODE
     ),
-    "openbookqa": Spec("allenai/openbookqa", "main", "test", 500, arc),
-    "piqa": Spec("ybisk/piqa", "plain_text", "validation", 1838, piqa),
-    "winogrande": Spec("allenai/winogrande", "winogrande_debiased", "validation", 1267, winogrande),
+    "openbookqa": benchmark(arc, "allenai/openbookqa", "main", "test", 500),
+    "piqa": benchmark(piqa, "ybisk/piqa", "plain_text", "validation", 1838),
+    "winogrande": benchmark(winogrande, "allenai/winogrande", "winogrande_debiased", "validation", 1267),
 }
 
 
 def load_records(name: str) -> list[dict]:
     """The records of a benchmark, downloaded once in pages of 100; a second call continues the first."""
-    spec, folder = BENCHMARKS[name], cache_folder(f"benchmarks/{name}")
-    n, records = spec.n_records, []
+    dataset, config, split, n = BENCHMARKS[name].records
+    folder, records = cache_folder(f"benchmarks/{name}"), []
     for offset in tqdm(range(0, n, 100), desc=name, unit="page", leave=False):
         file, expected = folder / f"{offset}.json", min(100, n - offset)
         if not file.exists():
             needed_for = f"--tasks {name}: rows {offset} to {offset + expected} of {n} are not in {folder}"
-            query = dict(dataset=spec.dataset, config=spec.config, split=spec.split)
-            query |= dict(offset=offset, length=100)
+            query = dict(dataset=dataset, config=config, split=split, offset=offset, length=100)
             page = download(f"{ROWS_SERVICE}?{urlencode(query)}", needed_for)
             total, received = page["num_rows_total"], len(page["rows"])
             if total != n or received != expected:
-                raise UserError(f"{needed_for}; {spec.dataset} sent {received} of {total} rows")
+                raise UserError(f"{needed_for}; {dataset} sent {received} of {total} rows")
             write_file(file, page)
         records += [entry["row"] for entry in read_json(file)["rows"]]
     return records
@@ -264,14 +265,13 @@ def published_texts() -> dict[str, list[str]]:
 
 def benchmark_task(name: str) -> Task:
     """One benchmark as a task: all records, shuffled, to test on, and four of them as shots."""
-    spec, texts, records, test, shots = BENCHMARKS[name], published_texts(), load_records(name), [], []
+    rules, texts, records, test, shots = BENCHMARKS[name], published_texts(), load_records(name), [], []
     random.Random(0).shuffle(records)
     for record in records:
-        example, shown = spec.to_example(record)
+        example, shown = rules.to_example(record)
         test.append(example)
         shots.append(Example(example.input, [shown]))
-    rules = Rules(spec.is_right, spec.most_tokens, spec.start, most_examples=None, n_texts=3)
-    rules = rules._replace(with_instruction=False, meaningless=texts["meaningless"])  # inputs say what to do
+    rules = rules._replace(meaningless=texts["meaningless"])
     return Task(name, texts[name], shots[-4:], test, rules=rules)
 
 
