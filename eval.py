@@ -15,7 +15,7 @@ import re
 import statistics
 import string
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -55,41 +55,33 @@ class Exam:
     @cached_property
     def mean(self) -> Adapter:
         """The mean of what the hypernetwork writes for up to 512 training tasks. A [1, L, r, in]"""
-        tasks, mean = self.training[:: ceil(len(self.training) / 512)], {}
-        for task in tasks:  # one by one, since all at once would fill the memory
-            adapter, _ = generate.write_adapters(self.nets["hypernet"], [task.descriptions[0]], self.base)
+        texts, mean = texts_for(self, 0, "training")[:: ceil(len(self.training) / 512)], {}
+        for text in texts:  # one by one, since all at once would fill the memory
+            adapter, _ = generate.write_adapters(self.nets["hypernet"], [text], self.base)
             for name, (A, B) in adapter.items():
                 mean_A, mean_B = mean.get(name, (0, 0))
-                mean[name] = (mean_A + A / len(tasks), mean_B + B / len(tasks))
+                mean[name] = (mean_A + A / len(texts), mean_B + B / len(texts))
         return mean
 
 
 # -------------------- The methods --------------------
 
 
-def own(exam: Exam, i: int) -> Sequence[str]:
-    return exam.tasks[i].descriptions
-
-
-def reworded(exam: Exam, i: int) -> Sequence[str]:
-    return exam.tasks[i].reworded
-
-
-def of_next(exam: Exam, i: int) -> Sequence[str]:
-    return exam.tasks[(i + 1) % len(exam.tasks)].descriptions if len(exam.tasks) > 1 else ()
-
-
-def of_training(exam: Exam, i: int) -> Sequence[str]:
-    return [task.descriptions[0] for task in exam.training[:1]]
-
-
-def noise(exam: Exam, i: int) -> Sequence[str]:
-    """8 sentences of random letters; of a benchmark the published texts."""
-    rng, sentences = random.Random(i), []
+def texts_for(exam: Exam, i: int, kind: str) -> Sequence[str]:
+    """What the hypernetwork reads for task i; () if there is nothing of this kind."""
+    if kind == "own":
+        return exam.tasks[i].descriptions
+    if kind == "reworded":
+        return exam.tasks[i].reworded
+    if kind == "another":
+        return exam.tasks[(i + 1) % len(exam.tasks)].descriptions if len(exam.tasks) > 1 else ()
+    if kind == "training":
+        return [task.descriptions[0] for task in exam.training]
+    rng, noise = random.Random(i), []  # 8 sentences of random letters; of a benchmark the published texts
     for _ in range(8):
         words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(12)]
-        sentences.append(" ".join(words))
-    return exam.tasks[i].rules.meaningless or sentences
+        noise.append(" ".join(words))
+    return exam.tasks[i].rules.meaningless or noise
 
 
 class Method(NamedTuple):
@@ -97,8 +89,8 @@ class Method(NamedTuple):
 
     meaning: str
     folder: str = ""  # the flag that names the folder of the adapter, or of the network that writes it
-    reads: Callable[[Exam, int], Sequence[str]] | None = None  # the texts that the network reads for task i
-    needs: str = ""  # what is missing where these are no texts, or no examples
+    reads: str = ""  # what the network reads, see `texts_for`
+    needs: str = ""  # what is missing where there is nothing to read, or to ask
     n_shots: int = 0  # examples in the prompt
     asks: str = "test"  # which examples of the task
 
@@ -110,14 +102,14 @@ METHODS = {
     "prompt": Method("the description (or the document) in the prompt"),
     "mt_lora": Method("one LoRA trained on all tasks", "mt_lora"),
     "oracle": Method("a LoRA trained on the task itself", "oracles"),
-    "net": Method("written from the task's descriptions (or the document)", "hypernet", own),
-    "net_reworded": Method("... wordings that training never used", "hypernet", reworded, "other wordings"),
-    "net_shuffled": Method("... another task's descriptions", "hypernet", of_next, "a second task"),
-    "net_mean": Method("the mean of those for training tasks", "hypernet", of_training, "training tasks"),
-    "net_random": Method("written from meaningless text", "hypernet", noise),
+    "net": Method("written from the task's descriptions (or the document)", "hypernet", "own"),
+    "net_reworded": Method("... wordings that training never used", "hypernet", "reworded", "other wordings"),
+    "net_shuffled": Method("... another task's descriptions", "hypernet", "another", "a second task"),
+    "net_mean": Method("the mean of those for training tasks", "hypernet", "training", "training tasks"),
+    "net_random": Method("written from meaningless text", "hypernet", "noise"),
     "base_other": Method("as base, on text beside the document", needs=OTHER, asks="other"),
-    "net_other": Method("as net, on text beside the document", "hypernet", own, OTHER, asks="other"),
-    "recon": Method("as net, by a network trained by reconstruction", "recon", own),
+    "net_other": Method("as net, on text beside the document", "hypernet", "own", OTHER, asks="other"),
+    "recon": Method("as net, by a network trained by reconstruction", "recon", "own"),
 }
 
 
@@ -127,7 +119,7 @@ def lacks(exam: Exam, name: str) -> str:
     if method.folder and method.folder not in {*exam.nets, *exam.adapters}:
         return f"--{method.folder} DIR"
     for i, task in enumerate(exam.tasks):
-        if not getattr(task, method.asks) or (method.reads and not method.reads(exam, i)):
+        if not getattr(task, method.asks) or (method.reads and not texts_for(exam, i, method.reads)):
             return method.needs
     return ""
 
@@ -144,7 +136,7 @@ def adapters_of(exam: Exam, name: str, i: int) -> tuple[Adapter, LoRAConfig]:
     if name == "net_mean":
         return exam.mean, net.config
     n_texts = max(len(examples_of(exam, task, method)), task.rules.n_texts)
-    adapters, _ = generate.write_adapters(net, list(method.reads(exam, i)[:n_texts]), exam.base)
+    adapters, _ = generate.write_adapters(net, list(texts_for(exam, i, method.reads)[:n_texts]), exam.base)
     return adapters, net.config
 
 
@@ -281,8 +273,8 @@ def task_scores(rows: list[dict]) -> Scores:
 
 
 def certainty_scores(rows: list[dict]) -> tuple[float, float, float]:
-    """How well `sure` tells which answers are right: (area under the ROC curve, calibration error in ten bins,
-    score of the surest half). The area is nan if all answers are right, or none.
+    """How well `sure` tells which answers are right: (area under the ROC curve, calibration error in ten
+    bins, score of the surest half). The area is nan if all answers are right, or none.
     """
     sure, right = np.array([(row["sure"], row["score"]) for row in rows]).T  # [n], [n]
     _, value, count = np.unique(sure, return_inverse=True, return_counts=True)
@@ -348,10 +340,12 @@ def tasks_to_judge(args) -> tuple[list[Task], list[Task]]:
         raise UserError("--instruction would put the document itself into the prompt")
     for i, task in enumerate(tasks):
         tasks[i] = replace(task, rules=task.rules or benchmarks.Rules())
-        if not task.test:
-            raise UserError(f"the task {task.name} has no test part: that is the last fifth of its instances")
-        if not all(example.answers for example in task.test):
-            raise UserError(f"{task.name} cannot be scored: one of its questions has no answer")
+        n_train = len(task.train)
+        if args.oracles and task.test[:n_train] == task.train:  # oracles were trained on this part
+            tasks[i] = replace(tasks[i], test=task.test[n_train:])
+        if not tasks[i].test:
+            advice = 'if it is named under "test" in splits.json, all its instances are asked'
+            raise UserError(f"{task.name} has no test part: the last fifth of its instances; {advice}")
     return tasks, [task for task in splits.get("train", []) if not task.is_document]
 
 

@@ -248,7 +248,8 @@ def find_arch(arch: str):
         return TextToLoRA
     names = {path.stem for path in Path(__file__).parent.glob("nets/*.py")} - {"bank"}
     if arch not in names:
-        raise UserError(f"--arch {arch}: there is no such network, but t2l, {', '.join(sorted(names))} (in nets/)")
+        known = ", ".join(sorted(names))
+        raise UserError(f"--arch {arch}: there is no such network, but t2l, {known} (in nets/)")
     return importlib.import_module(f"nets.{arch}").Net
 
 

@@ -227,7 +227,7 @@ class LoRAConfig:
     def certainty(self, log_prob: float) -> float:
         """The probability that an answer is right, from the mean log-probability of its tokens.
 
-        A logistic function of it if a calibration was fitted (extras/calibrate.py), otherwise its exponential.
+        A logistic function of it with a calibration (extras/calibrate.py), otherwise its exponential.
         """
         if not self.calibration:
             return math.exp(log_prob)
@@ -325,7 +325,8 @@ def save_adapter(folder: str | Path, adapter: Adapter, config: LoRAConfig) -> No
     }
     write_file(Path(folder, "adapter_model.safetensors"), tensors)
     write_file(Path(folder, "adapter_config.json"), peft)
-    write_file(Path(folder, "prompt.json"), {"instruction": config.instruction, "calibration": config.calibration})
+    prompt = {"instruction": config.instruction, "calibration": config.calibration}
+    write_file(Path(folder, "prompt.json"), prompt)
 
 
 ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+\.\d+\..+)\.lora_(?P<matrix>[AB])\.weight")

@@ -162,7 +162,7 @@ def load_sharded(name: str, device, dtype: torch.dtype, target_modules: list[str
         if turn == dist.get_rank():
             base, tokenizer = load_base(name, "cpu", dtype)
             lora.inject(base, target_modules, dropout)
-            for layer in decoder_layers(base):
+            for layer in base.get_decoder().layers:
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True)
             # one root for all layers, so that they share streams and the memory for gathered layers
             whole = {p for p in base.get_decoder().parameters() if not isinstance(p, DTensor)}
@@ -206,18 +206,9 @@ def window_of(base: nn.Module) -> int:
     return n or 10**9  # some models have no limit
 
 
-def decoder_layers(base: nn.Module) -> nn.ModuleList:
-    """The decoder's layers. Raises UserError for models that call them otherwise."""
-    layers = getattr(base.get_decoder(), "layers", None)
-    if layers is None:
-        features = "Doc-to-LoRA, --gradient_checkpointing and --shard"
-        raise UserError(f"{features} need a decoder with `layers`")
-    return layers
-
-
 def recompute_layers(base: nn.Module) -> None:
     """Keep only the input of each decoder layer, and compute the layer again in the backward pass."""
-    for layer in decoder_layers(base):
+    for layer in base.get_decoder().layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 

@@ -502,7 +502,7 @@ MAY_CHANGE = {  # with --resume: length, learning rate, how the step is computed
 def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
     """(the settings of a run, the same as a file of flags). A resumed run reads its train.args first."""
     usage = dict(usage="train.py [@FILE ...] [--FLAG VALUE ...]")
-    looker = settings_parser(__doc__, SETTINGS, add_help=False)  # first: is it resumed, and which network is it?
+    looker = settings_parser(__doc__, SETTINGS, add_help=False)  # first: resumed? which network?
     seen, _ = looker.parse_known_args(words)
     recorded = [f"@{seen.out_dir or 'out/run'}/train.args"] if seen.resume else []
     seen, _ = looker.parse_known_args(recorded + words)

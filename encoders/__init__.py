@@ -1,7 +1,7 @@
 """Text encoders: functions of n descriptions -> [n, E], frozen, in float32.
 
-`--encoder NAME` finds encoders/NAME.py; any other name is an id on the Hugging Face hub or a folder (hub.py).
-A file has two functions:
+`--encoder` is one of NAMES, each a file here, or an id on the Hugging Face hub, or a folder (hub.py). A file
+has two functions:
 
     width(name, base)                                       E, without loading weights
     load(name, device, base, tokenizer, full_stop)          the encoder
@@ -13,13 +13,12 @@ full stop, as published.
 import importlib
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 Encoder = Callable[[list[str]], Tensor]
-NAMES = sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__", "hub"})
+NAMES = ("hash", "base")
 
 
 def find(name: str):

@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", default="all", help="train, val, test, or all")
     parser.add_argument("--n_tasks", type=int, default=512, help="at most so many of them")
     parser.add_argument("--out", default="map.png", help="the picture to write")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
+    parser.add_argument("--device", default="auto", help=model.DEVICES)
     generate.add_net_flags(parser)
     args = parser.parse_args()
     args.base_model = args.base_model and model.resolve(args.base_model)

@@ -58,7 +58,7 @@ def main() -> None:
     base, tokenizer = generate.load_base_for([net.config for net in nets], args, device)
     lock = threading.Lock()  # the base model holds one visitor's adapter at a time
 
-    def answer(net, text: str, inputs: str):
+    def respond(net, text: str, inputs: str):
         """(table, time, zip file) for what a visitor has typed."""
         questions = [line for line in inputs.splitlines() if line.strip()]
         if not text.strip() or not questions:
@@ -92,7 +92,7 @@ def main() -> None:
         table = gradio.Dataframe(headers=headers, label="Answers", wrap=True, column_widths=["33%"] * 3)
         results = [table, gradio.Markdown(), gradio.File(label="The adapter, as PEFT loads it")]
         net.connect(base, tokenizer)
-        function = partial(answer, net)
+        function = partial(respond, net)
         presets = {model.resolve(preset): preset for preset in model.PRESETS}
         file = Path(model.TINY).parent / presets.get(net.config.base_model, "") / "examples.json"
         examples = read_json(file).get(net.reads) if file.exists() else None

@@ -96,7 +96,7 @@ def hidden_states(base: nn.Module, input_ids: Tensor, mask: Tensor | None, early
     The input of the last layer is taken after the final norm, as published. With early_exit: only the states
     after N/4 layers and the final norm, [n, T, d].
     """
-    decoder, layers = base.get_decoder(), model.decoder_layers(base)
+    decoder, layers = base.get_decoder(), base.get_decoder().layers
     n_layers = len(layers) // 4 if early_exit else len(layers) - 1
     inputs = []  # of the layers, [n, T, d] each
 

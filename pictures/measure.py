@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 import lora
 import model
@@ -16,7 +15,7 @@ from support import command
 
 
 @torch.no_grad()
-def measure(
+def scores_of(
     base: pictures.Transformer, adapters: lora.Adapter, scaling: float, with_example: bool = False
 ) -> str:
     """Draw 8 pictures per test edit: edit i with adapter i, or each picture with an example."""
@@ -44,10 +43,10 @@ def measure(
 
 @torch.no_grad()
 def main() -> None:
-    """Print the table: the hypernetwork on unseen edits, controls, and ordinary LoRAs if they are there."""
+    """Print the table: the hypernetwork on unseen edits, and controls."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else pictures.HERE
     device = model.pick_device()
-    base, net = pictures.load_base(folder, device), pictures.load_hypernet(folder, device)
+    base, net = pictures.load_transformer(folder, device), pictures.load_hypernet(folder, device)
     rng = random.Random(0)
 
     def write(edits: list[Edit], withheld: bool = False) -> lora.Adapter:
@@ -65,15 +64,9 @@ def main() -> None:
     for name, pair in mean.items():
         mean[name] = [matrix.to(device).float().expand(len(TEST), *matrix.shape) for matrix in pair]
     rows["the mean over training edits"] = mean
-    for mode, index in (("one", len(TEST) * [0]), ("oracles", list(range(len(TEST))))):
-        file = folder / f"{mode}.safetensors"
-        if file.exists():
-            bank = pictures.make_trained(mode, base).to(device)
-            bank.load_state_dict(load_file(file))
-            rows[mode] = bank(index)
     for name, adapters in rows.items():
-        print(f"{name:35} {measure(base, adapters, net.config.scaling)}", flush=True)
-    print(f"{'base model, shown an example':35} {measure(base, {}, 1.0, with_example=True)}")
+        print(f"{name:35} {scores_of(base, adapters, net.config.scaling)}", flush=True)
+    print(f"{'base model, shown an example':35} {scores_of(base, {}, 1.0, with_example=True)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ layers with names.
 
 import json
 import math
-import os
 import random
 import re
 import textwrap
@@ -24,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import trange
 from transformers import PretrainedConfig
 
 import encoders
 import hypernet
 import lora
 import model
-from pictures.edits import PATCH, SHAPES, SIZE, TEST, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
+from pictures.edits import PATCH, SHAPES, SIZE, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
 from support import UserError, at_least, check_output, command, make_parser, write_file
 
 HERE = Path(__file__).parent
@@ -168,10 +167,9 @@ def sample(
 # -------------------- Training --------------------
 
 TARGETS = ["to_q", "to_v", "to_out", "ff_up", "ff_down"]  # all in the stream of the picture that is drawn
-STEPS = {"base": 14000, "hypernet": 40000, "oracles": 600, "one": 300}
-LR = {"base": 2e-3, "hypernet": 1.5e-3, "oracles": 5e-3, "one": 5e-3}
+STEPS = {"base": 14000, "hypernet": 40000}
+LR = {"base": 2e-3, "hypernet": 1.5e-3}
 BATCH = 32  # pairs of pictures in a step
-SAVE_EVERY = 100  # steps
 
 
 def draw_pairs(edits: list[Edit], rng: random.Random) -> tuple[Tensor, Tensor]:
@@ -182,20 +180,16 @@ def draw_pairs(edits: list[Edit], rng: random.Random) -> tuple[Tensor, Tensor]:
     return to_patches(torch.from_numpy(source)), to_patches(torch.from_numpy(target))
 
 
-def load_base(folder: Path, device="cpu") -> Transformer:
+def load_transformer(folder: Path, device="cpu") -> Transformer:
     """The frozen base model, ready for adapters."""
     net = Transformer()
     net.load_state_dict(load_file(folder / "base.safetensors"))
     return lora.inject(net.to(device).requires_grad_(False).eval(), TARGETS)
 
 
-def make_trained(mode: str, base: Transformer) -> nn.Module:
-    """What is trained: the base model, a hypernetwork or ordinary LoRAs."""
-    if mode == "base":
-        return base
+def new_hypernet(base: Transformer) -> hypernet.TextToLoRA:
+    """A hypernetwork for the base model, with random weights and its text encoder."""
     config = lora.config_for(base, "pictures", r=4, alpha=8.0)
-    if mode != "hypernet":
-        return lora.LoRABank(config, len(TEST) if mode == "oracles" else 1)
     settings = dict(encoder="hash", latent_size=96, head_in_size=64, dropout=0.0, input_dropout=0.2)
     settings["input_size"] = encoders.width("hash", None)
     net = hypernet.TextToLoRA(hypernet.TextConfig(**vars(config), **settings))
@@ -212,9 +206,8 @@ def load_hypernet(folder: Path, device="cpu") -> nn.Module:
 
 
 def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Random) -> Tensor:
-    """The loss of a step, on one pair of pictures per edit. In mode "one" all edits share an adapter."""
-    device = base.position.device
-    edits = 2 * TEST if mode == "oracles" else rng.sample(TRAIN, BATCH)
+    """The loss of a step, on one pair of pictures per edit."""
+    device, edits = base.position.device, rng.sample(TRAIN, BATCH)
     source, target = [pictures.to(device) for pictures in draw_pairs(edits, rng)]
     t = torch.rand(len(edits), device=device)
     if mode == "base":
@@ -222,38 +215,25 @@ def step_loss(mode: str, base: Transformer, trained: nn.Module, rng: random.Rand
             return flow_loss(base, source, target, t)
         example = torch.cat(draw_pairs(edits, rng), -1).to(device)
         return flow_loss(base, source, target, t.square(), example)
-    if mode == "hypernet":
-        adapters = trained([describe(edit, rng) for edit in edits])
-    elif mode == "oracles":
-        adapters = trained(2 * list(range(len(TEST))))
-    else:
-        adapters = trained([0])
+    adapters = trained([describe(edit, rng) for edit in edits])
     with lora.use(base, adapters, trained.config.scaling):
         return flow_loss(base, source, target, t.square())  # early times: at late times x shows the edit
 
 
 def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
-    """Train one of STEPS, resume it if it was interrupted, and write it into the folder."""
-    file, state = folder / f"{mode}.safetensors", folder / f"{mode}-state.pt"
+    """Train the base model or the hypernetwork, and write it into the folder."""
+    file, mean = folder / f"{mode}.safetensors", None
     if file.exists():
         raise UserError(f"{file} is there already; choose another folder with --weights")
     torch.manual_seed(0)
-    base = Transformer().to(device) if mode == "base" else load_base(folder, device)
-    trained = make_trained(mode, base).to(device)
+    base = Transformer().to(device) if mode == "base" else load_transformer(folder, device)
+    trained = base if mode == "base" else new_hypernet(base).to(device)
     if mode == "hypernet":
         trained.connect(None, None)  # its text encoder needs no model
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
     folder.mkdir(parents=True, exist_ok=True)
-    first, mean = 0, None
-    if state.exists():
-        saved = torch.load(state, map_location="cpu", weights_only=True)
-        first = saved["step"]
-        if first > steps:
-            raise UserError(f"--steps {steps}: the run in {folder} has done {first} steps")
-        trained.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=mode)
+    bar = trange(steps, desc=mode)
     for step in bar:
         lr = optimizer.param_groups[0]["lr"] = LR[mode] * min((step + 1) / 200, 1 - step / steps)
         torch.manual_seed(step)
@@ -268,15 +248,10 @@ def train(mode: str, folder: Path, steps: int, device: torch.device) -> None:
         if step < 20 or step % 100 == 99:
             with open(folder / f"{mode}.jsonl", "a" if step else "w") as log:
                 log.write(json.dumps({"step": step + 1, "of": steps, "lr": lr, "loss": loss.item()}) + "\n")
-        if (step + 1) % SAVE_EVERY == 0:
-            saved = {"step": step + 1, "net": trained.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(saved, f"{state}.tmp")
-            os.replace(f"{state}.tmp", state)
     if mode == "hypernet":
         hypernet.save_hypernet(trained, folder)
     else:
         write_file(file, {name: tensor.bfloat16() for name, tensor in trained.state_dict().items()})
-    state.unlink(missing_ok=True)
 
 
 # -------------------- The strip --------------------
@@ -291,22 +266,12 @@ def sources_for(description: str) -> np.ndarray:
     return np.stack([render(draw_scene(Edit((named or WHICH)[0], "", ""), rng)) for _ in range(6)])
 
 
-def read_picture(path: str) -> np.ndarray:
-    """One's own source picture, six times. [6, 24, 24, 3]"""
-    from matplotlib import pyplot
-
-    picture = pyplot.imread(path)  # of a PNG: numbers from 0 to 1
-    if picture.dtype != np.float32 or picture.ndim != 3 or picture.shape[:2] != (SIZE, SIZE):
-        raise UserError(f"--input {path}: a PNG of {SIZE} x {SIZE} pixels in colour is needed")
-    return np.repeat(picture[None, ..., :3], 6, 0)
-
-
 @torch.no_grad()
-def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, out: str, device) -> None:
+def draw_strip(folder: Path, descriptions: list[str], out: str, device) -> None:
     """For each description: sources, what the base model makes of them, and the same with the adapter."""
     from matplotlib import pyplot as plt
 
-    base, net = load_base(folder, device), load_hypernet(folder, device)
+    base, net = load_transformer(folder, device), load_hypernet(folder, device)
     adapters = net(descriptions)
     columns = min(2, len(descriptions))
     rows = math.ceil(len(descriptions) / columns)
@@ -315,7 +280,7 @@ def draw_strip(folder: Path, descriptions: list[str], input_file: str | None, ou
     for ax in axes.flat:
         ax.set_axis_off()
     for i, (description, ax) in enumerate(zip(descriptions, axes.flat)):
-        sources = read_picture(input_file) if input_file else sources_for(description)
+        sources = sources_for(description)
         pictures = [sources]
         for adapter in ({}, lora.select(adapters, [i])):
             with lora.use(base, adapter, net.config.scaling):
@@ -335,12 +300,11 @@ def main() -> None:
     parser = make_parser(__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--desc", action="append", help="description of an edit; may be given several times")
-    task.add_argument("--train", choices=list(STEPS), help="base, hypernet; oracles, one: ordinary LoRAs")
+    task.add_argument("--train", choices=list(STEPS), help="train it, into the folder of --weights")
     parser.add_argument("--out", default="strip.png", help="the picture to write")
-    parser.add_argument("--input", help=f"a PNG of {SIZE} x {SIZE} pixels in place of random sources")
     parser.add_argument("--steps", type=at_least(1), help="training steps")
     parser.add_argument("--weights", type=Path, default=HERE, help="folder of the weights")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
+    parser.add_argument("--device", default="auto", help=model.DEVICES)
     args = parser.parse_args()
     device = model.pick_device(args.device)
     if args.train:
@@ -348,9 +312,7 @@ def main() -> None:
         return
     if not all(text.strip() for text in args.desc):
         raise UserError("--desc is empty")
-    if args.input and check_output(args.out, ".png").resolve() == Path(args.input).resolve():
-        raise UserError(f"--out {args.out} would overwrite --input")
-    draw_strip(args.weights, args.desc, args.input, check_output(args.out, ".png"), device)
+    draw_strip(args.weights, args.desc, check_output(args.out, ".png"), device)
 
 
 if __name__ == "__main__":

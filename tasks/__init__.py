@@ -3,16 +3,15 @@
 A folder holds one JSON file per task, as in Natural Instructions, or one per document:
 
     {"name", "descriptions" or "Definition", "Instances": [{"input", "output": [...]}, ...]}
-    {"name", "document", "questions": [{"question", "answer" if known}, ...], "other": the same, if there}
+    {"name", "document", "questions": [{"question", "answer"}, ...], "other": the same, if there}
 
 "other" are questions that have nothing to do with the document: a reader learns to answer them as the base
-model does.
-
-The last fifth of the instances is the test part. splits.json, {"train": [names of files], "val", "test"},
-assigns tasks to splits. Without it all are training tasks. Error messages name the file.
+model does. splits.json, {"train": [names of files], "val", "test"}, assigns tasks to splits; without it all
+are training tasks. Of a training task, the last fifth of the instances is for testing; of others all are.
 """
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 from data import Example, Splits, Task
@@ -37,17 +36,11 @@ def load_tasks(source: str | Path) -> Splits:
 def summary(source: str, splits: Splits) -> str:
     """What a source of tasks holds, in one line."""
     counts = ", ".join(f"{len(tasks)} {split}" for split, tasks in splits.items() if tasks)
-    n_unused = 0
-    if str(source).replace("-", "_") in SOURCES:
-        if Path(source).is_dir():
-            source = f"{source} (in the project; ./{source} is the folder here)"
-    elif Path(source).is_dir():
-        n_unused = len(task_files(Path(source))) - sum(len(tasks) for tasks in splits.values())
-    unused = f"; splits.json does not name {n_unused} files" if n_unused else ""
-    return f"tasks in {source}: {counts}{unused}"
+    is_ours = str(source).replace("-", "_") in SOURCES and Path(source).is_dir()
+    return f"tasks in {source}{f' (in the project, not ./{source})' if is_ours else ''}: {counts}"
 
 
-def expect(is_so: bool, message: str) -> None:
+def expect(is_so, message: str) -> None:
     """Raise UserError with a message if something is not so."""
     if not is_so:
         raise UserError(message)
@@ -60,111 +53,67 @@ def task_files(folder: Path) -> dict[str, Path]:
 
 def load_folder(folder: Path) -> Splits:
     """Read a folder of task files, split as splits.json says."""
-    files = task_files(folder)
+    files, splits, file_of = task_files(folder), {}, {}  # {name of a task: that of its file}
     expect(files, f"--tasks {folder}: the folder holds no NAME.json files")
-    names, splits, file_of = read_splits(folder), {}, {}  # {name of a task: its file}
+    names = read_json(folder / "splits.json") if (folder / "splits.json").exists() else {"train": list(files)}
+    wanted = f'{folder / "splits.json"} must be {{"train": [names of files without .json], "val", "test"}}'
+    are_lists = isinstance(names, dict) and all(isinstance(of_split, list) for of_split in names.values())
+    expect(are_lists and set(names) <= {*SPLITS}, wanted)
     for split in SPLITS:
         splits[split] = []
         for name in names.get(split, []):
+            expect(name in files, f'{wanted}; "{split}" has {name}, which is no file there')
             task = read_task(files[name])
-            first = file_of.setdefault(task.name, files[name])
-            expect(first == files[name], f'{first} and {files[name]} have the same "name": {task.name}')
+            first = file_of.setdefault(task.name, name)
+            expect(first == name, f'{folder}: {first} and {name} have the same "name": {task.name}')
+            if split != "train" and not task.is_document:
+                task = replace(task, test=task.train + task.test)
             splits[split].append(task)
     kinds = {task.is_document for tasks in splits.values() for task in tasks}
     expect(len(kinds) < 2, f"{folder} holds both documents and tasks; make two folders")
     return splits
 
 
-def read_splits(folder: Path) -> dict[str, list[str]]:
-    """The names of files in splits.json, checked; without it all are in "train"."""
-    file, files, seen = folder / "splits.json", task_files(folder), {}
-    if not file.exists():
-        return {"train": list(files)}
-    content = read_json(file)
-    expect(isinstance(content, dict), f'{file} must be {{"train": [...], "val": [...], "test": [...]}}')
-    for split, names in content.items():
-        expect(split in SPLITS, f'{file}: there is no split "{split}", but train, val and test')
-        expect(isinstance(names, list), f'{file}: "{split}" must be a list of file names without .json')
-        for name in names:
-            expect(name in files, f'{file}: "{split}" names {name}, but {folder / str(name)}.json is missing')
-            expect(name not in seen, f"{file}: {name} is both in {seen.get(name)} and in {split}; keep one")
-            seen[name] = split
-    return content
-
-
 def read_task(path: Path) -> Task:
-    """One file: a task or a document."""
+    """One file: a task or a document. UserError, with the place, if it is neither."""
     content = read_json(path)
     expect(isinstance(content, dict), f'{path} must be {{"descriptions": [...], "Instances": [...]}}')
     name = content.get("name", path.stem)  # an adapter lies in a folder of this name, beside a run's files
-    can_be = isinstance(name, str) and can_name_a_folder(name)
+    can_be = isinstance(name, str) and Path(name).name == name and Path(name).suffix not in RUN_FILES
     expect(can_be, f'{path}: "name" must be a text that can name a folder')
-    read = read_document if "document" in content else read_instances
-    return read(name, content, path)
-
-
-def can_name_a_folder(name: str) -> bool:
-    """Whether the adapter of a task can lie in a folder of this name, beside the files of a run."""
-    is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
-    return is_plain and Path(name).suffix not in RUN_FILES and len(name.encode()) <= 200
-
-
-def read_instances(name: str, content: dict, path: Path) -> Task:
-    """The task of a file in the format of Natural Instructions."""
-    key = "descriptions" if "descriptions" in content else "Definition"
-    expect(key in content, f'{path}: "descriptions" is missing, texts that say what the task is')
-    descriptions = as_texts(content[key], f'{path}: "{key}"')
+    if "document" in content:
+        document = as_texts(content["document"], f'{path}: "document"')[0].strip()
+        examples = read_examples(content, "questions", "question", "answer", path)
+        other = read_examples(content, "other", "question", "answer", path) if "other" in content else []
+        return Task(name, [document], examples + other, examples, is_document=True, other=other)
+    descriptions = content.get("descriptions", content.get("Definition"))
+    descriptions = as_texts(descriptions, f'{path}: "descriptions", which say what the task is,')
     definition = ""
     if content.get("Definition"):
         definition = as_texts(content["Definition"], f'{path}: "Definition"')[0]
-    examples = []
-    for i, entry in enumerate(as_objects(content, "Instances", path, '{"input": "a", "output": ["b"]}')):
-        text = as_text(entry.get("input"), f'{path}: "input" of instance {i}')
-        answers = as_texts(entry.get("output"), f'{path}: "output" of instance {i}', may_be_empty=True)
-        expect(answers[0].strip(), f'{path}: the first "output" of instance {i} is empty')
-        examples.append(Example(text, [answer.strip() for answer in answers]))
+    examples = read_examples(content, "Instances", "input", "output", path)
     n_train = len(examples) - len(examples) // 5
     return Task(name, descriptions, examples[:n_train], examples[n_train:], definition=definition)
 
 
-def read_document(name: str, content: dict, path: Path) -> Task:
-    """The task of a file with a document. It is scored on the questions it is trained on."""
-    document = as_text(content["document"], f'{path}: "document"')
-    expect(document, f'{path}: "document" is empty')
-    examples = read_questions(content, "questions", path)
-    other = read_questions(content, "other", path) if "other" in content else []
-    return Task(name, [document], examples + other, examples, is_document=True, other=other)
-
-
-def read_questions(content: dict, key: str, path: Path) -> list[Example]:
-    """The questions of a document, perhaps without an answer."""
-    examples = []
-    for i, entry in enumerate(as_objects(content, key, path, '{"question": "a?", "answer": "b"}')):
-        where = f'of entry {i} of "{key}"'
-        question = as_text(entry.get("question"), f'{path}: "question" {where}')
-        answers = as_texts(entry["answer"], f'{path}: "answer" {where}') if "answer" in entry else []
-        examples.append(Example(question, [answer.strip() for answer in answers]))
+def read_examples(content: dict, key: str, of_input: str, of_answers: str, path: Path) -> list[Example]:
+    """The list under a key, of objects with an input and one or several right answers."""
+    entries, examples = content.get(key), []
+    wanted = f'{path}: "{key}" must be a list of {{"{of_input}": "a", "{of_answers}": ["b", ...]}}'
+    expect(isinstance(entries, list) and entries, wanted)
+    for i, entry in enumerate(entries):
+        where = f"{wanted}; entry {i} is {str(entry)[:80]}"
+        expect(isinstance(entry, dict) and isinstance(entry.get(of_input), str), where)
+        answers = [entry[of_answers]] if isinstance(entry.get(of_answers), str) else entry.get(of_answers)
+        are_texts = isinstance(answers, list) and answers and all(isinstance(text, str) for text in answers)
+        expect(are_texts and answers[0].strip(), where)
+        examples.append(Example(entry[of_input].strip(), [text.strip() for text in answers]))
     return examples
 
 
-def as_text(value, where: str) -> str:
-    """A text, stripped. Raises UserError for anything else."""
-    expect(isinstance(value, str), f"{where} must be a text, not {value!r}")
-    return value.strip()
-
-
-def as_texts(value, where: str, may_be_empty: bool = False) -> list[str]:
+def as_texts(value, where: str) -> list[str]:
     """A text, or a list of texts, as a list. Raises UserError for anything else, and for empty texts."""
     texts = [value] if isinstance(value, str) else value
     are_texts = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
-    expect(are_texts, f"{where} must be a text or a list of texts")
-    expect(may_be_empty or all(text.strip() for text in texts), f"{where} has an empty text")
+    expect(are_texts and all(text.strip() for text in texts), f"{where} must be a text or a list of texts")
     return texts
-
-
-def as_objects(content: dict, key: str, path: Path, example: str) -> list[dict]:
-    """The list of objects under a key. Raises UserError if it is anything else."""
-    objects, found = content.get(key), "" if key in content else f"; the file has {', '.join(content)}"
-    are_objects = isinstance(objects, list) and objects and all(isinstance(entry, dict) for entry in objects)
-    expect(are_objects, f'{path}: "{key}" must be a list such as [{example}, ...]{found}')
-    return objects

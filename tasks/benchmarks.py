@@ -190,7 +190,7 @@ def run_program(program: str, seconds: int = 10) -> bool:
 
 
 class Rules(NamedTuple):
-    """How eval.py asks the questions of a task and scores the answers; of a benchmark, where its records are."""
+    """How eval.py asks and scores the questions of a task; and where the records of a benchmark are."""
 
     is_right: Callable[[Example, str, bool], bool] = is_exact  # takes an answer and if the model ended it
     most_tokens: int = 0  # of an answer; 0: two more than the longest right answer

@@ -33,22 +33,22 @@ DATA = read_json(Path(__file__).parent / "chores.json")
 WRITTEN = read_json(Path(__file__).parent / "chores_descriptions.json")
 N_VAL, N_TEST = 32, 100  # chains to validate and to test
 N_EXAMPLES = 10  # test examples of a task
-WEIGHT = 4  # of a single chore; a chain has 1, and so has a chore for any text (a task for each sort of input)
+WEIGHT = 4  # of a single chore; a chain has 1, as has a chore for any text, with a task for each sort of it
 
 # -------------------- Values --------------------
 
 
 @cache
-def pool(name: str, test: bool) -> list[str]:
+def values(name: str, test: bool) -> list[str]:
     """The values of a pool for training, or those for testing."""
-    return part_of(DATA["pools"][name].split(":" if name in ("place", "time") else None), name, test)
+    return share(DATA["pools"][name].split(":" if name in ("place", "time") else None), name, test)
 
 
-def part_of(values: list[str], seed: str, test: bool) -> list[str]:
-    """Four fifths of the values, for training; or the others."""
-    random.Random(seed).shuffle(values)
-    n_train = len(values) * 4 // 5
-    return values[n_train:] if test else values[:n_train]
+def share(texts: list[str], seed: str, test: bool) -> list[str]:
+    """Four fifths of them, for training; or the others."""
+    random.Random(seed).shuffle(texts)
+    n_train = len(texts) * 4 // 5
+    return texts[n_train:] if test else texts[:n_train]
 
 
 class Draw(random.Random):
@@ -59,7 +59,7 @@ class Draw(random.Random):
         self.test = test
 
     def pick(self, name: str) -> str:
-        return self.choice(pool(name, self.test))
+        return self.choice(values(name, self.test))
 
     def digits(self, n: int) -> str:
         return str(self.randint(10 ** (n - 1), 10**n - 1))
@@ -105,7 +105,7 @@ MAKE: dict[str, Callable[[Draw], str]] = {
     "path": make_path,
     "code": lambda d: f"{d.choice(LETTERS)}{d.choice(LETTERS)}-{d.digits(4)}-{d.choice(LETTERS)}",
     "sentence": make_sentence,
-    "words": lambda d: ", ".join(d.sample(pool("noun", d.test), d.randint(3, 5))),
+    "words": lambda d: ", ".join(d.sample(values("noun", d.test), d.randint(3, 5))),
 }
 FORMS = {  # the groups are the parts that chores.json fills in
     "name": r"(?P<first>[A-Z][a-z]+) (?P<last>[A-Z][a-z]+)",
@@ -217,7 +217,7 @@ FUNCTIONS: dict[str, Callable[[str], str]] = {  # chores that need more than the
 Chain = tuple[str, ...]  # the sort of input, then one or two chores, each as "sort-name"
 
 
-def answer(chain: Chain, text: str) -> str:
+def right_answer(chain: Chain, text: str) -> str:
     """What the chores of a chain make of a text."""
     for chore in chain[1:]:
         if chore in FUNCTIONS:
@@ -229,7 +229,7 @@ def answer(chain: Chain, text: str) -> str:
 
 
 def answers(chain: Chain, texts: list[str]) -> list[str]:
-    return [answer(chain, text) for text in texts]
+    return [right_answer(chain, text) for text in texts]
 
 
 def differ(before: list[str], after: list[str]) -> bool:
@@ -303,7 +303,7 @@ class LazyList(Sequence):
 def example(chain: Chain, i: int, test: bool = False) -> Example:
     """Example i of a task."""
     text = MAKE[chain[0]](Draw(f"{name_of(chain)} {i}", test=test))
-    return Example(text, [answer(chain, text)])
+    return Example(text, [right_answer(chain, text)])
 
 
 def written(part: str, chain: Chain) -> list[str]:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from data import Example, Splits, Task
 from support import read_json
 from tasks import chores
-from tasks.chores import FORMS, MAKE, Draw, LazyList, differ, part_of
+from tasks.chores import FORMS, MAKE, Draw, LazyList, differ, share
 
 DATA = read_json(Path(__file__).parent / "families.json")
 N_TRAIN, N_WITHHELD = 40, 8  # at most so many chores of a family
@@ -172,7 +172,7 @@ def parameters_of(chore: Chore) -> set[str]:
     return set(values if chore.family == "swap" else values[-1:])
 
 
-def answer(chore: Chore, text: str) -> str:
+def right_answer(chore: Chore, text: str) -> str:
     """What a chore makes of a text."""
     return FAMILIES[chore.family](Text(chore.sort, text), **chore.values)
 
@@ -180,7 +180,7 @@ def answer(chore: Chore, text: str) -> str:
 def new_ones(found: list[Chore], inputs: dict[str, list[str]], known: set[tuple]) -> Iterator[Chore]:
     """Yield the chores that change their text and have new answers. Adds these answers to `known`."""
     for chore in found:
-        answers = tuple(answer(chore, text) for text in inputs[chore.sort])
+        answers = tuple(right_answer(chore, text) for text in inputs[chore.sort])
         if differ(inputs[chore.sort], answers) and len(set(answers)) > 2 and answers not in known:
             known.add(answers)
             yield chore
@@ -195,7 +195,7 @@ def all_chores() -> tuple[list[Chore], list[Chore]]:
         found = chores_of(family)
         random.Random(family).shuffle(found)
         parameters = sorted(set().union(*map(parameters_of, found)))
-        unknown = set(part_of(parameters, family, test=True))
+        unknown = set(share(parameters, family, test=True))
         seen = [chore for chore in found if not unknown & parameters_of(chore)]
         rest = [chore for chore in found if unknown & parameters_of(chore)]
         train += islice(new_ones(seen, inputs, known), N_TRAIN)
@@ -221,7 +221,7 @@ def name_in(rng: random.Random, split: str, slot: str, value: str) -> str:
     return rng.choice(names)
 
 
-def describe(chore: Chore, i: int, split: str = "train") -> str:
+def description(chore: Chore, i: int, split: str = "train") -> str:
     """Description i of a chore: one of its family, with names in its slots."""
     rng = random.Random(f"{chore.name} {split} {i}")
     templates = DATA["descriptions"][split][chore.family]
@@ -236,10 +236,10 @@ def make_task(chore: Chore, split: str = "train") -> Task:
 
     def example(i: int, test: bool = False) -> Example:
         text = MAKE[chore.sort](Draw(f"{chore.name} {i}", test=test))
-        return Example(text, [answer(chore, text)])
+        return Example(text, [right_answer(chore, text)])
 
-    reworded = [describe(chore, i, "test") for i in range(len(DATA["descriptions"]["test"][chore.family]))]
-    descriptions = LazyList(lambda i: describe(chore, i)) if split == "train" else reworded
+    reworded = [description(chore, i, "test") for i in range(len(DATA["descriptions"]["test"][chore.family]))]
+    descriptions = LazyList(lambda i: description(chore, i)) if split == "train" else reworded
     test = [example(i, test=True) for i in range(chores.N_EXAMPLES)]
     return Task(chore.name, descriptions, LazyList(example), test, reworded)
 

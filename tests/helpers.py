@@ -22,7 +22,7 @@ import model
 import support
 import train
 from support import UserError, read_json
-from tasks import chores, facts, people, tiny
+from tasks import chores, facts, tiny
 
 HERE, TINY = Path(__file__).parents[1], Path(model.TINY)
 SIZES = ("large", "medium", "small")
@@ -38,7 +38,7 @@ needs_models = pytest.mark.skipif("T2L_BASE" not in os.environ, reason="T2L_BASE
 needs_time = pytest.mark.skipif("T2L_SLOW" not in os.environ, reason="it takes long; T2L_SLOW=1 runs it")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
-for source in (tiny, facts, chores, people):
+for source in (tiny, facts, chores):
     source.load = functools.cache(source.load)  # making the tasks takes a second
 read_base, read_tiny = model.load_base, functools.cache(functools.partial(model.load_base, model.TINY))
 

@@ -14,7 +14,7 @@ import model
 from data import Example
 from support import read_json
 from tasks import benchmarks
-from tests.helpers import command, refused
+from tests.helpers import *  # noqa: F403
 
 TWO = dict(label=["A", "B"], text=["two", "one"])
 FUNCTION = dict(prompt="def f(x):\n", canonical_solution="    return x\n", entry_point="f")
@@ -51,7 +51,7 @@ def test_a_benchmarks_row_as_prompt_and_score(name):
 
 
 def test_benchmarks_are_downloaded_once_and_whole(server, monkeypatch):
-    piqa = benchmarks.BENCHMARKS["piqa"]._replace(n_records=150, start=benchmarks.with_steps)
+    piqa = benchmarks.BENCHMARKS["piqa"]._replace(records=("ybisk/piqa", "plain_text", "validation", 150))
     monkeypatch.setitem(benchmarks.BENCHMARKS, "piqa", piqa)
 
     def page(n: int, total: int = 150) -> tuple[bytes, int]:
@@ -109,10 +109,10 @@ def test_generated_code_cannot_pass_or_hurt(program):
 def test_the_table_of_benchmarks(tmp_path, monkeypatch, capsys):
     """A base model's own answers are right; code is left out without --run_code."""
     base, tokenizer = model.load_base(model.TINY)
-    (said,), _ = model.answer(base, tokenizer, ["cat ->"])
+    (said,) = model.answer(base, tokenizer, ["cat ->"])
     both, tasks = {name: benchmarks.BENCHMARKS[name] for name in ("mbpp", "piqa")}, {}
-    for name, right in (("piqa", said.strip()), ("mbpp", "assert False")):
-        rules = data.Rules(both[name].is_right, most_tokens=64, n_texts=3, with_instruction=False)
+    for name, right in (("piqa", said.text.strip()), ("mbpp", "assert False")):
+        rules = both[name]._replace(most_tokens=64)
         tasks[name] = data.Task(name, ["d"] * 3, [], [Example("cat", [right])], rules=rules)
     monkeypatch.setattr(benchmarks, "BENCHMARKS", both)
     monkeypatch.setattr(benchmarks, "benchmark_task", tasks.get)

@@ -1,6 +1,6 @@
 """The commands in extras, and a network of one's own.
 
-Optional: gguf, matplotlib.
+Optional: matplotlib.
 """
 
 import asyncio
@@ -20,27 +20,12 @@ import hypernet
 import lora
 import model
 import train
-from extras import describe, doc_page, one_page, serve
-from extras import gguf as converter
+from extras import doc_page, one_page, serve, write_data
 from extras import map as mapping
 from nets import linear
-from support import write_file
+from support import read_json, write_file
 from tasks import load_tasks
-from tests.helpers import (
-    HERE,
-    LORA,
-    SCALING,
-    TINY,
-    close,
-    command,
-    config_for,
-    drawn_as,
-    fit,
-    needs_time,
-    random_adapter,
-    refused,
-    run_of,
-)
+from tests.helpers import *  # noqa: F403
 from tests.test_texts import CHATML
 
 # -------------------- The method on one page is that of the scripts --------------------
@@ -150,7 +135,7 @@ def test_the_path_from_python(tmp_path, monkeypatch, capsys):
     program = page.split("## From Python")[1].split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     exec(program, {})
-    assert capsys.readouterr().out == "[' chat chien', ' shirt dog red cat']\n"
+    assert capsys.readouterr().out == "chat chien\nshirt dog red cat\n"
     assert lora.load_adapter("out/one")[1].r == 8
 
 
@@ -203,40 +188,6 @@ def test_prompts_are_those_of_training():
         assert tokenizer.apply_chat_template(asked, **settings) == ours
 
 
-# -------------------- Adapters for llama.cpp --------------------
-
-
-@pytest.mark.parametrize("make, permuted", [(LlamaConfig, True), (Gemma2Config, False), (Qwen3Config, False)])
-def test_the_file_holds_the_adapter(tmp_path, capsys, make, permuted):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=50)
-    config = make(**sizes, num_hidden_layers=2, num_key_value_heads=2, head_dim=8)
-    config.save_pretrained(tmp_path / "base")
-    base, names = AutoModelForCausalLM.from_config(config), ["q_proj", "k_proj", "o_proj", "down_proj"]
-    config = config_for(base, names, str(tmp_path / "base"), r=4)
-    adapter = random_adapter(config, r=4)
-    lora.save_adapter(tmp_path / "adapter", adapter, config)
-    assert command(converter, tmp_path / "adapter", tmp_path / "new" / "a.gguf") == 0
-    reader = gguf.GGUFReader(tmp_path / "new" / "a.gguf")
-    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
-    alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    assert len(tensors) == 2 * 2 * 4 and reader.fields["general.type"].contents() == "adapter"
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "o_proj": "attn_output", "down_proj": "ffn_down"}
-    for name, (A, B) in adapter.items():
-        for layer in range(2):
-            key = f"blk.{layer}.{names[name]}.weight.lora"
-            ours, rank = B[0, layer], A.shape[-2]
-            if permuted and name in ("q_proj", "k_proj"):  # llama.cpp rotates neighbours, transformers halves
-                heads = ours.view(-1, 2, 4, rank)  # [heads, half, place in it, r]
-                ours = torch.stack([heads[:, 0], heads[:, 1]], 2).reshape(-1, rank)
-            theirs = alpha / rank * tensors[f"{key}_b"] @ tensors[f"{key}_a"]
-            torch.testing.assert_close(theirs, config.scaling * ours @ A[0, layer], rtol=1e-4, atol=1e-5)
-    GPTNeoXConfig(num_hidden_layers=2).save_pretrained(tmp_path / "base")
-    assert command(converter, tmp_path / "adapter", tmp_path / "b.gguf") == 2
-    assert "no GGUF adapters for gpt_neox, but for llama" in capsys.readouterr().err
-    assert not (tmp_path / "b.gguf").exists()
-
-
 # -------------------- The map of what was learned --------------------
 
 
@@ -263,37 +214,60 @@ def test_the_map_of_the_tiny_world(tmp_path, capsys):
     assert "reads documents, not descriptions" in capsys.readouterr().err
 
 
-# -------------------- Descriptions for one's own tasks --------------------
+# -------------------- Training data by an instruct model, whose words are given here --------------------
+
+
+def answers_of(say, prompts: list[str]):
+    """In place of model.answer. None is an answer that is cut."""
+
+    def answer(base, tokenizer, batch, most):
+        prompts.extend(batch)
+        return [model.Answer(text or "cut", text is not None, 0.0) for text in say(batch)]
+
+    return answer
 
 
 def test_descriptions_are_written_for_each_task(tmp_path, monkeypatch, capsys):
-    """An instruct model's words are given here. It goes on where it stopped."""
     folder, out, prompts = tmp_path / "tasks", tmp_path / "out", []
     instances = [{"input": f"in {i}", "output": ["nein"]} for i in range(10)]
     write_file(folder / "a.json", {"Definition": ["Say nein or ja."], "Instances": instances})
     write_file(folder / "b.json", {"descriptions": ["do b"], "Instances": instances})
     write_file(folder / "splits.json", {"train": ["a"], "val": ["b"]})
 
-    def says(base, tokenizer, batch, n_new):
-        prompts.extend(batch)
-        said = ['"Say yes if so."', "say YES if so.", "do b", "", "Write nein.", f"In words {len(prompts)}"]
-        return said, [True] * len(batch)
+    def say(batch):
+        return ['"Say yes if so."', "say YES if so.", "do b", None, "Write nein.", f"In words {len(prompts)}"]
 
-    monkeypatch.setattr(model, "answer", says)
-    words = [folder, out, "--base_model", "tiny", "--descriptions", "4"]
-    assert command(describe, *words) == 0
+    monkeypatch.setattr(model, "answer", answers_of(say, prompts))
+    words = ["descriptions", folder, out, "--base_model", "tiny", "--descriptions", "4"]
+    assert command(write_data, *words) == 0
     assert "new descriptions of 2 tasks" in capsys.readouterr().out
     tasks = load_tasks(out)
     (task,), (other,) = tasks["train"], tasks["val"]
     assert task.descriptions == ["Say yes if so.", "do b", "Write nein.", "In words 6"]
     assert other.descriptions == ["do b", "Say yes if so.", "In words 12", "In words 18"]  # nobody says nein
     assert "The instruction was: Say nein or ja." in prompts[0] and "Output: " in prompts[0]
-    prompts.clear()
-    assert command(describe, *words) == 0 and not prompts
-    (out / "b.json").unlink()
-    refused("b.json is missing", load_tasks, out)
-    assert command(describe, *words) == 0 and len(load_tasks(out)["val"][0].descriptions) == 4
-    assert command(describe, folder, folder, *words[2:]) == 2
-    assert "is in use" in capsys.readouterr().err
-    write_file(folder / "c.json", {"document": "x", "questions": [{"question": "q"}]})
-    assert command(describe, *words) == 2 and "c.json is a document" in capsys.readouterr().err
+    assert command(write_data, *words) == 2 and "is there already" in capsys.readouterr().err
+
+
+def test_texts_become_documents_with_questions(tmp_path, monkeypatch):
+    """Whole texts are held out; a quarter of the questions has nothing to do with them."""
+    folder, out, prompts = tmp_path / "notes", tmp_path / "out", []
+    folder.mkdir()
+    for i in range(5):
+        (folder / f"n{i}.txt").write_text(f"cow cow\n\nred blue\n\n{'hat ' * 19}{i}")
+    asks = "Here they are:\n1. Is it red?\n2) is it red?\n- Is it blue?\n\n* Is it a cat?\nIs it"
+    say = lambda batch: [asks if "questions" in prompt else "sun" for prompt in batch]  # noqa: E731
+    monkeypatch.setattr(model, "answer", answers_of(say, prompts))
+    words = ["questions", folder, out, "--base_model", "tiny", "--max_tokens", "16", "--held_out", "0.2"]
+    assert command(write_data, *words) == 0
+    parts = [read_json(out / f"n0-00{i}.json") for i in range(2)]
+    assert parts[0]["document"] == "cow cow\n\nred blue" and parts[1]["document"].endswith("hat 0")
+    assert parts[0]["questions"] == [{"question": "Is it red?", "answer": "sun"}]  # none twice
+    (other,) = parts[0]["other"]
+    assert other["answer"] == "sun" and f"{other['question']} ->" in prompts  # without the text
+    splits = load_tasks(out)
+    assert {split: len(tasks) for split, tasks in splits.items()} == dict(train=6, val=2, test=2)
+    assert {task.name[:2] for task in splits["train"]} & {task.name[:2] for task in splits["val"]} == set()
+    n_tokens = len(model.tokenize(model.load_base(model.TINY)[1], "cat ->"))
+    monkeypatch.setattr(model, "window_of", lambda base: n_tokens + 5)
+    assert write_data.ask_all(*model.load_base(model.TINY), ["cat ->"], 6) == [""]  # no room for the answer

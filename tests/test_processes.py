@@ -23,23 +23,7 @@ import model
 import train
 from support import read_json, write_file
 from tasks import load_tasks
-from tests.helpers import (
-    D2L,
-    HERE,
-    LORA,
-    SAY,
-    SHORT,
-    TINY,
-    close,
-    command,
-    evaluate,
-    fit,
-    gradients,
-    losses_of,
-    needs_gpu,
-    refused,
-    run_of,
-)
+from tests.helpers import *  # noqa: F403
 
 
 def free_port() -> int:
@@ -147,7 +131,7 @@ def test_two_processes_give_the_scores_of_one(pair, tmp_path):
 
 def test_a_step_that_processes_cannot_share_equally_is_refused(pair):
     said = [(pair[0] / f"odd-{rank}.txt").read_text() for rank in (0, 1)]
-    assert all("a step has 3 tasks, which is no multiple of 2 processes" in text for text in said)
+    assert all("a step has 3 tasks (--tasks_per_batch), no multiple of 2 processes" in text for text in said)
 
 
 def test_a_sharded_base_model_is_never_whole(pair):

@@ -20,7 +20,7 @@ import train
 from extras import published
 from nets import d2l
 from support import read_json, write_file
-from tests.helpers import NAMES, SCALING, close, command, golden, logits_of, refused
+from tests.helpers import *  # noqa: F403
 
 SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
 RECON_FILES = [f"llama_{size}_recon_{loss}" for size in ("L", "M", "S", "Srot") for loss in ("z", "dw")]

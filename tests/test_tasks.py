@@ -12,8 +12,8 @@ import yaml
 import data
 from extras import pretrain
 from support import UserError, read_json, write_file
-from tasks import chores, facts, families, load_tasks, lots_of_loras, people, summary, tiny
-from tests.helpers import evaluate, fit, losses_of, refused
+from tasks import chores, facts, families, load_tasks, lots_of_loras, tiny
+from tests.helpers import *  # noqa: F403
 
 
 def test_held_out_tasks_are_nowhere_in_training():
@@ -67,7 +67,7 @@ def test_reworded_descriptions_are_new(monkeypatch):
     ("words-no_last words-quoted", "cat, dog, cow", '"cat", "dog"'),
 ])  # fmt: skip
 def test_a_chore_does_what_its_name_says(chain, question, answer):
-    assert chores.answer(("", *chain.split()), question) == answer
+    assert chores.right_answer(("", *chain.split()), question) == answer
 
 
 def test_what_the_chores_withhold_is_nowhere_in_training():
@@ -75,7 +75,7 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     train = {task.name for task in splits["train"]}
     chains = {chores.name_of(chain): chain for chain in chores.all_chains()}
     weights = {task.name: task.weight for task in splits["train"]}
-    assert [weights[f"name-{name}"] for name in ("surname", "capitals", "surname-capitals")] == [15, 2, 1]
+    assert [weights[f"name-{name}"] for name in ("surname", "capitals", "surname-capitals")] == [4, 1, 1]
     surname, again = [chores.make_task(chains["name-surname"]) for _ in range(2)]
     assert again.train[:3] == surname.train[:3] and again.descriptions[:9] == surname.descriptions[:9]
     assert len(set(surname.descriptions[:30])) > 10 and len({e.input for e in surname.train[:50]}) > 40
@@ -85,7 +85,7 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     for task in splits["val"][:64]:
         assert len(chains[task.name.removesuffix("-voice")]) == 3
     assert not any(unseen & set(chains[name]) for name in train) and not unseen & set(chores.WRITTEN["train"])
-    last_names = set(chores.pool("last", True))
+    last_names = set(chores.values("last", True))
     assert not {example.answers[0] for example in surname.train[:500]} & last_names
     assert {example.answers[0] for example in surname.test} <= last_names
     assert len(data.sample(random.Random(0), surname.train, 50)) == 50
@@ -95,7 +95,7 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
     assert len(seen) > 8000 and not withheld & seen
     tested = splits["single"] + splits["test"] + splits["unseen"]
     texts = [(task.name, [*task.descriptions[:8]], task.train[:8], task.test) for task in tested]
-    assert zlib.crc32(repr(texts).encode()) == 168807393  # otherwise scores are of other tasks
+    assert zlib.crc32(repr(texts).encode()) == 2668134855  # otherwise scores are of other tasks
 
 
 @pytest.mark.parametrize("family, sort, values, question, right", [
@@ -113,7 +113,7 @@ def test_what_the_chores_withhold_is_nowhere_in_training():
 ])  # fmt: skip
 def test_a_family_does_what_its_name_says(family, sort, values, question, right):
     chore = families.Chore("", family, sort, dict(zip(families.slots_of(family), values)))
-    assert families.answer(chore, question) == right
+    assert families.right_answer(chore, question) == right
 
 
 def test_what_families_withhold_is_nowhere_in_their_training():
@@ -147,7 +147,7 @@ def test_what_families_withhold_is_nowhere_in_their_training():
         assert len(task.reworded) == 3 and list(task.descriptions) == task.reworded
     tested = splits["families"] + splits["withheld"]
     texts = [(task.name, task.reworded, task.descriptions[:3], task.test) for task in tested]
-    assert zlib.crc32(repr(texts).encode()) == 377497503  # otherwise scores are of other tasks
+    assert zlib.crc32(repr(texts).encode()) == 3641345885  # otherwise scores are of other tasks
 
 
 def test_the_other_text_of_facts_is_of_other_tasks_than_in_training():
@@ -170,39 +170,6 @@ def test_the_other_text_of_facts_is_of_other_tasks_than_in_training():
         assert all(answer_of["train"][question] == answers for question, answers in task.train[n_facts:])
         assert all(answer_of["test"][question] == answers for question, answers in task.other)
         assert len(task.other) == facts.N_OTHER
-
-
-def test_people_ask_what_their_documents_say_about_withheld_words():
-    splits, others = load_tasks("people"), read_json(people.OTHER_TEXTS)
-    words = {split: people.words_of(split) for split in ("train", "val", "test")}
-    for kind in words["train"].keys() - {"day"}:
-        sets = [set(words[split][kind]) for split in words]
-        assert len(set.union(*sets)) == sum(map(len, sets)) and min(map(len, sets)) >= 3, kind
-    kind_of = {}  # {question about X: kind of fact}
-    for kind, says in people.PEOPLE["facts"].items():
-        kind_of |= {question.format(first="X"): kind for question in says["questions"]}
-    assert {task.name for task in splits["test"]} == set(people.KINDS)
-    for split in ("train", "val", "test", "long"):
-        words_of_split = words.get(split, words["test"])
-        for task in splits[split][::7][:60]:
-            sentences = re.split(r"\n\n|(?<=\.) ", task.descriptions[0])
-            for question, (value,) in task.test:
-                (first,) = [name for name in words_of_split["first"] if re.search(rf"\b{name}\b", question)]
-                kind = kind_of[re.sub(rf"\b{first}\b", "X", question)]
-                both = rf"\b{first}\b.*\b{value}\b|\b{value}\b.*\b{first}\b"
-                assert any(re.search(both, sentence) for sentence in sentences)
-                assert value in words_of_split[kind] and kind in (task.name, kind if " " in task.name else "")
-            mixed_in = task.train[len(task.test) :]
-            assert mixed_in
-            assert all(others[question] == answer for question, (answer,) in mixed_in + task.other)
-            assert not {text.input for text in mixed_in} & {text.input for text in task.other}
-
-
-def test_a_folder_with_the_name_of_a_source_is_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "facts").mkdir()
-    said = summary("facts", {"train": [1, 2]})
-    assert said == "tasks in facts (in the project; ./facts is the folder here): 2 train"
 
 
 LOL = json.dumps({"Definition": ["Do it."], "Instances": [{"input": "a", "output": ["b"]}] * 5}).encode()
@@ -260,29 +227,18 @@ def test_the_published_run_in_small(server, tmp_path, monkeypatch):
 
 # files of one's own, and what the one line of error says
 MISTAKES = """
-splits.json | ["a"] | splits.json must be {"train": [...], "val"
-splits.json | {"train": "a"} | "train" must be a list of file names
-splits.json | {"train": ["a.json"]} | names a.json, but
-splits.json | {"dev": ["a"]} | there is no split "dev", but train, val and test
-splits.json | {"train": ["a"], "val": ["a"]} | a is both in train and in val
-splits.json | {"train": ["b"]} | b.json is missing
+splits.json | {"train": "a"} | splits.json must be {"train"
+splits.json | {"dev": ["a"]} | splits.json must be {"train"
+splits.json | {"train": ["a"], "val": ["b"]} | "val" has b, which is no file there
 b.json | {"name": "a", "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | the same "name": a
-b.json | {"document": "x", "questions": [{"question": "q"}]} | both documents and tasks
+b.json | {"document": "x", "questions": [{"question": "q", "answer": "a"}]} | both documents and tasks
 a.json | {"name": "../a", "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | name a folder
-a.json | {"name": "..", "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | name a folder
-a.json | {"name": 3, "descriptions": "x", "Instances": [{"input": "x", "output": "y"}]} | must be a text
-a.json | {"Instances": []} | "descriptions" is missing
-a.json | {"descriptions": [], "Instances": []} | must be a text or a list
-a.json | {"descriptions": ["x", " "], "Instances": []} | has an empty text
-a.json | {"descriptions": [1], "Instances": []} | must be a text or a list
-a.json | {"descriptions": "x", "items": []} | "Instances" must be a list such as [{"input"
-a.json | {"descriptions": "x", "Instances": [{"input": "x"}]} | "output" of instance 0 must be
-a.json | {"descriptions": "x", "Instances": [{"input": "x", "output": " "}]} | first "output" of instance 0
-a.json | {"descriptions": "x", "Instances": [{"input": 3}]} | must be a text, not 3
-a.json | {"document": 5, "questions": [{"question": "x"}]} | "document" must
-a.json | {"document": ["x", "y"], "questions": [{"question": "x"}]} | "document" must be a text, not [
-a.json | {"document": "x"} | "questions" must be a list such as
-a.json | ["x"] | a.json must be {"descriptions": [...], "Instances"
+a.json | {"Instances": []} | "descriptions", which say what the task is, must be a text
+a.json | {"descriptions": ["x", " "], "Instances": []} | must be a text or a list
+a.json | {"descriptions": "x", "items": []} | "Instances" must be a list of {"input"
+a.json | {"descriptions": "x", "Instances": [{"input": "x", "output": " "}]} | entry 0 is {'input'
+a.json | {"descriptions": "x", "Instances": [{"input": 3, "output": "x"}]} | entry 0 is {'input': 3
+a.json | {"document": "x", "questions": [{"question": "x"}]} | "questions" must be a list of
 a.json | {"descriptions": ["x"],} | is not JSON
 """.strip().splitlines()
 

@@ -28,7 +28,7 @@ from nets import d2l
 from encoders import hub
 from encoders.base import last_states
 from support import read_json, write_file
-from tests.helpers import SHORT, close, command, drawn_in, fit, refused, repeated, run_of, tiny_llama
+from tests.helpers import *  # noqa: F403
 
 # -------------------- Text encoders --------------------
 
@@ -251,13 +251,6 @@ def test_the_mark_that_the_template_writes_after_an_answer_ends_it(tmp_path):
     assert base.generation_config.eos_token_id == [3, tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_a_prompt_does_not_depend_on_the_day():
-    tokenizer = model.load_base(model.TINY)[1]
-    today = "{{ date_string }} {{ strftime_now('%d %b %Y') }}"
-    tokenizer.chat_template = today + "{% for m in messages %} {{ m.content }}{% endfor %}"
-    assert model.render(tokenizer, "x").startswith("26 Jul 2024 26 Jul 2024")
-
-
 def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatch, capsys):
     instances, folder = [{"input": "cat dog", "output": ["dog cat"]}] * 5, tmp_path / "tasks"
     folder.mkdir()
@@ -283,5 +276,3 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
     assert prompts_of(evaluation, *own, "--methods", "net", "--no-instruction") == {"cat dog"}
     one = ["--methods", "mt_lora", "--mt_lora", tmp_path / "out", "--tasks", folder, "--split", "train"]
     assert prompts_of(evaluation, *one) == {expected}  # an adapter, too, is asked as it was trained
-    both = ["--compare", tmp_path / "net0", "--tasks", folder, "--split", "train", "--methods", "net"]
-    assert len(prompts_of(evaluation, "--hypernet", net, *both)) == 2  # each as it was trained
