@@ -10,6 +10,7 @@ The adapter is a folder that PEFT loads. The base model's answers stand beside t
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import time
@@ -18,6 +19,8 @@ from pathlib import Path
 from textwrap import shorten
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
 
@@ -95,6 +98,8 @@ def shipped_hypernet(base_model: str, reads: str) -> str | None:
 def net_folder(args, reads: str) -> str:
     """--hypernet, or the folder of the shipped hypernetwork. UserError if there is none."""
     base_model = args.base_model or model.TINY
+    if not (args.hypernet or Path(base_model).is_dir() or model.is_hub_id(base_model)):
+        raise UserError(f"--base_model {base_model}: there is no such folder, nor an id USER/REPO on the hub")
     folder = args.hypernet or shipped_hypernet(base_model, reads)
     if not folder:
         message = f"no hypernetwork that reads {reads} is shipped for {base_model}"
@@ -102,9 +107,9 @@ def net_folder(args, reads: str) -> str:
     return folder
 
 
-def load_net(folder: str, reads: str, device, encoder: str | None = None) -> nn.Module:
+def load_net(folder: str | Path, reads: str, device, encoder: str | None = None) -> nn.Module:
     """The hypernetwork of a folder, here or on the hub, perhaps with another --encoder. `connect` it next."""
-    folder = model.fetch(folder, hypernet.FILES)
+    folder = model.fetch(folder, hypernet.FILES + hypernet.KNOWN)
     net = hypernet.load_hypernet(folder).to(device)
     if net.reads != reads:
         raise UserError(f"the hypernetwork in {folder} reads {net.reads}, not {reads}")
@@ -187,6 +192,28 @@ def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: 
     return min(sure)
 
 
+SURE = 0.5  # below it an answer is called a guess
+
+
+@torch.no_grad()
+def note_guess(net, folder: Path, text: str, sure: float) -> None:
+    """Name the words of a description that training never had; for a guess, the nearest that it had."""
+    there = (folder / "known.json").exists()
+    known = read_json(folder / "known.json") if there else {"words": [], "descriptions": []}
+    words = dict.fromkeys(re.findall(r"\w+", text.lower()))
+    new = [word for word in words if word not in known["words"]]
+    if there and new:
+        print(f"  note: no training description has the words: {', '.join(new)}")
+    if sure < SURE:
+        nearest = ""
+        if there:
+            ours = net.embed_task(net.encode([text])).cpu()  # [1, d/2]
+            theirs = load_file(folder / "known.safetensors")["task_emb"].float()  # [tasks, d/2]
+            i = F.cosine_similarity(ours, theirs).argmax()
+            nearest = f'; the nearest that training had is "{known["descriptions"][i]}"'
+        print(f"  note: this is probably a guess{nearest}")
+
+
 # -------------------- Files --------------------
 
 OUR_FILES = {*lora.ADAPTER_FILES, "description.txt"}  # of each adapter folder
@@ -247,7 +274,8 @@ def main() -> None:
         model.check_known(tokenizer, args.input)
     else:
         reads = "documents" if args.doc else "descriptions"
-        net = load_net(net_folder(args, reads), reads, device, args.encoder)
+        net_dir = model.fetch(net_folder(args, reads), hypernet.FILES + hypernet.KNOWN)
+        net = load_net(net_dir, reads, device, args.encoder)
         config = net.config
         base, tokenizer = load_base_for([config], args, device)
         model.check_known(tokenizer, args.input + documents)
@@ -262,6 +290,8 @@ def main() -> None:
     if args.instruction and not texts[0]:
         message = "note: this adapter was trained with an instruction in the prompt; begin --input with it"
         print(message, file=sys.stderr)
+    if args.instruction and not config.instruction:
+        print("note: --instruction, but prompts in training had none: expect worse answers", file=sys.stderr)
     for i, (text, folder) in enumerate(zip(texts, folders)):
         n_tokens = len(model.tokenize(tokenizer, text))
         shown = f"{', '.join(args.doc)}: {n_tokens:,} tokens" if args.doc else shorten(text, 500)
@@ -270,7 +300,9 @@ def main() -> None:
         where = f"{', '.join(adapters)} in {len(config.adapted_layers())} layers"
         print(f"  adapter: {folder}/ (rank {rank} on {where})")
         if args.input:
-            compare(base, tokenizer, args.input, lora.select(adapters, [i]), config, text, args)
+            sure = compare(base, tokenizer, args.input, lora.select(adapters, [i]), config, text, args)
+            if not args.adapter:
+                note_guess(net, net_dir, text, sure)
     if not args.input:
         print('\n  to see what it does, add --input "..."')
     if args.merge:

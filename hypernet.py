@@ -240,6 +240,7 @@ class TextToLoRA(nn.Module):
 # -------------------- A new network, and its files --------------------
 
 FILES = ["hypernet.safetensors", "config.json"]
+KNOWN = ["known.json", "known.safetensors"]  # of extras/calibrate.py, if they are there
 
 
 def find_arch(arch: str):

@@ -345,6 +345,8 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     Raises UserError if it is anything but a plain LoRA of one rank and one scaling.
     """
     folder = Path(folder)
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} holds no adapter: {' and '.join(ADAPTER_FILES[:2])} are needed")
     peft = read_json(folder / "adapter_config.json")
     for name, value in peft.items():
         if value and name not in ANY_VALUE and value not in PLAIN.get(name, []):

@@ -8,18 +8,20 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 import torch.distributed as dist
 import transformers
-from huggingface_hub import snapshot_download  # comes with transformers
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache  # comes with transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import lora
-from support import UserError
+from support import UserError, read_json
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -73,13 +75,26 @@ def check_base(base: nn.Module, config: lora.LoRAConfig) -> None:
         raise UserError(f"{message} (layers, hidden size, vocabulary: {config.base_shape} and {shape})")
 
 
-def fetch(name: str, files: list[str]) -> Path:
+def fetch(name: str | Path, files: list[str]) -> Path:
     """A folder: `name` itself, or these files of USER/REPO or USER/REPO/SUB/FOLDER on the hub."""
-    if not is_hub_id(name):
+    if not is_hub_id(str(name)):
         return Path(name)
-    user, repo, *subfolders = name.strip("/").split("/")
+    user, repo, *subfolders = str(name).strip("/").split("/")
     patterns = ["/".join([*subfolders, file]) for file in files]
     return Path(snapshot_download(f"{user}/{repo}", allow_patterns=patterns), *subfolders)
+
+
+def check_reachable(name: str) -> None:
+    """Raise UserError soon if a model of the hub is not on this machine and the hub cannot be reached."""
+    if not is_hub_id(name) or try_to_load_from_cache(name, "config.json"):
+        return
+    try:
+        urlopen(Request(f"{constants.ENDPOINT}/{name}/resolve/main/config.json", method="HEAD"), timeout=8)
+    except HTTPError:
+        return  # the hub answers; loading says what is wrong
+    except OSError as e:
+        message = f"{name} is not on this machine, and the hub cannot be reached ({e})"
+        raise UserError(f"{message}; --base_model and --encoder also take local folders") from None
 
 
 # -------------------- Loading it --------------------
@@ -183,6 +198,7 @@ PLAIN_TEMPLATE = (  # for a base model without a chat template: "input -> answer
 
 def load_tokenizer(name: str):
     """The tokenizer of a base model; it has a chat template, and usually a padding token."""
+    check_reachable(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -322,9 +338,10 @@ def check_known(tokenizer, texts: list[str]) -> None:
     unknown = [word for word in words if tokenizer.unk_token_id in tokenize(tokenizer, word)]
     if unknown:
         some = ", ".join(unknown[:20]) + (", ..." if len(unknown) > 20 else "")
-        known = ", ".join(tokenizer.convert_ids_to_tokens(range(20, 120, 20)))
-        message = f"the base model has no token for {some}; it knows words such as {known}"
-        raise UserError(f"{message} (all those of the tiny one: tasks/tiny.json)")
+        words = read_json(Path(__file__).parent / "tasks" / "tiny.json")["words"]  # of the tiny base model
+        known = ", ".join(f"{category} ({entries[0][0]})" for category, entries in words.items())
+        message = f"the base model has no token for {some}; the tiny one knows {known}"
+        raise UserError(f"{message}; python -m tasks.tiny lists all words")
 
 
 # -------------------- Running the base model, with the adapters in use --------------------

@@ -15,6 +15,7 @@ is refused.
 """
 
 import argparse
+import fcntl
 import gc
 import json
 import math
@@ -23,7 +24,8 @@ import random
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -543,15 +545,38 @@ def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
 LEFT_OVER = {"train.args", "metrics.jsonl"}  # files of a run without a saved state; it may start again
 
 
+@contextmanager
+def claimed(folder: Path, resume: bool):
+    """The folder is this run's inside the block. Raises UserError if it is in use, by a run or by files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+        found = {path.name for path in folder.iterdir()}
+        if not resume and found - LEFT_OVER:
+            raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
+        yield
+    except BlockingIOError:
+        raise UserError(f"--out_dir {folder} is in use by a run that goes on") from None
+    finally:
+        os.close(handle)
+
+
 def main() -> None:
     args, settings = parse_args(sys.argv[1:])
     device, folder = model.pick_device(args.device), Path(args.out_dir)
     process, n_processes = model.join_processes(device)
     if args.shard and n_processes == 1:
         raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if process == 0 and not args.resume and found - LEFT_OVER:
-        raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
+    with claimed(folder, args.resume) if process == 0 else nullcontext():
+        run_in(folder, args, settings, device, process, n_processes)
+    if dist.is_initialized():
+        gc.collect()  # DDP's reducer must not be the last to hold the group: freeing it may hang
+        dist.destroy_process_group()
+
+
+def run_in(folder: Path, args, settings: str, device, process: int, n_processes: int) -> None:
+    """Prepare and train."""
     torch.manual_seed(args.seed)
     run = prepare(args, device, process, n_processes)
     n_parameters = sum(p.numel() for p in run.net.parameters() if p.requires_grad)
@@ -564,9 +589,6 @@ def main() -> None:
             resume = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
             say(f"\nto continue from the last state, as it was started: {resume}")
         raise
-    if dist.is_initialized():
-        gc.collect()  # DDP's reducer must not be the last to hold the group: freeing it may hang
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from support import UserError, read_json
 
 def width(name: str, base) -> int:
     """Only the config is read."""
+    model.check_reachable(name)
     fields, _ = PretrainedConfig.get_config_dict(name)
     if "hidden_size" in fields:  # also of gte-*-v1.5, whose type AutoConfig does not know
         return fields["hidden_size"]
@@ -30,6 +31,7 @@ class TransformerEncoder:
     """A text encoder of the hub, pooled as its own 1_Pooling/config.json says: mean, CLS or last token."""
 
     def __init__(self, name: str, device="cpu"):
+        model.check_reachable(name)
         self.tokenizer, self.pooling = AutoTokenizer.from_pretrained(name), read_pooling(name)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token

@@ -3,7 +3,9 @@
     python -m extras.serve --base_model smollm2-135m --port 8000        # and any other flag of `vllm serve`
 
 With any OpenAI client: model="t2l: just the family name please". vLLM asks a resolver for models that it does
-not know. Our resolver writes the adapter into a temporary folder. vLLM loads the adapter and keeps it.
+not know. Our resolver writes the adapter into a temporary folder. vLLM loads the adapter and keeps it. With
+"logprobs": true in a request, the mean of the answer's log-probabilities says how sure it is; the server
+prints the formula when it starts.
 """
 
 import asyncio
@@ -72,6 +74,8 @@ def main() -> None:
             folder = await writer.folder_of(lora_name)
             return folder and LoRARequest(lora_name, 1, folder)  # vLLM numbers them itself
 
+    slope, offset = net.config.calibration or (1.0, 0.0)
+    print(f"an answer is right with probability 1 / (1 + exp(-({slope:.3f} * mean logprob + {offset:.3f})))")
     with tempfile.TemporaryDirectory(prefix="t2l-") as tmp:
         writer, template = Writer(net, Path(tmp, "adapters")), Path(tmp, "template.jinja")
         template.write_text(served_template(tokenizer), encoding="utf-8")

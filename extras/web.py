@@ -72,24 +72,26 @@ def main() -> None:
             try:
                 model.check_known(tokenizer, questions + ([text] if net.reads == "documents" else []))
                 adapters, milliseconds = generate.write_adapters(net, [text], base)
-                answers = []
-                scaling = net.config.scaling
-                for its in ({}, adapters):
-                    answers.append(generate.ask(base, tokenizer, questions, its, scaling, instruction, args))
+                asked = (net.config.scaling, instruction, args)
+                without = generate.ask(base, tokenizer, questions, {}, *asked)
+                answers = generate.ask(base, tokenizer, questions, adapters, *asked)
                 archive = Path(folder.name, net.reads, "adapter.zip")
                 lora.save_adapter(archive.with_suffix(""), adapters, net.config)
                 shutil.make_archive(str(archive.with_suffix("")), "zip", archive.with_suffix(""))
             except UserError as e:
                 raise gradio.Error(html.escape(str(e)), print_exception=False) from None
-        table = [list(cells) for cells in zip(questions, *answers)]
+        table = []
+        for question, old, new in zip(questions, without, answers):
+            table.append([question, old.text, new.text, f"{net.config.certainty(new.log_prob):.0%}"])
         return table, f"Written in {milliseconds:.1f} ms.", str(archive)
 
     tabs = {}
     for net in nets:
         title, second = ("Document", "Questions") if net.reads == "documents" else ("Description", "Inputs")
         boxes = [gradio.Textbox(label=title), gradio.Textbox(label=f"{second}, one per line", lines=3)]
-        headers = ["input", "base model", "with adapter"]
-        table = gradio.Dataframe(headers=headers, label="Answers", wrap=True, column_widths=["33%"] * 3)
+        headers = ["input", "base model", "with adapter", "sure"]
+        widths = ["30%", "30%", "30%", "10%"]
+        table = gradio.Dataframe(headers=headers, label="Answers", wrap=True, column_widths=widths)
         results = [table, gradio.Markdown(), gradio.File(label="The adapter, as PEFT loads it")]
         net.connect(base, tokenizer)
         function = partial(respond, net)

@@ -154,3 +154,8 @@ def load() -> Splits:
     for split, parts_of_tasks in splits().items():
         tasks[split] = [task(parts) for parts in parts_of_tasks]
     return tasks
+
+
+if __name__ == "__main__":  # list the words that the tiny base model knows in an input
+    for category, words in CATEGORIES.items():
+        print(f"{category}: {', '.join(words)}")

@@ -3,13 +3,16 @@
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
+from urllib.error import URLError
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import encoders
 import generate
 import lora
 import model
@@ -60,11 +63,14 @@ generate | --desc x --merge {foreign} | is no new folder
 generate | --desc x --out {foreign} | holds more than this command writes (precious.txt)
 generate | --desc x --base_model mistral-7b | no hypernetwork that reads descriptions is shipped for mistralai
 generate | --desc x --hypernet {tiny} | holds no hypernetwork
+generate | --desc x --hypernet nowhere | nowhere holds no hypernetwork: hypernet.safetensors and config.json
+generate | --adapter nowhere | nowhere holds no adapter: adapter_model.safetensors and adapter_config.json
+generate | --desc x --base_model folder | there is no such folder, nor an id USER/REPO on the hub
 generate | --desc x --hypernet {net} --base_model {base} | cannot be used with
 generate | --desc x --hypernet {other} --base_model {base} | another model
 generate | --desc x --hypernet {reader} | reads documents
 generate | --desc x --encoder base | is 128 wide; this network was trained with 8192
-generate | --desc x --input 'cat unicorn gnu' | no token for gnu, unicorn; it knows words
+generate | --desc x --input 'cat unicorn gnu' | no token for gnu, unicorn; the tiny one knows animals (cat), fruits
 generate | --desc x --device cuda | torch finds no CUDA GPU
 generate | --adapter {adapter} --out {tmp}/m | go with --desc or --doc
 generate | --doc {tmp}/none.txt | FileNotFoundError
@@ -112,6 +118,33 @@ def test_bad_input_is_one_line_and_exit_code_2(places, monkeypatch, capsys, line
     lines = [said for said in error.strip().splitlines() if said.startswith("error:") or " error: " in said]
     assert message in error and "Traceback" not in error and len(lines) == 1
     assert sorted(places["tmp"].rglob("*")) == before and not [*tmp_path.rglob("*.*")]
+
+
+def test_without_a_network_a_model_of_the_hub_is_refused_at_once(monkeypatch):
+    def urlopen(request, timeout: int):
+        assert timeout < 10 and request.full_url.endswith("/some/one/resolve/main/config.json")
+        raise URLError("no network")
+
+    monkeypatch.setattr(model, "urlopen", urlopen)
+    for load in (model.load_base, encoders.load):
+        refused("hub cannot be reached .*no network.* --base_model and --encoder also take", load, "some/one")
+
+
+def test_a_description_outside_of_what_was_learned_is_said_to_be_a_guess(capsys, monkeypatch, tmp_path):
+    words = ["--input", "cat red dog shirt", "--out", tmp_path / "out"]
+    assert command(generate, *SAY, *words) == 0
+    shown = capsys.readouterr().out
+    assert "note:" not in shown and re.search(r"\n  sure +(9\d|100)%\n", shown)
+    assert command(generate, "--desc", "Translate the animals to Japanese.", *words) == 0
+    assert "no training description has the words: japanese\n" in capsys.readouterr().out
+    monkeypatch.setattr(generate, "SURE", 1.01)
+    known = read_json(TINY / "sft_large" / "known.json")["descriptions"]
+    assert command(generate, "--desc", known[7], *words, "--instruction") == 0
+    shown = capsys.readouterr()
+    assert f'probably a guess; the nearest that training had is "{known[7]}"' in shown.out
+    assert "prompts in training had none" in shown.err
+    assert command(generate, *SAY, "--hypernet", TINY / "sft_small", *words) == 0
+    assert "note: this is probably a guess\n" in capsys.readouterr().out  # nothing is known of its training
 
 
 def test_an_error_of_a_library_is_one_line_and_a_later_process_says_which_it_is(capsys, monkeypatch):

@@ -4,7 +4,9 @@ Optional: matplotlib.
 """
 
 import asyncio
+import math
 import re
+import shutil
 from itertools import islice
 
 import pytest
@@ -20,7 +22,7 @@ import hypernet
 import lora
 import model
 import train
-from extras import doc_page, one_page, serve, write_data
+from extras import calibrate, doc_page, one_page, serve, write_data
 from extras import map as mapping
 from nets import linear
 from support import read_json, write_file
@@ -271,3 +273,28 @@ def test_texts_become_documents_with_questions(tmp_path, monkeypatch):
     n_tokens = len(model.tokenize(model.load_base(model.TINY)[1], "cat ->"))
     monkeypatch.setattr(model, "window_of", lambda base: n_tokens + 5)
     assert write_data.ask_all(*model.load_base(model.TINY), ["cat ->"], 6) == [""]  # no room for the answer
+
+
+# -------------------- How sure a network is --------------------
+
+
+def test_a_calibration_is_fitted_and_used(tmp_path, monkeypatch, capsys):
+    """Answers that are right with probability sigmoid(3 x + 2) give these numbers back."""
+    generator = torch.Generator().manual_seed(0)
+    x = -2 * torch.rand(4000, generator=generator)
+    right = (torch.rand(4000, generator=generator) < (3 * x + 2).sigmoid()).float()
+    assert calibrate.fit(x.tolist(), right.tolist()) == pytest.approx((3, 2), abs=0.3)
+    folder = tmp_path / "net"
+    shutil.copytree(TINY / "sft_small", folder)
+    words = ["--hypernet", folder, "--tasks", "tiny", "--n_examples", "2"]
+    assert command(calibrate, *words) == 0 and "too few for a calibration" in capsys.readouterr().out
+    monkeypatch.setattr(calibrate, "LEAST", 0)
+    assert command(calibrate, *words) == 0
+    slope, offset = read_json(folder / "config.json")["calibration"]
+    words = ["--hypernet", folder, "--desc", "Reverse the list.", "--out", tmp_path / "out"]
+    assert command(generate, *words) == 0
+    for config in hypernet.load_hypernet(folder).config, lora.load_adapter(tmp_path / "out")[1]:
+        assert config.certainty(-1.0) == pytest.approx(1 / (1 + math.exp(slope - offset)))
+    known = read_json(folder / "known.json")
+    assert len(known["descriptions"]) == len(load_file(folder / "known.safetensors")["task_emb"]) == 479
+    assert "animals" in known["words"] and "japanese" not in known["words"]

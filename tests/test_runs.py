@@ -70,7 +70,7 @@ def test_gradients_are_clipped_and_each_term_of_the_loss_has_a_column(tmp_path, 
         assert abs(other[0] - losses[0]) > 1e-3
 
 
-def test_resume_after_kill_is_exact(tmp_path):
+def test_resume_after_kill_is_exact(tmp_path, capsys):
     words = [*SHORT, "--dropout", "0.1", "--neftune_alpha", "5", "--max_steps", "24", "--val_every", "5"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     fit(whole, *words)
@@ -78,6 +78,8 @@ def test_resume_after_kill_is_exact(tmp_path):
     run, metrics = subprocess.Popen(start, cwd=HERE, stderr=subprocess.DEVNULL), cut / "metrics.jsonl"
     while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 9):
         time.sleep(0.01)
+    assert command(train, *words, "--resume", "--out_dir", cut) == 2  # while it goes on
+    assert "is in use by a run that goes on" in capsys.readouterr().err
     run.kill()
     run.wait()
     assert (cut / "state.pt").exists(), "the run had ended before it was killed"
