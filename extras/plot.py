@@ -2,6 +2,7 @@
 
     python -m extras.plot out/sft run.png              # losses (smoothed) and accuracy over the steps
     python -m extras.plot results.json scores.png      # bars of all methods; for documents over their length
+    python -m extras.plot results.answers.json s.png   # right answers over how sure they are
 """
 
 import json
@@ -40,10 +41,26 @@ def draw_lengths(ax, results: dict) -> None:
 def draw_bars(ax, results: dict, split: str) -> None:
     """A bar for each method."""
     means = {method: scores["mean"] for method, scores in reversed(results.items())}
-    colours = ["#2f6db5" if method in ("net", "t2l") else "#b8c4d6" for method in means]  # t2l: formerly
+    colours = ["#2f6db5" if method == "net" else "#b8c4d6" for method in means]
     bars = ax.barh(list(means), list(means.values()), color=colours)
     ax.bar_label(bars, fmt="%.2f", padding=3)
     ax.set(xlim=(0, 1.12), xlabel=f"right answers on {split} tasks")
+
+
+def draw_certainty(ax, answers: dict) -> None:
+    """The share of right answers over how sure they are, in tenths; the size of a dot is that of its tenth."""
+    ax.plot([0, 1], [0, 1], color="#b8c4d6")
+    for method, rows in answers.items():
+        tenths = {}
+        for row in rows:
+            tenths.setdefault(min(9, int(10 * row["sure"])), []).append(row)
+        points = []
+        for _, its in sorted(tenths.items()):
+            points.append([sum(row[key] for row in its) / len(its) for key in ("sure", "score")])
+        ax.plot(*zip(*points), label=method)
+        ax.scatter(*zip(*points), [4 + 400 * len(its) / len(rows) for _, its in sorted(tenths.items())])
+    ax.set(xlabel="how sure", ylabel="right answers", xlim=(0, 1), ylim=(0, 1.02))
+    ax.legend(frameon=False)
 
 
 def main() -> None:
@@ -57,6 +74,9 @@ def main() -> None:
     if args.source.is_dir():
         figure, ax = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
         draw_run(ax, args.source)
+    elif args.source.name.endswith(".answers.json"):
+        figure, ax = pyplot.subplots(figsize=(4.5, 4), layout="constrained")
+        draw_certainty(ax, read_json(args.source))
     else:
         content = read_json(args.source)
         results, split = content["results"], content["settings"]["split"]

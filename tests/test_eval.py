@@ -272,6 +272,9 @@ def test_scores_are_drawn(tmp_path, names):
     write_file(tmp_path / "r.json", {"settings": {"split": "test"}, "results": results})
     assert command(plot, tmp_path / "r.json", tmp_path / "new" / "r.png") == 0
     assert (tmp_path / "new" / "r.png").stat().st_size > 5000
+    write_file(tmp_path / "r.answers.json", {"net": [{"sure": 0.9, "score": 1.0}, {"sure": 0.2, "score": 0.0}]})
+    assert command(plot, tmp_path / "r.answers.json", tmp_path / "s.png") == 0
+    assert (tmp_path / "s.png").stat().st_size > 5000
     row = {"step": 1, "loss": 2.0, "val_loss": 1.0, "val_accuracy": 0.5}
     write_file(tmp_path / "run" / "metrics.jsonl", "\n".join(map(json.dumps, [row, row | {"step": 2}])))
     assert command(plot, tmp_path / "run", tmp_path / "run.png") == 0
