@@ -5,30 +5,6 @@ tests/test_published.py. PEFT is used where it is installed, a GPU where there i
 T2L_BASE and T2L_ENCODER name their folders.
 """
 
-import math
-import re
-import types
-from dataclasses import replace
-
-import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
-from transformers import GemmaConfig, LlamaConfig
-
-import data
-import encoders
-import eval as evaluation
-import generate
-import hypernet
-import lora
-import model
-import train
-from data import Example
-from encoders import hub
-from encoders.hash import hash_texts
-from support import read_json, write_file
-from tasks import chores, load_tasks
 from tasks.benchmarks import is_exact
 from tests.helpers import *  # noqa: F403
 
@@ -68,21 +44,6 @@ def test_dropout_is_on_the_lora_branch_in_training_only():
         close(layer.eval()(x) - plain, torch.ones(1, 50))
 
 
-def test_a_layer_that_gets_the_tokens_of_some_experts_is_refused():
-    holder = lora.inject(one_layer(nn.Linear(4, 4)), ["q_proj"])
-    with lora.use(holder, {"q_proj": (torch.randn(2, 1, 3, 4), torch.randn(2, 1, 4, 3))}, 1.0):
-        refused("tokens without their example", holder["layers"][0]["q_proj"], torch.randn(8, 4))
-
-
-def test_an_adapter_that_cannot_be_put_in_use_leaves_nothing_behind(monkeypatch):
-    base = lora.inject(tiny_llama(), NAMES)
-    A, B = random_adapter(config_for(base), 1)["v_proj"]
-    broken = types.SimpleNamespace(shape=A.shape, to=lambda *_: 1 / 0)  # as if there were no memory for it
-    with pytest.raises(ZeroDivisionError):
-        lora.use(base, random_adapter(config_for(base), 1) | {"v_proj": (broken, B)}, 1.0).__enter__()
-    assert all(layer.A is None for layer in lora.injected_layers(base))
-
-
 # -------------------- Text-to-LoRA --------------------
 
 
@@ -96,17 +57,6 @@ def test_sft_starts_as_a_fresh_lora_and_learns(size):
         assert not torch.equal(A[0, 0], A[0, 1]) and not torch.equal(A[0, 0, 0], A[0, 0, 1])
     sum((A.sum() + B.sum()) for A, B in adapter.values()).backward()
     assert all(head.weight.grad.abs().sum() > 0 for head in net.heads.values())
-
-
-def test_an_offset_is_trained_with_what_is_written():
-    """All descriptions share it and contribute to its gradient."""
-    net = hypernet.TextToLoRA(small_config("large")).eval()
-    net.start_as_lora()
-    A, B = net.write(torch.randn(2, 7))["v_proj"]
-    close(A[0], net.offset["v_proj_A"])
-    assert torch.equal(A[1], A[0])
-    (A.sum() + 3 * B.sum()).backward()
-    assert (net.offset["v_proj_A"].grad == 2).all() and (net.offset["v_proj_B"].grad == 6).all()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -198,74 +148,6 @@ def test_what_a_step_draws():
     refused("has 20 tasks", data.pick, {"train": list(range(20))}, "train", 21)
 
 
-def test_documents_are_short_at_first(monkeypatch, tmp_path):
-    """The shortest sixth in the first step, all from half-way on."""
-    pools, real = [], data.draw
-    monkeypatch.setattr(data, "draw", lambda tasks, pool, *a: pools.append(pool) or real(tasks, pool, *a))
-    words = [*D2L, *"--n_tasks 60 --tasks_per_batch 2 --examples_per_task 1 --max_steps 4".split()]
-    fit(tmp_path, *words, "--latent_size", "32")
-    assert [len(pool) for pool in pools] == [10, 35, 60, 60] and pools[0] == list(range(10))
-    lengths = [len(task.descriptions[0]) for task in run_of(*words).tasks]
-    assert lengths == sorted(lengths)
-
-
-def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsys):
-    run = run_of(*SHORT)
-    tokenizer, args, short = run.tokenizer, run.args, Example("cat", ["red"])
-    long = Example(repeated("cat dog cow sun ", 9), ["red"])
-    mixed = data.Task("mixed", ["x"], [long] * 9 + [short], [])
-    too_long = data.Task("long", ["x"], [long], [long])
-    args.max_tokens, args.tasks_per_batch = 12, 1
-    capsys.readouterr()
-    val = [data.Task("v", ["x"], [], [short, long, short]), too_long]
-    tasks = data.with_short_examples([mixed, too_long], val, args, tokenizer)
-    validation = data.validation_of(val, args, tokenizer)
-    assert capsys.readouterr().out == "1 of 2 tasks are left out: too long for --max_tokens 12\n"
-    ids = data.to_ids(tokenizer, mixed, "x", short, args)
-    assert tasks == [mixed] and validation == [data.Drawn(0, "x", [ids, ids])]  # nor are long ones validated
-    for step in range(9):
-        assert data.draw(tasks, [0], step, args, tokenizer)[0].examples == [ids, ids]
-    refused("no example has at most", data.with_short_examples, [too_long], [], args, tokenizer)
-    endless = chores.LazyList(lambda i: Example("cat", ["red"]) if i < 99 else 1 / 0)
-    data.with_short_examples([data.Task("endless", ["x"], endless, [])], [], args, tokenizer)
-    hardly = chores.LazyList(lambda i: short if i < 8 else long)  # only what is looked at first is short
-    (hardly,) = data.with_short_examples([data.Task("hardly", ["x"], hardly, [])], [], args, tokenizer)
-    words = [hardly], [0], 0, args, tokenizer
-    refused("hardly: 1,000 examples are too long for --max_tokens 12", data.draw, *words)
-    args.instruction = True  # a description that is too long for every example goes
-    wordy = data.Task("wordy", ["x", repeated("cat ", 9)], [short, long], [])
-    (kept,) = data.with_short_examples([wordy], [], args, tokenizer)
-    assert kept.descriptions == ["x"] and len(data.draw([kept], [0], 0, args, tokenizer)[0].examples) == 2
-    refused("more than the base model's window of 512", run_of, *SHORT, "--max_tokens", "600")
-
-
-def test_neftune_noise_has_the_published_size():
-    """In units of the embeddings: those of Gemma are multiplied by the square root of its width."""
-    for make, size in ((LlamaConfig, 1.0), (GemmaConfig, 32**0.5)):
-        base, seen = tiny_llama(make, vocab_size=50, hidden_size=32), []
-        base.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        ids = torch.randint(1, 50, (2, 25))
-        examples = [(row[:5], row[5:]) for row in ids.tolist()]
-        model.answer_logits(base, examples)
-        model.answer_logits(base, examples, 5.0)
-        noise = (seen[1] - seen[0]).abs().max() / size
-        assert 0.98 * 5 / (25 * 32) ** 0.5 < noise <= 1.01 * 5 / (25 * 32) ** 0.5
-
-
-def test_z_scores_have_the_deviation_of_a_sample():
-    net = hypernet.TextToLoRA(small_config("large", recon_loss="z_score"))
-    oracles = random_adapter(net.config, 5, r=4)
-    net.start_at(*lora.statistics(oracles))
-    for name, (A, B) in oracles.items():
-        for key, values in ((f"{name}_A", A), (f"{name}_B", B)):
-            close(net.offset[key], values.mean(0))
-            close(net.std[key], values.std(0), 1e-4)
-    assert not any(p.requires_grad for p in [*net.offset.values(), *net.std.values()])
-    net = hypernet.TextToLoRA(small_config("large", recon_loss="delta_w"))
-    net.start_at(*lora.statistics(oracles))
-    assert not any(offset.any() for offset in net.offset.values())
-
-
 def test_each_layer_has_the_adapter_of_its_own_row():
     """Also if only some layers have a target. With `skip` the heads see the task embedding directly."""
     config = small_config("large", skip=0.5)
@@ -283,25 +165,6 @@ def test_each_layer_has_the_adapter_of_its_own_row():
     x = net.trunk(net.rows(task_emb))
     close(published.write(emb)["q_proj"][0].flatten(2), net.heads["q_proj"](x[:, :, 0])[..., :40])
     refused("not a string", net, "one text")
-
-
-def test_text_encoders_compute_in_float32_in_training_validation_and_use(monkeypatch):
-    run, seen = run_of(*SHORT, "--dtype", "bfloat16"), []
-
-    def embed(texts: list[str]) -> torch.Tensor:
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return hash_texts(texts)
-
-    monkeypatch.setattr(hub, "TransformerEncoder", lambda *_: embed)
-    run.net.encoder = encoders.load("some encoder")
-    in_bfloat16 = []
-    run.net.mixer.register_forward_hook(lambda *_: in_bfloat16.append(torch.is_autocast_enabled("cpu")))
-    train.validate(run)
-    train.sft_step(run, run.net, drawn_in(run, 0))
-    assert in_bfloat16 == [True, True]  # the network proper
-    with torch.autocast("cpu", torch.bfloat16):
-        generate.write_adapters(run.net, ["a text that is not cached"], run.base)
-    assert seen and not any(seen)
 
 
 @pytest.mark.parametrize("words", [SHORT, [*D2L, "--tasks_per_batch", "3"], [*LORA, "--n_tasks", "3"]])

@@ -1,28 +1,40 @@
-"""What several test files use."""
+"""What test files use: `from tests.helpers import *` also brings these modules."""
 
 import copy
 import functools
 import json
+import math
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
+import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import data
+import encoders
 import eval as evaluation
+import generate
 import hypernet
 import lora
 import model
 import support
 import train
-from support import UserError, read_json
-from tasks import chores, facts, tiny
+from data import Example, Task
+from nets import d2l
+from support import UserError, read_json, write_file
+from tasks import chores, facts, load_tasks, tiny
 
 HERE, TINY = Path(__file__).parents[1], Path(model.TINY)
 SIZES = ("large", "medium", "small")

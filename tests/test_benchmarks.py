@@ -1,18 +1,10 @@
 """Benchmarks: their rows as prompts, their scores, code that models write."""
 
-import json
-import re
 import time
 from functools import partial
 
-import pytest
 import yaml
 
-import data
-import eval as evaluation
-import model
-from data import Example
-from support import read_json
 from tasks import benchmarks
 from tests.helpers import *  # noqa: F403
 

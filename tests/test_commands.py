@@ -1,24 +1,11 @@
 """Commands: their flags, what users do wrong, files."""
 
 import importlib
-import json
-import os
-import re
 import shlex
-import shutil
 from urllib.error import URLError
 
-import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-import encoders
-import generate
-import lora
-import model
-import support
-import train
-from support import read_json, write_file
 from tests.helpers import *  # noqa: F403
 
 # -------------------- Flags --------------------

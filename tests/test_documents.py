@@ -1,19 +1,6 @@
 """Doc-to-LoRA, and sources of documents."""
 
-import math
-import re
-
-import torch
-
-import generate
-import hypernet
-import lora
-import model
-import train
 from extras import write_data
-from nets import d2l
-from support import read_json, write_file
-from tasks import load_tasks
 from tests.helpers import *  # noqa: F403
 
 
@@ -142,3 +129,12 @@ def test_distillation_is_the_divergence_from_the_base_model_with_the_document_in
     assert train.sft_step(run, run.net, [drawn_as(run, 0, document, [example])])["task"].isfinite()
 
 
+def test_documents_are_short_at_first(monkeypatch, tmp_path):
+    """The shortest sixth in the first step, all from half-way on."""
+    pools, real = [], data.draw
+    monkeypatch.setattr(data, "draw", lambda tasks, pool, *a: pools.append(pool) or real(tasks, pool, *a))
+    words = [*D2L, *"--n_tasks 60 --tasks_per_batch 2 --examples_per_task 1 --max_steps 4".split()]
+    fit(tmp_path, *words, "--latent_size", "32")
+    assert [len(pool) for pool in pools] == [10, 35, 60, 60] and pools[0] == list(range(10))
+    lengths = [len(task.descriptions[0]) for task in run_of(*words).tasks]
+    assert lengths == sorted(lengths)

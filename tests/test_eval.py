@@ -1,24 +1,6 @@
 """The methods and scores of eval.py."""
 
-import json
-import re
-import shutil
-import types
-from dataclasses import replace
-
-import pytest
-import torch
-
-import data
-import eval as evaluation
-import generate
-import hypernet
-import lora
-import model
-from data import Example
 from extras import plot
-from support import read_json, write_file
-from tasks import load_tasks
 from tasks.benchmarks import Rules, is_exact
 from tests.helpers import *  # noqa: F403
 
@@ -154,23 +136,6 @@ def test_how_sure_an_answer_is():
         assert answer.has_ended and answer.log_prob == pytest.approx(expected, abs=1e-4)
     assert lora.LoRAConfig().certainty(-0.5) == pytest.approx(0.6065, abs=1e-4)
     assert lora.LoRAConfig(calibration=[2.0, 1.0]).certainty(-0.5) == 0.5
-
-
-def test_each_of_several_processes_takes_some_of_the_tasks(monkeypatch, tiny):
-    """The scores come in the order of the tasks, so that their interval is that of one process."""
-    exam, given = exam_of(load_tasks("tiny")["test"][:3], tiny, n_examples=4), []
-    monkeypatch.setattr(evaluation.dist, "all_gather_object", lambda out, share: given.append(share))
-    for process in 0, 1:
-        with pytest.raises(TypeError):  # nobody fills in what the other one has
-            evaluation.score("base", exam, process, 2)
-    assert [list(outcomes) for outcomes in given] == [[0, 2], [1]]
-
-    def gather(out, share):
-        out[:] = given[::-1]
-
-    monkeypatch.setattr(evaluation.dist, "all_gather_object", gather)
-    rows = evaluation.score("base", exam, 0, 2)
-    assert list(evaluation.task_scores(rows)) == [task.name for task in exam.tasks]
 
 
 def test_an_answer_counts_if_the_model_ended_it(tiny):

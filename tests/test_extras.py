@@ -4,29 +4,13 @@ Optional: matplotlib.
 """
 
 import asyncio
-import math
-import re
-import shutil
 from itertools import islice
 
-import pytest
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers import Gemma2Config, GPTNeoXConfig, Qwen3Config
 
-import data
-import generate
-import hypernet
-import lora
-import model
-import train
 from extras import calibrate, doc_page, one_page, serve, write_data
 from extras import map as mapping
 from nets import linear
-from support import read_json, write_file
-from tasks import load_tasks
 from tests.helpers import *  # noqa: F403
 from tests.test_texts import CHATML
 

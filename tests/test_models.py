@@ -1,20 +1,7 @@
 """Adapters of PEFT, and in base models of many families."""
 
-import re
-import warnings
+from transformers import CONFIG_MAPPING
 
-import pytest
-import torch
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-import hypernet
-import lora
-import model
-import train
-from data import Example, Task
-from nets import d2l
-from support import read_json, write_file
 from tests.helpers import *  # noqa: F403
 
 # -------------------- Adapters, as PEFT and merged weights have them --------------------
@@ -199,3 +186,18 @@ def test_gemma_2_keeps_its_softcap(tmp_path):
     random_base("gemma2").save_pretrained(tmp_path)
     model.load_base(model.TINY)[1].save_pretrained(tmp_path)
     assert model.load_base(str(tmp_path))[0].config._attn_implementation == "eager"
+
+
+def test_an_adapter_that_cannot_be_put_in_use_leaves_nothing_behind(monkeypatch):
+    base = lora.inject(tiny_llama(), NAMES)
+    A, B = random_adapter(config_for(base), 1)["v_proj"]
+    broken = types.SimpleNamespace(shape=A.shape, to=lambda *_: 1 / 0)  # as if there were no memory for it
+    with pytest.raises(ZeroDivisionError):
+        lora.use(base, random_adapter(config_for(base), 1) | {"v_proj": (broken, B)}, 1.0).__enter__()
+    assert all(layer.A is None for layer in lora.injected_layers(base))
+
+
+def test_a_layer_that_gets_the_tokens_of_some_experts_is_refused():
+    holder = lora.inject(one_layer(nn.Linear(4, 4)), ["q_proj"])
+    with lora.use(holder, {"q_proj": (torch.randn(2, 1, 3, 4), torch.randn(2, 1, 4, 3))}, 1.0):
+        refused("tokens without their example", holder["layers"][0]["q_proj"], torch.randn(8, 4))

@@ -1,12 +1,7 @@
 """The edits of pictures, the step, the strip."""
 
 import random
-import shutil
 
-import pytest
-import torch
-
-import lora
 from pictures import edits, pictures
 from tests.helpers import *  # noqa: F403
 

@@ -2,27 +2,11 @@
 
 import contextlib
 import importlib
-import json
-import os
-import shutil
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-import eval as evaluation
-import generate
-import model
-import train
-from support import read_json, write_file
-from tasks import load_tasks
 from tests.helpers import *  # noqa: F403
 
 

@@ -1,25 +1,8 @@
 """Published checkpoints in their layouts, and numbers of the published implementations."""
 
 import itertools
-import json
-import os
-import sys
-import types
-from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
-
-import hypernet
-import lora
-import model
-import train
 from extras import published
-from nets import d2l
-from support import read_json, write_file
 from tests.helpers import *  # noqa: F403
 
 SFT_FILES = [f"llama_{size}_sft" for size in ("L", "M", "S", "Srot")]
@@ -256,3 +239,17 @@ def test_golden_published_document_checkpoint():
         for turn in ("plain", "system") if i == 0 else ("plain",):
             logits = logits_of(base, tensors[f"question/{turn}/input_ids"], adapter, net.config.scaling)
             close(logits, tensors[f"doc{i}/logits/{turn}"], 1e-4, 5e-4)
+
+
+def test_z_scores_have_the_deviation_of_a_sample():
+    net = hypernet.TextToLoRA(small_config("large", recon_loss="z_score"))
+    oracles = random_adapter(net.config, 5, r=4)
+    net.start_at(*lora.statistics(oracles))
+    for name, (A, B) in oracles.items():
+        for key, values in ((f"{name}_A", A), (f"{name}_B", B)):
+            close(net.offset[key], values.mean(0))
+            close(net.std[key], values.std(0), 1e-4)
+    assert not any(p.requires_grad for p in [*net.offset.values(), *net.std.values()])
+    net = hypernet.TextToLoRA(small_config("large", recon_loss="delta_w"))
+    net.start_at(*lora.statistics(oracles))
+    assert not any(offset.any() for offset in net.offset.values())

@@ -1,23 +1,7 @@
 """Runs of train.py: learning rates, --resume, --init_from, what is kept."""
 
-import math
-import shutil
-import subprocess
-import sys
 import time
-import types
 
-import pytest
-import torch
-from safetensors.torch import load_file
-from torch import nn
-
-import data
-import hypernet
-import lora
-import model
-import train
-from support import read_json, write_file
 from tests.helpers import *  # noqa: F403
 
 

@@ -1,25 +1,9 @@
 """Shipped weights, and real models."""
 
 import itertools
-import os
-import re
-import subprocess
-import sys
 import time
-import warnings
 
-import pytest
-import torch
-
-import data
-import generate
-import hypernet
-import lora
-import model
-import train
 from extras import pretrain
-from support import write_file
-from tasks import facts, load_tasks
 from tests.helpers import *  # noqa: F403
 
 SMOLLM2 = TINY.parent / "smollm2-135m"

@@ -1,18 +1,13 @@
 """Sources of tasks."""
 
-import json
 import random
-import re
 import string
 import zlib
 
-import pytest
 import yaml
 
-import data
 from extras import pretrain
-from support import UserError, read_json, write_file
-from tasks import chores, facts, families, load_tasks, lots_of_loras, tiny
+from tasks import families, lots_of_loras
 from tests.helpers import *  # noqa: F403
 
 
@@ -252,3 +247,33 @@ def test_a_mistake_in_a_task_file_is_one_line_that_names_it(tmp_path, line):
         load_tasks(tmp_path)
     text = str(error.value)
     assert message in text and str(tmp_path) in text and "\n" not in text
+
+
+def test_too_long_tasks_are_left_out_and_too_long_examples_are_drawn_again(capsys):
+    run = run_of(*SHORT)
+    tokenizer, args, short = run.tokenizer, run.args, Example("cat", ["red"])
+    long = Example(repeated("cat dog cow sun ", 9), ["red"])
+    mixed = data.Task("mixed", ["x"], [long] * 9 + [short], [])
+    too_long = data.Task("long", ["x"], [long], [long])
+    args.max_tokens, args.tasks_per_batch = 12, 1
+    capsys.readouterr()
+    val = [data.Task("v", ["x"], [], [short, long, short]), too_long]
+    tasks = data.with_short_examples([mixed, too_long], val, args, tokenizer)
+    validation = data.validation_of(val, args, tokenizer)
+    assert capsys.readouterr().out == "1 of 2 tasks are left out: too long for --max_tokens 12\n"
+    ids = data.to_ids(tokenizer, mixed, "x", short, args)
+    assert tasks == [mixed] and validation == [data.Drawn(0, "x", [ids, ids])]  # nor are long ones validated
+    for step in range(9):
+        assert data.draw(tasks, [0], step, args, tokenizer)[0].examples == [ids, ids]
+    refused("no example has at most", data.with_short_examples, [too_long], [], args, tokenizer)
+    endless = chores.LazyList(lambda i: Example("cat", ["red"]) if i < 99 else 1 / 0)
+    data.with_short_examples([data.Task("endless", ["x"], endless, [])], [], args, tokenizer)
+    hardly = chores.LazyList(lambda i: short if i < 8 else long)  # only what is looked at first is short
+    (hardly,) = data.with_short_examples([data.Task("hardly", ["x"], hardly, [])], [], args, tokenizer)
+    words = [hardly], [0], 0, args, tokenizer
+    refused("hardly: 1,000 examples are too long for --max_tokens 12", data.draw, *words)
+    args.instruction = True  # a description that is too long for every example goes
+    wordy = data.Task("wordy", ["x", repeated("cat ", 9)], [short, long], [])
+    (kept,) = data.with_short_examples([wordy], [], args, tokenizer)
+    assert kept.descriptions == ["x"] and len(data.draw([kept], [0], 0, args, tokenizer)[0].examples) == 2
+    refused("more than the base model's window of 512", run_of, *SHORT, "--max_tokens", "600")

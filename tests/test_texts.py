@@ -1,15 +1,10 @@
 """What models read: text encoders, chat templates, prompts."""
 
-from pathlib import Path
-
-import pytest
-import torch
-import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
-from torch import nn
 from transformers import (
     BertConfig,
+    GemmaConfig,
     BertModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -18,16 +13,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-import eval as evaluation
-import generate
-import hypernet
-import encoders
-import model
-import train
-from nets import d2l
 from encoders import hub
 from encoders.base import last_states
-from support import read_json, write_file
+from encoders.hash import hash_texts
 from tests.helpers import *  # noqa: F403
 
 # -------------------- Text encoders --------------------
@@ -276,3 +264,35 @@ def test_the_instruction_is_in_the_prompt_if_a_flag_says_so(tmp_path, monkeypatc
     assert prompts_of(evaluation, *own, "--methods", "net", "--no-instruction") == {"cat dog"}
     one = ["--methods", "mt_lora", "--mt_lora", tmp_path / "out", "--tasks", folder, "--split", "train"]
     assert prompts_of(evaluation, *one) == {expected}  # an adapter, too, is asked as it was trained
+
+
+def test_text_encoders_compute_in_float32_in_training_validation_and_use(monkeypatch):
+    run, seen = run_of(*SHORT, "--dtype", "bfloat16"), []
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return hash_texts(texts)
+
+    monkeypatch.setattr(hub, "TransformerEncoder", lambda *_: embed)
+    run.net.encoder = encoders.load("some encoder")
+    in_bfloat16 = []
+    run.net.mixer.register_forward_hook(lambda *_: in_bfloat16.append(torch.is_autocast_enabled("cpu")))
+    train.validate(run)
+    train.sft_step(run, run.net, drawn_in(run, 0))
+    assert in_bfloat16 == [True, True]  # the network proper
+    with torch.autocast("cpu", torch.bfloat16):
+        generate.write_adapters(run.net, ["a text that is not cached"], run.base)
+    assert seen and not any(seen)
+
+
+def test_neftune_noise_has_the_published_size():
+    """In units of the embeddings: those of Gemma are multiplied by the square root of its width."""
+    for make, size in ((LlamaConfig, 1.0), (GemmaConfig, 32**0.5)):
+        base, seen = tiny_llama(make, vocab_size=50, hidden_size=32), []
+        base.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        ids = torch.randint(1, 50, (2, 25))
+        examples = [(row[:5], row[5:]) for row in ids.tolist()]
+        model.answer_logits(base, examples)
+        model.answer_logits(base, examples, 5.0)
+        noise = (seen[1] - seen[0]).abs().max() / size
+        assert 0.98 * 5 / (25 * 32) ** 0.5 < noise <= 1.01 * 5 / (25 * 32) ** 0.5
