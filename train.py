@@ -393,13 +393,13 @@ def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
     if args.mode == "recon":
         oracles, of_oracles = lora.load_adapters([Path(args.oracles, task.name) for task in tasks], device)
         mean, std = lora.statistics(oracles)
-        base, tokenizer = load_base(args, device, list(oracles))
+        base, tokenizer = load_frozen(args, device, list(oracles))
         model.check_base(base, of_oracles)
         lora.check_fits(base, oracles)
         for name in ("r", "alpha", "rslora", "instruction"):
             settings[name] = getattr(of_oracles, name)
     else:
-        base, tokenizer = load_base(args, device, args.target_modules.split(","))
+        base, tokenizer = load_frozen(args, device, args.target_modules.split(","))
         tasks = data.with_short_examples(tasks, val_tasks, args, tokenizer)
         validation = data.validation_of(val_tasks, args, tokenizer)
         if args.short_first:
@@ -423,7 +423,7 @@ def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
     return Run(*where, tasks, pool, validation, base, tokenizer, net, oracles, std)
 
 
-def load_base(args, device: torch.device, targets: list[str]):
+def load_frozen(args, device: torch.device, targets: list[str]):
     """(the frozen base model with LoRA layers, its tokenizer)."""
     name, dtype = model.resolve(args.base_model), getattr(torch, args.dtype)
     if args.mode == "recon" and args.encoder != "base":  # nothing goes through it: shapes are enough
