@@ -569,26 +569,21 @@ def main() -> None:
     if args.shard and n_processes == 1:
         raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
     with claimed(folder, args.resume) if process == 0 else nullcontext():
-        run_in(folder, args, settings, device, process, n_processes)
+        torch.manual_seed(args.seed)
+        run = prepare(args, device, process, n_processes)
+        n_parameters = sum(p.numel() for p in run.net.parameters() if p.requires_grad)
+        where = f"on {n_processes} x {device.type}, in {args.dtype}, into {folder}/"
+        say(f"{args.mode}: {n_parameters:,} parameters, {where}")
+        try:
+            train(run, folder, settings)
+        except KeyboardInterrupt:
+            if (folder / "state.pt").exists():
+                resume = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
+                say(f"\nto continue from the last state, as it was started: {resume}")
+            raise
     if dist.is_initialized():
         gc.collect()  # DDP's reducer must not be the last to hold the group: freeing it may hang
         dist.destroy_process_group()
-
-
-def run_in(folder: Path, args, settings: str, device, process: int, n_processes: int) -> None:
-    """Prepare and train."""
-    torch.manual_seed(args.seed)
-    run = prepare(args, device, process, n_processes)
-    n_parameters = sum(p.numel() for p in run.net.parameters() if p.requires_grad)
-    where = f"on {n_processes} x {device.type}, in {args.dtype}, into {folder}/"
-    say(f"{args.mode}: {n_parameters:,} parameters, {where}")
-    try:
-        train(run, folder, settings)
-    except KeyboardInterrupt:
-        if (folder / "state.pt").exists():
-            resume = f"train.py --resume --out_dir {shlex.quote(str(folder))}"
-            say(f"\nto continue from the last state, as it was started: {resume}")
-        raise
 
 
 if __name__ == "__main__":
