@@ -55,12 +55,12 @@ class Exam:
     @cached_property
     def mean(self) -> Adapter:
         """The mean of what the hypernetwork writes for up to 512 training tasks. A [1, L, r, in]"""
-        texts, mean = texts_for(self, 0, "training")[:: ceil(len(self.training) / 512)], {}
-        for text in texts:  # one by one, since all at once would fill the memory
-            adapter, _ = generate.write_adapters(self.nets["hypernet"], [text], self.base)
+        tasks, mean = self.training[:: ceil(len(self.training) / 512)], {}
+        for task in tasks:  # one by one, since all at once would fill the memory
+            adapter, _ = generate.write_adapters(self.nets["hypernet"], [task.descriptions[0]], self.base)
             for name, (A, B) in adapter.items():
                 mean_A, mean_B = mean.get(name, (0, 0))
-                mean[name] = (mean_A + A / len(texts), mean_B + B / len(texts))
+                mean[name] = (mean_A + A / len(tasks), mean_B + B / len(tasks))
         return mean
 
 
@@ -75,8 +75,6 @@ def texts_for(exam: Exam, i: int, kind: str) -> Sequence[str]:
         return exam.tasks[i].reworded
     if kind == "another":
         return exam.tasks[(i + 1) % len(exam.tasks)].descriptions if len(exam.tasks) > 1 else ()
-    if kind == "training":
-        return [task.descriptions[0] for task in exam.training]
     rng, noise = random.Random(i), []  # 8 sentences of random letters; of a benchmark the published texts
     for _ in range(8):
         words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(12)]
@@ -105,7 +103,7 @@ METHODS = {
     "net": Method("written from the task's descriptions (or the document)", "hypernet", "own"),
     "net_reworded": Method("... wordings that training never used", "hypernet", "reworded", "other wordings"),
     "net_shuffled": Method("... another task's descriptions", "hypernet", "another", "a second task"),
-    "net_mean": Method("the mean of those for training tasks", "hypernet", "training", "training tasks"),
+    "net_mean": Method("the mean of those for training tasks", "hypernet", needs="training tasks"),
     "net_random": Method("written from meaningless text", "hypernet", "noise"),
     "base_other": Method("as base, on text beside the document", needs=OTHER, asks="other"),
     "net_other": Method("as net, on text beside the document", "hypernet", "own", OTHER, asks="other"),
@@ -118,6 +116,8 @@ def lacks(exam: Exam, name: str) -> str:
     method = METHODS[name]
     if method.folder and method.folder not in {*exam.nets, *exam.adapters}:
         return f"--{method.folder} DIR"
+    if name == "net_mean" and not exam.training:
+        return method.needs
     for i, task in enumerate(exam.tasks):
         if not getattr(task, method.asks) or (method.reads and not texts_for(exam, i, method.reads)):
             return method.needs
@@ -391,9 +391,9 @@ def main() -> None:
     base, tokenizer = generate.load_base_for(configs, args, device)
     for net in nets.values():
         net.connect(base, tokenizer)
-    model.check_known(tokenizer, [example.input for task in tasks for example in task.test[:25]])
-
     exam, answers, left_out = Exam(args, tasks, training, nets, adapters, base, tokenizer), {}, []
+    for task in tasks:
+        model.check_known(tokenizer, [example.input for example in examples_of(exam, task, METHODS["net"])])
     for name in args.methods or METHODS:
         missing = lacks(exam, name)
         if missing and args.methods:

@@ -54,8 +54,9 @@ def parse_args() -> argparse.Namespace:
         raise UserError("a text of --desc or --input is empty")
     args.base_model = args.base_model and model.resolve(args.base_model)
     args.out = Path(args.out or "out/adapter")
-    for path in args.out.rglob("*"):
-        if path.is_file() and path.name not in OUR_FILES and not args.adapter:
+    for path in [] if args.adapter else args.out.rglob("*"):
+        is_ours = path.name in OUR_FILES and (path.parent / "description.txt").exists()
+        if path.is_file() and not is_ours:
             raise UserError(f"--out {args.out} holds more than this command writes ({path.name})")
     if args.merge is not None and (Path(args.merge).exists() or args.out.is_relative_to(args.merge)):
         raise UserError(f"--merge {args.merge!r} is no new folder; choose another")

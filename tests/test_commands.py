@@ -48,6 +48,7 @@ generate | | one of the arguments --desc --doc --adapter is required
 generate | --desc x --input '' | a text of --desc or --input is empty
 generate | --desc x --merge {foreign} | is no new folder
 generate | --desc x --out {foreign} | holds more than this command writes (precious.txt)
+generate | --desc x --out {adapter} | holds more than this command writes (adapter_
 generate | --desc x --base_model mistral-7b | no hypernetwork that reads descriptions is shipped for mistralai
 generate | --desc x --hypernet {tiny} | holds no hypernetwork
 generate | --desc x --hypernet nowhere | nowhere holds no hypernetwork: hypernet.safetensors and config.json
