@@ -87,8 +87,9 @@ class Method(NamedTuple):
 
     meaning: str
     folder: str = ""  # the flag that names the folder of the adapter, or of the network that writes it
-    reads: str = ""  # what the network reads, see `texts_for`
+    reads: str = ""  # what the network reads, see `texts_for`; "mean": one adapter for all tasks
     needs: str = ""  # what is missing where there is nothing to read, or to ask
+    shows: str = ""  # what stands in the prompt without being asked for
     n_shots: int = 0  # examples in the prompt
     asks: str = "test"  # which examples of the task
 
@@ -97,13 +98,13 @@ OTHER = "documents with other text"
 METHODS = {
     "base": Method("the base model as it is"),
     "icl": Method("three examples in the prompt", n_shots=3),
-    "prompt": Method("the description (or the document) in the prompt"),
+    "prompt": Method("the description (or the document) in the prompt", shows="own"),
     "mt_lora": Method("one LoRA trained on all tasks", "mt_lora"),
     "oracle": Method("a LoRA trained on the task itself", "oracles"),
     "net": Method("written from the task's descriptions (or the document)", "hypernet", "own"),
     "net_reworded": Method("... wordings that training never used", "hypernet", "reworded", "other wordings"),
     "net_shuffled": Method("... another task's descriptions", "hypernet", "another", "a second task"),
-    "net_mean": Method("the mean of those for training tasks", "hypernet", needs="training tasks"),
+    "net_mean": Method("the mean of those for training tasks", "hypernet", "mean", "training tasks"),
     "net_random": Method("written from meaningless text", "hypernet", "noise"),
     "base_other": Method("as base, on text beside the document", needs=OTHER, asks="other"),
     "net_other": Method("as net, on text beside the document", "hypernet", "own", OTHER, asks="other"),
@@ -116,40 +117,40 @@ def lacks(exam: Exam, name: str) -> str:
     method = METHODS[name]
     if method.folder and method.folder not in {*exam.nets, *exam.adapters}:
         return f"--{method.folder} DIR"
-    if name == "net_mean" and not exam.training:
-        return method.needs
     for i, task in enumerate(exam.tasks):
-        if not getattr(task, method.asks) or (method.reads and not texts_for(exam, i, method.reads)):
+        has_texts = exam.training if method.reads == "mean" else texts_for(exam, i, method.reads or "own")
+        if not getattr(task, method.asks) or not has_texts:
             return method.needs
     return ""
 
 
-def adapters_of(exam: Exam, name: str, i: int) -> tuple[Adapter, LoRAConfig]:
+def adapters_of(exam: Exam, method: Method, i: int) -> tuple[Adapter, LoRAConfig]:
     """(adapters with which the questions of task i are answered in turn; {} is none, their config)."""
-    method, task = METHODS[name], exam.tasks[i]
+    task = exam.tasks[i]
     if not method.folder:
         return {}, LoRAConfig()
     if method.folder in exam.adapters:
         adapters, config = exam.adapters[method.folder]
-        return (lora.select(adapters, [i]) if name == "oracle" else adapters), config
+        return (lora.select(adapters, [i]) if method.folder == "oracles" else adapters), config
     net = exam.nets[method.folder]
-    if name == "net_mean":
+    if method.reads == "mean":
         return exam.mean, net.config
     n_texts = max(len(examples_of(exam, task, method)), task.rules.n_texts)
     adapters, _ = generate.write_adapters(net, list(texts_for(exam, i, method.reads)[:n_texts]), exam.base)
     return adapters, net.config
 
 
-def instructions_of(exam: Exam, name: str, task: Task, config: LoRAConfig) -> Sequence[str]:
+def instructions_of(exam: Exam, method: Method, i: int, config: LoRAConfig) -> Sequence[str]:
     """What stands before the inputs, in turn: nothing, unless the method, training or --instruction asks."""
-    if name == "prompt":
-        return task.descriptions
+    task = exam.tasks[i]
+    if method.shows:
+        return texts_for(exam, i, method.shows)
     asked_for = exam.args.instruction
     has_instruction = config.instruction if asked_for is None else asked_for
     if not has_instruction or not task.rules.with_instruction:
         return [""]
-    texts = task.reworded if name == "net_reworded" else task.descriptions
-    texts = [task.definition] if task.definition else texts[: len(examples_of(exam, task, METHODS[name]))]
+    texts = texts_for(exam, i, "reworded" if method.reads == "reworded" else "own")
+    texts = [task.definition] if task.definition else texts[: len(examples_of(exam, task, method))]
     return [model.instruct(text) for text in texts]
 
 
@@ -176,10 +177,12 @@ def questions_of(exam: Exam, name: str, i: int) -> tuple[list[Question], LoRACon
     """(the questions of task i, the config of their adapters). Benchmarks ask with several texts each."""
     method, task = METHODS[name], exam.tasks[i]
     examples, before = examples_of(exam, task, method), model.turn_of(exam.tokenizer).before
-    adapters, config = adapters_of(exam, name, i)
-    instructions = instructions_of(exam, name, task, config)
+    adapters, config = adapters_of(exam, method, i)
+    instructions = instructions_of(exam, method, i, config)
     n_adapters = len(next(iter(adapters.values()))[0]) if adapters else 1
-    single = [lora.select(adapters, slice(k, k + 1)) for k in range(n_adapters)]
+    single = [adapters]  # the same object for all tasks, if they share it
+    if n_adapters > 1:
+        single = [lora.select(adapters, slice(k, k + 1)) for k in range(n_adapters)]
     most = task.rules.most_tokens
     if not most:  # two more than the longest right answer has
         rights = [right for example in examples for right in example.answers]
@@ -215,12 +218,13 @@ def answers_to(exam: Exam, questions: list[Question], config: LoRAConfig) -> lis
             answers = model.answer(exam.base, exam.tokenizer, prompts, most)
         for k, question, answer in zip(numbers, batch, answers):
             task, example = exam.tasks[question.task], question.example
+            has_ended = answer.has_ended and answer.n_tokens <= question.most
             found[k] = {
                 "task": task.name,
                 "input": example.input,
                 "right": example.answers,
                 "answer": answer.text,
-                "score": float(task.rules.is_right(example, answer.text, answer.has_ended)),
+                "score": float(task.rules.is_right(example, answer.text, has_ended)),
                 "sure": config.certainty(answer.log_prob),
             }
     return [found[k] for k in range(len(questions))]
@@ -238,8 +242,9 @@ def score(name: str, exam: Exam, process: int = 0, n_processes: int = 1) -> list
         questions, config = questions_of(exam, name, i)
         fitting = [question for question in questions if question.n_tokens + question.most <= window]
         waiting, n_too_long = waiting + fitting, n_too_long + len(questions) - len(fitting)
-        next_rules = exam.tasks[i + n_processes].rules if i + n_processes in mine else None
-        if len(waiting) < exam.args.batch_size and next_rules is exam.tasks[i].rules:
+        following, task = i + n_processes, exam.tasks[i]
+        goes_on = following in mine and exam.tasks[following].rules == task.rules
+        if goes_on and len(waiting) < exam.args.batch_size and not task.is_document:  # their ranks differ
             continue
         started = time.perf_counter()
         for question, outcome in zip(waiting, answers_to(exam, waiting, config)):
@@ -249,9 +254,10 @@ def score(name: str, exam: Exam, process: int = 0, n_processes: int = 1) -> list
     n_asked = sum(map(len, outcomes.values()))
     if n_processes > 1:
         gathered = [None] * n_processes
-        dist.all_gather_object(gathered, outcomes)
-        for its_outcomes in gathered:
+        dist.all_gather_object(gathered, (outcomes, n_too_long))
+        for its_outcomes, _ in gathered:
             outcomes |= its_outcomes
+        n_too_long = sum(n for _, n in gathered)
     rows = [row for i in sorted(outcomes) for row in outcomes[i]]
     if n_too_long:
         say(f"{n_too_long} questions are left out, longer than the base model's window of {window}")
@@ -277,10 +283,9 @@ def certainty_scores(rows: list[dict]) -> tuple[float, float, float]:
     bins, score of the surest half). The area is nan if all answers are right, or none.
     """
     sure, right = np.array([(row["sure"], row["score"]) for row in rows]).T  # [n], [n]
-    _, value, count = np.unique(sure, return_inverse=True, return_counts=True)
-    rank = (count.cumsum() - (count - 1) / 2)[value]  # equal values share a rank; from 1 to n
-    n_right, n_wrong = right.sum(), (1 - right).sum()
-    area = ((rank * right).sum() / n_right - (n_right + 1) / 2) / n_wrong if n_right and n_wrong else np.nan
+    area, of_right, of_wrong = np.nan, sure[right > 0][:, None], sure[right == 0]
+    if len(of_right) and len(of_wrong):  # how often a right answer is surer than a wrong one
+        area = (of_right > of_wrong).mean() + (of_right == of_wrong).mean() / 2
     in_bin = np.minimum(sure * 10, 9).astype(int)
     error = abs(np.bincount(in_bin, sure - right)).sum() / len(rows)
     half = right[np.argsort(-sure, kind="stable")[: -(-len(rows) // 2)]].mean()

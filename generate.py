@@ -54,11 +54,11 @@ def parse_args() -> argparse.Namespace:
         raise UserError("a text of --desc or --input is empty")
     args.base_model = args.base_model and model.resolve(args.base_model)
     args.out = Path(args.out or "out/adapter")
-    for path in [] if args.adapter else args.out.rglob("*"):
-        is_ours = path.name in OUR_FILES and (path.parent / "description.txt").exists()
-        if path.is_file() and not is_ours:
-            raise UserError(f"--out {args.out} holds more than this command writes ({path.name})")
-    if args.merge is not None and (Path(args.merge).exists() or args.out.is_relative_to(args.merge)):
+    if not args.adapter:
+        check_out(args.out)
+        if args.merge is not None and args.out.resolve().is_relative_to(Path(args.merge).resolve()):
+            raise UserError(f"--merge {args.merge!r} would hold --out; choose another")
+    if args.merge is not None and Path(args.merge).exists():
         raise UserError(f"--merge {args.merge!r} is no new folder; choose another")
     return args
 
@@ -218,6 +218,16 @@ def note_guess(net, folder: Path, text: str, sure: float) -> None:
 # -------------------- Files --------------------
 
 OUR_FILES = {*lora.ADAPTER_FILES, "description.txt"}  # of each adapter folder
+
+
+def check_out(folder: Path) -> None:
+    """Raise UserError if --out holds anything but what this command writes: it will be replaced."""
+    for path in folder.rglob("*"):
+        *parents, name = path.relative_to(folder).parts
+        in_place = not parents or (len(parents) == 1 and parents[0].isdigit())
+        is_ours = in_place and name in OUR_FILES and (path.parent / "description.txt").exists()
+        if path.is_file() and not is_ours:
+            raise UserError(f"--out {folder} holds more than this command writes ({path.name})")
 
 
 @contextmanager

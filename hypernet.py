@@ -254,13 +254,13 @@ def find_arch(arch: str):
     return importlib.import_module(f"nets.{arch}").Net
 
 
-def new_hypernet(args, adapters: LoRAConfig, base: nn.Module, mean=None, std=None) -> nn.Module:
+def new_hypernet(args, lora_config: LoRAConfig, base: nn.Module, mean=None, std=None) -> nn.Module:
     """The network of train.py's settings for adapters of this config, with random weights or --init_from.
 
     Reconstruction passes mean and standard deviation of the oracles.
     """
     net_class = find_arch(args.arch)
-    config = net_class.config_class(**vars(adapters))
+    config = net_class.config_class(**vars(lora_config))
     for name in ["encoder", "dropout"] + [name for name, *_ in settings_of(net_class.config_class)]:
         if hasattr(config, name):
             setattr(config, name, getattr(args, name))
@@ -279,7 +279,7 @@ def new_hypernet(args, adapters: LoRAConfig, base: nn.Module, mean=None, std=Non
 
 MAY_DIFFER = {
     *("base_model", "base_shape", "instruction", "full_stop", "dropout", "input_dropout", "chunk_len"),
-    *("alpha", "rslora"),  # scaling must agree
+    *("alpha", "rslora", "calibration"),  # scaling must agree
 }
 
 
@@ -287,17 +287,18 @@ def copy_weights(folder: str, net: nn.Module, base: nn.Module) -> None:
     """Copy the weights of another network for the same base model. Settings must agree (see MAY_DIFFER)."""
     start = load_hypernet(folder)
     model.check_base(base, start.config)
-    ours, theirs = [
-        {"arch": n.arch, "modules": list(n.config.targets), "scaling": n.config.scaling, **vars(n.config)}
-        for n in (net, start)
-    ]
-    for name in ours:
-        differs = name not in MAY_DIFFER and ours[name] != theirs.get(name)
-        if name == "encoder":  # folders may be anywhere
-            differs = differs and not (Path(ours[name]).is_dir() or Path(theirs[name]).is_dir())
-        if differs:
+    ours, theirs = vars(net.config), vars(start.config)
+    pairs = {name: (ours[name], theirs.get(name)) for name in ours if name not in MAY_DIFFER}
+    pairs["modules"] = list(ours["targets"]), list(theirs["targets"])  # in this order
+    pairs["scaling"] = net.config.scaling, start.config.scaling
+    pairs["arch"] = net.arch, start.arch
+    if Path(ours.get("encoder", "")).is_dir() or Path(theirs.get("encoder", "")).is_dir():
+        del pairs["encoder"]  # a folder may be anywhere
+    for name in reversed(pairs):
+        our, their = pairs[name]
+        if our != their:
             message = f"--init_from {folder}: that network has other settings"
-            raise UserError(f"{message} ({name}: {theirs.get(name)}, not {ours[name]})")
+            raise UserError(f"{message} ({name}: {their}, not {our})")
     learned = [name for name, p in net.named_parameters() if p.requires_grad]  # not the oracles' mean and std
     weights = start.state_dict()
     net.load_state_dict({name: weights[name] for name in learned}, strict=False)

@@ -193,6 +193,10 @@ def find_targets(base: nn.Module, names: list[str]) -> dict[str, Target]:
         if len(shapes) > 1:
             example = where[0].format(min(layers))
             raise UserError(f"{name} has {len(shapes)} shapes; name single layers, such as {example}")
+        layer = layers[min(layers)]
+        if type(layer).forward is not nn.Linear.forward:
+            kind = type(layer).__name__
+            raise UserError(f"{name} is {kind}: quantised layers and the like have no adapters")
         ((n_out, n_in),) = shapes
         targets[name] = Target(where[0], list(layers), n_in, n_out)
     return targets
@@ -355,7 +359,8 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
     config.alpha, config.rslora = peft["lora_alpha"], bool(peft.get("use_rslora"))
     if (folder / "prompt.json").exists():
         prompt = read_json(folder / "prompt.json")
-        config.instruction, config.calibration = prompt["instruction"], prompt.get("calibration", [])
+        config.instruction = bool(prompt.get("instruction"))
+        config.calibration = prompt.get("calibration", [])
 
     matrices: dict[str, dict[str, Tensor]] = {}  # {path: {"A": [r, in], "B": [out, r]}}
     for tensor_name, tensor in load_file(folder / "adapter_model.safetensors").items():
@@ -372,6 +377,8 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
         found.setdefault(name, []).append(path)
     adapter = {}
     for name, paths in found.items():
+        if any(len(matrices[path]) < 2 for path in paths):
+            raise UserError(f"{folder}: a layer of {name} has only one of A and B")
         places = sorted({split_path(path)[0] for path in paths})
         if len(places) > 1:
             raise UserError(f"{folder}: {name} is in several places: {', '.join(places)}")
@@ -387,7 +394,7 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, LoRAConfig]:
 def load_adapters(folders: list[Path], device="cpu") -> tuple[Adapter, LoRAConfig]:
     """Several adapter folders of one training run, as a batch: A [n, L, r, in], B [n, L, out, r].
 
-    Raises UserError if they differ in modules, rank, scaling or what stood in prompts.
+    Raises UserError if their configs differ.
     """
     adapters, configs = [], []
     for folder in folders:

@@ -352,7 +352,8 @@ class Answer(NamedTuple):
 
     text: str
     has_ended: bool  # the model ended it itself
-    log_prob: float  # mean over its tokens, with the end mark
+    n_tokens: int  # with the end mark
+    log_prob: float  # their mean
 
 
 class LogProbs(list):
@@ -366,22 +367,22 @@ class LogProbs(list):
 
 @torch.no_grad()
 def answer(base: nn.Module, tokenizer, prompts: list[str], most: int = 64) -> list[Answer]:
-    """Greedy answers to rendered prompts, in one batch; of at most so many tokens, with the end mark."""
+    """Greedy answers to rendered prompts, in one batch; of at most `most` tokens, with the end mark."""
     sequences = [tokenize(tokenizer, prompt) for prompt in prompts]
     ids = pad(sequences, tokenizer.pad_token_id or 0, left=True).to(base.device)  # [n, T]
     mask = pad([[1] * len(sequence) for sequence in sequences], 0, left=True).to(base.device)
-    log_probs, settings = LogProbs(), dict(max_new_tokens=most, do_sample=False)
-    out = base.generate(input_ids=ids, attention_mask=mask, logits_processor=[log_probs], **settings)
-    log_probs = torch.stack(log_probs, 1).tolist()  # [n, new tokens]
+    watch, settings = LogProbs(), dict(max_new_tokens=most, do_sample=False)
+    out = base.generate(input_ids=ids, attention_mask=mask, logits_processor=[watch], **settings)
+    log_probs = torch.stack(watch, 1).tolist()  # [n, new tokens]
     ends, answers = set(base.generation_config.eos_token_id or []), []
-    for prompt_ids, row, its_log_probs in zip(sequences, out[:, ids.shape[1] :].tolist(), log_probs):
+    for prompt_ids, row, of_tokens in zip(sequences, out[:, ids.shape[1] :].tolist(), log_probs):
         n_tokens = next((i for i, token in enumerate(row) if token in ends), len(row))
-        its_log_probs = its_log_probs[: n_tokens + 1]  # with the end mark
+        of_tokens = of_tokens[: n_tokens + 1]  # with the end mark
         # some tokenizers drop the first space of a text, so prompt and answer are decoded together
         before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
         whole = tokenizer.decode(prompt_ids + row[:n_tokens], skip_special_tokens=True)
-        log_prob = sum(its_log_probs) / len(its_log_probs)
-        answers.append(Answer(whole[len(before) :], n_tokens < len(row), log_prob))
+        log_prob = sum(of_tokens) / len(of_tokens)
+        answers.append(Answer(whole[len(before) :], n_tokens < len(row), len(of_tokens), log_prob))
     return answers
 
 

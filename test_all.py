@@ -107,7 +107,7 @@ def test_a_batch_of_answers_is_that_of_each_prompt_alone():
     together = model.answer(base, tokenizer, prompts, 5)
     for prompt, answer in zip(prompts, together):
         (alone,) = model.answer(base, tokenizer, [prompt], 5)
-        assert answer[:2] == alone[:2] and answer.has_ended
+        assert answer[:3] == alone[:3] and answer.has_ended
         assert answer.log_prob == pytest.approx(alone.log_prob, abs=1e-4)
     assert not any(answer.has_ended for answer in model.answer(base, tokenizer, prompts, 1))
 
@@ -257,7 +257,7 @@ def test_oracles_and_reconstruction_end_to_end(tmp_path, capsys):
     assert set(results) == {"mt_lora", "oracle"}
     adapters = {"oracles": lora.load_adapters([oracles / task.name for task in tasks])}
     exam = evaluation.Exam(types.SimpleNamespace(instruction=None), tasks, [], {}, adapters, None, None)
-    for name, (_, B) in evaluation.adapters_of(exam, "oracle", 2)[0].items():
+    for name, (_, B) in evaluation.adapters_of(exam, evaluation.METHODS["oracle"], 2)[0].items():
         close(B[0], targets[name][1][2])  # each task has its own
     other = tmp_path / "oracles" / tasks[0].name  # one of another scaling is refused
     config = lora.load_adapter(other)[1]

@@ -378,10 +378,12 @@ def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
         raise UserError(f"--tasks {args.tasks} cannot be used with --arch {args.arch}, which reads {reads}")
     if args.instruction and tasks[0].is_document:
         raise UserError("--instruction would put the document itself into the prompt")
-    if args.mode == "recon":  # of each oracle
+    if args.mode == "recon":  # only tasks that have an oracle
+        n_tasks = len(tasks)
         tasks = [task for task in tasks if args.oracles and Path(args.oracles, task.name).is_dir()]
         if not tasks:
             raise UserError(f"--oracles {args.oracles!r} holds no adapters of the {args.split} tasks")
+        say(f"oracles of {len(tasks)} of {n_tasks} tasks")
     elif args.mode == "lora" and not args.multi_task:
         val_tasks = []  # each LoRA is trained for its own task alone
         if len({task.name for task in tasks}) < len(tasks):
@@ -413,6 +415,8 @@ def prepare(args, device: torch.device, process: int, n_processes: int) -> Run:
         net.connect(base, tokenizer)
 
     # the tasks from which a step draws
+    if args.tasks_per_batch > len(tasks):
+        say(f"a step has all {len(tasks)} tasks, fewer than --tasks_per_batch {args.tasks_per_batch}")
     n = args.tasks_per_batch = min(args.tasks_per_batch or len(tasks), len(tasks))
     if n % n_processes:
         raise UserError(f"a step has {n} tasks (--tasks_per_batch), no multiple of {n_processes} processes")
@@ -439,7 +443,7 @@ def load_frozen(args, device: torch.device, targets: list[str]):
     if device.type == "cpu":
         base.set_attn_implementation("eager")  # its backward pass is faster there
     window = model.window_of(base)
-    if args.max_tokens > window:
+    if args.max_tokens > window and args.mode != "recon":
         raise UserError(f"--max_tokens {args.max_tokens} is more than the base model's window of {window}")
     return base, tokenizer
 
@@ -518,6 +522,8 @@ def parse_args(words: list[str]) -> tuple[argparse.Namespace, str]:
 
     unused = set(UNUSED[args.mode].split())
     unused |= {name for name, *_ in of_net} if args.mode == "lora" else set(UNUSED[net_class.reads].split())
+    if args.mode == "recon" and not hasattr(net_class.config_class, "dropout"):
+        unused.add("dropout")
     for name in sorted(unused):
         if given[name] is not None:
             raise UserError(f"--{name} has no use in a run of --mode {args.mode} --arch {args.arch}")
@@ -551,13 +557,14 @@ def claimed(folder: Path, resume: bool):
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+        except BlockingIOError:
+            raise UserError(f"--out_dir {folder} is in use by a run that goes on") from None
         found = {path.name for path in folder.iterdir()}
         if not resume and found - LEFT_OVER:
             raise UserError(f"--out_dir {folder} is in use; choose another, or --resume an interrupted run")
         yield
-    except BlockingIOError:
-        raise UserError(f"--out_dir {folder} is in use by a run that goes on") from None
     finally:
         os.close(handle)
 
@@ -566,13 +573,14 @@ def main() -> None:
     args, settings = parse_args(sys.argv[1:])
     device, folder = model.pick_device(args.device), Path(args.out_dir)
     process, n_processes = model.join_processes(device)
-    if args.shard and n_processes == 1:
+    if args.shard and "RANK" not in os.environ:
         raise UserError("--shard needs several processes: torchrun --nproc_per_node=N ...")
     with claimed(folder, args.resume) if process == 0 else nullcontext():
         torch.manual_seed(args.seed)
         run = prepare(args, device, process, n_processes)
         n_parameters = sum(p.numel() for p in run.net.parameters() if p.requires_grad)
-        where = f"on {n_processes} x {device.type}, in {args.dtype}, into {folder}/"
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        where = f"on {n_processes} x {where}, in {args.dtype}, into {folder}/"
         say(f"{args.mode}: {n_parameters:,} parameters, {where}")
         try:
             train(run, folder, settings)

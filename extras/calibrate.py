@@ -10,6 +10,7 @@ descriptions, so that generate.py can say which are new.
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def main() -> None:
         raise UserError("--hypernet must be the folder of a hypernetwork")
     device, splits = model.pick_device(args.device), load_tasks(args.tasks)
     tasks = [task for task in data.pick(splits, "val") if task.test]
-    tasks = [data.replace(task, rules=benchmarks.Rules()) for task in tasks]
+    tasks = [replace(task, rules=benchmarks.Rules()) for task in tasks]
     reads = "documents" if tasks[0].is_document else "descriptions"
     net = generate.load_net(folder, reads, device, args.encoder)
     net.config.calibration = []

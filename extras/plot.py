@@ -48,7 +48,7 @@ def draw_bars(ax, results: dict, split: str) -> None:
 
 
 def draw_certainty(ax, answers: dict) -> None:
-    """The share of right answers over how sure they are, in tenths; the size of a dot is that of its tenth."""
+    """The share of right answers over how sure they are, in tenths; a dot is as large as its tenth."""
     ax.plot([0, 1], [0, 1], color="#b8c4d6")
     for method, rows in answers.items():
         tenths = {}

@@ -74,8 +74,11 @@ def main() -> None:
             folder = await writer.folder_of(lora_name)
             return folder and LoRARequest(lora_name, 1, folder)  # vLLM numbers them itself
 
-    slope, offset = net.config.calibration or (1.0, 0.0)
-    print(f"an answer is right with probability 1 / (1 + exp(-({slope:.3f} * mean logprob + {offset:.3f})))")
+    sure = "exp(mean logprob)"
+    if net.config.calibration:
+        slope, offset = net.config.calibration
+        sure = f"1 / (1 + exp(-({slope:.3f} * mean logprob + {offset:.3f})))"
+    print(f"how sure an answer is: {sure}")
     with tempfile.TemporaryDirectory(prefix="t2l-") as tmp:
         writer, template = Writer(net, Path(tmp, "adapters")), Path(tmp, "template.jinja")
         template.write_text(served_template(tokenizer), encoding="utf-8")

@@ -4,7 +4,7 @@
     python train.py --arch linear --latent_size 0 --lr 5e-4 --out_dir out/linear   # one map: 117M parameters
 
 The card of the tiny world compares them with Text-to-LoRA. This file is also the example of a new network;
-the end of hypernet.py lists its members.
+the end of hypernet.py says what else one may have.
 """
 
 from dataclasses import dataclass

@@ -54,7 +54,8 @@ def at_least(least, kind: type = int):
 
 def settings_parser(description: str, settings: list[tuple], **options) -> argparse.ArgumentParser:
     """A parser of settings (name, default, meaning, *choices), also from @FILEs: a flag and its value on a
-    line, "#" begins a comment. A setting that is not given is None.
+    line, "#" begins a comment. A setting that is not given is None. A number may be 0 if it is a fraction, or
+    if 0 is its default or has a meaning ("0: all").
     """
     parser = make_parser(description, fromfile_prefix_chars="@", **options)
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
@@ -63,7 +64,8 @@ def settings_parser(description: str, settings: list[tuple], **options) -> argpa
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif not isinstance(default, str):
-            kind = {"type": at_least(0, type(default))}
+            may_be_zero = isinstance(default, float) or not default or "0:" in meaning
+            kind = {"type": at_least(0 if may_be_zero else 1, type(default))}
         parser.add_argument(f"--{name}", help=f"{meaning} (default: {default})", **kind)
     return parser
 

@@ -27,7 +27,6 @@ from tasks.chores import FORMS, MAKE, Draw, LazyList, differ, share
 
 DATA = read_json(Path(__file__).parent / "families.json")
 N_TRAIN, N_WITHHELD = 40, 8  # at most so many chores of a family
-WEIGHT = 1  # of a chore
 
 PARTS = FORMS | {
     "record": "".join(rf"(?=.*{key}: (?P<{key}>[\w ]+))" for key in ("name", "city", "age", "job")) + ".*",

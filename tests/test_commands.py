@@ -58,7 +58,7 @@ generate | --desc x --hypernet {net} --base_model {base} | cannot be used with
 generate | --desc x --hypernet {other} --base_model {base} | another model
 generate | --desc x --hypernet {reader} | reads documents
 generate | --desc x --encoder base | is 128 wide; this network was trained with 8192
-generate | --desc x --input 'cat unicorn gnu' | no token for gnu, unicorn; the tiny one knows animals (cat), fruits
+generate | --desc x --input 'cat unicorn gnu' | no token for gnu, unicorn; the tiny one knows animals (cat)
 generate | --desc x --device cuda | torch finds no CUDA GPU
 generate | --adapter {adapter} --out {tmp}/m | go with --desc or --doc
 generate | --doc {tmp}/none.txt | FileNotFoundError
@@ -73,7 +73,7 @@ eval | --tasks facts --instruction | into the prompt
 eval | --out {mine} | does not hold results of eval.py
 train | --base_model {adapter} | is an adapter, not a model
 train | --base_model ./nowhere | OSError
-train | --micro_batch -1 | must be at least 0, not -1
+train | --micro_batch 0 | must be at least 1, not 0
 train | --warmup 2 | is a fraction
 train | --skip 1 --head_in_size 8 | --skip needs --head_in_size 64
 train | --arch encoder_lora | needs a text encoder of the hub

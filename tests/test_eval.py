@@ -108,7 +108,7 @@ def test_scores_and_their_interval(monkeypatch, tiny):
 
     def goes_on(base, tokenizer, prompts, most):
         text = " ".join("red cat sun moon".split()[:most])  # it ends after four words
-        return [model.Answer(text, most > 4, -0.1) for _ in prompts]
+        return [model.Answer(text, most > 4, 5, -0.1) for _ in prompts]
 
     monkeypatch.setattr(model, "answer", goes_on)
 
@@ -237,7 +237,8 @@ def test_scores_are_drawn(tmp_path, names):
     write_file(tmp_path / "r.json", {"settings": {"split": "test"}, "results": results})
     assert command(plot, tmp_path / "r.json", tmp_path / "new" / "r.png") == 0
     assert (tmp_path / "new" / "r.png").stat().st_size > 5000
-    write_file(tmp_path / "r.answers.json", {"net": [{"sure": 0.9, "score": 1.0}, {"sure": 0.2, "score": 0.0}]})
+    rows = [{"sure": 0.9, "score": 1.0}, {"sure": 0.2, "score": 0.0}]
+    write_file(tmp_path / "r.answers.json", {"net": rows})
     assert command(plot, tmp_path / "r.answers.json", tmp_path / "s.png") == 0
     assert (tmp_path / "s.png").stat().st_size > 5000
     row = {"step": 1, "loss": 2.0, "val_loss": 1.0, "val_accuracy": 0.5}
@@ -251,7 +252,7 @@ def test_the_mean_adapter_and_what_methods_lack(tiny, monkeypatch):
     exam = exam_of(tasks, tiny, training=tasks)
     with torch.no_grad():
         written = exam.nets["hypernet"]([task.descriptions[0] for task in tasks])
-        mean, _ = evaluation.adapters_of(exam, "net_mean", 0)
+        mean, _ = evaluation.adapters_of(exam, evaluation.METHODS["net_mean"], 0)
     for name, (A, B) in written.items():
         close(mean[name], (A.mean(0, keepdim=True), B.mean(0, keepdim=True)), 1e-4)
 

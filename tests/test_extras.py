@@ -208,7 +208,7 @@ def answers_of(say, prompts: list[str]):
 
     def answer(base, tokenizer, batch, most):
         prompts.extend(batch)
-        return [model.Answer(text or "cut", text is not None, 0.0) for text in say(batch)]
+        return [model.Answer(text or "cut", text is not None, 1, 0.0) for text in say(batch)]
 
     return answer
 

@@ -56,6 +56,12 @@ def test_what_is_not_plain_is_refused_by_name(tmp_path):
 def test_what_does_not_fit_is_refused_in_words():
     refused("no nn.Linear layers named qkv, but down_proj, gate_proj", lora.inject, tiny_llama(), ["qkv"])
 
+
+    class Quantised(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    refused("q_proj is Quantised: quantised", lora.inject, one_layer(Quantised(4, 4)), ["q_proj"])
     twice = ["q_proj", "self_attn.q_proj"]
     refused("would belong to two targets", lora.inject, tiny_llama(), twice)
     adapter = random_adapter(config_for(tiny_llama(hidden_size=32)))
