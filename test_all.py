@@ -130,7 +130,7 @@ def test_a_folder_of_task_files(tmp_path):
     refused('no split "val"', data.pick, tasks, "val")
 
 
-def test_what_a_step_draws():
+def test_what_a_step_draws(monkeypatch):
     run = run_of(*SHORT, "--n_tasks", "6", "--tasks_per_batch", "3")
     drawn = [item for step in range(50) for item in drawn_in(run, step)]
     assert {item.index for item in drawn} == set(range(6)) and len({item.description for item in drawn}) > 50
@@ -143,6 +143,8 @@ def test_what_a_step_draws():
     for n in "0", "6", "128":  # all of them, once
         whole = run_of(*SHORT, "--n_tasks", "6", "--tasks_per_batch", n)
         assert sorted(item.index for item in drawn_in(whole, 7)) == list(range(6))
+    monkeypatch.setattr(run.tasks[2], "weight", 3)
+    assert run_of(*SHORT, "--n_tasks", "6", "--tasks_per_batch", "3").pool == [0, 1, 2, 2, 2, 3, 4, 5]
     few, more, every = (data.pick({"train": list(range(20))}, "train", n) for n in (3, 9, 0))
     assert few == more[:3] == every[:3]
     refused("has 20 tasks", data.pick, {"train": list(range(20))}, "train", 21)

@@ -180,6 +180,7 @@ def test_what_the_last_call_wrote_is_replaced(tmp_path, monkeypatch):
     assert {file.name for file in out.iterdir()} == generate.OUR_FILES
     assert (out / "description.txt").read_text() == DESC + "\n"
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert command(generate, *SAY, "--out", tmp_path) == 2  # it holds a folder of ours, and is none
 
 
 def test_a_merged_model_answers_as_the_base_model_with_the_adapter(tmp_path):

@@ -81,17 +81,23 @@ def test_which_descriptions_a_method_is_given(tiny, monkeypatch):
 
 def test_each_question_has_the_adapter_of_its_text(tiny, monkeypatch):
     """Of several tasks, together, in batches by length."""
-    tasks = [replace(task, descriptions=task.descriptions[:3]) for task in load_tasks("tiny")["test"][:3]]
-    exam, seen, real = exam_of(tasks, tiny, n_examples=5, batch_size=7), [], model.answer
+    tasks, seen, sizes, real = [], [], [], model.answer
+    for task in load_tasks("tiny")["test"][:3]:
+        test = []
+        for k, example in enumerate(task.test[:5]):
+            test.append(example._replace(input=" ".join(example.input.split()[k % 4 :])))
+        tasks.append(replace(task, descriptions=task.descriptions[:3], test=test))
+    exam = exam_of(tasks, tiny, n_examples=5, batch_size=10)
 
     def answer(base, tokenizer, prompts, most):
+        sizes.append(len(prompts))
         A = torch.stack([layer.A for layer in base.lora_layers["q_proj"]], 1)  # [n, L, r, in]
         seen.extend(zip(prompts, A))
         return real(base, tokenizer, prompts, most)
 
     monkeypatch.setattr(model, "answer", answer)
     rows = evaluation.score("net", exam)
-    assert len(seen) == 15 and [row["task"] for row in rows[::5]] == [task.name for task in tasks]
+    assert sizes == [10, 5] and [row["task"] for row in rows[::5]] == [task.name for task in tasks]
     for i, task in enumerate(tasks):
         for k, example in enumerate(task.test[:5]):
             assert rows[5 * i + k]["input"] == example.input and rows[5 * i + k]["right"] == example.answers
@@ -119,6 +125,9 @@ def test_scores_and_their_interval(monkeypatch, tiny):
     assert score("red cat sun moon") == 1 and score("red") == 0  # an answer that goes on is wrong
     assert score("red cat sun") == 0 and score("red cat sun moon", max_new_tokens=4) == 0
     assert score("red cat sun moon", "moon", "red cat sun moon", "red cat sun moon") == 0.75
+    rules = Rules(is_right=lambda example, answer, has_ended: has_ended)
+    two = [task_of("red", rules=rules), task_of("red cat sun moon", rules=rules)]  # with 3 and 6 tokens
+    assert [row["score"] for row in evaluation.score("base", exam_of(two, tiny))] == [0, 1]
     sure, right = [0.95, 0.85, 0.85, 0.05], [1, 1, 0, 0]  # pairs: 3.5 of 4 in order
     rows = [{"sure": a, "score": b} for a, b in zip(sure, right)]
     assert evaluation.certainty_scores(rows) == pytest.approx((0.875, (0.05 + 0.7 + 0.05) / 4, 1.0))

@@ -72,6 +72,7 @@ def test_resume_after_kill_is_exact(tmp_path, capsys):
     assert command(train, *words, "--out_dir", cut) == command(train, *words, "--out_dir", whole) == 2
     assert command(train, "--out_dir", cut, "--resume", "--max_steps", "3") == 2  # it is past that
     assert command(train, "--out_dir", cut, "--resume", "--rank", "4") == 2
+    assert "--resume: this run has --rank 8, not 4" in capsys.readouterr().err
     assert command(train, "--out_dir", whole, "--resume") == 2  # it is finished
     assert before == {file: file.read_bytes() for folder in (whole, cut) for file in folder.iterdir()}
     assert command(train, "--out_dir", cut, "--resume") == 0  # the settings are those of the run
