@@ -159,8 +159,10 @@ def ask(base, tokenizer, inputs: list[str], adapter: Adapter, scaling: float, in
         raise UserError(f"{message} do not fit into the base model's window of {window}")
     with lora.use(base, adapter, scaling):
         answers = model.answer(base, tokenizer, prompts, n_new)
-    cut = " [cut: --max_new_tokens]"
-    return [answer._replace(text=answer.text.strip() + cut * (not answer.has_ended)) for answer in answers]
+    for i, answer in enumerate(answers):
+        cut = "" if answer.has_ended else " [cut: --max_new_tokens]"
+        answers[i] = answer._replace(text=answer.text.strip() + cut)
+    return answers
 
 
 def compare(base, tokenizer, inputs: list[str], adapter: Adapter, config, text: str, args) -> float:
