@@ -34,7 +34,7 @@ import lora
 import model
 from data import Example, Task
 from lora import Adapter, LoRAConfig
-from support import UserError, at_least, check_output, command, make_parser, read_json, say, write_file
+from support import UserError, at_least, command, make_parser, read_json, say, write_file
 from tasks import as_texts, benchmarks, load_tasks, summary
 
 Scores = dict[str, float]  # {task: share of right answers}
@@ -320,7 +320,7 @@ def parse_args() -> argparse.Namespace:
         if name not in METHODS:
             raise UserError(f"--methods: there is no method {name!r}, but {', '.join(METHODS)}")
     args.base_model = args.base_model and model.resolve(args.base_model)
-    if args.out and check_output(args.out, ".json").exists():
+    if args.out and Path(args.out).exists():
         content = read_json(args.out)
         if not isinstance(content, dict) or content.keys() != {"settings", "results"}:
             raise UserError(f"--out {args.out} is there already, and does not hold results of eval.py")

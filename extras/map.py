@@ -9,6 +9,7 @@ the left and the layout on the right. For other tasks it is the first part of th
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 import data
 import generate
 import model
-from support import UserError, check_output, command, make_parser
+from support import UserError, command, make_parser
 from tasks import load_tasks
 
 ENTRIES = 4096  # of each layer's change of the weights: a strided sample
@@ -61,7 +62,7 @@ def main() -> None:
     args = parse_args()
     from matplotlib import pyplot as plt
 
-    check_output(args.out, ".png")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     device = model.pick_device(args.device)
     folder = generate.net_folder(args, "descriptions")

@@ -6,9 +6,10 @@
 """
 
 import json
+import statistics
 from pathlib import Path
 
-from support import check_output, command, make_parser, read_json
+from support import command, make_parser, read_json
 
 
 def draw_run(ax, folder: Path) -> None:
@@ -51,14 +52,15 @@ def draw_certainty(ax, answers: dict) -> None:
     """The share of right answers over how sure they are, in tenths; a dot is as large as its tenth."""
     ax.plot([0, 1], [0, 1], color="#b8c4d6")
     for method, rows in answers.items():
-        tenths = {}
-        for row in rows:
-            tenths.setdefault(min(9, int(10 * row["sure"])), []).append(row)
-        points = []
-        for _, its in sorted(tenths.items()):
-            points.append([sum(row[key] for row in its) / len(its) for key in ("sure", "score")])
-        ax.plot(*zip(*points), label=method)
-        ax.scatter(*zip(*points), [4 + 400 * len(its) / len(rows) for _, its in sorted(tenths.items())])
+        sure, score, size = [], [], []
+        for i in range(10):
+            tenth = [row for row in rows if min(9, int(10 * row["sure"])) == i]
+            if tenth:
+                sure.append(statistics.fmean(row["sure"] for row in tenth))
+                score.append(statistics.fmean(row["score"] for row in tenth))
+                size.append(4 + 400 * len(tenth) / len(rows))
+        ax.plot(sure, score, label=method)
+        ax.scatter(sure, score, size)
     ax.set(xlabel="how sure", ylabel="right answers", xlim=(0, 1), ylim=(0, 1.02))
     ax.legend(frameon=False)
 
@@ -68,7 +70,8 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="folder of a run, or file of eval.py --out")
     parser.add_argument("out", help="the picture to write, a PNG file")
     args = parser.parse_args()
-    out = check_output(args.out, ".png")
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     from matplotlib import pyplot
 
     if args.source.is_dir():

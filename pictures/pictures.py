@@ -31,7 +31,7 @@ import hypernet
 import lora
 import model
 from pictures.edits import PATCH, SHAPES, SIZE, TRAIN, WHICH, Edit, apply, describe, draw_scene, render
-from support import UserError, at_least, check_output, command, make_parser, write_file
+from support import UserError, at_least, command, make_parser, write_file
 
 HERE = Path(__file__).parent
 
@@ -312,7 +312,8 @@ def main() -> None:
         return
     if not all(text.strip() for text in args.desc):
         raise UserError("--desc is empty")
-    draw_strip(args.weights, args.desc, check_output(args.out, ".png"), device)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    draw_strip(args.weights, args.desc, args.out, device)
 
 
 if __name__ == "__main__":

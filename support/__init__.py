@@ -114,12 +114,3 @@ def write_file(path: str | Path, content) -> None:
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
-
-
-def check_output(path: str | Path, ending: str) -> Path:
-    """The path of a file to be written, before long work. UserError if its name does not end as it should."""
-    path = Path(path)
-    if path.suffix != ending or path.is_dir():
-        raise UserError(f"{path}: the file to be written must end in {ending}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path

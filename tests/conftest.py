@@ -79,13 +79,10 @@ def places(tmp_path_factory, reader) -> dict[str, Path]:
     net = hypernet.TextToLoRA(small_config("small", base_model=str(tmp / "base"), input_size=8192))
     hypernet.save_hypernet(net, tmp / "other")
     task = {"Definition": ["Swap."], "Instances": [{"input": "Paris Rome", "output": ["Rome Paris"]}]}
-    question = {"document": "cat lamp <eos>", "questions": [{"question": "cat"}]}
     texts = {
         "note.txt": "cat -> red",
         "foreign/precious.txt": "mine",
         "tasks/swap.json": json.dumps(task),
-        "open/a.json": json.dumps(question),
-        "cut/train.args": "--mode sft\n",
         "mine.json": '{"a": ["do it"]}',
     }
     for file, text in texts.items():

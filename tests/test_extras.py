@@ -240,7 +240,7 @@ def test_texts_become_documents_with_questions(tmp_path, monkeypatch):
     folder, out, prompts = tmp_path / "notes", tmp_path / "out", []
     folder.mkdir()
     for i in range(5):
-        (folder / f"n{i}.txt").write_text(f"cow cow\n\nred blue\n\n{'hat ' * 19}{i}")
+        (folder / f"n{i}.txt").write_text(f"cow cow\n\nred blue\n\n{repeated('hat ', 19)}{i}")
     asks = "Here they are:\n1. Is it red?\n2) is it red?\n- Is it blue?\n\n* Is it a cat?\nIs it"
     say = lambda batch: [asks if "questions" in prompt else "sun" for prompt in batch]  # noqa: E731
     monkeypatch.setattr(model, "answer", answers_of(say, prompts))
